@@ -1,0 +1,168 @@
+"""Checkpoints: everything a run needs to go on exactly where it was, and a model to evaluate.
+
+One file format for `best_model.pt` and `last_model.pt`: tensors and plain values only, read with
+`torch.load(weights_only=True)`, so that a checkpoint cannot run code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cli import UserError
+from files import atomic_path
+from model import LowRankFactorModel, get_model_by_name
+from qwenvl_dataloader import RealQwenVLDataset
+from rank_allocator import RankAllocator
+
+FORMAT = 1
+# The shifts were learned as fractions of this estimate (model.smallest_ritz_estimate).
+SHIFT_ESTIMATOR = "min_cholesky_pivot"
+
+
+def cache_identity(dataset: RealQwenVLDataset) -> dict:
+    """What of the cache a checkpoint depends on: the encoder, the shape and the split."""
+    return {
+        "encoder": dataset.manifest["encoder"],
+        "num_tokens": dataset.num_tokens,
+        "feature_dim": dataset.feature_dim,
+        "split": dataset.split.hash,
+        "demo": dataset.is_demo,
+    }
+
+
+def rng_state() -> dict:
+    """State of torch's generators (the only ones that training draws from)."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while a run trains; `checkpoint()` is all of it."""
+
+    args: argparse.Namespace
+    model: LowRankFactorModel
+    optimizer: torch.optim.AdamW
+    scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
+    allocator: RankAllocator | None
+    identity: dict
+    last_epoch: int
+    epoch: int = 1  # the epoch that is being trained
+    batches_done: int = 0  # of that epoch
+    step: int = 0  # optimiser steps since the start
+    best: float = float("inf")  # validation mse minus its optimum
+    best_epoch: int = 0
+    bad_epochs: int = 0
+    finished: bool = False
+    sums: Tensor | None = None  # of the loss terms over the epoch's images so far, float64
+    history: list[dict] = field(default_factory=list)
+
+    progress_names = ("last_epoch", "epoch", "batches_done", "step", "best", "best_epoch",
+                      "bad_epochs", "finished", "sums", "history")  # fmt: skip
+
+    def checkpoint(self) -> dict:
+        return {
+            "config": self.model.config,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "allocator": self.allocator.state_dict() if self.allocator else None,
+            "rng": rng_state(),
+            "progress": {name: getattr(self, name) for name in self.progress_names},
+            "args": {k: v for k, v in vars(self.args).items() if k != "typed"},
+            "cache": self.identity,
+        }
+
+    def restore(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.allocator:
+            self.allocator.load_state_dict(state["allocator"])
+        for name in self.progress_names:
+            setattr(self, name, state["progress"][name])
+        self.sums = self.sums.to(self.model.shift_logits.device)
+        set_rng_state(state["rng"])
+
+    @property
+    def rank_is_final(self) -> bool:
+        return self.allocator is None or self.allocator.is_final(self.step)
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write `state` atomically, with the format's number and the shifts' estimator."""
+    with atomic_path(path) as temporary:
+        torch.save({"format": FORMAT, "shift_estimator": SHIFT_ESTIMATOR, **state}, temporary)
+
+
+def load_checkpoint(path: Path, dataset: RealQwenVLDataset | None = None) -> dict:
+    """Read a checkpoint onto the CPU. Raises UserError where it is missing, damaged, or belongs to
+    another cache than `dataset`."""
+    arch = path.parent.name
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist: train it with train_real_data.py --arch {arch}, or name "
+            "another --results_dir"
+        ) from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged ({reason}): train again") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of format {FORMAT}: train again")
+    if state["shift_estimator"] != SHIFT_ESTIMATOR:
+        raise UserError(
+            f"{path} learned its shifts with {state['shift_estimator']}, this version uses "
+            f"{SHIFT_ESTIMATOR}: train again"
+        )
+    if dataset is not None:
+        _check_cache(path, state["cache"], cache_identity(dataset), dataset.cache_dir)
+    return state
+
+
+def load_model(
+    path: Path, device: torch.device, dataset: RealQwenVLDataset | None = None
+) -> tuple[LowRankFactorModel, dict]:
+    """The trained model in evaluation mode, and its checkpoint; no flag is needed to rebuild it."""
+    state = load_checkpoint(path, dataset)
+    model = get_model_by_name(**state["config"])
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), state
+
+
+def evaluated_rank(model: LowRankFactorModel, requested: int | None) -> int:
+    """The rank that is evaluated: the requested one, at most the model's effective rank."""
+    effective = model.current_effective_rank()
+    if requested is None or requested == effective:
+        return effective
+    if requested > model.rank:
+        raise UserError(
+            f"--rank {requested} is above the trained rank {model.rank}: type 1 to {effective}"
+        )
+    if requested > effective:
+        print(f"note: the model was pruned to rank {effective}, which replaces {requested}")
+    return min(requested, effective)
+
+
+def _check_cache(path: Path, trained: dict, now: dict, cache_dir: Path) -> None:
+    for key in now:
+        if trained[key] != now[key]:
+            raise UserError(
+                f"{path} was trained on a cache with {key} = {trained[key]}, --cache_dir "
+                f"{cache_dir} has {now[key]}: name the cache it was trained on, or train again"
+            )

