@@ -139,7 +139,8 @@ class FeatureCacheWriter:
         part = pa.table(columns, schema=_PART_SCHEMA)
         with atomic_path(self._part_path(self.shards_done)) as temporary:
             pq.write_table(part, temporary)
-        self._parts.append(part)
+        # read back: rows of this process and of an interrupted one must be laid out alike
+        self._parts.append(pq.read_table(self._part_path(self.shards_done)))
         self.rows_done += count
         self.shards_done += 1
 

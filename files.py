@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -48,6 +49,19 @@ def sweep_temporaries(folder: Path) -> None:
     """Remove what a killed process left half-written in `folder`."""
     for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
         leftover.unlink(missing_ok=True)
+
+
+def new_folder(path: Path) -> Path:
+    """Make the folder `path`, or path_2, path_3 … where it exists; returns the one made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable")
 
 
 def write_json(path: str | Path, value: object) -> None:

@@ -275,7 +275,7 @@ def get_args_parser() -> cli.Parser:
     """Flags of make_demo_data.py."""
     parser = cli.Parser(
         description="Make the demo data set: photographs from PyPI packages with rendered signs.",
-        epilog="next: python extract_features.py --demo",
+        epilog="example:\n  python make_demo_data.py && python extract_features.py --demo",
     )
     parser.add_argument("--out", default="demo_data", help="folder to write to")
     parser.add_argument(

@@ -69,7 +69,7 @@ class SVDLinear(nn.Module):
 
     def orthogonality(self) -> Tensor:
         """Mean of ‖A Aᵀ − I‖_F and ‖BᵀB − I‖_F, a scalar (AdaLoRA, eq. 4)."""
-        eye = torch.eye(len(self.lora_A), device=self.lora_A.device)
+        eye = torch.eye(len(self.lora_A)).to(self.lora_A)
         gaps = self.lora_A @ self.lora_A.mT - eye, self.lora_B.mT @ self.lora_B - eye
         return torch.stack([torch.linalg.matrix_norm(gap) for gap in gaps]).mean()
 
@@ -95,8 +95,8 @@ def _linear(in_features: int, out_features: int) -> nn.Linear:
 
 def activation_orth_regu_A(a: Tensor) -> Tensor:
     """‖ÂᵀÂ − I‖_F² / c², mean over images, scalar; Â is a [b, T, c] with columns of unit norm."""
-    unit = F.normalize(a.float(), dim=-2, eps=NORM_FLOOR)
-    eye = torch.eye(a.shape[-1], device=a.device)
+    unit = F.normalize(a, dim=-2, eps=NORM_FLOOR)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     return (unit.mT @ unit - eye).square().mean()
 
 
@@ -196,19 +196,19 @@ class LowRankFactorModel(nn.Module):
         return self.rank
 
     def forward(self, x: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
-        """A [b, T, r'], B [b, r', D] of x [b, T, D]; r' is `rank`, or the trained rank.
+        """A [b, T, r'], B [b, r', D] of x [b, T, D]; r' is `rank`, or the trained rank
+        (masked columns of A are zero; they are left out once the rank is final).
 
         One model serves every r' ≤ r: projected factors are cut in Ritz order, direct factors are
         replaced by the truncated SVD of their product.
         """
-        cut = self.rank if rank is None else rank
+        cut = self.rank_in_use if rank is None else rank
         if self.factors == "direct":
             a, b = self._direct_factors(x)
             return (a, b) if cut == self.rank else truncate_product(a, b, cut)
         gate = self.gate()
         ordered = gate is not None or cut < self.rank
-        columns = cut if ordered or self.oversample else self.rank
-        space = refine(self.sketch(x)[0], x, self.shifts, columns, ordered)
+        space = refine(self.sketch(x)[0], x, self.shifts, cut, ordered)
         u = space.u.to(x.dtype)  # [b, T, r']
         b = u.mT @ x / (1 + self.lambda_B)  # [b, r', D], argmin ‖X − U B‖² + λ‖B‖²
         return (u if gate is None else u * gate[:cut]), b
@@ -220,7 +220,8 @@ class LowRankFactorModel(nn.Module):
         with self._branch_precision(x):
             from_rows = self.row_net(x, columns)  # [b, T, c]
             from_columns = x @ self.col_net(x.mT, columns)  # [b, T, c]
-        return _unit_norm(from_rows.float()) + _unit_norm(from_columns.float()), from_rows
+        from_rows, from_columns = from_rows.to(x.dtype), from_columns.to(x.dtype)
+        return _unit_norm(from_rows) + _unit_norm(from_columns), from_rows
 
     def loss_terms(self, x: Tensor, singular_values: Tensor) -> LossTerms:
         """All terms of the loss for x [b, T, D], given its σ [b, min(T, D)] float64."""
@@ -246,8 +247,9 @@ class LowRankFactorModel(nn.Module):
             b_squared = component.sum(-1)
         size = x.shape[-2] * x.shape[-1]
         best = optimum(singular_values, self.current_effective_rank()).square() * energy.detach()
+        floor = best.maximum(OPTIMUM_FLOOR * energy.detach()).clamp_min(NORM_FLOOR)
         return LossTerms(
-            reconstruction=(error / best.maximum(OPTIMUM_FLOOR * energy.detach())).mean(),
+            reconstruction=(error / floor).mean(),
             mse=error.mean() / size,
             optimum_mse=best.mean() / size,
             B=b_squared.mean() / size,
@@ -272,7 +274,7 @@ class LowRankFactorModel(nn.Module):
         with self._branch_precision(x):
             a = self.row_net(x, self.rank)  # [b, T, r]
             b = self.col_net(x.mT, self.rank).mT  # [b, r, D]
-        a, b = a.float(), b.float()
+        a, b = a.to(x.dtype), b.to(x.dtype)
         gate = self.gate()
         return (a if gate is None else a * gate), b
 

@@ -186,11 +186,11 @@ def _token_map(ax: Axes, values: ArrayLike, grid: tuple[int, int], limits: tuple
     return image
 
 
-def _colour_bar(figure: Figure, image, axes, label: str, **kw) -> None:
+def _colour_bar(figure: Figure, image, axes, label: str, bins: int = 5, **kw) -> None:
     bar = figure.colorbar(image, ax=axes, **kw)
     bar.set_label(label)
     bar.outline.set_visible(False)
-    bar.locator = MaxNLocator(5)
+    bar.locator = MaxNLocator(bins)
     bar.formatter = FuncFormatter(_number)
     bar.update_ticks()
 
@@ -369,7 +369,9 @@ def b_row_norms(
     _log_scale(left, "x")
     index = np.arange(1, norms.shape[1] + 1)
     for values, colour, width in ((sigma, SVD, 5), (norms, NETWORK, 1.6)):
-        low, middle, high = np.percentile(np.where(values > 0, values, np.nan), (10, 50, 90), axis=0)
+        low, middle, high = np.percentile(
+            np.where(values > 0, values, np.nan), (10, 50, 90), axis=0
+        )
         right.fill_between(index, low, high, color=colour, alpha=0.15, lw=0)
         right.plot(index, middle, color=colour, lw=width, alpha=0.4 if width > 2 else 1)
     right.set(xlabel="component index i", ylabel="norm of row i of B, or $σ_i$ (units of X)",
@@ -434,7 +436,9 @@ def comparison(
     means = {name: _pct(np.nanmean(v)) for name, v in excess.items() if np.isfinite(v).any()}
     others = [f"{METHODS[n][0]} {means[n]}" for n in ("random_sketch", "randomized_svd")
               if n in means]  # fmt: skip
-    title = f"At rank {rank} the network's error is {means.get('network', 'undefined')} above the SVD's"
+    title = (
+        f"At rank {rank} the network's error is {means.get('network', 'undefined')} above the SVD's"
+    )
     save(figure, path, title + (f" ({', '.join(others)})" if others else ""), footer)
 
 
@@ -478,7 +482,9 @@ def rank_sweep(
     for ax, metric in ((top, "rel_error"), (bottom, "excess_pct")):
         for name in names if ax is top else [n for n in names if n != "svd"]:
             label, colour = METHODS[name]
-            mean, p90 = (_array([ranks[str(r)][name][metric][k] for r in x]) for k in ("mean", "p90"))
+            mean, p90 = (
+                _array([ranks[str(r)][name][metric][k] for r in x]) for k in ("mean", "p90")
+            )
             if ax is bottom:
                 mean, p90 = np.maximum(mean, ROUNDING_PCT), np.maximum(p90, ROUNDING_PCT)
             wide = name == "svd"
@@ -507,6 +513,130 @@ def rank_sweep(
     figure.get_layout_engine().execute(figure)
     for ax, labels in ends.items():
         _label_ends(ax, labels)
-    worst = np.nanmax([np.nan] + [_array(ranks[str(r)]["network"]["excess_pct"]["mean"]) for r in x])
+    worst = np.nanmax(
+        [np.nan] + [_array(ranks[str(r)]["network"]["excess_pct"]["mean"]) for r in x]
+    )
     title = f"Ranks {x[0]} to {x[-1]}: the network's mean error is at most {_pct(worst)} above the SVD's"
     save(figure, path, title, footer)
+
+
+# -------------------------------------------------------------------------------------- one image
+
+
+@rc_context(STYLE)
+def channel_comparison(
+    path: str | Path,
+    photo: Image,
+    box: tuple[float, float, float, float] | None,
+    maps: dict[str, ArrayLike],
+    channels: list[int],
+    grid: tuple[int, int],
+    info: dict[str, str],
+) -> None:
+    """Chosen channels of one image: original, network, SVD on one scale each; differences on one.
+
+    box: (x, y, w, h) in fractions of the square photo; maps: original, network, svd → [T, C];
+    info: title and footer.
+    """
+    maps = {name: _array(values) for name, values in maps.items()}
+    count = len(channels)
+    figure = _figure(4 + 1.65 * count, 9.6)
+    outer = figure.add_gridspec(1, 2, width_ratios=[3.2, 1.65 * count])
+    picture = figure.add_subplot(outer[0])
+    _photograph(picture, photo, box)
+    inner = outer[1].subgridspec(5, count)
+    axes = np.array([[figure.add_subplot(inner[i, j]) for j in range(count)] for i in range(5)])
+    values = {name: maps[name] for name in ("original", "network", "svd")}
+    signed = {name: maps[name] - maps["original"] for name in ("network", "svd")}
+    reach = _symmetric_limits(*signed.values())
+    for j, channel in enumerate(channels):
+        limits = _shared_limits(*(v[:, j] for v in values.values()))
+        for ax, v in zip(axes[:3, j], values.values(), strict=True):
+            image = _token_map(ax, v[:, j], grid, limits, "viridis")
+        for ax, v in zip(axes[3:, j], signed.values(), strict=True):
+            difference = _token_map(ax, v[:, j], grid, reach, "RdBu_r")
+        axes[0, j].set_title(f"channel {channel}", loc="center")
+        _colour_bar(figure, image, list(axes[:3, j]), "", location="bottom", shrink=0.9, pad=0.01,
+                    aspect=12, bins=2)  # fmt: skip
+    _colour_bar(figure, difference, list(axes[3:, -1]), "difference (same units)", aspect=25)
+    rows = [("original X", "#222222"), METHODS["network"], METHODS["svd"],
+            ("network − original", NETWORK), ("SVD − original", SVD)]  # fmt: skip
+    for ax, (label, colour) in zip(axes[:, 0], rows, strict=True):
+        ax.set_ylabel(label, color=colour)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    save(figure, path, info["title"], info["footer"])
+
+
+@rc_context(STYLE)
+def spatial_error(
+    path: str | Path,
+    photo: Image,
+    box: tuple[float, float, float, float] | None,
+    token_error: dict[str, ArrayLike],
+    grid: tuple[int, int],
+    info: dict[str, str],
+) -> None:
+    """Relative error per token [T] of network and SVD of one image: maps, overlays, difference.
+
+    box and info as in `channel_comparison`.
+    """
+    errors = {name: _array(token_error[name]) for name in ("network", "svd")}
+    rows, columns = grid
+    figure = _figure(15.5, 8.4)
+    axes = figure.subplots(2, 4)
+    _photograph(axes[0, 0], photo, box)
+    _inside_outside(axes[1, 0], errors, box, grid)
+    limits, apart = _shared_limits(*errors.values()), errors["network"] - errors["svd"]
+    columns_of_maps = [(*METHODS[n], errors[n], limits, "viridis") for n in errors]
+    columns_of_maps += [("network − SVD", "#222222", apart, _symmetric_limits(apart), "RdBu_r")]
+    for (above, below), (label, colour, values, scale, cmap) in zip(
+        axes[:, 1:].T, columns_of_maps, strict=True
+    ):
+        image = _token_map(above, values, grid, scale, cmap)
+        above.set_title(label, color=colour)
+        below.imshow(photo, extent=(0, columns, rows, 0), interpolation="bilinear")
+        _token_map(below, values, grid, scale, cmap, alpha=0.6)
+        for ax in (above, below):
+            _draw_box(ax, box, columns, rows)
+        if cmap == "viridis":
+            errors_image = image
+    for ax in axes[1, 1:]:
+        ax.set_xlabel("token column")
+    for ax in axes[:, 1]:
+        ax.set_ylabel("token row")
+    _colour_bar(figure, errors_image, list(axes[:, 2]), "relative error of a token", aspect=40)
+    _colour_bar(figure, image, list(axes[:, 3]), "difference of relative error", aspect=40)
+    save(figure, path, info["title"], info["footer"])
+
+
+def _photograph(ax: Axes, photo: Image, box: tuple | None) -> None:
+    ax.imshow(photo, extent=(0, 1, 1, 0), interpolation="bilinear")
+    _draw_box(ax, box, 1, 1)
+    ax.set(xticks=[], yticks=[], title="what the encoder saw" + (", text box" if box else ""))
+    ax.grid(False)
+
+
+def _inside_outside(ax: Axes, errors: dict, box: tuple | None, grid: tuple[int, int]) -> None:
+    """Mean and 10–90 % of the tokens' errors in the box and outside it (all tokens without one)."""
+    rows, columns = grid
+    y, x = np.divmod(np.arange(rows * columns), columns)
+    if box is None:
+        parts = {"all tokens": np.ones(rows * columns, bool)}
+    else:  # a token counts as inside when its centre is
+        u, v = (x + 0.5) / columns - box[0], (y + 0.5) / rows - box[1]
+        inside = (u >= 0) & (u <= box[2]) & (v >= 0) & (v <= box[3])
+        parts = {"in the box": inside, "outside": ~inside}
+    parts = {f"{name}\n({mask.sum()} tokens)": mask for name, mask in parts.items() if mask.any()}
+    for position, mask in enumerate(parts.values()):
+        for shift, name in ((-0.12, "network"), (0.12, "svd")):
+            label, colour = METHODS[name]
+            low, high = np.percentile(errors[name][mask], (10, 90))
+            ax.plot([position + shift] * 2, [low, high], color=colour, lw=3, alpha=0.4)
+            ax.plot(position + shift, errors[name][mask].mean(), "o", color=colour, ms=7)
+            ax.text(position + shift, high, f"{label}\n", color=colour, va="baseline",
+                    ha="right" if shift < 0 else "left", fontsize=10)  # fmt: skip
+    ax.set_xticks(range(len(parts)), list(parts))
+    ax.set(xlim=(-0.6, len(parts) - 0.4), ylabel="relative error of a token",
+           title="mean and 10–90 % of tokens")  # fmt: skip
+    ax.set_ylim(0, 1.15 * ax.get_ylim()[1])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 import cli
-from files import write_json
+from files import new_folder, write_json
 
 
 class RunLog:
@@ -20,7 +19,7 @@ class RunLog:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.folder = _new_folder(Path(args.log_dir))
+        self.folder = new_folder(Path(args.log_dir) / time.strftime("logs_%Y%m%d_%H%M%S"))
         self.file = open(self.folder / "training.log", "a", encoding="utf-8")
         config = {k: v for k, v in vars(args).items() if k != "typed"}
         versions = cli.environment(cli.pick_device(args.device))
@@ -54,14 +53,3 @@ class RunLog:
         self.file.close()
         if self.events:
             self.events.close()
-
-
-def _new_folder(log_dir: Path) -> Path:
-    """logs_<timestamp>, with the process's number where two runs start within one second."""
-    folder = log_dir / f"logs_{time.strftime('%Y%m%d_%H%M%S')}"
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        folder = folder.with_name(f"{folder.name}_{os.getpid()}")
-        folder.mkdir()
-    return folder

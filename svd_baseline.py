@@ -76,10 +76,16 @@ def token_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x - a @ b, dim=-1) / norm.clamp_min(1e-12)
 
 
-def image_metrics(x: Tensor, a: Tensor, b: Tensor, singular_values: Tensor) -> dict[str, Tensor]:
-    """rel_error, excess_pct and cosine of each image at the rank of the factors; each [...]."""
+def image_metrics(
+    x: Tensor, a: Tensor, b: Tensor, singular_values: Tensor, rank: int | None = None
+) -> dict[str, Tensor]:
+    """rel_error, excess_pct and cosine of each image, each [...].
+
+    rank: what the excess refers to, by default the number of columns of A; less where some of them
+    are masked.
+    """
     error = rel_error(x, a, b)
-    best = optimum(singular_values, a.shape[-1])
+    best = optimum(singular_values, a.shape[-1] if rank is None else rank)
     return {
         "rel_error": error,
         "excess_pct": excess_pct(error, best),
@@ -88,10 +94,13 @@ def image_metrics(x: Tensor, a: Tensor, b: Tensor, singular_values: Tensor) -> d
 
 
 @torch.inference_mode()
-def evaluate(factorise: Callable[[Tensor], Factors], batches: Iterable[Batch]) -> dict[str, Tensor]:
+def evaluate(
+    factorise: Callable[[Tensor], Factors], batches: Iterable[Batch], rank: int | None = None
+) -> dict[str, Tensor]:
     """`image_metrics` of `factorise(x)` on every batch, one after another: each [n] on the CPU."""
     parts = [
-        image_metrics(batch.x, *factorise(batch.x), batch.singular_values) for batch in batches
+        image_metrics(batch.x, *factorise(batch.x), batch.singular_values, rank)
+        for batch in batches
     ]
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
 

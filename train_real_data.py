@@ -16,15 +16,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import plots
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import cli
+import plots
 from checkpoint import TrainState, cache_identity, load_checkpoint, load_model, save_checkpoint
 from cli import UserError
-from files import sweep_temporaries, write_json
+from files import new_folder, sweep_temporaries, write_json
 from model import ARCHITECTURES, LossTerms, LowRankFactorModel, canonical_arch, get_model_by_name
 from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset, create_data_loaders_real
 from rank_allocator import RankAllocator
@@ -247,7 +247,7 @@ def validate(run: TrainState, loaders: Loaders) -> dict:
     """Validation part of a history entry: whole-matrix errors of A·B itself."""
     run.model.eval()
     rank = run.model.current_effective_rank()
-    metrics = evaluate(lambda x: run.model(x), loaders.val)
+    metrics = evaluate(lambda x: run.model(x), loaders.val, rank)
     sigma = loaders.val.singular_values[loaders.val.sampler.rows.to(run.sums.device)].cpu()
     mean_square = sigma.square().sum(-1) / (run.model.num_tokens * run.model.input_dim)
     return {
@@ -360,8 +360,7 @@ def set_aside(folder: Path, log: Callable[[str], None]) -> None:
     """Move an earlier run's results to previous-<time>/ before a fresh run writes its own."""
     old = [path for path in folder.glob("*") if not path.name.startswith("previous-")]
     if old:
-        target = folder / f"previous-{time.strftime('%Y%m%d-%H%M%S')}"
-        target.mkdir()
+        target = new_folder(folder / time.strftime("previous-%Y%m%d-%H%M%S"))
         for path in old:
             path.rename(target / path.name)
         log(f"results of an earlier run were moved to {target}")
@@ -435,6 +434,8 @@ def test_statistics(model: LowRankFactorModel, loader: BatchLoader) -> dict[str,
 def main(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     args.arch = canonical_arch(args.arch)
+    if args.use_rank_allocator and args.arch != "AdaLoRA":
+        raise UserError(f"--use_rank_allocator needs --arch AdaLoRA, not {args.arch}")
     folder = Path(args.results_dir) / args.arch
     dataset = RealQwenVLDataset(args.cache_dir)
     run = open_run(args, folder, dataset)

@@ -1,0 +1,210 @@
+import pytest
+import torch
+
+from cli import UserError
+from model import (
+    ARCHITECTURES,
+    SVDLinear,
+    activation_orth_regu_A,
+    canonical_arch,
+    get_model_by_name,
+    truncate_product,
+)
+from svd_baseline import exact_singular_values, excess_pct, optimum, rel_error
+
+ALL = [(arch, factors) for arch in ARCHITECTURES for factors in ("projected", "direct")]
+
+
+def build(arch="ResMLP", rank=6, **options):
+    torch.manual_seed(0)
+    options = {"hidden_dim": 32, **options}
+    model = get_model_by_name(arch, input_dim=40, num_tokens=24, rank=rank, **options)
+    for parameter in model.parameters():  # no layer stays at its zero initialisation
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize(("arch", "factors"), ALL)
+def test_x_hat_is_a_times_b_of_rank_r_with_factors_of_both_signs(arch, factors, tokens):
+    a, b = build(arch, factors=factors)(tokens)
+    assert a.shape == (3, 24, 6) and b.shape == (3, 6, 40)
+    assert (torch.linalg.matrix_rank(a.double() @ b.double()) == 6).all()
+    assert (a < 0).any() and (b < 0).any()
+
+
+@pytest.mark.parametrize(("arch", "factors"), ALL)
+def test_no_network_beats_the_svd(arch, factors, tokens):
+    sigma = exact_singular_values(tokens)
+    model = build(arch, factors=factors)
+    for rank in (1, 3, 6):
+        excess = excess_pct(rel_error(tokens, *model(tokens, rank)), optimum(sigma, rank))
+        assert (excess > -1e-3).all()
+
+
+@pytest.mark.parametrize(("arch", "factors"), ALL)
+def test_the_loss_is_the_squared_error_of_the_factors_that_users_get(arch, factors, tokens):
+    sigma = exact_singular_values(tokens)
+    model = build(arch, factors=factors, lambda_B=0.05)
+    with torch.no_grad():
+        terms = model.loss_terms(tokens, sigma)
+        a, b = model(tokens)
+    error = (tokens - a @ b).double().square().mean((-2, -1))
+    assert float(terms.mse) == pytest.approx(float(error.mean()), rel=1e-5)
+    best = optimum(sigma, 6).square() * tokens.double().square().mean((-2, -1))
+    assert float(terms.reconstruction) == pytest.approx(float((error / best).mean()), rel=1e-5)
+    assert float(terms.B) == pytest.approx(float(b.double().square().mean() * 6 / 24), rel=1e-5)
+
+
+@pytest.mark.parametrize(("arch", "factors"), ALL)
+def test_no_term_depends_on_the_batch_size(arch, factors, tokens):
+    sigma = exact_singular_values(tokens)
+    model = build(arch, factors=factors)
+    whole = model.loss_terms(tokens, sigma)
+    parts = [model.loss_terms(tokens[i : i + 1], sigma[i : i + 1]) for i in range(3)]
+    for name in ("reconstruction", "mse", "B", "ortho", "act", "lora_ortho"):
+        mean = sum(float(getattr(part, name)) for part in parts) / 3
+        assert float(getattr(whole, name)) == pytest.approx(mean, rel=1e-5), name
+
+
+def slope_and_difference(model, parameters, value):
+    """Derivative of value() along a random direction, by autograd and by central difference."""
+    direction = [torch.randn_like(p) for p in parameters]
+    model.zero_grad()
+    result = value()
+    if result.requires_grad:
+        result.backward()
+    pairs = list(zip(parameters, direction, strict=True))
+    slope = sum(float((p.grad * d).sum()) for p, d in pairs if p.grad is not None)
+    ends, step = [], 1e-5
+    with torch.no_grad():
+        for move in (step, -2 * step):
+            for p, d in pairs:
+                p.add_(d, alpha=move)
+            ends.append(float(value()))
+    return slope, (ends[0] - ends[1]) / (2 * step)
+
+
+@pytest.mark.parametrize(("arch", "factors"), ALL)
+@pytest.mark.parametrize("term", ["reconstruction", "B", "ortho", "act", "lora_ortho"])
+def test_the_gradient_of_each_term_is_a_finite_difference(arch, factors, term, tokens):
+    options = {"refine_steps": 0, "oversample": 4} if factors == "projected" else {}
+    model = build(arch, factors=factors, **options).double()
+    x, sigma = tokens.double(), exact_singular_values(tokens)
+    slope, difference = slope_and_difference(
+        model,
+        [p for p in model.parameters() if p.numel()],
+        lambda: getattr(model.loss_terms(x, sigma), term).double(),
+    )
+    assert slope == pytest.approx(difference, rel=1e-4, abs=1e-8)
+    assert (slope == 0) == (term == "lora_ortho" and arch != "AdaLoRA")
+
+
+def test_the_gradient_of_a_shift_is_a_finite_difference(tokens):
+    model = build(refine_steps=1, oversample=2).double()
+    x, sigma = tokens.double(), exact_singular_values(tokens)
+    slope, difference = slope_and_difference(
+        model, [model.shift_logits], lambda: model.loss_terms(x, sigma).reconstruction
+    )
+    assert slope != 0
+    assert slope == pytest.approx(difference, rel=1e-4)
+
+
+def test_b_is_the_exact_ridge_solution_for_its_a(tokens):
+    model = build(lambda_B=0.3)
+    a, b = (t.double() for t in model(tokens))
+    eye = torch.eye(6, dtype=torch.float64)
+    solution = torch.linalg.solve(a.mT @ a + 0.3 * eye, a.mT @ tokens.double())
+    assert torch.allclose(b, solution, atol=1e-5)
+
+
+def test_rank_deficient_tokens_are_reproduced_exactly_when_the_rank_allows():
+    x = (torch.randn(2, 24, 3) @ torch.randn(2, 3, 40)).float()
+    a, b = build(lambda_B=0.0)(x)
+    assert (rel_error(x, a, b) < 1e-5).all()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_gradients_are_finite_on_zero_constant_and_duplicate_tokens(arch):
+    model = build(arch)
+    random = torch.randn(1, 24, 40)
+    duplicate = random[:, :2].repeat(1, 12, 1)
+    for x in (torch.zeros(1, 24, 40), random[:, :1].expand(1, 24, 40), duplicate):
+        model.zero_grad()
+        terms = model.loss_terms(x, exact_singular_values(x))
+        (terms.reconstruction + terms.ortho + terms.act).backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+def test_a_lower_rank_of_direct_factors_is_the_svd_of_their_product(tokens):
+    model = build(factors="direct")
+    a, b = model(tokens)
+    u, sigma, vh = torch.linalg.svd(a @ b)
+    cut_a, cut_b = model(tokens, 2)
+    expected = u[..., :2] * sigma[..., None, :2] @ vh[..., :2, :]
+    assert torch.allclose(cut_a @ cut_b, expected, atol=1e-4)
+    assert torch.allclose(torch.matmul(*truncate_product(a, b, 6)), a @ b, atol=1e-4)
+
+
+def test_every_alias_in_any_case_is_its_architecture_and_other_names_are_refused():
+    for alias, name in {
+        "resmlp": "ResMLP",
+        "SYMMETRIC": "ResMLP",
+        "LowRankProjSymmetric": "ResMLP",
+        "mlp": "MLP",
+        "lowrankprojmlp": "MLP",
+        "adaptive_adalora": "AdaLoRA",
+        "Adaptive": "AdaLoRA",
+    }.items():
+        assert canonical_arch(alias) == name
+    with pytest.raises(UserError, match="ResMLP, MLP, AdaLoRA"):
+        canonical_arch("transformer")
+
+
+def test_tokens_of_another_shape_are_refused():
+    with pytest.raises(UserError, match="24 × 40"):
+        build()(torch.randn(1, 23, 40))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 25}, "--rank 25"),
+        ({"rank": 0}, "--rank 0"),
+        ({"factors": "direct", "refine_steps": 1}, "--refine_steps"),
+        ({"factors": "direct", "oversample": 0}, "--oversample"),
+        ({"oversample": 19}, "--oversample 19"),
+    ],
+)
+def test_impossible_shapes_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        build(**options)
+
+
+def test_a_new_resmlp_is_a_random_linear_sketch(tokens):
+    torch.manual_seed(0)
+    model = get_model_by_name("ResMLP", input_dim=40, num_tokens=24, rank=6)
+    row = model.row_net(tokens, 6)
+    assert torch.allclose(row, tokens @ model.row_net.head.weight[:6].mT, atol=1e-5)
+
+
+def test_svd_linear_is_the_triplet_form():
+    layer = SVDLinear(5, 3, k=2, alpha=6)
+    layer.lora_E.data = torch.tensor([[0.5], [-2.0]])
+    x = torch.randn(4, 5)
+    update = layer.lora_B @ torch.diag(layer.lora_E.flatten()) @ layer.lora_A
+    expected = x @ layer.weight_0.mT + 3 * x @ update.mT + layer.bias
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def test_activation_orthogonality_is_zero_for_orthogonal_and_largest_for_equal_columns():
+    assert float(activation_orth_regu_A(3 * torch.eye(4)[None])) == pytest.approx(0)
+    assert float(activation_orth_regu_A(torch.ones(1, 4, 4))) == pytest.approx(12 / 16)
+
+
+def test_the_config_rebuilds_the_same_model(tokens):
+    for arch, factors in ALL:
+        model = build(arch, factors=factors)
+        twin = get_model_by_name(**model.config)
+        twin.load_state_dict(model.state_dict())
+        assert torch.equal(twin(tokens)[0], model(tokens)[0])

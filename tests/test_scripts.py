@@ -1,0 +1,156 @@
+"""The commands as users type them, on the small real cache; and their mistakes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMALL = "--epochs 1 --rank 4 --oversample 2 --refine_steps 1 --hidden_dim 16".split()
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_cache, tmp_path_factory):
+    """A results folder with one ResMLP, one direct MLP and one pruned AdaLoRA."""
+    import cli
+    import train_real_data
+
+    results = tmp_path_factory.mktemp("trained") / "results"
+    for more in (
+        [],
+        ["--arch", "MLP", "--factors", "direct"],
+        "--arch AdaLoRA --use_rank_allocator --allocator_init_warmup 1 --allocator_final_warmup 2"
+        " --allocator_mask_interval 1 --allocator_keep_ratio 0.5".split(),
+    ):
+        argv = ["--cache_dir", tiny_cache, "--results_dir", results, "--log_dir", results.parent]
+        small = SMALL if "direct" not in more else [*SMALL[:4], *SMALL[8:]]
+        args = cli.parse(train_real_data.get_args_parser(), [str(a) for a in argv] + small + more)
+        assert train_real_data.main(args) == 0
+    return results
+
+
+def files(tiny_cache, results):
+    return ["--cache_dir", tiny_cache, "--results_dir", results]
+
+
+def is_png(path):
+    with Image.open(path) as image:
+        return image.format == "PNG" and min(image.size) > 300
+
+
+def test_training_writes_its_checkpoints_numbers_and_figures(trained):
+    for arch in ("ResMLP", "MLP", "AdaLoRA"):
+        names = {path.name for path in (trained / arch).iterdir()}
+        figures = {"train_val_loss_comparison.png", "loss_curves.png", "error_heatmap.png",
+                   "B_row_norm_hist.png"}  # fmt: skip
+        others = {"best_model.pt", "last_model.pt", "history.json", "test_results.json"}
+        assert names == figures | others
+        assert all(is_png(trained / arch / name) for name in figures)
+
+
+@pytest.mark.parametrize("arch", ["ResMLP", "mlp", "adaptive_adalora"])
+def test_compare_holds_network_and_references_against_the_svd(arch, trained, tiny_cache, script):
+    done = script("compare_svd_nn.py", "--arch", arch, *files(tiny_cache, trained))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("DEMO data")
+    name = {"ResMLP": "ResMLP", "mlp": "MLP", "adaptive_adalora": "AdaLoRA"}[arch]
+    results = json.loads((trained / name / "svd_nn_comparison.json").read_text())
+    rank = 2 if name == "AdaLoRA" else 4
+    assert results["rank"] == results["requested_rank"] == rank
+    assert results["split"] == "test" and results["n_images"] == 6 and results["n_groups"] == 2
+    methods = results["ranks"][str(rank)]
+    assert {"network", "svd", "randomized_svd", "pca"} <= set(methods)
+    best = methods["svd"]["rel_error"]["mean"]
+    assert all(m["rel_error"]["mean"] >= best * (1 - 1e-6) for m in methods.values())
+    assert abs(methods["svd"]["excess_pct"]["mean"]) < 1e-3
+    for figure in ("svd_nn_comparison.png", "rank_sweep.png"):
+        assert is_png(trained / name / figure)
+
+
+def test_a_rank_above_the_pruned_one_is_evaluated_there_with_one_note(trained, tiny_cache, script):
+    done = script("compare_svd_nn.py", "--arch=AdaLoRA", "--rank=4", *files(tiny_cache, trained))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("note:") == 1
+    results = json.loads((trained / "AdaLoRA" / "svd_nn_comparison.json").read_text())
+    assert (results["rank"], results["requested_rank"]) == (2, 4)
+
+
+def test_one_checkpoint_serves_a_lower_rank(trained, tiny_cache, script):
+    done = script("compare_svd_nn.py", "--rank", 2, *files(tiny_cache, trained))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((trained / "ResMLP" / "svd_nn_comparison.json").read_text())["rank"] == 2
+
+
+def test_visualize_draws_one_image_and_says_which_part_it_is_in(trained, tiny_cache, script):
+    done = script("visualize_svd_nn.py", "--image_idx", 3, *files(tiny_cache, trained))
+    assert done.returncode == 0, done.stderr
+    stem = trained / "ResMLP" / "image_3"
+    results = json.loads((stem.parent / "image_3_comparison_results.json").read_text())
+    assert results["split"] in ("train", "val", "test") and results["split"] in done.stdout
+    assert results["network"]["rel_error"] >= results["svd"]["rel_error"] * (1 - 1e-6)
+    for kind in ("channel", "error"):
+        assert is_png(stem.parent / f"image_3_spatial_{kind}_comparison.png")
+
+
+MISTAKES = [
+    ("train_real_data.py", "--rank 0", "--rank"),
+    ("train_real_data.py", "--rank 17", "--rank 17 is out of range: type 1 to 16"),
+    ("train_real_data.py", "--lr nan", "--lr"),
+    ("train_real_data.py", "--dropout 1", "--dropout"),
+    ("train_real_data.py", "--batch_size 2.5", "--batch_size"),
+    ("train_real_data.py", "--arch transformer", "--arch transformer is unknown"),
+    ("train_real_data.py", "--rank 4 --factors direct --oversample 2", "--oversample"),
+    ("train_real_data.py", "--rank 4 --use_rank_allocator", "needs --arch AdaLoRA"),
+    ("train_real_data.py", "--arch AdaLoRA --rank 4 --use_rank_allocator", "--epochs"),
+    ("train_real_data.py", "--rank 4 --resume", "best_model.pt does not exist"),
+    ("train_real_data.py", "--device tpu", "--device tpu"),
+    ("train_real_data.py", "--no_such_flag", "--no_such_flag"),
+    ("compare_svd_nn.py", "--arch MLP", "best_model.pt does not exist"),
+    ("visualize_svd_nn.py", "--image_idx 36", "--image_idx 36"),
+    ("extract_features.py", "--verify --cache_dir nowhere", "nowhere does not exist"),
+    ("extract_features.py", "", "--dataset_dir is missing"),
+    ("extract_features.py", "--demo --dataset_dir nowhere", "nowhere has no *.parquet"),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "message"), MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_flag_and_changes_nothing(
+    name, flags, message, tiny_cache, tmp_path, script
+):
+    more = [] if name == "extract_features.py" else files(tiny_cache, "results")
+    done = script(name, *more, *flags.split())
+    assert done.returncode == 2
+    line = done.stderr.strip()
+    assert line.startswith("error: ") and "\n" not in line and message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_split_is_refused(trained, cache_copy, script):
+    manifest = json.loads((cache_copy / "manifest.json").read_text())
+    manifest["encoder"]["id"] = "another"
+    (cache_copy / "manifest.json").write_text(json.dumps(manifest))
+    done = script("compare_svd_nn.py", *files(cache_copy, trained))
+    assert done.returncode == 2
+    assert "was trained on a cache with encoder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "make_demo_data",
+        "extract_features",
+        "train_real_data",
+        "compare_svd_nn",
+        "visualize_svd_nn",
+    ],  # fmt: skip
+)
+def test_help_fits_80_columns_and_ends_with_an_example(name):
+    command = [sys.executable, f"{name}.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert f"python {name}.py" in done.stdout.split("example", 1)[1]

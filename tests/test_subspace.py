@@ -1,0 +1,110 @@
+import torch
+
+from subspace import orth, refine, smallest_ritz_estimate, start_shifts
+from svd_baseline import exact_singular_values, excess_pct, optimum, rel_error
+
+
+def degenerate_tokens():
+    """Named [2, 12, 20] float32 inputs of the kinds that make torch.linalg.qr's backward NaN."""
+    x = torch.randn(2, 12, 20, generator=torch.Generator().manual_seed(1))
+    return {
+        "zero": torch.zeros(2, 12, 20),
+        "constant": torch.ones(2, 12, 20),
+        "duplicate": x[:, :3].repeat(1, 4, 1),
+        "rank 2": x[:, :, :2] @ x[:, :2],
+        "one token": torch.cat([x[:, :1], torch.zeros(2, 11, 20)], dim=1),
+        "huge": 1e4 * x,
+        "tiny": 1e-12 * x,
+    }
+
+
+def test_orth_has_the_analytic_gradient():
+    y = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(orth, (y,))
+
+
+def test_orth_is_the_q_of_a_qr_factorisation():
+    y = torch.randn(3, 30, 8, dtype=torch.float64)
+    q, r = torch.linalg.qr(y)
+    signs = r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    assert torch.allclose(orth(y), q * signs, atol=1e-12)
+
+
+def test_orth_is_orthonormal_to_rounding_where_float32_cholesky_fails():
+    left = torch.linalg.qr(torch.randn(60, 40, dtype=torch.float64))[0]
+    right = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))[0]
+    y = left * torch.logspace(0, -5, 40, dtype=torch.float64) @ right
+    assert int(torch.linalg.cholesky_ex((y.mT @ y).float()).info) > 0
+    q = orth(y)
+    assert torch.allclose(q.mT @ q, torch.eye(40, dtype=torch.float64), atol=1e-13)
+
+
+def test_dependent_columns_become_zero_and_the_others_stay_orthonormal():
+    y = torch.randn(20, 3, dtype=torch.float64)
+    y = torch.cat([y, y @ torch.randn(3, 2, dtype=torch.float64)], dim=1)
+    q = orth(y)
+    assert torch.allclose(
+        q.mT @ q, torch.diag(torch.tensor([1.0, 1, 1, 0, 0])).double(), atol=1e-12
+    )
+
+
+def test_forward_and_gradient_are_finite_on_degenerate_tokens():
+    for name, x in degenerate_tokens().items():
+        weight = torch.randn(20, 6, requires_grad=True)
+        space = refine(x @ weight, x, start_shifts(2), 4, ordered=True)
+        (space.energy - space.theta.sum(-1)).sum().backward()
+        assert weight.grad.isfinite().all(), name
+        best = optimum(exact_singular_values(x), 4)
+        u = space.u.float()
+        assert (rel_error(x, u, u.mT @ x) <= best + 1e-2).all(), name
+
+
+def test_plain_qr_has_no_gradient_there():
+    x = degenerate_tokens()["one token"]
+    weight = torch.randn(20, 6, requires_grad=True)
+    torch.linalg.qr(x @ weight)[0][..., 0].sum().backward()
+    assert not weight.grad.isfinite().all()
+
+
+def test_without_refinement_the_subspace_is_that_of_the_sketch(tokens):
+    sketch = torch.randn(3, 24, 5, dtype=torch.float64)
+    u = refine(sketch, tokens, torch.zeros(0), 5, ordered=True).u
+    q = torch.linalg.qr(sketch)[0]
+    assert torch.allclose(u @ u.mT, q @ q.mT, atol=1e-12)
+
+
+def test_ritz_values_are_the_energies_of_the_components_largest_first(tokens):
+    space = refine(torch.randn(3, 24, 8), tokens, start_shifts(1), 6, ordered=True)
+    energies = torch.linalg.vector_norm(space.u.mT @ tokens.double(), dim=-1).square()
+    assert torch.allclose(space.theta, energies)
+    assert (space.theta.diff() <= 0).all()
+
+
+def test_steps_and_extra_columns_bring_the_error_towards_the_optimum(tokens):
+    sigma = exact_singular_values(tokens)
+    sketch = torch.randn(3, 24, 12, generator=torch.Generator().manual_seed(2))
+
+    def excess(steps, columns):
+        u = refine(sketch[..., :columns], tokens, start_shifts(steps), 6, ordered=True).u.float()
+        return float(excess_pct(rel_error(tokens, u, u.mT @ tokens), optimum(sigma, 6)).mean())
+
+    assert excess(0, 6) > excess(1, 6) > excess(3, 6) > -1e-3
+    assert excess(1, 6) > excess(1, 12) > -1e-3
+    assert excess(3, 12) < 1e-3
+
+
+def test_cutting_a_higher_rank_subspace_is_nearly_optimal_at_every_lower_rank(tokens):
+    sigma = exact_singular_values(tokens)
+    u = refine(torch.randn(3, 24, 16), tokens, start_shifts(3), 16, ordered=True).u.float()
+    for rank in (1, 2, 4, 8):
+        a = u[..., :rank]
+        assert (excess_pct(rel_error(tokens, a, a.mT @ tokens), optimum(sigma, rank)) < 0.01).all()
+
+
+def test_the_shift_estimate_bounds_the_smallest_ritz_value_from_above_and_is_0_where_singular():
+    h = torch.randn(5, 6, 6, dtype=torch.float64)
+    h = h @ h.mT
+    assert (smallest_ritz_estimate(h).flatten() >= torch.linalg.eigvalsh(h)[:, 0]).all()
+    assert (smallest_ritz_estimate(h).flatten() <= h.diagonal(dim1=-2, dim2=-1).amin(-1)).all()
+    h[:, -1], h[:, :, -1] = 0, 0
+    assert (smallest_ritz_estimate(h) == 0).all()

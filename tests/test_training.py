@@ -1,0 +1,230 @@
+"""Training runs on the small real cache (T = 16, D = 1536), in this process and as a user would."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+import cli
+import train_real_data
+from checkpoint import load_checkpoint, load_model
+from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
+from svd_baseline import evaluate, optimum
+
+SMALL = ["--rank", "4", "--hidden_dim", "16", "--batch_size", "8", "--lr", "1e-3"]
+ALLOCATOR = ["--use_rank_allocator", "--allocator_init_warmup", "4", "--allocator_final_warmup",
+             "5", "--allocator_mask_interval", "2", "--allocator_keep_ratio", "0.5"]  # fmt: skip
+RUNS = {
+    "ResMLP": ["--refine_steps", "1", "--oversample", "2"],
+    "MLP": ["--factors", "direct"],
+    "AdaLoRA": ["--factors", "direct", "--allocator_importance", "sensitivity", *ALLOCATOR],
+}
+
+
+def flags(tmp_path, cache, *more):
+    files = {"--cache_dir": cache, "--results_dir": tmp_path / "results", "--log_dir": tmp_path}
+    return [str(word) for pair in files.items() for word in pair] + SMALL + [str(m) for m in more]
+
+
+def train(tmp_path, cache, *more):
+    args = cli.parse(train_real_data.get_args_parser(), flags(tmp_path, cache, *more))
+    return train_real_data.main(args)
+
+
+def interrupt_after(monkeypatch, step):
+    """Send SIGTERM to this process in the middle of optimiser step number `step`."""
+    original = train_real_data.train_step
+
+    def train_step(run, *batch):
+        if run.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, *batch)
+
+    monkeypatch.setattr(train_real_data, "train_step", train_step)
+
+
+def equal(a, b):
+    """Whether two checkpoints are the same to the last bit, timings aside."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        timing = ("seconds", "samples_per_s")
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a if k not in timing)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.mark.parametrize("arch", RUNS)
+def test_resume_last_equals_the_unbroken_run_bit_for_bit(arch, tiny_cache, tmp_path, monkeypatch):
+    options = ["--arch", arch, "--epochs", "4", "--dropout", "0.2", *RUNS[arch]]
+    assert train(tmp_path / "whole", tiny_cache, *options) == 0
+    # interrupted in the middle of the second epoch, again at the end of the third
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        assert train(tmp_path / "parts", tiny_cache, *options) == 128 + signal.SIGTERM
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 9)
+        options = ["--arch", arch, "--resume", "last"]
+        assert train(tmp_path / "parts", tiny_cache, *options) == 128 + signal.SIGTERM
+    torch.rand(7)  # the generator's state comes from the checkpoint
+    assert train(tmp_path / "parts", tiny_cache, *options) == 0
+    for name in ("last_model.pt", "best_model.pt"):
+        whole, parts = (
+            load_checkpoint(tmp_path / run / "results" / arch / name) for run in ("whole", "parts")
+        )
+        for key in ("model", "optimizer", "scheduler", "allocator", "rng", "progress", "config"):
+            assert equal(whole[key], parts[key]), (name, key)
+    histories = [
+        json.loads((tmp_path / run / "results" / arch / "history.json").read_text())
+        for run in ("whole", "parts")
+    ]
+    assert equal(*histories) and len(histories[0]) == 5
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_cache, tmp_path):
+    histories = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(tmp_path / name, tiny_cache, "--epochs", "1", "--seed", seed)
+        path = tmp_path / name / "results" / "ResMLP" / "history.json"
+        histories.append(json.loads(path.read_text()))
+    assert equal(histories[0], histories[1])
+    assert not equal(histories[0], histories[2])
+
+
+def test_resume_from_the_best_model_adds_epochs_and_a_typed_learning_rate_wins(
+    tiny_cache, tmp_path, capsys
+):
+    train(tmp_path, tiny_cache, "--epochs", "2")
+    folder = tmp_path / "results" / "ResMLP"
+    best = load_checkpoint(folder / "best_model.pt")["progress"]["best_epoch"]
+    train(tmp_path, tiny_cache, "--resume", "--epochs", "3", "--lr", "5e-4")
+    history = json.loads((folder / "history.json").read_text())
+    assert [record["epoch"] for record in history] == list(range(best + 4))
+    assert history[-1]["lr"] == 5e-4
+    assert "lr 5.000e-04" in capsys.readouterr().out
+    assert not list(folder.glob("previous-*"))
+
+
+def test_a_finished_run_is_not_resumed_and_a_contradicting_flag_is_named(tiny_cache, tmp_path):
+    train(tmp_path, tiny_cache, "--epochs", "1")
+    with pytest.raises(cli.UserError, match="finished run"):
+        train(tmp_path, tiny_cache, "--resume", "last")
+    with pytest.raises(cli.UserError, match="--weight_decay 0.5 differs from the 1e-05"):
+        train(tmp_path, tiny_cache, "--resume", "--weight_decay", "0.5")
+
+
+def test_a_fresh_run_moves_old_results_aside(tiny_cache, tmp_path, capsys):
+    train(tmp_path, tiny_cache, "--epochs", "1")
+    train(tmp_path, tiny_cache, "--epochs", "1")
+    (old,) = (tmp_path / "results" / "ResMLP").glob("previous-*")
+    assert (old / "best_model.pt").exists()
+    assert f"moved to {old}" in capsys.readouterr().out
+
+
+def test_training_lowers_the_validation_error_of_every_direct_network(tiny_cache, tmp_path):
+    for arch in RUNS:
+        more = ["--arch", arch, "--factors", "direct", "--epochs", "15"]
+        train(tmp_path, tiny_cache, *more)
+        history = json.loads((tmp_path / "results" / arch / "history.json").read_text())
+        assert history[-1]["val_rel_error"] < 0.7 * history[0]["val_rel_error"], arch
+
+
+def test_the_final_numbers_come_from_the_best_checkpoint_and_not_from_the_last(
+    tiny_cache, tmp_path
+):
+    train(tmp_path, tiny_cache, "--epochs", "3", "--factors", "direct")
+    folder = tmp_path / "results" / "ResMLP"
+    dataset = RealQwenVLDataset(tiny_cache)
+    model, state = load_model(folder / "best_model.pt", torch.device("cpu"), dataset)
+    history = json.loads((folder / "history.json").read_text())
+    assert state["progress"]["best_epoch"] == min(history[1:], key=lambda r: r["val_mse"])["epoch"]
+    test = create_data_loaders_real(dataset, 8).test
+    expected = evaluate(lambda x: model(x, 4), test)["rel_error"].mean()
+    results = json.loads((folder / "test_results.json").read_text())
+    assert results["ranks"]["4"]["rel_error"]["mean"] == pytest.approx(float(expected), rel=1e-6)
+    assert results["n_images"] == len(dataset.split.test)
+
+
+def test_validation_numbers_are_whole_matrix_errors_of_the_validation_images(tiny_cache, tmp_path):
+    train(tmp_path, tiny_cache, "--epochs", "1")
+    history = json.loads((tmp_path / "results" / "ResMLP" / "history.json").read_text())
+    dataset = RealQwenVLDataset(tiny_cache)
+    sigma = dataset.singular_values[dataset.split.val]
+    floor = (optimum(sigma, 4).square() * sigma.square().sum(-1)).mean() / (16 * 1536)
+    assert history[-1]["val_optimum_mse"] == pytest.approx(float(floor), rel=1e-9)
+    assert history[-1]["val_mse"] >= float(floor)
+    terms = [v for k, v in history[-1].items() if k.startswith("loss_")]
+    assert history[-1]["train_loss"] == pytest.approx(sum(terms))
+
+
+def test_early_stopping_ends_after_patience_epochs_without_improvement(tiny_cache, tmp_path):
+    train(tmp_path, tiny_cache, "--epochs", "60", "--patience", "2", "--lr", "0.3",
+          "--factors", "direct")  # fmt: skip
+    state = load_checkpoint(tmp_path / "results" / "ResMLP" / "last_model.pt")["progress"]
+    assert state["finished"] and state["bad_epochs"] == 2
+    assert state["epoch"] - 1 == state["best_epoch"] + 2 < 60
+
+
+def test_stopping_and_best_wait_until_the_allocator_s_rank_is_final(tiny_cache, tmp_path):
+    more = ["--arch", "AdaLoRA", "--epochs", "5", "--patience", "1", *ALLOCATOR]
+    train(tmp_path, tiny_cache, *more)
+    folder = tmp_path / "results" / "AdaLoRA"
+    history = json.loads((folder / "history.json").read_text())
+    assert [r["effective_rank"] for r in history][0] == 4 and history[-1]["effective_rank"] == 2
+    best = load_checkpoint(folder / "best_model.pt")
+    assert best["progress"]["best_epoch"] >= 3  # step 9 is in the third epoch
+    assert int(best["model"]["rank_mask"].sum()) == 2
+    assert json.loads((folder / "test_results.json").read_text())["effective_rank"] == 2
+
+
+def test_a_non_finite_step_changes_no_weight_and_stops_the_run(tiny_cache, tmp_path, monkeypatch):
+    train(tmp_path, tiny_cache, "--epochs", "1")
+    kept = load_checkpoint(tmp_path / "results" / "ResMLP" / "best_model.pt")
+    original = train_real_data.train_step
+    seen = []
+
+    def train_step(run, x, sigma):
+        before = [p.clone() for p in run.model.parameters()]
+        result = original(run, x * torch.nan if run.step == 4 else x, sigma)
+        same = all(map(torch.equal, before, run.model.parameters()))
+        seen.append((run.step, same))
+        return result
+
+    monkeypatch.setattr(train_real_data, "train_step", train_step)
+    with pytest.raises(cli.UserError, match="not finite in 1 step.*best_model.pt is kept"):
+        train(tmp_path, tiny_cache, "--resume", "--epochs", "2")
+    assert [step for step, same in seen if same] == [5]
+    after = load_checkpoint(tmp_path / "results" / "ResMLP" / "best_model.pt")
+    assert equal(kept["model"], after["model"])
+
+
+def test_logs_hold_configuration_every_epoch_and_the_summary(tiny_cache, tmp_path):
+    train(tmp_path, tiny_cache, "--epochs", "2", "--tensorboard")
+    (folder,) = tmp_path.glob("logs_*")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rank"] == 4 and config["environment"]["torch"] == torch.__version__
+    log = (folder / "training.log").read_text()
+    assert "lr 1.00e-03" in log and "epoch    2" in log and "DEMO data" in log
+    summary = json.loads((folder / "final_summary.json").read_text())
+    assert {"best_epoch", "ranks", "wall_seconds", "samples_per_s", "environment"} <= set(summary)
+    assert list(folder.glob("events.out.tfevents*"))
+
+
+def test_a_checkpoint_runs_no_code_and_a_damaged_one_is_refused(tmp_path):
+    import pickle
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    path = tmp_path / "best_model.pt"
+    path.write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(cli.UserError, match="damaged"):
+        load_checkpoint(path)
+    torch.save({"payload": Payload()}, path)
+    with pytest.raises(cli.UserError, match="damaged"):
+        load_checkpoint(path)
+    assert not (tmp_path / "owned").exists()
