@@ -6,19 +6,15 @@ One file format for `best_model.pt` and `last_model.pt`: tensors and plain value
 
 from __future__ import annotations
 
-import argparse
 import pickle
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from cli import UserError
 from files import atomic_path
 from model import LowRankFactorModel, get_model_by_name
 from qwenvl_dataloader import RealQwenVLDataset
-from rank_allocator import RankAllocator
 
 FORMAT = 1
 # The shifts were learned as fractions of this estimate (model.smallest_ritz_estimate).
@@ -48,59 +44,6 @@ def set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-
-
-@dataclass
-class TrainState:
-    """Everything that changes while a run trains; `checkpoint()` is all of it."""
-
-    args: argparse.Namespace
-    model: LowRankFactorModel
-    optimizer: torch.optim.AdamW
-    scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
-    allocator: RankAllocator | None
-    identity: dict
-    last_epoch: int
-    epoch: int = 1  # the epoch that is being trained
-    batches_done: int = 0  # of that epoch
-    step: int = 0  # optimiser steps since the start
-    best: float = float("inf")  # validation mse minus its optimum
-    best_epoch: int = 0
-    bad_epochs: int = 0
-    finished: bool = False
-    sums: Tensor | None = None  # of the loss terms over the epoch's images so far, float64
-    history: list[dict] = field(default_factory=list)
-
-    progress_names = ("last_epoch", "epoch", "batches_done", "step", "best", "best_epoch",
-                      "bad_epochs", "finished", "sums", "history")  # fmt: skip
-
-    def checkpoint(self) -> dict:
-        return {
-            "config": self.model.config,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "allocator": self.allocator.state_dict() if self.allocator else None,
-            "rng": rng_state(),
-            "progress": {name: getattr(self, name) for name in self.progress_names},
-            "args": {k: v for k, v in vars(self.args).items() if k != "typed"},
-            "cache": self.identity,
-        }
-
-    def restore(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.allocator:
-            self.allocator.load_state_dict(state["allocator"])
-        for name in self.progress_names:
-            setattr(self, name, state["progress"][name])
-        self.sums = self.sums.to(self.model.shift_logits.device)
-        set_rng_state(state["rng"])
-
-    @property
-    def rank_is_final(self) -> bool:
-        return self.allocator is None or self.allocator.is_final(self.step)
 
 
 def save_checkpoint(path: Path, state: dict) -> None:

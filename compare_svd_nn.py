@@ -122,8 +122,9 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
         "pca": lambda x, r: pca(x, r, axes),
     }
     if model.factors == "projected":
-        steps, extra = model.refine_steps, model.oversample
-        methods["random_sketch"] = lambda x, r: random_sketch(x, r, steps, extra)
+        # as many columns and steps as the network has at every rank: only the sketch differs
+        steps, columns = model.refine_steps, model.sketch_columns
+        methods["random_sketch"] = lambda x, r: random_sketch(x, r, steps, columns - r)
     return methods
 
 

@@ -22,12 +22,11 @@ from tqdm import tqdm
 
 import cli
 import plots
-from checkpoint import TrainState, cache_identity, load_checkpoint, load_model, save_checkpoint
+from checkpoint import load_model, save_checkpoint
 from cli import UserError
 from files import new_folder, sweep_temporaries, write_json
-from model import ARCHITECTURES, LossTerms, LowRankFactorModel, canonical_arch, get_model_by_name
+from model import ARCHITECTURES, LossTerms, LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset, create_data_loaders_real
-from rank_allocator import RankAllocator
 from run_log import RunLog
 from svd_baseline import (
     evaluate,
@@ -37,14 +36,10 @@ from svd_baseline import (
     summarise,
     token_error,
 )
+from training_state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run
 
-SHIFT_LR_FACTOR = 20  # a shift must move by tenths while weights move by thousandths
 CLIP_NORM = 1.0
 CHECK_EVERY = 50  # steps between looks at the non-finite flag, each a wait for the device
-TERMS = ("reconstruction", "mse", "optimum_mse", "B", "ortho", "act", "lora_ortho")
-# flags that may differ from the run that is resumed; --lr wins where typed
-FREE_ON_RESUME = {"arch", "resume", "epochs", "lr", "patience", "results_dir", "cache_dir"}
-FREE_ON_RESUME |= {"log_dir", "device", "tensorboard"}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -82,7 +77,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="epochs, or epochs to add with --resume")  # fmt: skip
     train.add_argument("--batch_size", type=number(int, 1), default=8, help="images a step")
     train.add_argument("--lr", type=number(float, above=0), default=1e-4,
-                       help="AdamW's learning rate; shifts get 20 times it")  # fmt: skip
+                       help=f"AdamW's learning rate; shifts get {SHIFT_LR_FACTOR} times it")  # fmt: skip
     train.add_argument("--weight_decay", type=number(float, 0), default=1e-5, help="AdamW's")
     train.add_argument("--patience", type=number(int, 1), default=10,
                        help="epochs without improvement before stopping")  # fmt: skip
@@ -114,48 +109,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     alloc.add_argument("--allocator_importance", choices=("energy", "sensitivity"),
                        default="energy", help="what decides which component goes")  # fmt: skip
     return parser
-
-
-def build_run(
-    args: argparse.Namespace, dataset: RealQwenVLDataset, device: torch.device
-) -> TrainState:
-    """Model, optimiser, scheduler and allocator of a run that has not begun."""
-    torch.manual_seed(args.seed)
-    model = get_model_by_name(
-        args.arch,
-        input_dim=dataset.feature_dim,
-        num_tokens=dataset.num_tokens,
-        **{name: getattr(args, name) for name in MODEL_FLAGS},
-    ).to(device)
-    model.branch_dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-    shifts = [model.shift_logits]
-    plain = [p for n, p in model.named_parameters() if p.ndim < 2 or n == "lora_E"]
-    plain = [p for p in plain if p is not model.shift_logits]
-    weights = [p for n, p in model.named_parameters() if p.ndim >= 2 and n != "lora_E"]
-    groups = [
-        {"params": weights, "weight_decay": args.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-        {"params": shifts, "weight_decay": 0.0, "lr": args.lr * SHIFT_LR_FACTOR},
-    ]
-    # fused: one kernel a step, and it skips a step by a flag on the device (see train_step)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=0.5, patience=max(1, args.patience // 2 - 1)
-    )
-    allocator = None
-    if args.use_rank_allocator:
-        names = ("init_warmup", "final_warmup", "mask_interval", "keep_ratio", "importance")
-        options = {name: getattr(args, f"allocator_{name}") for name in names}
-        allocator = RankAllocator(model, **options)
-    sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
-    identity = cache_identity(dataset)
-    return TrainState(
-        args, model, optimizer, scheduler, allocator, identity, args.epochs, sums=sums
-    )
-
-
-MODEL_FLAGS = ("rank", "factors", "refine_steps", "oversample", "lambda_B", "hidden_dim",
-               "num_blocks", "dropout")  # fmt: skip
 
 
 def train_step(run: TrainState, x: Tensor, singular_values: Tensor) -> tuple[LossTerms, Tensor]:
@@ -314,46 +267,6 @@ class Stop:
     @property
     def requested(self) -> bool:
         return self.signal != 0
-
-
-def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset) -> TrainState:
-    """A new run, or the one that --resume names. Raises UserError where flags contradict it."""
-    device = cli.pick_device(args.device)
-    if not args.resume:
-        return build_run(args, dataset, device)
-    path = folder / f"{args.resume}_model.pt"
-    state = load_checkpoint(path, dataset)
-    before = state["args"]
-    for name in sorted(args.typed - FREE_ON_RESUME):
-        if getattr(args, name) != before[name]:
-            raise UserError(
-                f"--{name} {getattr(args, name)} differs from the {before[name]} that {path} was "
-                f"trained with: leave --{name} away to go on, or --resume away to start anew"
-            )
-    typed_lr = args.lr if "lr" in args.typed else None
-    epochs = args.epochs
-    kept = {k: v for k, v in before.items() if k not in FREE_ON_RESUME}
-    kept |= {name: before[name] for name in ("lr", "patience") if name not in args.typed}
-    args = argparse.Namespace(**{**vars(args), **kept})
-    run = build_run(args, dataset, device)
-    run.restore(state)
-    if args.resume == "last":
-        if run.finished:
-            raise UserError(
-                f"{path} is of a finished run: add epochs with --resume --epochs N instead"
-            )
-        if "epochs" in args.typed and epochs != before["epochs"]:
-            raise UserError(
-                f"--epochs {epochs}: --resume last goes on to its run's own epoch "
-                f"{run.last_epoch}: leave --epochs away, or add epochs with --resume"
-            )
-    else:
-        run.last_epoch = run.epoch - 1 + epochs
-        run.bad_epochs, run.finished = 0, False
-    if typed_lr is not None:
-        for group, factor in zip(run.optimizer.param_groups, (1, 1, SHIFT_LR_FACTOR), strict=True):
-            group["lr"] = typed_lr * factor
-    return run
 
 
 def set_aside(folder: Path, log: Callable[[str], None]) -> None:

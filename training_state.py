@@ -1,0 +1,158 @@
+"""The state of a training run: how it begins, how it goes on, and all that a checkpoint keeps."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import cli
+from checkpoint import cache_identity, load_checkpoint, rng_state, set_rng_state
+from cli import UserError
+from model import LowRankFactorModel, get_model_by_name
+from qwenvl_dataloader import RealQwenVLDataset
+from rank_allocator import RankAllocator
+
+SHIFT_LR_FACTOR = 20  # a shift must move by tenths while weights move by thousandths
+# terms of the loss that are summed over an epoch (model.LossTerms)
+TERMS = ("reconstruction", "mse", "optimum_mse", "B", "ortho", "act", "lora_ortho")
+MODEL_FLAGS = ("rank", "factors", "refine_steps", "oversample", "lambda_B", "hidden_dim",
+               "num_blocks", "dropout")  # fmt: skip
+# flags that may differ from the run that is resumed; --lr wins where typed
+FREE_ON_RESUME = {"arch", "resume", "epochs", "lr", "patience", "results_dir", "cache_dir"}
+FREE_ON_RESUME |= {"log_dir", "device", "tensorboard"}
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while a run trains; `checkpoint()` is all of it."""
+
+    args: argparse.Namespace
+    model: LowRankFactorModel
+    optimizer: torch.optim.AdamW
+    scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
+    allocator: RankAllocator | None
+    identity: dict
+    last_epoch: int
+    epoch: int = 1  # the epoch that is being trained
+    batches_done: int = 0  # of that epoch
+    step: int = 0  # optimiser steps since the start
+    best: float = float("inf")  # validation mse minus its optimum
+    best_epoch: int = 0
+    bad_epochs: int = 0
+    finished: bool = False
+    sums: Tensor | None = None  # of the loss terms over the epoch's images so far, float64
+    history: list[dict] = field(default_factory=list)
+
+    progress_names = ("last_epoch", "epoch", "batches_done", "step", "best", "best_epoch",
+                      "bad_epochs", "finished", "sums", "history")  # fmt: skip
+
+    def checkpoint(self) -> dict:
+        return {
+            "config": self.model.config,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "allocator": self.allocator.state_dict() if self.allocator else None,
+            "rng": rng_state(),
+            "progress": {name: getattr(self, name) for name in self.progress_names},
+            "args": {k: v for k, v in vars(self.args).items() if k != "typed"},
+            "cache": self.identity,
+        }
+
+    def restore(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.allocator:
+            self.allocator.load_state_dict(state["allocator"])
+        for name in self.progress_names:
+            setattr(self, name, state["progress"][name])
+        self.sums = self.sums.to(self.model.shift_logits.device)
+        set_rng_state(state["rng"])
+
+    @property
+    def rank_is_final(self) -> bool:
+        return self.allocator is None or self.allocator.is_final(self.step)
+
+
+def build_run(
+    args: argparse.Namespace, dataset: RealQwenVLDataset, device: torch.device
+) -> TrainState:
+    """Model, optimiser, scheduler and allocator of a run that has not begun."""
+    torch.manual_seed(args.seed)
+    model = get_model_by_name(
+        args.arch,
+        input_dim=dataset.feature_dim,
+        num_tokens=dataset.num_tokens,
+        **{name: getattr(args, name) for name in MODEL_FLAGS},
+    ).to(device)
+    model.branch_dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    named = [(n, p) for n, p in model.named_parameters() if p is not model.shift_logits]
+    # no decay for biases, norms and the gate: zero is no better a place for them
+    undecayed = [p for n, p in named if p.ndim < 2 or n == "lora_E"]
+    decayed = [p for n, p in named if p.ndim >= 2 and n != "lora_E"]
+    shifts = {"params": [model.shift_logits], "weight_decay": 0.0, "lr": args.lr * SHIFT_LR_FACTOR}
+    groups = [
+        {"params": decayed, "weight_decay": args.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+        shifts,
+    ]
+    # fused: one kernel a step, and it skips a step by a flag on the device (see train_step)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.5, patience=max(1, args.patience // 2 - 1)
+    )
+    allocator = None
+    if args.use_rank_allocator:
+        names = ("init_warmup", "final_warmup", "mask_interval", "keep_ratio", "importance")
+        options = {name: getattr(args, f"allocator_{name}") for name in names}
+        allocator = RankAllocator(model, **options)
+    sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
+    identity = cache_identity(dataset)
+    return TrainState(
+        args, model, optimizer, scheduler, allocator, identity, args.epochs, sums=sums
+    )
+
+
+def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset) -> TrainState:
+    """A new run, or the one that --resume names. Raises UserError where flags contradict it."""
+    device = cli.pick_device(args.device)
+    if not args.resume:
+        return build_run(args, dataset, device)
+    path = folder / f"{args.resume}_model.pt"
+    state = load_checkpoint(path, dataset)
+    before = state["args"]
+    for name in sorted(args.typed - FREE_ON_RESUME):
+        if getattr(args, name) != before[name]:
+            raise UserError(
+                f"--{name} {getattr(args, name)} differs from the {before[name]} that {path} was "
+                f"trained with: leave --{name} away to go on, or --resume away to start anew"
+            )
+    typed_lr = args.lr if "lr" in args.typed else None
+    epochs = args.epochs
+    kept = {k: v for k, v in before.items() if k not in FREE_ON_RESUME}
+    kept |= {name: before[name] for name in ("lr", "patience") if name not in args.typed}
+    args = argparse.Namespace(**{**vars(args), **kept})
+    run = build_run(args, dataset, device)
+    run.restore(state)
+    if args.resume == "last":
+        if run.finished:
+            raise UserError(
+                f"{path} is of a finished run: add epochs with --resume --epochs N instead"
+            )
+        if "epochs" in args.typed and epochs != before["epochs"]:
+            raise UserError(
+                f"--epochs {epochs}: --resume last goes on to its run's own epoch "
+                f"{run.last_epoch}: leave --epochs away, or add epochs with --resume"
+            )
+    else:
+        run.last_epoch = run.epoch - 1 + epochs
+        run.bad_epochs, run.finished = 0, False
+    if typed_lr is not None:
+        for group, factor in zip(run.optimizer.param_groups, (1, 1, SHIFT_LR_FACTOR), strict=True):
+            group["lr"] = typed_lr * factor
+    return run
