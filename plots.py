@@ -39,9 +39,9 @@ METHODS: dict[str, tuple[str, str]] = {
 }
 NETWORK, SVD = METHODS["network"][1], METHODS["svd"][1]
 CURVES = {  # of training_curves; paler: the same on training images
-    "train_mse": ("training", "#F2B48C", "-"),
+    "train_mse": ("training", "#E8935A", "-"),
     "val_mse": ("validation", NETWORK, "-"),
-    "train_optimum_mse": ("training floor (SVD)", "#8CC0DD", "--"),
+    "train_optimum_mse": ("training floor (SVD)", "#5FA8D3", "--"),
     "val_optimum_mse": ("validation floor (SVD)", SVD, "--"),
 }
 TERMS = {  # no methods, so no method's colour (Tol's "muted")
@@ -65,12 +65,12 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#E6E6E6",
     "image.interpolation": "nearest",
-    "savefig.dpi": 150,
+    "savefig.dpi": "figure",
 }
 
 
 def _figure(width: float, height: float, layout: str = "constrained") -> Figure:
-    return Figure((width, height), layout=layout, facecolor="white")
+    return Figure((width, height), dpi=150, layout=layout, facecolor="white")
 
 
 def _save(figure: Figure, path: str | Path, title: str, footer: str, ends: dict | None = None):
@@ -116,6 +116,11 @@ def _note(ax: Axes, x: float, y: float, text: str, colour: str = GREY, **style) 
     ax.text(x, y, text, color=colour, transform=ax.transAxes, fontsize=10.5, **style)
 
 
+def _note_undefined(ax: Axes) -> None:
+    _note(ax, 0.5, 0.5, "undefined: the optimum is below 1e-6 at this rank", ha="center")
+    ax.set_yticks([])
+
+
 def _array(values: ArrayLike | torch.Tensor) -> np.ndarray:
     """float64; None becomes NaN, which no curve draws."""
     tensor = isinstance(values, torch.Tensor)
@@ -145,8 +150,10 @@ def _number(value: float, _position: int | None = None) -> str:
 
 def _log_scale(ax: Axes, which: str = "y") -> None:
     """Logarithmic axis with readable ticks, whether it spans a few per cent or ten decades."""
-    ax.set(**{f"{which}scale": "log"})
     axis = getattr(ax, f"{which}axis")
+    if not np.isfinite(axis.get_data_interval()).all():
+        return  # an empty panel has no scale
+    ax.set(**{f"{which}scale": "log"})
     decades = np.ptp(np.log10(axis.get_view_interval()))
     subs = (1, 2, 5) if decades < 2 else (1,)
     axis.set_major_locator(MaxNLocator(5) if decades < 0.7 else LogLocator(subs=subs, numticks=7))
@@ -157,7 +164,7 @@ def _log_scale(ax: Axes, which: str = "y") -> None:
 def _epoch_axis(ax: Axes, epochs: list[int]) -> None:
     pad = max(0.02 * (epochs[-1] - epochs[0]), 0.15)
     ax.set(xlim=(epochs[0] - pad, epochs[-1] + pad), xlabel="epoch")
-    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
 
 
 def _line(ax: Axes, x: ArrayLike, y: ArrayLike, colour: str, wide: bool = False, **style) -> None:
@@ -203,11 +210,15 @@ def _colour_bar(figure: Figure, image, axes, label: str, bins: int = 5, **style)
 
 
 def _photograph(ax: Axes, photo: Image, box: Box, grid: Grid = (1, 1), **style) -> None:
-    """The photograph over a grid's units, and its box."""
+    """The photograph in the grid's units, and its box."""
     ax.imshow(photo, extent=(0, grid[1], grid[0], 0), interpolation="bilinear")
     ax.set(xticks=[], yticks=[], **style)
     ax.grid(False)
     _draw_box(ax, box, grid)
+
+
+def _caption(box: Box) -> str:
+    return "photograph" if box is None else "photograph and box of its text"
 
 
 def _draw_box(ax: Axes, box: Box, grid: Grid) -> None:
@@ -259,7 +270,7 @@ def _excess_panel(ax: Axes, epochs: list[int], excess: np.ndarray, best: int, un
     """Validation excess over epochs; the untrained start is an open circle, the best a full one."""
     ax.set_ylabel("validation error\nabove the optimum (%)")
     if np.isnan(excess).all():
-        _note(ax, 0.5, 0.5, "undefined: the optimum is below 1e-6 at this rank", ha="center")
+        _note_undefined(ax)
         return
     _line(ax, epochs, excess, NETWORK)
     ax.margins(y=0.25)
@@ -306,7 +317,8 @@ def loss_terms(path: str | Path, history: list[dict], footer: str) -> None:
         ends[axes[3]] = [(s, f"step {k}", BLACK) for k, s in enumerate(shifts[-1], 1)]
     _epoch_axis(axes[-1], epochs)
     first, last = (f"{history[i]['loss_reconstruction']:.5g}" for i in (0, -1))
-    title = f"Squared error over its optimum: {first} in epoch {epochs[0]}, {last} in {epochs[-1]}"
+    title = f"Training: squared error over its optimum {first} in epoch {epochs[0]}"
+    title += f", {last} in epoch {epochs[-1]}" if len(epochs) > 1 else ""
     _save(figure, path, title, footer, ends)
 
 
@@ -320,7 +332,7 @@ def error_heatmap(
     """Mean relative error per token [T] of network and SVD on one scale, and their difference."""
     errors = {name: _array(token_error[name]) for name in ("network", "svd")}
     apart = errors["network"] - errors["svd"]
-    figure = _figure(13, 4.9, "compressed")
+    figure = _figure(13, 4.5, "compressed")
     axes = figure.subplots(1, 3)
     for ax, (name, values) in zip(axes, errors.items(), strict=False):
         image = _token_map(ax, values, grid, _limits(*errors.values()))
@@ -433,7 +445,7 @@ def _excess_strips(ax: Axes, excess: dict[str, np.ndarray]) -> None:
 def rank_sweep(
     path: str | Path, ranks: dict[str, dict], num_tokens: int, feature_dim: int, footer: str
 ) -> None:
-    """Error and excess of every method over the rank: the mean, and a band up to the 90th percentile.
+    """Error and excess of every method over the rank: mean, and a band up to the 90th percentile.
 
     ranks: as in svd_nn_comparison.json, rank → method → metric → {"mean", "p90"}.
     """
@@ -457,10 +469,12 @@ def rank_sweep(
                ylabel=f"error above the optimum (%)\n{ROUNDING} and less is rounding")  # fmt: skip
     for ax in (top, bottom):
         _log_scale(ax)
-        if x[0] < 1 / stored < x[-1]:
+    if x[0] < 1 / stored < x[-1]:  # beyond it the factors take more room than X
+        for ax in (top, bottom):
             ax.axvline(1 / stored, color=GREY, ls="--", lw=1)
-            ax.text(1 / stored, 0.03, f"break-even rank {1 / stored:.0f} ", color=GREY, ha="right",
-                    va="bottom", rotation=90, transform=ax.get_xaxis_transform())  # fmt: skip
+        top.annotate(f"break-even rank {1 / stored:.0f}", (1 / stored, 0.48), (-3, 0),
+                     ("data", "axes fraction"), "offset points", color=GREY, rotation=90,
+                     ha="right", va="center")  # fmt: skip
     above = top.secondary_xaxis("top")
     above.set_xticks(x, [f"{100 * r * stored:.3g} %" for r in x])
     above.set_xlabel("numbers stored in A and B, r (T + D), of the T·D in X")
@@ -468,8 +482,11 @@ def rank_sweep(
     for axis in (bottom.xaxis, above.xaxis):
         axis.set_minor_locator(NullLocator())
     excess = _column([ranks[str(r)]["network"]["excess_pct"] for r in x], "mean")
+    if np.isnan(excess).all():
+        _note_undefined(bottom)
     worst = _pct(np.fmax.reduce(excess))  # fmax ignores NaN
-    title = f"Ranks {x[0]} to {x[-1]}: the network's mean error is at most {worst} above the SVD's"
+    reach = f"Rank {x[0]}" if len(x) == 1 else f"Ranks {x[0]} to {x[-1]}"
+    title = f"{reach}: the network's mean error is at most {worst} above the SVD's"
     _save(figure, path, title, footer, ends)
 
 
@@ -490,9 +507,10 @@ def channel_comparison(
     figure = _figure(4 + 1.6 * count, 9.6)
     grids = figure.add_gridspec(1, 2, width_ratios=[3, 1.6 * count])
     picture = figure.add_subplot(grids[0], anchor="N")
-    _photograph(picture, photo, box, title="what the encoder saw" + (", text's box" if box else ""))
+    _photograph(picture, photo, box, title=_caption(box))
     axes = grids[1].subgridspec(5, count).subplots()
     axes = axes.reshape(5, count)
+    below = {"location": "bottom", "pad": 0.01, "aspect": 12}
     reach = _limits(network - original, svd - original, symmetric=True)
     for column, j in zip(axes.T, range(count), strict=True):
         values = [v[:, j] for v in (original, network, svd)]
@@ -501,7 +519,7 @@ def channel_comparison(
         for ax, v in zip(column[3:], values[1:], strict=True):
             signed = _token_map(ax, v - values[0], grid, reach, cmap="RdBu_r")
         column[0].set_title(f"channel {channels[j]}", loc="center")
-        _colour_bar(figure, image, list(column[:3]), "", 3, location="bottom", pad=0.01, aspect=12)
+        _colour_bar(figure, image, list(column[:3]), "units of X", 3, **below)
     _colour_bar(figure, signed, list(axes[3:, -1]), "difference (units of X)", aspect=25)
     labels = [("original X", BLACK), METHODS["network"], METHODS["svd"],
               ("network − original", NETWORK), ("SVD − original", SVD)]  # fmt: skip
@@ -517,17 +535,15 @@ def spatial_error(
     path: str | Path, photo: Image, box: Box, token_error: dict[str, ArrayLike], grid: Grid,
     info: dict[str, str],
 ) -> None:  # fmt: skip
-    """Relative error per token [T] of one image: network and SVD on one scale, and their difference.
+    """Relative error per token [T] of one image: network and SVD on one scale, their difference.
 
     Above as maps, below over the photograph; info: title and footer.
     """
     errors = {name: _array(token_error[name]) for name in ("network", "svd")}
     apart = errors["network"] - errors["svd"]
-    figure = _figure(15.5, 8.2, "compressed")
+    figure = _figure(15.5, 7.7, "compressed")
     axes = figure.subplots(2, 4)
-    _photograph(
-        axes[0, 0], photo, box, title="what the encoder saw" + (", text's box" if box else "")
-    )
+    _photograph(axes[0, 0], photo, box, title=_caption(box))
     _inside_outside(axes[1, 0], errors, box, grid)
     scale, signed = _limits(*errors.values()), _limits(apart, symmetric=True)
     panels = [(*METHODS[name], values, scale, "viridis") for name, values in errors.items()]
@@ -565,7 +581,8 @@ def _inside_outside(ax: Axes, errors: dict[str, np.ndarray], box: Box, grid: Gri
             low, high = np.percentile(errors[name][mask], (10, 90))
             ax.plot([position + side] * 2, [low, high], color=colour, lw=4, alpha=0.4)
             ax.plot(position + side, errors[name][mask].mean(), "o", color=colour, ms=7)
-            ax.text(position + side, 1.03 * high, label, color=colour, ha=align)
+            if position == 0:
+                ax.text(side, 1.03 * high, label, color=colour, ha=align)
     ax.set_xticks(range(len(parts)), list(parts))
-    ax.set(xlim=(-0.6, len(parts) - 0.4), ylim=(0, 1.15 * ax.get_ylim()[1]), box_aspect=1,
+    ax.set(xlim=(-0.75, len(parts) - 0.25), ylim=(0, 1.15 * ax.get_ylim()[1]), box_aspect=1,
            ylabel="relative error of a token", title="mean and 10–90 % of tokens")  # fmt: skip

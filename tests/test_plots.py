@@ -1,0 +1,372 @@
+"""Figures: what is written on them is what the data say, and panels that compare share a scale."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
+from PIL import Image
+
+import files
+import plots
+
+FOOTER = "DEMO data, some-encoder, 36 images, T=16, D=40; rank 4, seed 42"
+INFO = {"title": "Image 3 (test) at rank 4", "footer": f"{FOOTER}; question: is it $5 or $6?"}
+GRID = (4, 4)
+BOX = (0.25, 0.5, 0.5, 0.25)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, in order; laid out for a size, not painted, to save time."""
+    figures: list[Figure] = []
+
+    def record(figure, path, **kwargs):
+        figures.append(figure)
+        Path(path).write_bytes(b"not painted")
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return figures
+
+
+def history(epochs: int, excess: float = 0.03) -> list[dict]:
+    """Entry 0 untrained with twice the excess, entry e with excess · (1 + 1/(1 + e))."""
+    entries = []
+    for epoch in range(epochs + 1):
+        pct = excess * (1 + 1 / (1 + epoch))
+        entry = {"epoch": epoch, "val_mse": 3e-4 * (1 + pct / 100) ** 2, "val_optimum_mse": 3e-4,
+                 "val_rel_error": 0.02, "val_excess_pct": pct, "effective_rank": 4}  # fmt: skip
+        if epoch:
+            entry |= {"train_loss": 1.002, "train_mse": 4e-4 * (1 + pct / 100) ** 2,
+                      "train_optimum_mse": 4e-4, "loss_reconstruction": 1.001, "loss_B": 1e-4,
+                      "loss_ortho": 1e-3, "loss_lora_ortho": 0.0, "loss_act": 0.0,
+                      "shifts": [0.3, 0.7], "lr": 1e-4, "seconds": 1.0,
+                      "samples_per_s": 30.0}  # fmt: skip
+        entries.append(entry)
+    return entries
+
+
+def per_image(scale: float = 1.0) -> dict[str, dict[str, np.ndarray]]:
+    """12 images; the SVD's excess is rounding of both signs, the network's mean is 0.2 · scale."""
+    rng = np.random.default_rng(0)
+    best = rng.uniform(0.01, 0.05, 12)
+    means = {"network": 0.2, "random_sketch": 0.3, "randomized_svd": 1.5, "pca": 900.0}
+    excess = {name: scale * mean * np.linspace(0.5, 1.5, 12) for name, mean in means.items()}
+    excess["svd"] = 1e-7 * np.array([1, -1] * 6)
+    return {n: {"rel_error": best * (1 + e / 100), "excess_pct": e} for n, e in excess.items()}
+
+
+def sweep(ranks: list[int]) -> dict[str, dict]:
+    """As in svd_nn_comparison.json; the network's excess is rank / 100 per cent."""
+    means = {"network": 0.01, "svd": -1e-9, "randomized_svd": 0.1, "pca": 10.0}
+    return {
+        str(r): {
+            name: {
+                "rel_error": {"mean": (1 + mean * r / 100) / r, "p90": 1.4 / r},
+                "excess_pct": {"mean": mean * r, "p90": 1.5 * mean * r},
+            }
+            for name, mean in means.items()
+        }
+        for r in ranks
+    }
+
+
+@pytest.fixture(scope="module")
+def errors():
+    """Relative error per token [16] of network and SVD; in the box twice that outside."""
+    inside = np.zeros(GRID)
+    inside[2, 1:3] = 1
+    svd = 0.1 * (1 + inside.ravel())
+    return {"network": torch.from_numpy(svd + np.linspace(0, 0.003, 16)), "svd": svd}
+
+
+@pytest.fixture(scope="module")
+def maps():
+    rng = np.random.default_rng(1)
+    original = rng.normal(size=(16, 3)) * [1, 10, 100]
+    noise = rng.normal(size=(2, 16, 3))
+    return {"original": torch.from_numpy(original), "network": original + 0.3 * noise[0],
+            "svd": original + 0.1 * noise[1]}  # fmt: skip
+
+
+PHOTO = Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+
+
+def title(figure: Figure) -> str:
+    return figure.get_suptitle().replace("\n", " ")
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def data_images(ax: Axes) -> list:
+    """Maps of an axes, without photographs."""
+    return [image for image in ax.get_images() if image.get_array().ndim == 2]
+
+
+def colour_scales(figure: Figure, cmap: str) -> list[tuple[float, float]]:
+    images = [image for ax in figure.axes for image in data_images(ax)]
+    return [image.get_clim() for image in images if image.get_cmap().name == cmap]
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory, errors, maps):
+    """Each public function's PNG, painted: list of (path, figure)."""
+    folder = tmp_path_factory.mktemp("figures")
+    norms = np.geomspace(100, 1, 4) * np.ones((12, 1))
+    spectra = {"X": np.geomspace(100, 0.1, 16) * np.ones((12, 1)),
+               "X_hat": np.r_[norms[0], np.zeros(12)] * np.ones((12, 1))}  # fmt: skip
+    calls = {
+        plots.training_curves: (history(5), FOOTER),
+        plots.loss_terms: (history(5), FOOTER),
+        plots.error_heatmap: (errors, GRID, FOOTER),
+        plots.b_row_norms: (norms, norms, FOOTER),
+        plots.comparison: (per_image(), spectra, 4, FOOTER),
+        plots.rank_sweep: (sweep([2, 4, 8, 16]), 16, 40, FOOTER),
+        plots.channel_comparison: (PHOTO, BOX, maps, [7, 30, 2], GRID, INFO),
+        plots.spatial_error: (PHOTO, BOX, errors, GRID, INFO),
+    }
+    figures, savefig = [], Figure.savefig
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Figure, "savefig", lambda f, *a, **k: (figures.append(f), savefig(f, *a, **k))
+        )
+        for function, arguments in calls.items():
+            function(str(folder / f"{function.__name__}.png"), *arguments)
+    paths = [folder / f"{function.__name__}.png" for function in calls]
+    assert sorted(folder.iterdir()) == sorted(paths)  # no temporary file is left
+    return list(zip(paths, figures, strict=True))
+
+
+def test_every_figure_is_a_readable_png_with_a_title_that_says_demo_data(gallery):
+    assert len(gallery) == 8
+    for path, figure in gallery:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        with Image.open(path) as image:
+            assert 1000 <= image.width <= 2600 and 600 <= image.height <= 1700
+            pixels = np.asarray(image.convert("L"))
+        assert pixels[-1, -1] == 255  # white background
+        assert pixels.std() > 10  # something is drawn
+        assert any(text.startswith(FOOTER) for text in texts(figure)) and title(figure)
+
+
+def test_no_text_leaves_the_picture_and_labels_at_the_ends_of_curves_do_not_overlap(gallery):
+    labelled = 0
+    for _, figure in gallery:
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        drawn = figure.get_tightbbox(renderer)  # inches
+        assert (drawn.min >= 0).all() and (drawn.max <= figure.get_size_inches()).all(), figure
+        for ax in figure.axes:
+            ends = [t for t in ax.texts if isinstance(t, Annotation) and t.arrow_patch is not None]
+            boxes = [Text.get_window_extent(t, renderer) for t in ends]
+            labelled += len(boxes)
+            overlaps = [ends[i] for i, b in enumerate(boxes) if any(map(b.overlaps, boxes[:i]))]
+            assert not overlaps
+    assert labelled == 4 + 4 + 2 + 4 + 3  # mse, terms, shifts; error and excess of the sweep
+
+
+def test_network_and_svd_error_maps_share_one_scale_that_spans_both(tmp_path, errors, drawn):
+    plots.error_heatmap(tmp_path / "heat.png", errors, GRID, FOOTER)
+    plots.spatial_error(tmp_path / "spatial.png", PHOTO, BOX, errors, GRID, INFO)
+    low, high = errors["svd"].min(), float(errors["network"].max())
+    apart = float((errors["network"] - torch.from_numpy(errors["svd"])).abs().max())
+    for figure, count in zip(drawn, (1, 2), strict=True):
+        assert colour_scales(figure, "viridis") == [(low, high)] * 2 * count
+        assert colour_scales(figure, "RdBu_r") == [(-apart, apart)] * count
+
+
+def test_a_channel_has_one_scale_for_original_network_and_svd_and_all_differences_share_one(
+    tmp_path, maps, drawn
+):
+    plots.channel_comparison(tmp_path / "c.png", PHOTO, None, maps, [7, 30, 2], GRID, INFO)
+    scales = sorted(set(colour_scales(drawn[0], "viridis")), key=lambda scale: scale[1])
+    stack = np.stack([np.asarray(values) for values in maps.values()])
+    assert scales == [(stack[..., j].min(), stack[..., j].max()) for j in range(3)]
+    assert len(colour_scales(drawn[0], "viridis")) == 9
+    reach = np.abs(stack[1:] - stack[0]).max()
+    assert colour_scales(drawn[0], "RdBu_r") == [(-reach, reach)] * 6
+
+
+def test_each_map_shows_its_own_tokens_in_raster_order(tmp_path, maps, drawn):
+    plots.channel_comparison(tmp_path / "c.png", PHOTO, None, maps, [7, 30, 2], GRID, INFO)
+    shown = [image.get_array() for ax in drawn[0].axes for image in data_images(ax)]
+    shown = [image for image in shown if image.shape == GRID]
+    original, network, svd = (np.asarray(maps[name]) for name in ("original", "network", "svd"))
+    rows = [original, network, svd, network - original, svd - original]
+    expected = [row[:, j].reshape(GRID) for row in rows for j in range(3)]
+    np.testing.assert_array_equal(np.stack(shown), np.stack(expected))
+
+
+def test_the_box_lies_on_photograph_and_maps_where_the_text_is(tmp_path, errors, drawn):
+    plots.spatial_error(tmp_path / "s.png", PHOTO, BOX, errors, GRID, INFO)
+    boxes = [patch.get_bbox().bounds for ax in drawn[0].axes for patch in ax.patches
+             if patch.get_path_effects()]  # fmt: skip
+    assert boxes == [BOX] + [(1.0, 2.0, 2.0, 1.0)] * 6
+    labels = [t.get_text() for t in drawn[0].axes[4].get_xticklabels()]
+    assert labels == ["in the box\n(2 tokens)", "outside\n(14 tokens)"]
+    means = [line.get_ydata()[0] for line in drawn[0].axes[4].lines if len(line.get_ydata()) == 1]
+    assert means[1::2] == pytest.approx([0.2, 0.1])  # the SVD's, in the box and outside
+
+
+def test_an_image_without_a_box_has_none_drawn(tmp_path, errors, drawn):
+    plots.spatial_error(tmp_path / "s.png", PHOTO, None, errors, GRID, INFO)
+    assert not any(p.get_path_effects() for ax in drawn[0].axes for p in ax.patches)
+    assert [t.get_text() for t in drawn[0].axes[4].get_xticklabels()] == ["all\n(16 tokens)"]
+
+
+def test_a_question_with_dollar_signs_is_written_as_it_is(tmp_path, errors, drawn):
+    plots.spatial_error(tmp_path / "s.png", PHOTO, BOX, errors, GRID, INFO)
+    footer = next(text for text in drawn[0].texts if "DEMO" in text.get_text())
+    assert "$5 or $6" in footer.get_text() and not footer.get_parse_math()
+
+
+def test_training_title_names_the_best_epoch_and_the_untrained_start(tmp_path, drawn):
+    entries = history(8)
+    entries[6]["val_mse"], entries[6]["val_excess_pct"] = 3.00001e-4, 0.0123
+    plots.training_curves(tmp_path / "t.png", entries, FOOTER)
+    assert title(drawn[0]) == (
+        "Validation error is 0.0123 % above the SVD's at epoch 6 of 8; untrained 0.06 %"
+    )
+    assert {"untrained 0.06 %", "best 0.0123 %"} <= set(texts(drawn[0]))
+
+
+def test_epochs_before_the_final_rank_do_not_count_as_best(tmp_path, drawn):
+    entries = history(6)
+    for entry in entries[:4]:
+        entry |= {"effective_rank": 8, "val_mse": 1e-9, "val_optimum_mse": 1e-9}
+    plots.training_curves(tmp_path / "t.png", entries, FOOTER)
+    assert "at epoch 6" in title(drawn[0]) and "untrained" not in title(drawn[0])
+
+
+@pytest.mark.parametrize("epochs", [1, 500])
+@pytest.mark.parametrize("excess", [0.03, 1600.0])
+def test_one_epoch_and_five_hundred_are_drawn_at_any_excess(tmp_path, drawn, epochs, excess):
+    plots.training_curves(tmp_path / "t.png", history(epochs, excess), FOOTER)
+    plots.loss_terms(tmp_path / "l.png", history(epochs, excess), FOOTER)
+    mse, above = drawn[0].axes
+    assert mse.get_yscale() == "log"
+    for ax in (mse, above):
+        for line in ax.lines:
+            y = np.asarray(line.get_ydata(), float)
+            y = y[np.isfinite(y)]
+            assert ax.get_ylim()[0] < y.min() <= y.max() < ax.get_ylim()[1]
+    ticks = [tick for tick in drawn[0].axes[1].get_xticks() if 0 <= tick <= epochs]
+    assert ticks and all(tick == int(tick) for tick in ticks)
+
+
+def test_a_falling_excess_over_decades_is_drawn_on_a_log_scale_and_a_flat_one_is_not(
+    tmp_path, drawn
+):
+    plots.training_curves(tmp_path / "t.png", history(5), FOOTER)
+    falling = history(5)
+    for entry in falling:
+        entry["val_excess_pct"] = 1000 / 10 ** entry["epoch"]
+    plots.training_curves(tmp_path / "t.png", falling, FOOTER)
+    assert [figure.axes[1].get_yscale() for figure in drawn] == ["linear", "log"]
+
+
+def test_an_undefined_excess_is_said_and_not_drawn_as_zero(tmp_path, drawn):
+    entries = [entry | {"val_excess_pct": None, "val_optimum_mse": 0.0} for entry in history(3)]
+    plots.training_curves(tmp_path / "t.png", entries, FOOTER)
+    assert any("undefined" in text for text in texts(drawn[0]))
+    assert not drawn[0].axes[1].lines and "%" not in title(drawn[0])
+
+
+def test_loss_terms_that_are_zero_throughout_are_left_out(tmp_path, drawn):
+    plots.loss_terms(tmp_path / "l.png", history(5), FOOTER)
+    shown = set(texts(drawn[0]))
+    assert {"sum", "reconstruction", "B (ridge)", "orthogonality", "step 1", "step 2"} <= shown
+    assert not {"LoRA orthogonality", "activations"} & shown
+
+
+def test_without_shifts_there_is_no_panel_for_them(tmp_path, drawn):
+    plots.loss_terms(tmp_path / "l.png", [e | {"shifts": []} for e in history(5)], FOOTER)
+    assert len(drawn[0].axes) == 3
+
+
+def test_comparison_states_the_mean_excess_and_treats_the_svds_as_rounding(tmp_path, drawn):
+    spectra = {"X": np.geomspace(100, 0.1, 16) * np.ones((12, 1))}
+    plots.comparison(tmp_path / "c.png", per_image(), spectra | {"X_hat": spectra["X"]}, 4, FOOTER)
+    assert title(drawn[0]) == (
+        "At rank 4 the network's error is 0.2 % above the SVD's (random sketch 0.3 %, "
+        "randomised SVD 1.5 %)"
+    )
+    strips = drawn[0].axes[1]
+    assert "SVD: mean under 0.00001 %" in texts(drawn[0])
+    dots = {line.get_color(): np.asarray(line.get_xdata()) for line in strips.lines}
+    assert (dots[plots.SVD] == plots.ROUNDING_PCT).all()
+    np.testing.assert_array_equal(dots[plots.NETWORK], per_image()["network"]["excess_pct"])
+    low, high = strips.get_xlim()
+    assert all(low < x.min() and x.max() < high for x in dots.values())
+
+
+def test_row_norms_equal_to_the_singular_values_are_said_to_be_so_and_pruned_ones_counted(
+    tmp_path, drawn
+):
+    sigma = np.geomspace(100, 1, 8) * np.ones((12, 1))
+    pruned = np.where(np.arange(8) < 5, 1.1 * sigma, 0)
+    plots.b_row_norms(tmp_path / "b.png", sigma, sigma, FOOTER)
+    plots.b_row_norms(tmp_path / "b.png", torch.from_numpy(pruned), sigma, FOOTER)
+    assert "by under 0.00001 %" in title(drawn[0]) and "off" not in title(drawn[0])
+    assert "by 10 % (median); 3 components are off" in title(drawn[1])
+
+
+def test_rank_sweep_states_the_worst_rank_the_storage_and_the_break_even_rank(tmp_path, drawn):
+    plots.rank_sweep(tmp_path / "r.png", sweep([2, 4, 8, 16]), 16, 40, FOOTER)
+    plots.rank_sweep(tmp_path / "r.png", sweep([2, 4, 8]), 16, 40, FOOTER)
+    assert title(drawn[0]) == (
+        "Ranks 2 to 16: the network's mean error is at most 0.16 % above the SVD's"
+    )
+    # 16 tokens of 40 features: a rank stores 56 numbers of 640
+    assert {"17.5 %", "140 %", "break-even rank 11"} <= set(texts(drawn[0]))
+    assert not any("break-even" in text for text in texts(drawn[1]))
+    top, bottom = drawn[0].axes
+    assert plots.SVD in [line.get_color() for line in top.lines]
+    assert plots.SVD not in [line.get_color() for line in bottom.lines]
+
+
+def test_a_sweep_of_one_rank_without_a_defined_excess_is_drawn(tmp_path, drawn):
+    ranks = sweep([16])
+    for method in ranks["16"].values():
+        method["excess_pct"] = {"mean": None, "p90": None}
+    plots.rank_sweep(tmp_path / "r.png", ranks, 16, 40, FOOTER)
+    assert title(drawn[0]).startswith("Rank 16: ") and "undefined" in title(drawn[0])
+
+
+def test_no_two_methods_share_a_colour_or_a_label():
+    labels, colours = zip(*plots.METHODS.values(), strict=True)
+    assert len(set(labels)) == len(set(colours)) == len(plots.METHODS)
+
+
+def test_a_figure_that_fails_to_be_written_leaves_the_old_one(tmp_path, monkeypatch, errors):
+    path = tmp_path / "heat.png"
+    path.write_bytes(b"old")
+
+    def full(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        plots.error_heatmap(path, errors, GRID, FOOTER)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_plots_never_touch_pyplot_and_leave_matplotlibs_settings_alone(tmp_path):
+    check = (
+        "import sys, matplotlib; before = matplotlib.rcParams.copy(); import plots; "
+        "plots.b_row_norms(sys.argv[1], [[2.0, 1.0]], [[2.0, 1.0]], 'footer'); "
+        "assert 'matplotlib.pyplot' not in sys.modules; "
+        "assert all(before[key] == matplotlib.rcParams[key] for key in plots.STYLE)"
+    )
+    command = [sys.executable, "-c", check, str(tmp_path / "b.png")]
+    subprocess.run(command, check=True, cwd=Path(plots.__file__).parent)
+    assert (tmp_path / "b.png").exists()
