@@ -39,15 +39,16 @@ def _cholesky_qr(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 class _Orth(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor) -> Tensor:
+    def forward(ctx, y: Tensor, passes: int) -> Tensor:
         q, upper, kept = _cholesky_qr(y)
-        # a second pass brings the loss of orthogonality from ε cond² down to ε (CholeskyQR2)
-        q, upper_2, kept_2 = _cholesky_qr(q)
-        ctx.save_for_backward(q, upper_2 @ upper, kept & kept_2)
+        for _ in range(passes - 1):
+            q, upper_next, kept_next = _cholesky_qr(q)
+            upper, kept = upper_next @ upper, kept & kept_next
+        ctx.save_for_backward(q, upper, kept)
         return q
 
     @staticmethod
-    def backward(ctx, grad_q: Tensor) -> Tensor:
+    def backward(ctx, grad_q: Tensor) -> tuple[Tensor, None]:
         # Y = Q R:  dY = (dQ + Q copyltu(−dQᵀQ)) R⁻ᵀ  (Walter & Lehmann 2010), on kept columns only
         q, upper, kept = ctx.saved_tensors
         column = kept.unsqueeze(-2).to(q.dtype)
@@ -56,20 +57,23 @@ class _Orth(torch.autograd.Function):
         inner = grad_q + q @ (m.tril() + m.tril(-1).mT)
         # a dropped column takes no part: its row and column of R become the identity's
         upper = upper * column * column.mT + torch.diag_embed(1 - column.squeeze(-2))
-        return torch.linalg.solve_triangular(upper.mT, inner, upper=False, left=False) * column
+        grad = torch.linalg.solve_triangular(upper.mT, inner, upper=False, left=False) * column
+        return grad, None
 
 
-def orth(y: Tensor) -> Tensor:
+def orth(y: Tensor, passes: int = 2) -> Tensor:
     """Orthonormal basis of the columns of y, in their order (the Q of a QR factorisation).
 
-    Args: y [..., T, c], c ≤ T. float64 for real tokens: their Gram matrix is beyond float32.
+    Args:
+        y: [..., T, c], c ≤ T. float64 for real tokens: their Gram matrix is beyond float32.
+        passes: 2 is orthonormal to ε; 1 to ε cond², enough for a basis that is refined further.
     Returns: q [..., T, c], same dtype, with qᵀq = I; a column that depends on those before it (to
         about 1e-5 of its length in float64) is exactly zero instead of an arbitrary direction, and
         gets no gradient. The backward stays finite where that of torch.linalg.qr is NaN.
     Method: scaled CholeskyQR2 (Yamamoto et al. 2015; Fukaya et al. 2020). Cost O(T c²), products,
         triangular solves and Cholesky only; no synchronisation with the host.
     """
-    return _Orth.apply(y)
+    return _Orth.apply(y, passes)
 
 
 # ------------------------------------------------------------------- refinement of a subspace
@@ -114,11 +118,12 @@ def refine(sketch: Tensor, x: Tensor, shifts: Tensor, columns: int, ordered: boo
     """
     x64 = x.double()
     gram = x64 @ x64.mT  # [b, T, T]
-    q = orth(sketch.double())  # [b, T, c]
+    last = len(shifts)
+    q = orth(sketch.double(), passes=1 if last else 2)  # [b, T, c]
     gram_q = gram @ q
-    for shift in shifts.double():
+    for k, shift in enumerate(shifts.double(), start=1):
         mu = smallest_ritz_estimate(q.mT @ gram_q)  # [b, 1, 1]
-        q = orth(gram_q - shift * mu * q)
+        q = orth(gram_q - shift * mu * q, passes=1 if k < last else 2)
         gram_q = gram @ q  # [b, T, c]
     if ordered or q.shape[-1] > columns:
         h = q.mT @ gram_q  # [b, c, c]

@@ -254,12 +254,19 @@ def _percent(value: float | None) -> str:
 
 
 class Stop:
-    """Turns SIGINT and SIGTERM into a flag that the loop reads after each step."""
+    """Within `with`, SIGINT and SIGTERM set a flag that the loop reads after each step."""
 
     def __init__(self) -> None:
         self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note)
+
+    def __enter__(self) -> Stop:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _frame) -> None:
         self.signal = number
@@ -375,9 +382,9 @@ def main(args: argparse.Namespace) -> int:
                 f"untrained   val_mse {initial['val_mse']:.6e}  optimum "
                 f"{initial['val_optimum_mse']:.6e}  excess {_percent(initial['val_excess_pct'])}"
             )
-        stop = Stop()
-        train(run, loaders, folder, log, stop)
-        if stop.requested:
+        with Stop() as stop:
+            train(run, loaders, folder, log, stop)
+        if stop.requested and not run.finished:
             log(f"stopped by signal {stop.signal} in epoch {run.epoch}: wrote last_model.pt; "
                 f"go on with --arch {args.arch} --resume last")  # fmt: skip
             return 128 + stop.signal

@@ -21,6 +21,7 @@ def degenerate_tokens():
 def test_orth_has_the_analytic_gradient():
     y = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(orth, (y,))
+    assert torch.autograd.gradcheck(lambda y: orth(y, passes=1), (y,))
 
 
 def test_orth_is_the_q_of_a_qr_factorisation():
