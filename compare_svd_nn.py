@@ -79,6 +79,7 @@ def main(args: argparse.Namespace) -> None:
     groups = dataset.rows["group"].take(loaders.test.sampler.rows.tolist()).to_pylist()
     results = {
         "arch": state["config"]["arch"],
+        "factors": model.factors,
         "rank": rank,
         "requested_rank": args.rank or rank,
         "split": "test",

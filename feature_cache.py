@@ -18,7 +18,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cli import UserError
-from files import atomic_path, read_json, sha256_file, sweep_temporaries, write_json
+from files import (
+    atomic_path,
+    check_same_header,
+    file_entry,
+    read_json,
+    sweep_temporaries,
+    write_json,
+)
 from qwenvl_dataloader import FORMAT, normalise
 from svd_baseline import exact_singular_values
 
@@ -117,11 +124,11 @@ class FeatureCacheWriter:
             "count": table.num_rows,
             "groups": len(set(table["group"].to_pylist())),
             "shards": [
-                {**_file_entry(self._shard_path(s)), "rows": part.num_rows}
+                {**file_entry(self._shard_path(s)), "rows": part.num_rows}
                 for s, part in enumerate(self._parts)
             ],
-            "rows": _file_entry(rows_path),
-            "singular_values": _file_entry(sigma_path),
+            "rows": file_entry(rows_path),
+            "singular_values": file_entry(sigma_path),
             "skipped": skipped,
         }
         write_json(self.cache_dir / "manifest.json", manifest)
@@ -152,13 +159,7 @@ class FeatureCacheWriter:
             write_json(path, self.header)
             return
         started = read_json(path, "start again with --overwrite")
-        for key in sorted({*started, *self.header}):
-            if started.get(key) != self.header.get(key):
-                raise UserError(
-                    f"--cache_dir {self.cache_dir} was begun with {key} = {started.get(key)}, "
-                    f"now it is {self.header.get(key)}: type the same command again, or "
-                    "--overwrite to start anew"
-                )
+        check_same_header(f"--cache_dir {self.cache_dir}", started, self.header)
 
     def _clear(self) -> None:
         # the manifest goes first: a half-removed cache must not look like a whole one
@@ -173,7 +174,3 @@ class FeatureCacheWriter:
 
     def _part_path(self, index: int) -> Path:
         return self.cache_dir / f"part-{index:05d}.parquet"
-
-
-def _file_entry(path: Path) -> dict:
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}

@@ -87,6 +87,33 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_entry(path: Path) -> dict[str, str | int]:
+    """What a manifest says of a file: its name, size and hash."""
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def check_files(manifest_path: Path, entries: list[dict], remedy: str) -> None:
+    """Refuse a manifest whose files (`file_entry`) are missing, of another size, or elsewhere."""
+    for entry in entries:
+        if Path(entry["file"]).name != entry["file"]:
+            raise UserError(f"{manifest_path} names a file outside its folder: {entry['file']}")
+        found = manifest_path.parent / entry["file"]
+        size = found.stat().st_size if found.is_file() else None
+        if size != entry["bytes"]:
+            state = "is missing" if size is None else f"has {size} bytes, not {entry['bytes']}"
+            raise UserError(f"{found} {state}: {remedy}")
+
+
+def check_same_header(folder: str, started: dict, header: dict) -> None:
+    """Refuse to go on with what was begun under another header; `folder` is named as typed."""
+    for key in sorted({*started, *header}):
+        if started.get(key) != header.get(key):
+            raise UserError(
+                f"{folder} was begun with {key} = {started.get(key)}, now it is "
+                f"{header.get(key)}: type the same command again, or --overwrite to start anew"
+            )
+
+
 def locate(package: str, path: str) -> Path:
     """Where a file of an installed package lies; the package is not imported.
 

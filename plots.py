@@ -1,43 +1,41 @@
-"""Every figure of the project as a PNG; the only module that imports matplotlib.
+"""Figures as curves and dots: training, one model against the SVD, all models of a batch.
 
-One visual language: one colour per method (`METHODS`), labels at the curves, viridis for errors, a
-diverging map for signed differences, the finding as title, where the numbers come from as footer.
-Arguments are arrays (numpy, or torch on any device), lists and dicts: no model, no cache. T tokens
-on a grid (rows, columns), D features, n images, r rank, S = min(T, D); a box is (x, y, w, h) in
-fractions of the square photograph, or None. Every function raises OSError where it cannot write.
+Arguments are arrays (numpy, or torch on any device), lists and dicts: no model, no cache. T tokens,
+D features, n images, r rank, S = min(T, D). Every function raises OSError where it cannot write,
+and KeyError for a method that has no colour in `figure_style.METHODS`.
 """
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
-from PIL.Image import Image
 
-from files import atomic_path
+from figure_style import (
+    BLACK,
+    GREY,
+    METHODS,
+    NETWORK,
+    ROUNDING,
+    ROUNDING_PCT,
+    STYLE,
+    SVD,
+    as_array,
+    column,
+    common_limits,
+    in_order,
+    log_scale,
+    new_figure,
+    note,
+    note_undefined,
+    percent,
+    save,
+)
 
-Box = tuple[float, float, float, float] | None
-Grid = tuple[int, int]
-
-# label and colour of each method in every figure (Okabe & Ito's colours, safe for the colour-blind)
-METHODS: dict[str, tuple[str, str]] = {
-    "network": ("network", "#D55E00"),
-    "svd": ("SVD", "#0072B2"),
-    "gram_eigh_f32": ("Gram eigh, float32", "#56B4E9"),
-    "randomized_svd": ("randomised SVD", "#009E73"),
-    "random_sketch": ("random sketch", "#CC79A7"),
-    "pca": ("PCA, one basis", "#B98700"),
-}
-NETWORK, SVD = METHODS["network"][1], METHODS["svd"][1]
 CURVES = {  # of training_curves; paler: the same on training images
     "train_mse": ("training", "#E8935A", "-"),
     "val_mse": ("validation", NETWORK, "-"),
@@ -52,113 +50,6 @@ TERMS = {  # no methods, so no method's colour (Tol's "muted")
     "loss_lora_ortho": ("LoRA orthogonality", "#44AA99"),
     "loss_act": ("activations", "#AA4499"),
 }
-BLACK, GREY = "#222222", "#777777"
-ROUNDING_PCT = 1e-5  # float32 puts the SVD itself this far from its optimum: less says nothing
-ROUNDING = f"{ROUNDING_PCT:.5f}"
-STYLE = {
-    "font.size": 11,
-    "axes.titlesize": 11.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E6E6",
-    "image.interpolation": "nearest",
-    "savefig.dpi": "figure",
-}
-
-
-def _figure(width: float, height: float, layout: str = "constrained") -> Figure:
-    return Figure((width, height), dpi=150, layout=layout, facecolor="white")
-
-
-def _save(figure: Figure, path: str | Path, title: str, footer: str, ends: dict | None = None):
-    """Add title, footer and `ends` (axes → labels at the ends of curves); write the PNG, whole."""
-    width, height = figure.get_size_inches()
-    footer = "\n".join(textwrap.wrap(" ".join(footer.split()), int(15.5 * width)))
-    below = (0.1 + 0.17 * (footer.count("\n") + 1)) / height
-    figure.get_layout_engine().set(rect=(0, below, 1, 1 - below))
-    # parse_math: a question may hold dollar signs
-    style = {"x": 0.01, "ha": "left", "parse_math": False}
-    title = "\n".join(textwrap.wrap(title, int(8.6 * width)))
-    figure.suptitle(title, fontsize=14, fontweight="bold", **style)
-    figure.text(y=0.05 / height, s=footer, fontsize=8.5, color=GREY, va="bottom", **style)
-    if ends:
-        figure.get_layout_engine().execute(figure)  # the labels need the panels' heights
-    for ax, labels in (ends or {}).items():
-        _label_ends(ax, labels)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def _label_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Write (y, text, colour) to the right of the axes, moved apart where they would overlap."""
-    to_axes = ax.transData + ax.transAxes.inverted()
-    ends = sorted((to_axes.transform((1, y))[1], text, colour) for y, text, colour in ends)
-    ends = [end for end in ends if -0.01 < end[0] < 1.01]  # what the panel does not show, or NaN
-    gap = 1.35 * 10.5 / 72 / (ax.get_position().height * ax.figure.get_figheight())
-    placed = [end[0] for end in ends]
-    for _ in range(500):
-        placed = [min(max(y, 0), 1) for y in placed]
-        for i in range(len(placed) - 1):
-            overlap = max(0, gap - (placed[i + 1] - placed[i]))
-            placed[i] -= overlap / 2
-            placed[i + 1] += overlap / 2
-    for (end, text, colour), y in zip(ends, placed, strict=True):
-        arrow = {"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkB": 0, "relpos": (0, 0.5)}
-        ax.annotate(text, (1, end), (1.03, y), "axes fraction", color=colour, fontsize=10.5,
-                    va="center", annotation_clip=False, arrowprops=arrow)  # fmt: skip
-
-
-def _note(ax: Axes, x: float, y: float, text: str, colour: str = GREY, **style) -> None:
-    """Text inside a panel, in fractions of it."""
-    ax.text(x, y, text, color=colour, transform=ax.transAxes, fontsize=10.5, **style)
-
-
-def _note_undefined(ax: Axes) -> None:
-    _note(ax, 0.5, 0.5, "undefined: the optimum is below 1e-6 at this rank", ha="center")
-    ax.set_yticks([])
-
-
-def _array(values: ArrayLike | torch.Tensor) -> np.ndarray:
-    """float64; None becomes NaN, which no curve draws."""
-    tensor = isinstance(values, torch.Tensor)
-    return np.asarray(values.detach().cpu() if tensor else values, dtype=np.float64)
-
-
-def _column(history: list[dict], key: str) -> np.ndarray:
-    return _array([record.get(key) for record in history])
-
-
-def _pct(value: float) -> str:
-    """A percentage with as many digits as mean something."""
-    if np.isnan(value) or abs(value) <= ROUNDING_PCT:
-        return "undefined" if np.isnan(value) else f"under {ROUNDING} %"
-    small = f"{value:.6f}" if abs(value) < 1e-3 else f"{value:.3g}"
-    return f"{small if abs(value) < 100 else f'{value:,.0f}'} %"
-
-
-def _number(value: float, _position: int | None = None) -> str:
-    """A tick's label: plain where that is short, else with a power of ten."""
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.6g}"
-    mantissa, exponent = f"{value:.2e}".split("e")
-    factor = "" if float(mantissa) == 1 else f"{float(mantissa):g}·"
-    return f"{factor}10$^{{{int(exponent)}}}$"
-
-
-def _log_scale(ax: Axes, which: str = "y") -> None:
-    """Logarithmic axis with readable ticks, whether it spans a few per cent or ten decades."""
-    axis = getattr(ax, f"{which}axis")
-    if not np.isfinite(axis.get_data_interval()).all():
-        return  # an empty panel has no scale
-    ax.set(**{f"{which}scale": "log"})
-    decades = np.ptp(np.log10(axis.get_view_interval()))
-    subs = (1, 2, 5) if decades < 2 else (1,)
-    axis.set_major_locator(MaxNLocator(5) if decades < 0.7 else LogLocator(subs=subs, numticks=7))
-    axis.set_major_formatter(FuncFormatter(_number))
-    axis.set_minor_locator(NullLocator())
 
 
 def _epoch_axis(ax: Axes, epochs: list[int]) -> None:
@@ -184,105 +75,57 @@ def _band(ax: Axes, values: np.ndarray, colour: str, wide: bool = False) -> None
     ax.set_title("median and 10–90 % of images")
 
 
-def _limits(*maps: np.ndarray, symmetric: bool = False) -> tuple[float, float]:
-    """One colour scale for all of `maps`."""
-    low, high = min(m.min() for m in maps), max(m.max() for m in maps)
-    reach = max(-low, high, 1e-12)
-    return (-reach, reach) if symmetric else (low, max(high, low + 1e-12))
-
-
-def _token_map(ax: Axes, values: np.ndarray, grid: Grid, limits: tuple[float, float], **style):
-    """Draw [T] values on their grid, one cell a token; diverging colours where limits are signed.
-
-    Returns the image, for a colour bar.
-    """
-    rows, columns = grid
-    ax.set(xticks=[0, columns // 2, columns], yticks=[0, rows // 2, rows])
-    ax.grid(False)
-    return ax.imshow(values.reshape(grid), vmin=limits[0], vmax=limits[1],
-                     extent=(0, columns, rows, 0), **style)  # fmt: skip
-
-
-def _colour_bar(figure: Figure, image, axes, label: str, bins: int = 5, **style) -> None:
-    bar = figure.colorbar(image, ax=axes, label=label, format=FuncFormatter(_number),
-                          ticks=MaxNLocator(bins), **style)  # fmt: skip
-    bar.outline.set_visible(False)
-
-
-def _photograph(ax: Axes, photo: Image, box: Box, grid: Grid = (1, 1), **style) -> None:
-    """The photograph in the grid's units, and its box."""
-    ax.imshow(photo, extent=(0, grid[1], grid[0], 0), interpolation="bilinear")
-    ax.set(xticks=[], yticks=[], **style)
-    ax.grid(False)
-    _draw_box(ax, box, grid)
-
-
-def _caption(box: Box) -> str:
-    return "photograph" if box is None else "photograph and box of its text"
-
-
-def _draw_box(ax: Axes, box: Box, grid: Grid) -> None:
-    if box is not None:
-        (x, y, w, h), (rows, columns) = box, grid
-        outline = [withStroke(linewidth=3.6, foreground="black")]
-        ax.add_patch(Rectangle((x * columns, y * rows), w * columns, h * rows, fill=False,
-                               ec="white", lw=1.8, path_effects=outline))  # fmt: skip
-
-
-# -------------------------------------------------------------------------------------- training
-
-
 @rc_context(STYLE)
 def training_curves(path: str | Path, history: list[dict], footer: str) -> None:
     """Training and validation mse with their optima as floors; below, the validation excess.
 
     history: the entries of history.json; a first one without `train_mse` is the untrained model.
     """
-    figure = _figure(10, 7.6)
+    figure = new_figure(10, 7.6)
     top, bottom = figure.subplots(2, 1, sharex=True)
     epochs = [record["epoch"] for record in history]
-    columns = {key: _column(history, key) for key in CURVES}
+    columns = {key: column(history, key) for key in CURVES}
     for key, (_, colour, dashes) in CURVES.items():
         _line(top, epochs, columns[key], colour, ls=dashes)
     top.set_ylabel("mean squared error\nper entry of X")
-    _log_scale(top)
+    log_scale(top)
     _epoch_axis(bottom, epochs)
     # best of the final rank only: while a rank is being lowered, errors are not comparable
     final = history[-1]["effective_rank"]
-    gaps = np.where(_column(history, "effective_rank") == final,
+    gaps = np.where(column(history, "effective_rank") == final,
                     columns["val_mse"] - columns["val_optimum_mse"], np.inf)  # fmt: skip
     untrained = "train_mse" not in history[0]
     best = int(np.argmin(gaps[1:])) + 1 if untrained and len(gaps) > 1 else int(np.argmin(gaps))
-    excess = _column(history, "val_excess_pct")
-    title = f"Validation error is {_pct(excess[best])} above the SVD's at epoch {epochs[best]}"
+    excess = column(history, "val_excess_pct")
+    title = f"Validation error is {percent(excess[best])} above the SVD's at epoch {epochs[best]}"
     if np.isnan(excess[best]):
         title = (
             f"Validation mse {columns['val_mse'][best]:.3g}; the optimum is too small for a ratio"
         )
     elif untrained and history[0]["effective_rank"] == final:
-        title += f" of {epochs[-1]}; untrained {_pct(excess[0])}"
+        title += f" of {epochs[-1]}; untrained {percent(excess[0])}"
     _excess_panel(bottom, epochs, excess, best, untrained)
     ends = [(columns[key][-1], label, colour) for key, (label, colour, _) in CURVES.items()]
-    _save(figure, path, title, footer, {top: ends})
+    save(figure, path, title, footer, {top: ends})
 
 
 def _excess_panel(ax: Axes, epochs: list[int], excess: np.ndarray, best: int, untrained: bool):
     """Validation excess over epochs; the untrained start is an open circle, the best a full one."""
     ax.set_ylabel("validation error\nabove the optimum (%)")
     if np.isnan(excess).all():
-        _note_undefined(ax)
+        note_undefined(ax)
         return
     _line(ax, epochs, excess, NETWORK)
     ax.margins(y=0.25)
     if np.nanmin(excess) > 0 and np.nanmax(excess) > 20 * np.nanmin(excess):
-        _log_scale(ax)
+        log_scale(ax)
     style = {"textcoords": "offset points", "color": NETWORK}
     if untrained:
         ax.plot(epochs[0], excess[0], "o", ms=9, mfc="white", mec=NETWORK, mew=1.8)
-        ax.annotate(f"untrained {_pct(excess[0])}", (epochs[0], excess[0]), (10, 8), **style)
+        ax.annotate(f"untrained {percent(excess[0])}", (epochs[0], excess[0]), (10, 8), **style)
     ax.plot(epochs[best], excess[best], "o", ms=8, color=NETWORK)
     side = "right" if 2 * epochs[best] > epochs[0] + epochs[-1] else "left"
-    ax.annotate(f"best {_pct(excess[best])}", (epochs[best], excess[best]), (0, -10), ha=side,
+    ax.annotate(f"best {percent(excess[best])}", (epochs[best], excess[best]), (0, -10), ha=side,
                 va="top", **style)  # fmt: skip
 
 
@@ -291,26 +134,26 @@ def loss_terms(path: str | Path, history: list[dict], footer: str) -> None:
     """Weighted loss terms, learning rate, effective rank and, where there are any, the shifts."""
     history = [record for record in history if "train_loss" in record]
     epochs = [record["epoch"] for record in history]
-    shifts = _array([record["shifts"] for record in history])  # [epochs, K]
+    shifts = as_array([record["shifts"] for record in history])  # [epochs, K]
     heights = [3, 1.2, 1.2] + [1.7] * bool(shifts.size)
-    figure = _figure(10, 1.3 + 1.3 * sum(heights))
+    figure = new_figure(10, 1.3 + 1.3 * sum(heights))
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     ends: dict[Axes, list] = {axes[0]: []}
     for key, (label, colour) in TERMS.items():
-        values = _column(history, key)
+        values = column(history, key)
         if np.any(values > 0):
             _line(
                 axes[0], epochs, np.where(values > 0, values, np.nan), colour, key == "train_loss"
             )
             ends[axes[0]].append((values[-1], label, colour))
     axes[0].set_ylabel("weighted loss term (reconstruction:\nsquared error over its optimum)")
-    _line(axes[1], epochs, _column(history, "lr"), BLACK, drawstyle="steps-mid")
+    _line(axes[1], epochs, column(history, "lr"), BLACK, drawstyle="steps-mid")
     axes[1].set_ylabel("learning\nrate")
-    _line(axes[2], epochs, _column(history, "effective_rank"), BLACK, drawstyle="steps-mid")
+    _line(axes[2], epochs, column(history, "effective_rank"), BLACK, drawstyle="steps-mid")
     axes[2].set_ylabel("effective\nrank")
     axes[2].yaxis.set_major_locator(MaxNLocator(4, integer=True))
-    _log_scale(axes[0])
-    _log_scale(axes[1])
+    log_scale(axes[0])
+    log_scale(axes[1])
     if shifts.size:
         _line(axes[3], epochs, shifts, BLACK)
         axes[3].set(ylabel="shift / smallest\nRitz value", ylim=(0, 1))
@@ -319,34 +162,7 @@ def loss_terms(path: str | Path, history: list[dict], footer: str) -> None:
     first, last = (f"{history[i]['loss_reconstruction']:.5g}" for i in (0, -1))
     title = f"Training: squared error over its optimum {first} in epoch {epochs[0]}"
     title += f", {last} in epoch {epochs[-1]}" if len(epochs) > 1 else ""
-    _save(figure, path, title, footer, ends)
-
-
-# --------------------------------------------------------------------------- over the test images
-
-
-@rc_context(STYLE)
-def error_heatmap(
-    path: str | Path, token_error: dict[str, ArrayLike], grid: Grid, footer: str
-) -> None:
-    """Mean relative error per token [T] of network and SVD on one scale, and their difference."""
-    errors = {name: _array(token_error[name]) for name in ("network", "svd")}
-    apart = errors["network"] - errors["svd"]
-    figure = _figure(13, 4.5, "compressed")
-    axes = figure.subplots(1, 3)
-    for ax, (name, values) in zip(axes, errors.items(), strict=False):
-        image = _token_map(ax, values, grid, _limits(*errors.values()))
-        ax.set_title(f"{METHODS[name][0]}: mean {values.mean():.4g}", color=METHODS[name][1])
-    signed = _token_map(axes[2], apart, grid, _limits(apart, symmetric=True), cmap="RdBu_r")
-    axes[2].set_title("network − SVD (red: SVD better)")
-    axes[0].set_ylabel("token row")
-    for ax in axes:
-        ax.set_xlabel("token column")
-    _colour_bar(figure, image, list(axes[:2]), "relative error of a token")
-    _colour_bar(figure, signed, axes[2], "difference of relative error")
-    worst = 100 * np.max(np.abs(apart) / np.maximum(errors["svd"], 1e-12))
-    title = f"At every token the network's mean error is within {_pct(worst)} of the SVD's"
-    _save(figure, path, title, footer)
+    save(figure, path, title, footer, ends)
 
 
 @rc_context(STYLE)
@@ -357,27 +173,27 @@ def b_row_norms(
 
     For orthonormal A in Ritz order they coincide; a component that is switched off has norm 0.
     """
-    norms = _array(b_norms)
-    sigma = _array(singular_values)[:, : norms.shape[1]]
-    figure = _figure(12, 5.2)
+    norms = as_array(b_norms)
+    sigma = as_array(singular_values)[:, : norms.shape[1]]
+    figure = new_figure(12, 5.2)
     left, right = figure.subplots(1, 2)
     positive = np.concatenate([norms[norms > 0], sigma[sigma > 0]])
     bins = np.geomspace(positive.min(), positive.max() * 1.001, 50)
     left.hist(sigma[sigma > 0], bins, color=SVD, alpha=0.35)
     left.hist(norms[norms > 0], bins, color=NETWORK, histtype="step", lw=1.8)
     left.set(xlabel="row norm of B, or σ (units of X)", ylabel="components of all images")
-    _log_scale(left, "x")
+    log_scale(left, "x")
     _band(right, sigma, SVD, wide=True)
     _band(right, norms, NETWORK)
     right.set(xlabel="component index i", ylabel="norm of row i of B, or $σ_i$ (units of X)")
-    _log_scale(right)
-    _note(right, 0.97, 0.93, "rows of the network's B", NETWORK, ha="right")
-    _note(right, 0.97, 0.86, "singular values of X (SVD)", SVD, ha="right")
+    log_scale(right)
+    note(right, 0.97, 0.93, "rows of the network's B", NETWORK, ha="right")
+    note(right, 0.97, 0.86, "singular values of X (SVD)", SVD, ha="right")
     on = norms > 0
     apart = 100 * np.median(np.abs(norms - sigma)[on] / np.maximum(sigma[on], 1e-12))
-    title = f"Row norms of B differ from the singular values by {_pct(apart)} (median)"
+    title = f"Row norms of B differ from the singular values by {percent(apart)} (median)"
     off = int((~on).all(0).sum())
-    _save(figure, path, title + (f"; {off} components are off" if off else ""), footer)
+    save(figure, path, title + (f"; {off} components are off" if off else ""), footer)
 
 
 @rc_context(STYLE)
@@ -389,38 +205,38 @@ def comparison(
 
     per_image: method → {"rel_error": [n], "excess_pct": [n]}; spectra: X and X_hat → [n, S].
     """
-    figure = _figure(16, 6)
+    figure = new_figure(16, 6)
     scatter, strips, spectrum = figure.subplots(1, 3, width_ratios=[1, 1.3, 1])
-    network, svd = (_array(per_image[name]["rel_error"]) for name in ("network", "svd"))
-    low, high = _limits(network, svd)
+    network, svd = (as_array(per_image[name]["rel_error"]) for name in ("network", "svd"))
+    low, high = common_limits(network, svd)
     span = (low - 0.06 * (high - low), high + 0.06 * (high - low))
     scatter.plot(span, span, color=SVD, lw=1.4)
     scatter.plot(svd, network, "o", color=NETWORK, ms=5, alpha=0.6, mec="none")
     scatter.set(xlim=span, ylim=span, xlabel="rel_error of the SVD",
                 ylabel="rel_error of the network", title=f"each dot one {split} image")  # fmt: skip
     scatter.locator_params(nbins=5)
-    _note(scatter, 0.97, 0.03, "on the line: as good as the SVD", SVD, ha="right")
-    excess = {name: _array(per_image[name]["excess_pct"]) for name in METHODS if name in per_image}
+    note(scatter, 0.97, 0.03, "on the line: as good as the SVD", SVD, ha="right")
+    excess = {name: as_array(per_image[name]["excess_pct"]) for name in in_order(per_image)}
     excess = {name: values[np.isfinite(values)] for name, values in excess.items()}
     _excess_strips(strips, excess)
-    sigma = _array(spectra["X"])
+    sigma = as_array(spectra["X"])
     _band(spectrum, sigma, BLACK, wide=True)
-    _band(spectrum, _array(spectra["X_hat"])[:, :rank], NETWORK)
+    _band(spectrum, as_array(spectra["X_hat"])[:, :rank], NETWORK)
     spectrum.set(xlabel="index i", ylabel="singular value $σ_i$ (units of X)",
                  ylim=np.median(sigma, axis=0).max() * np.array([1e-6, 3]))  # fmt: skip
     spectrum.set_ylim(bottom=max(spectrum.get_ylim()[0], np.median(sigma, axis=0)[-1] / 3))
-    _log_scale(spectrum)
-    _note(spectrum, 0.97, 0.93, "X", BLACK, ha="right")
-    _note(spectrum, 0.97, 0.86, "X_hat = A·B", NETWORK, ha="right")
+    log_scale(spectrum)
+    note(spectrum, 0.97, 0.93, "X", BLACK, ha="right")
+    note(spectrum, 0.97, 0.86, "X_hat = A·B", NETWORK, ha="right")
     spectrum.axvline(rank, color=GREY, lw=1, ls="--")
     spectrum.text(rank, 0.02, f"rank {rank} ", color=GREY, va="bottom", ha="right", rotation=90,
                   transform=spectrum.get_xaxis_transform())  # fmt: skip
-    means = {name: _pct(values.mean()) for name, values in excess.items() if values.size}
+    means = {name: percent(values.mean()) for name, values in excess.items() if values.size}
     others = [f"{METHODS[name][0]} {means[name]}" for name in ("random_sketch", "randomized_svd")
               if name in means]  # fmt: skip
     title = f"At rank {rank} the network's error is {means.get('network', 'undefined')} above the "
     title += "SVD's" + (f" ({', '.join(others)})" if others else "")
-    _save(figure, path, title, footer)
+    save(figure, path, title, footer)
 
 
 def _excess_strips(ax: Axes, excess: dict[str, np.ndarray]) -> None:
@@ -431,14 +247,14 @@ def _excess_strips(ax: Axes, excess: dict[str, np.ndarray]) -> None:
         height = y - 0.08 + jitter.uniform(-0.2, 0.2, len(values))
         ax.plot(np.maximum(values, ROUNDING_PCT), height, "o", color=colour, ms=3.5, alpha=0.45,
                 mec="none")  # fmt: skip
-        text = f"{label}: " + (f"mean {_pct(values.mean())}" if values.size else "undefined")
+        text = f"{label}: " + (f"mean {percent(values.mean())}" if values.size else "undefined")
         ax.text(0.02, y + 0.24, text, color=colour, transform=ax.get_yaxis_transform())
     highest = max([v.max(initial=10 * ROUNDING_PCT) for v in excess.values()])
     ax.set(xlim=(ROUNDING_PCT / 2, 2 * highest), ylim=(-0.5, len(excess) - 0.4), yticks=[],
            xlabel=f"error above the optimum (%); {ROUNDING} and less is rounding",
            title="excess of every method, each dot one image")  # fmt: skip
     ax.spines["left"].set_visible(False)
-    _log_scale(ax, "x")
+    log_scale(ax, "x")
 
 
 @rc_context(STYLE)
@@ -449,17 +265,17 @@ def rank_sweep(
 
     ranks: as in svd_nn_comparison.json, rank → method → metric → {"mean", "p90"}.
     """
-    figure = _figure(10, 9)
+    figure = new_figure(10, 9)
     top, bottom = figure.subplots(2, 1, sharex=True)
     x = np.array(sorted(int(r) for r in ranks))
     ends: dict[Axes, list] = {top: [], bottom: []}
-    for name in (name for name in METHODS if name in ranks[str(x[0])]):
+    for name in in_order(set().union(*ranks.values())):
         label, colour = METHODS[name]
         for ax, metric, least in ((top, "rel_error", 0), (bottom, "excess_pct", ROUNDING_PCT)):
             if (name, metric) == ("svd", "excess_pct"):
                 continue  # zero by definition
             summaries = [ranks[str(r)][name][metric] for r in x]
-            mean, p90 = (np.maximum(_column(summaries, key), least) for key in ("mean", "p90"))
+            mean, p90 = (np.maximum(column(summaries, key), least) for key in ("mean", "p90"))
             ax.fill_between(x, mean, p90, color=colour, alpha=0.13, lw=0)
             _line(ax, x, mean, colour, wide=name == "svd")
             ends[ax].append((mean[-1], label, colour))
@@ -468,7 +284,7 @@ def rank_sweep(
     bottom.set(xscale="log", xlim=(x[0] / 1.12, x[-1] * 1.12), xlabel="rank r (log scale)",
                ylabel=f"error above the optimum (%)\n{ROUNDING} and less is rounding")  # fmt: skip
     for ax in (top, bottom):
-        _log_scale(ax)
+        log_scale(ax)
     if x[0] < 1 / stored < x[-1]:  # beyond it the factors take more room than X
         for ax in (top, bottom):
             ax.axvline(1 / stored, color=GREY, ls="--", lw=1)
@@ -481,108 +297,158 @@ def rank_sweep(
     bottom.set_xticks(x, [str(r) for r in x])
     for axis in (bottom.xaxis, above.xaxis):
         axis.set_minor_locator(NullLocator())
-    excess = _column([ranks[str(r)]["network"]["excess_pct"] for r in x], "mean")
+    excess = column([ranks[str(r)]["network"]["excess_pct"] for r in x], "mean")
     if np.isnan(excess).all():
-        _note_undefined(bottom)
-    worst = _pct(np.fmax.reduce(excess))  # fmax ignores NaN
+        note_undefined(bottom)
+    worst = percent(np.fmax.reduce(excess))  # fmax ignores NaN
     reach = f"Rank {x[0]}" if len(x) == 1 else f"Ranks {x[0]} to {x[-1]}"
     title = f"{reach}: the network's mean error is at most {worst} above the SVD's"
-    _save(figure, path, title, footer, ends)
-
-
-# -------------------------------------------------------------------------------------- one image
+    save(figure, path, title, footer, ends)
 
 
 @rc_context(STYLE)
-def channel_comparison(
-    path: str | Path, photo: Image, box: Box, maps: dict[str, ArrayLike], channels: list[int],
-    grid: Grid, info: dict[str, str],
-) -> None:  # fmt: skip
-    """C channels of one image: original, network and SVD on one scale each, differences on one.
+def rank_per_image(path: str | Path, data: dict, footer: str) -> None:
+    """Ranks that differ between images, and their errors beside those of one fixed rank.
 
-    maps: original, network, svd → [T, C]; info: title and footer.
+    data: "network" and "svd", each {"ranks": [n], "rel_error": [n], "fixed_rank": the one that
+    stores as much, "fixed_rel_error": [n], "rank_for_all": the one that meets the target for every
+    image, or None}, and "target_error", or None where a budget was split.
     """
-    original, network, svd = (_array(maps[name]) for name in ("original", "network", "svd"))
-    count = len(channels)
-    figure = _figure(4 + 1.6 * count, 9.6)
-    grids = figure.add_gridspec(1, 2, width_ratios=[3, 1.6 * count])
-    picture = figure.add_subplot(grids[0], anchor="N")
-    _photograph(picture, photo, box, title=_caption(box))
-    axes = grids[1].subgridspec(5, count).subplots()
-    axes = axes.reshape(5, count)
-    below = {"location": "bottom", "pad": 0.01, "aspect": 12}
-    reach = _limits(network - original, svd - original, symmetric=True)
-    for column, j in zip(axes.T, range(count), strict=True):
-        values = [v[:, j] for v in (original, network, svd)]
-        for ax, v in zip(column[:3], values, strict=True):
-            image = _token_map(ax, v, grid, _limits(*values))
-        for ax, v in zip(column[3:], values[1:], strict=True):
-            signed = _token_map(ax, v - values[0], grid, reach, cmap="RdBu_r")
-        column[0].set_title(f"channel {channels[j]}", loc="center")
-        _colour_bar(figure, image, list(column[:3]), "units of X", 3, **below)
-    _colour_bar(figure, signed, list(axes[3:, -1]), "difference (units of X)", aspect=25)
-    labels = [("original X", BLACK), METHODS["network"], METHODS["svd"],
-              ("network − original", NETWORK), ("SVD − original", SVD)]  # fmt: skip
-    for ax, (label, colour) in zip(axes[:, 0], labels, strict=True):
-        ax.set_ylabel(label, color=colour)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-    _save(figure, path, info["title"], info["footer"])
-
-
-@rc_context(STYLE)
-def spatial_error(
-    path: str | Path, photo: Image, box: Box, token_error: dict[str, ArrayLike], grid: Grid,
-    info: dict[str, str],
-) -> None:  # fmt: skip
-    """Relative error per token [T] of one image: network and SVD on one scale, their difference.
-
-    Above as maps, below over the photograph; info: title and footer.
-    """
-    errors = {name: _array(token_error[name]) for name in ("network", "svd")}
-    apart = errors["network"] - errors["svd"]
-    figure = _figure(15.5, 7.7, "compressed")
-    axes = figure.subplots(2, 4)
-    _photograph(axes[0, 0], photo, box, title=_caption(box))
-    _inside_outside(axes[1, 0], errors, box, grid)
-    scale, signed = _limits(*errors.values()), _limits(apart, symmetric=True)
-    panels = [(*METHODS[name], values, scale, "viridis") for name, values in errors.items()]
-    panels.append(("network − SVD (red: SVD better)", BLACK, apart, signed, "RdBu_r"))
-    images = []
-    for (above, below), (label, colour, values, limits, cmap) in zip(
-        axes[:, 1:].T, panels, strict=True
+    figure = new_figure(13, 5.6)
+    left, right = figure.subplots(1, 2)
+    network, target = data["network"], data["target_error"]
+    ranks = {name: as_array(data[name]["ranks"]) for name in ("network", "svd")}
+    reach = max(r.max() for r in ranks.values())
+    bins = np.arange(0, reach + 2, max(1, round(reach / 30))) - 0.5
+    bins = np.append(bins, bins[-1] + np.diff(bins[-2:]))
+    left.hist(ranks["network"], bins, color=NETWORK, alpha=0.45)
+    left.hist(ranks["svd"], bins, histtype="step", color=SVD, lw=1.4)
+    left.set(xlabel="rank of an image", ylabel="images", title="ranks per image: network (filled), "
+             "SVD (outline)")  # fmt: skip
+    left.set_ylim(top=1.25 * left.get_ylim()[1])  # room for the labels above the bars
+    left.set_xlim(0, reach * 1.08)
+    marks = ((network["fixed_rank"], "that stores as much"),
+             (network["rank_for_all"], "that meets the target for all"))  # fmt: skip
+    for (rank, text), height in zip(marks, (0.97, 0.9), strict=True):
+        if rank is not None:
+            side = ("right", -4) if rank > 0.54 * reach else ("left", 4)
+            left.axvline(rank, color=BLACK, lw=1.2, ls="--")
+            left.annotate(f"rank {rank}, the one {text}", (rank, height), (side[1], 0),
+                          ("data", "axes fraction"), "offset points", color=BLACK, fontsize=10.5,
+                          ha=side[0], va="top",
+                          bbox={"fc": "white", "ec": "none", "pad": 1})  # fmt: skip
+    left.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ends = []
+    for name, key, style, label in (
+        ("svd", "fixed_rel_error", "--", "SVD"),
+        ("svd", "rel_error", "-", "SVD, per image"),
+        ("network", "fixed_rel_error", "--", f"rank {network['fixed_rank']} for all"),
+        ("network", "rel_error", "-", "ranks per image"),
     ):
-        images.append(_token_map(above, values, grid, limits, cmap=cmap))
-        _photograph(below, photo, None, grid)
-        _token_map(below, values, grid, limits, cmap=cmap, alpha=0.6)
-        above.set_title(label, color=colour)
-        below.set_xlabel("token column")
-        for ax in (above, below):
-            _draw_box(ax, box, grid)
-    for ax in axes[:, 1]:
-        ax.set_ylabel("token row")
-    _colour_bar(figure, images[0], list(axes[:, 2]), "relative error of a token", aspect=40)
-    _colour_bar(figure, images[2], list(axes[:, 3]), "difference of relative error", aspect=40)
-    _save(figure, path, info["title"], info["footer"])
+        error = np.sort(as_array(data[name][key]))
+        place = 100 * (np.arange(len(error)) + 0.5) / len(error)
+        wide = name == "svd"  # below the network's, and wider, so that both are seen
+        right.plot(place, error, style, color=METHODS[name][1], lw=3.5 if wide else 1.5,
+                   alpha=0.35 if wide else 1)  # fmt: skip
+        if not wide:
+            ends.append((error[-1], label, NETWORK))
+    right.set(xlim=(0, 100), ylim=(0, None), xlabel="images, sorted by their error (%)",
+              ylabel="rel_error ‖X − A·B‖ / ‖X‖",
+              title="error: network (thin) on the SVD (wide, pale)")  # fmt: skip
+    if target is not None:
+        right.axhline(target, color=GREY, lw=1)
+        right.annotate(f"target {target:g}", (1, target), (0, 3), textcoords="offset points",
+                       color=GREY, fontsize=10.5)  # fmt: skip
+    save(figure, path, _rank_gain(network, target), footer, {right: ends})
 
 
-def _inside_outside(ax: Axes, errors: dict[str, np.ndarray], box: Box, grid: Grid) -> None:
-    """Mean and 10–90 % of the tokens' errors, in the box (their centres) and outside it."""
-    y, x = np.indices(grid).reshape(2, -1)
-    inside = np.zeros(x.shape, bool)
-    if box is not None:
-        u, v = (x + 0.5) / grid[1] - box[0], (y + 0.5) / grid[0] - box[1]
-        inside = (u >= 0) & (u <= box[2]) & (v >= 0) & (v <= box[3])
-    parts = {"in the box": inside, "outside" if box else "all": ~inside}
-    parts = {f"{name}\n({m.sum()} tokens)": m for name, m in parts.items() if m.any()}
-    for position, mask in enumerate(parts.values()):
-        for name, side, align in (("network", -0.12, "right"), ("svd", 0.12, "left")):
-            label, colour = METHODS[name]
-            low, high = np.percentile(errors[name][mask], (10, 90))
-            ax.plot([position + side] * 2, [low, high], color=colour, lw=4, alpha=0.4)
-            ax.plot(position + side, errors[name][mask].mean(), "o", color=colour, ms=7)
-            if position == 0:
-                ax.text(side, 1.03 * high, label, color=colour, ha=align)
-    ax.set_xticks(range(len(parts)), list(parts))
-    ax.set(xlim=(-0.75, len(parts) - 0.25), ylim=(0, 1.15 * ax.get_ylim()[1]), box_aspect=1,
-           ylabel="relative error of a token", title="mean and 10–90 % of tokens")  # fmt: skip
+def _rank_gain(network: dict, target: float | None) -> str:
+    """The finding of `rank_per_image` in words."""
+    mean = as_array(network["ranks"]).mean()
+    if target is not None:
+        return (f"Every image is within {target:g} at {mean:.1f} components on average; one rank "
+                f"for all would have to be {network['rank_for_all']}")  # fmt: skip
+    pairs = [as_array(network[key]) for key in ("rel_error", "fixed_rel_error")]
+    change = {}
+    for name, of in (("rms", lambda e: np.sqrt(np.mean(e**2))), ("largest", np.max)):
+        own, fixed = map(of, pairs)
+        change[name] = f"{100 * (own / fixed - 1) if fixed else 0:+.1f} %"
+    return (f"Ranks by need, {mean:.0f} on average, against rank {network['fixed_rank']} for all: "
+            f"rms error {change['rms']}, largest error {change['largest']}")  # fmt: skip
+
+
+@rc_context(STYLE)
+def overview(path: str | Path, rows: list[dict], footer: str) -> None:
+    """All architectures of a batch side by side: excess, error beside the SVD's, training speed.
+
+    rows: of each architecture {"arch", "factors", "effective_rank", "excess_mean", "excess_p90"
+    (per cent, or None where undefined), "rel_error", "optimum" (the SVD's rel_error at that rank),
+    "samples_per_s", "epochs"}; drawn from top to bottom.
+    """
+    figure = new_figure(15, 2.7 + 0.75 * len(rows))
+    axes = above, error, speed = figure.subplots(1, 3, sharey=True, width_ratios=[1.2, 1.2, 1])
+    places = np.arange(len(rows))[::-1]
+    _excess_rows(above, rows, places)
+    network, svd = column(rows, "rel_error"), column(rows, "optimum")
+    error.hlines(places, svd, network, color=GREY, lw=1)
+    error.plot(svd, places, "|", color=SVD, ms=20, mew=2.5)
+    error.plot(network, places, "o", color=NETWORK, ms=8)
+    error.set(xlim=(0, 1.45 * max(network.max(), svd.max(), 1e-12)),
+              xlabel="mean rel_error ‖X − A·B‖ / ‖X‖",
+              title="network beside the SVD of the same rank")  # fmt: skip
+    error.locator_params(axis="x", nbins=6)
+    images = column(rows, "samples_per_s")
+    speed.barh(places, images, 0.3, color=GREY)
+    speed.set(xlim=(0, 1.25 * images.max()), xlabel="images per second (median epoch)",
+              title="speed of training")  # fmt: skip
+    for place, x, best, rate in zip(places, network, svd, images, strict=True):
+        _value(error, x, place, (9, -4), f"{x:.4g} network", NETWORK)
+        _value(error, best, place, (-1, 13), f"{best:.4g} SVD", SVD)
+        _value(speed, rate, place, (9, -4), f"{rate:.1f}", BLACK)
+    labels = [f"{row['arch']}\n{row['factors']}, rank {row['effective_rank']}, "
+              f"{row['epochs']} epoch{'s' * (row['epochs'] != 1)}" for row in rows]  # fmt: skip
+    above.set_yticks(places, labels)
+    for ax in axes:
+        ax.set_ylim(-0.6, len(rows) - 0.25)
+        ax.grid(axis="y", visible=False)
+        ax.tick_params(axis="y", length=0)
+    means = [percent(mean) for mean in column(rows, "excess_mean")]
+    ranks = [row["effective_rank"] for row in rows]
+    if len(set(ranks)) > 1:
+        means = [f"{mean} (rank {rank})" for mean, rank in zip(means, ranks, strict=True)]
+    found = ", ".join(f"{row['arch']} {mean}" for row, mean in zip(rows, means, strict=True))
+    where = "" if len(set(ranks)) > 1 else f" at rank {ranks[0]}"
+    save(figure, path, f"Mean error above the SVD's{where}: {found}", footer)
+
+
+def _excess_rows(ax: Axes, rows: list[dict], places: np.ndarray) -> None:
+    """Mean and 90th percentile of the excess of each architecture, one row each."""
+    mean = column(rows, "excess_mean")
+    low, high = (
+        np.maximum(column(rows, key), ROUNDING_PCT) for key in ("excess_mean", "excess_p90")
+    )
+    ax.set_title("error above the SVD's: mean (full), p90 (open)")
+    ax.set_xlabel(f"error above the optimum (%); {ROUNDING} is rounding" if ROUNDING_PCT in low
+                  else "error above the optimum (%), log scale")  # fmt: skip
+    ax.hlines(places, low, high, color=NETWORK, lw=1.8)
+    ax.plot(high, places, "o", color=NETWORK, ms=8, mfc="white", mew=1.8)
+    ax.plot(low, places, "o", color=NETWORK, ms=8)
+    for place, x, value in zip(places, low, mean, strict=True):
+        if np.isnan(value):
+            ax.text(0.5, place, "undefined: the optimum is below 1e-6", color=GREY, ha="center",
+                    va="center", transform=ax.get_yaxis_transform())  # fmt: skip
+        else:
+            _value(ax, x, place, (0, 9), percent(value), NETWORK, ha="center")
+    if np.isfinite(low).any():
+        lowest, highest = np.nanmin(low), np.nanmax([low, high])
+        room = max(3, (highest / lowest) ** 0.15)  # for the values at the outermost dots
+        ax.set_xlim(lowest / room, highest * room)
+        log_scale(ax, "x")
+    else:
+        ax.set_xticks([])
+
+
+def _value(ax: Axes, x: float, y: float, points: tuple, text: str, colour: str, **style) -> None:
+    """Write a number so many points to the right of its mark and above it."""
+    ax.annotate(text, (x, y), points, textcoords="offset points", color=colour, fontsize=10.5,
+                **style)  # fmt: skip

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cli import UserError
-from files import read_json, sha256_file
+from files import check_files, read_json, sha256_file
 
 FORMAT = 1
 LAYER_NORM_EPS = 1e-6
@@ -273,14 +273,8 @@ def _read_manifest(cache_dir: Path) -> dict:
         raise UserError(f"{path} lacks {', '.join(missing)}: {BUILD_CACHE}")
     if manifest["format"] != FORMAT:
         raise UserError(f"{path} has format {manifest['format']}, not {FORMAT}: {BUILD_CACHE}")
-    for file in [*manifest["shards"], manifest["rows"], manifest["singular_values"]]:
-        if Path(file["file"]).name != file["file"]:
-            raise UserError(f"{path} names a file outside its folder: {file['file']}")
-        found = cache_dir / file["file"]
-        size = found.stat().st_size if found.is_file() else None
-        if size != file["bytes"]:
-            state = "is missing" if size is None else f"has {size} bytes, not {file['bytes']}"
-            raise UserError(f"{found} {state}: {BUILD_CACHE}")
+    files = [*manifest["shards"], manifest["rows"], manifest["singular_values"]]
+    check_files(path, files, BUILD_CACHE)
     if sum(shard["rows"] for shard in manifest["shards"]) != manifest["count"]:
         raise UserError(f"{path}: the shards' rows do not add up to its count: {BUILD_CACHE}")
     return manifest

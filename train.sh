@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Environment, data, training, comparison, figures.
+# Environment, data, training, comparison, figures, an overview of the architectures.
 #
 #   ./train.sh                                   one architecture on the cache that is there, or on
 #                                                demo data: minutes on two CPU cores
@@ -55,7 +55,7 @@ for arch in $archs; do
     "$python" visualize_svd_nn.py --arch "$arch" --image_idx 0 "${shared[@]}"
 done
 
+"$python" make_report.py --results_dir "$results_dir"
+
 echo "figures:"
-for arch in $archs; do
-    find "$results_dir" -maxdepth 2 -name '*.png' -ipath "*$arch*" | sort
-done
+find "$results_dir" -maxdepth 2 -name '*.png' | sort # an earlier run's previous-* lie deeper

@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
+import grid_plots
 import plots
 from checkpoint import load_model, save_checkpoint
 from cli import UserError
@@ -77,7 +78,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="epochs, or epochs to add with --resume")  # fmt: skip
     train.add_argument("--batch_size", type=number(int, 1), default=8, help="images a step")
     train.add_argument("--lr", type=number(float, above=0), default=1e-4,
-                       help=f"AdamW's learning rate; shifts get {SHIFT_LR_FACTOR} times it")  # fmt: skip
+                       help=f"AdamW's; shifts get {SHIFT_LR_FACTOR} times it")  # fmt: skip
     train.add_argument("--weight_decay", type=number(float, 0), default=1e-5, help="AdamW's")
     train.add_argument("--patience", type=number(int, 1), default=10,
                        help="epochs without improvement before stopping")  # fmt: skip
@@ -324,7 +325,7 @@ def test_and_draw(
     footer = f"{dataset.label}; rank {rank}; {results['arch']}, seed {state['args']['seed']}"
     plots.training_curves(folder / "train_val_loss_comparison.png", history, footer)
     plots.loss_terms(folder / "loss_curves.png", history, footer)
-    plots.error_heatmap(
+    grid_plots.error_heatmap(
         folder / "error_heatmap.png",
         {name: statistics[name] for name in ("network", "svd")},
         dataset.grid,

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import plots
 import torch
 from torch import Tensor
 
 import cli
+import grid_plots
 from checkpoint import evaluated_rank, load_model
 from cli import UserError
 from files import write_json
@@ -78,10 +78,10 @@ def main(args: argparse.Namespace) -> None:
     errors = {name: token_error(x, *ab)[0].cpu() for name, ab in factors.items()}
     photo = dataset.thumbnail(row)
     stem = folder / f"image_{row}"
-    plots.channel_comparison(f"{stem}_spatial_channel_comparison.png", photo, box, maps,
-                             channels, dataset.grid, info)  # fmt: skip
-    plots.spatial_error(f"{stem}_spatial_error_comparison.png", photo, box, errors,
-                        dataset.grid, info)  # fmt: skip
+    grid_plots.channel_comparison(f"{stem}_spatial_channel_comparison.png", photo, box, maps,
+                                  channels, dataset.grid, info)  # fmt: skip
+    grid_plots.spatial_error(f"{stem}_spatial_error_comparison.png", photo, box, errors,
+                             dataset.grid, info)  # fmt: skip
     results = {
         "arch": arch,
         "image_idx": row,

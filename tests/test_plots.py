@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from PIL import Image
 
+import figure_style
 import files
+import grid_plots
 import plots
 
 FOOTER = "DEMO data, some-encoder, 36 images, T=16, D=40; rank 4, seed 42"
@@ -97,6 +100,18 @@ def maps():
             "svd": original + 0.1 * noise[1]}  # fmt: skip
 
 
+def batch() -> list[dict]:
+    """Rows of an overview: ResMLP near the SVD, MLP far from it, AdaLoRA's excess undefined."""
+    values = [("ResMLP", "projected", 0.03, 0.04, 0.0275), ("MLP", "direct", 1800.0, 3600.0, 0.45),
+              ("AdaLoRA", "projected", None, None, 0.0275)]  # fmt: skip
+    return [
+        {"arch": arch, "factors": factors, "effective_rank": 4, "excess_mean": mean,
+         "excess_p90": p90, "rel_error": error, "optimum": 0.0274, "samples_per_s": 10.0 + i,
+         "epochs": 1 + i}
+        for i, (arch, factors, mean, p90, error) in enumerate(values)
+    ]  # fmt: skip
+
+
 PHOTO = Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8))
 
 
@@ -128,12 +143,13 @@ def gallery(tmp_path_factory, errors, maps):
     calls = {
         plots.training_curves: (history(5), FOOTER),
         plots.loss_terms: (history(5), FOOTER),
-        plots.error_heatmap: (errors, GRID, FOOTER),
+        grid_plots.error_heatmap: (errors, GRID, FOOTER),
         plots.b_row_norms: (norms, norms, FOOTER),
         plots.comparison: (per_image(), spectra, 4, FOOTER),
         plots.rank_sweep: (sweep([2, 4, 8, 16]), 16, 40, FOOTER),
-        plots.channel_comparison: (PHOTO, BOX, maps, [7, 30, 2], GRID, INFO),
-        plots.spatial_error: (PHOTO, BOX, errors, GRID, INFO),
+        plots.overview: (batch(), FOOTER),
+        grid_plots.channel_comparison: (PHOTO, BOX, maps, [7, 30, 2], GRID, INFO),
+        grid_plots.spatial_error: (PHOTO, BOX, errors, GRID, INFO),
     }
     figures, savefig = [], Figure.savefig
     with pytest.MonkeyPatch.context() as patch:
@@ -148,7 +164,7 @@ def gallery(tmp_path_factory, errors, maps):
 
 
 def test_every_figure_is_a_readable_png_with_a_title_that_says_demo_data(gallery):
-    assert len(gallery) == 8
+    assert len(gallery) == 9
     for path, figure in gallery:
         assert path.read_bytes().startswith(b"\x89PNG")
         with Image.open(path) as image:
@@ -175,8 +191,8 @@ def test_no_text_leaves_the_picture_and_labels_at_the_ends_of_curves_do_not_over
 
 
 def test_network_and_svd_error_maps_share_one_scale_that_spans_both(tmp_path, errors, drawn):
-    plots.error_heatmap(tmp_path / "heat.png", errors, GRID, FOOTER)
-    plots.spatial_error(tmp_path / "spatial.png", PHOTO, BOX, errors, GRID, INFO)
+    grid_plots.error_heatmap(tmp_path / "heat.png", errors, GRID, FOOTER)
+    grid_plots.spatial_error(tmp_path / "spatial.png", PHOTO, BOX, errors, GRID, INFO)
     low, high = errors["svd"].min(), float(errors["network"].max())
     apart = float((errors["network"] - torch.from_numpy(errors["svd"])).abs().max())
     for figure, count in zip(drawn, (1, 2), strict=True):
@@ -187,7 +203,7 @@ def test_network_and_svd_error_maps_share_one_scale_that_spans_both(tmp_path, er
 def test_a_channel_has_one_scale_for_original_network_and_svd_and_all_differences_share_one(
     tmp_path, maps, drawn
 ):
-    plots.channel_comparison(tmp_path / "c.png", PHOTO, None, maps, [7, 30, 2], GRID, INFO)
+    grid_plots.channel_comparison(tmp_path / "c.png", PHOTO, None, maps, [7, 30, 2], GRID, INFO)
     scales = sorted(set(colour_scales(drawn[0], "viridis")), key=lambda scale: scale[1])
     stack = np.stack([np.asarray(values) for values in maps.values()])
     assert scales == [(stack[..., j].min(), stack[..., j].max()) for j in range(3)]
@@ -197,7 +213,7 @@ def test_a_channel_has_one_scale_for_original_network_and_svd_and_all_difference
 
 
 def test_each_map_shows_its_own_tokens_in_raster_order(tmp_path, maps, drawn):
-    plots.channel_comparison(tmp_path / "c.png", PHOTO, None, maps, [7, 30, 2], GRID, INFO)
+    grid_plots.channel_comparison(tmp_path / "c.png", PHOTO, None, maps, [7, 30, 2], GRID, INFO)
     shown = [image.get_array() for ax in drawn[0].axes for image in data_images(ax)]
     shown = [image for image in shown if image.shape == GRID]
     original, network, svd = (np.asarray(maps[name]) for name in ("original", "network", "svd"))
@@ -207,7 +223,7 @@ def test_each_map_shows_its_own_tokens_in_raster_order(tmp_path, maps, drawn):
 
 
 def test_the_box_lies_on_photograph_and_maps_where_the_text_is(tmp_path, errors, drawn):
-    plots.spatial_error(tmp_path / "s.png", PHOTO, BOX, errors, GRID, INFO)
+    grid_plots.spatial_error(tmp_path / "s.png", PHOTO, BOX, errors, GRID, INFO)
     boxes = [patch.get_bbox().bounds for ax in drawn[0].axes for patch in ax.patches
              if patch.get_path_effects()]  # fmt: skip
     assert boxes == [BOX] + [(1.0, 2.0, 2.0, 1.0)] * 6
@@ -218,13 +234,13 @@ def test_the_box_lies_on_photograph_and_maps_where_the_text_is(tmp_path, errors,
 
 
 def test_an_image_without_a_box_has_none_drawn(tmp_path, errors, drawn):
-    plots.spatial_error(tmp_path / "s.png", PHOTO, None, errors, GRID, INFO)
+    grid_plots.spatial_error(tmp_path / "s.png", PHOTO, None, errors, GRID, INFO)
     assert not any(p.get_path_effects() for ax in drawn[0].axes for p in ax.patches)
     assert [t.get_text() for t in drawn[0].axes[4].get_xticklabels()] == ["all\n(16 tokens)"]
 
 
 def test_a_question_with_dollar_signs_is_written_as_it_is(tmp_path, errors, drawn):
-    plots.spatial_error(tmp_path / "s.png", PHOTO, BOX, errors, GRID, INFO)
+    grid_plots.spatial_error(tmp_path / "s.png", PHOTO, BOX, errors, GRID, INFO)
     footer = next(text for text in drawn[0].texts if "DEMO" in text.get_text())
     assert "$5 or $6" in footer.get_text() and not footer.get_parse_math()
 
@@ -303,8 +319,8 @@ def test_comparison_states_the_mean_excess_and_treats_the_svds_as_rounding(tmp_p
     strips = drawn[0].axes[1]
     assert "SVD: mean under 0.00001 %" in texts(drawn[0])
     dots = {line.get_color(): np.asarray(line.get_xdata()) for line in strips.lines}
-    assert (dots[plots.SVD] == plots.ROUNDING_PCT).all()
-    np.testing.assert_array_equal(dots[plots.NETWORK], per_image()["network"]["excess_pct"])
+    assert (dots[figure_style.SVD] == figure_style.ROUNDING_PCT).all()
+    np.testing.assert_array_equal(dots[figure_style.NETWORK], per_image()["network"]["excess_pct"])
     low, high = strips.get_xlim()
     assert all(low < x.min() and x.max() < high for x in dots.values())
 
@@ -330,8 +346,8 @@ def test_rank_sweep_states_the_worst_rank_the_storage_and_the_break_even_rank(tm
     assert {"17.5 %", "140 %", "break-even rank 11"} <= set(texts(drawn[0]))
     assert not any("break-even" in text for text in texts(drawn[1]))
     top, bottom = drawn[0].axes
-    assert plots.SVD in [line.get_color() for line in top.lines]
-    assert plots.SVD not in [line.get_color() for line in bottom.lines]
+    assert figure_style.SVD in [line.get_color() for line in top.lines]
+    assert figure_style.SVD not in [line.get_color() for line in bottom.lines]
 
 
 def test_a_sweep_of_one_rank_without_a_defined_excess_is_drawn(tmp_path, drawn):
@@ -342,9 +358,68 @@ def test_a_sweep_of_one_rank_without_a_defined_excess_is_drawn(tmp_path, drawn):
     assert title(drawn[0]).startswith("Rank 16: ") and "undefined" in title(drawn[0])
 
 
+@pytest.mark.parametrize("rank", ["2", "4"])
+def test_a_method_without_a_colour_is_an_error_and_never_left_out_of_a_figure(tmp_path, rank):
+    ranks = sweep([2, 4])
+    ranks[rank]["new_method"] = ranks[rank]["pca"]
+    with pytest.raises(KeyError, match="new_method"):
+        plots.rank_sweep(tmp_path / "r.png", ranks, 16, 40, FOOTER)
+    images = per_image() | {"new_method": per_image()["pca"]}
+    spectrum = np.geomspace(100, 0.1, 16) * np.ones((12, 1))
+    with pytest.raises(KeyError, match="new_method"):
+        plots.comparison(tmp_path / "c.png", images, {"X": spectrum, "X_hat": spectrum}, 4, FOOTER)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overview_shows_each_architecture_beside_the_svd_and_states_every_excess(tmp_path, drawn):
+    plots.overview(tmp_path / "o.png", batch(), FOOTER)
+    assert title(drawn[0]) == (
+        "Mean error above the SVD's at rank 4: ResMLP 0.03 %, MLP 1,800 %, AdaLoRA undefined"
+    )
+    above, error, speed = drawn[0].axes
+    labels = [label.get_text() for label in above.get_yticklabels()]
+    assert labels == ["ResMLP\nprojected, rank 4, 1 epoch", "MLP\ndirect, rank 4, 2 epochs",
+                      "AdaLoRA\nprojected, rank 4, 3 epochs"]  # fmt: skip
+    assert list(above.get_yticks()) == [2, 1, 0] and above.get_xscale() == "log"
+    p90, mean = (line.get_xdata() for line in above.lines)
+    np.testing.assert_array_equal(mean, [0.03, 1800, np.nan])
+    np.testing.assert_array_equal(p90, [0.04, 3600, np.nan])
+    assert above.get_xlim()[0] < 0.03 and above.get_xlim()[1] > 3600
+    assert [text.get_position()[1] for text in above.texts if "undefined" in text.get_text()] == [0]
+    svd, network = error.lines
+    assert svd.get_color() == figure_style.SVD and list(svd.get_xdata()) == [0.0274] * 3
+    assert list(network.get_xdata()) == [0.0275, 0.45, 0.0275] and error.get_xlim()[0] == 0
+    bars = [(round(bar.get_y() + bar.get_height() / 2, 9), bar.get_width())
+            for bar in speed.patches]  # fmt: skip
+    assert bars == [(2, 10), (1, 11), (0, 12)]
+
+
+def test_an_overview_of_different_ranks_says_so_and_one_row_of_rounding_is_drawn(tmp_path, drawn):
+    rows = batch()[:2]
+    rows[1]["effective_rank"] = 2
+    plots.overview(tmp_path / "o.png", rows, FOOTER)
+    plots.overview(tmp_path / "o.png", [rows[0] | {"excess_mean": -1e-7}], FOOTER)
+    assert title(drawn[0]) == (
+        "Mean error above the SVD's: ResMLP 0.03 % (rank 4), MLP 1,800 % (rank 2)"
+    )
+    assert title(drawn[1]) == "Mean error above the SVD's at rank 4: ResMLP under 0.00001 %"
+    assert drawn[1].axes[0].lines[1].get_xdata() == [figure_style.ROUNDING_PCT]
+
+
+def test_only_the_modules_of_figures_import_matplotlib():
+    importers = set()
+    for path in Path(plots.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == "matplotlib" for name in names):
+                importers.add(path.stem)
+    assert importers == {"figure_style", "grid_plots", "plots"}
+
+
 def test_no_two_methods_share_a_colour_or_a_label():
-    labels, colours = zip(*plots.METHODS.values(), strict=True)
-    assert len(set(labels)) == len(set(colours)) == len(plots.METHODS)
+    labels, colours = zip(*figure_style.METHODS.values(), strict=True)
+    assert len(set(labels)) == len(set(colours)) == len(figure_style.METHODS)
 
 
 def test_a_figure_that_fails_to_be_written_leaves_the_old_one(tmp_path, monkeypatch, errors):
@@ -356,16 +431,17 @@ def test_a_figure_that_fails_to_be_written_leaves_the_old_one(tmp_path, monkeypa
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
-        plots.error_heatmap(path, errors, GRID, FOOTER)
+        grid_plots.error_heatmap(path, errors, GRID, FOOTER)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_plots_never_touch_pyplot_and_leave_matplotlibs_settings_alone(tmp_path):
     check = (
-        "import sys, matplotlib; before = matplotlib.rcParams.copy(); import plots; "
+        "import sys, matplotlib; before = matplotlib.rcParams.copy(); "
+        "import figure_style, grid_plots, plots; "
         "plots.b_row_norms(sys.argv[1], [[2.0, 1.0]], [[2.0, 1.0]], 'footer'); "
         "assert 'matplotlib.pyplot' not in sys.modules; "
-        "assert all(before[key] == matplotlib.rcParams[key] for key in plots.STYLE)"
+        "assert all(before[key] == matplotlib.rcParams[key] for key in figure_style.STYLE)"
     )
     command = [sys.executable, "-c", check, str(tmp_path / "b.png")]
     subprocess.run(command, check=True, cwd=Path(plots.__file__).parent)

@@ -1,10 +1,13 @@
 """The commands as users type them, on the small real cache; and their mistakes."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -61,6 +64,7 @@ def test_compare_holds_network_and_references_against_the_svd(arch, trained, tin
     results = json.loads((trained / name / "svd_nn_comparison.json").read_text())
     rank = 2 if name == "AdaLoRA" else 4
     assert results["rank"] == results["requested_rank"] == rank
+    assert results["factors"] == ("direct" if name == "MLP" else "projected")
     assert results["split"] == "test" and results["n_images"] == 6 and results["n_groups"] == 2
     methods = results["ranks"][str(rank)]
     assert {"network", "svd", "randomized_svd", "pca"} <= set(methods)
@@ -94,6 +98,85 @@ def test_visualize_draws_one_image_and_says_which_part_it_is_in(trained, tiny_ca
     assert results["network"]["rel_error"] >= results["svd"]["rel_error"] * (1 - 1e-6)
     for kind in ("channel", "error"):
         assert is_png(stem.parent / f"image_3_spatial_{kind}_comparison.png")
+
+
+@pytest.fixture(scope="module")
+def compared(trained, tiny_cache, tmp_path_factory):
+    """A copy of the results of training, each architecture compared at its effective rank."""
+    import cli
+    import compare_svd_nn
+
+    results = shutil.copytree(trained, tmp_path_factory.mktemp("compared") / "results")
+    for arch in ("ResMLP", "MLP", "AdaLoRA"):
+        argv = ["--arch", arch, "--cache_dir", str(tiny_cache), "--results_dir", str(results)]
+        compare_svd_nn.main(cli.parse(compare_svd_nn.get_args_parser(), argv))
+    return results
+
+
+@pytest.fixture
+def compared_copy(compared, tmp_path):
+    return Path(shutil.copytree(compared, tmp_path / "results"))
+
+
+def test_report_sets_every_architecture_beside_the_svd_in_one_table_and_one_figure(
+    compared_copy, script
+):
+    done = script("make_report.py", "--results_dir", compared_copy)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("DEMO data") and lines[0].endswith("6 test images")
+    assert done.stdout.count("architecture ") == 1 and "note:" not in done.stdout
+    assert [line.split()[:3] for line in lines[2:5]] == [
+        ["ResMLP", "projected", "4"], ["MLP", "direct", "4"], ["AdaLoRA", "projected", "2"]
+    ]  # fmt: skip
+    assert is_png(compared_copy / "overview.png")
+    overview = json.loads((compared_copy / "overview.json").read_text())
+    assert overview["n_images"] == 6 and overview["split"] == "test"
+    assert [row["arch"] for row in overview["architectures"]] == ["ResMLP", "MLP", "AdaLoRA"]
+    for row, line in zip(overview["architectures"], lines[2:5], strict=True):
+        folder = compared_copy / row["arch"]
+        # the network's numbers were measured twice, by the training and by the comparison
+        test = json.loads((folder / "test_results.json").read_text())
+        best = test["ranks"][str(test["effective_rank"])]
+        assert row["effective_rank"] == test["effective_rank"]
+        assert row["rel_error"] == pytest.approx(best["rel_error"]["mean"], rel=1e-6)
+        assert row["excess_mean"] == pytest.approx(best["excess_pct"]["mean"], rel=1e-3)
+        assert row["excess_p90"] == pytest.approx(best["excess_pct"]["p90"], rel=1e-3)
+        assert row["rel_error"] >= row["optimum"] * (1 - 1e-6) > 0
+        epochs = json.loads((folder / "history.json").read_text())[1:]
+        speeds = [epoch["samples_per_s"] for epoch in epochs]
+        assert row["samples_per_s"] == pytest.approx(np.median(speeds))
+        assert (row["best_epoch"], row["epochs"]) == (test["best_epoch"], len(epochs))
+        assert f"{row['rel_error']:.5f}" in line and f"{row['excess_mean']:.4f} %" in line
+
+
+def test_report_leaves_out_with_a_note_what_is_missing_or_does_not_compare(compared_copy, script):
+    (compared_copy / "ResMLP" / "history.json").unlink()
+    path = compared_copy / "AdaLoRA" / "svd_nn_comparison.json"
+    comparison = json.loads(path.read_text())
+    for change, note in (({"rank": 1}, "at rank 1"), ({"data": "other images"}, "other images")):
+        path.write_text(json.dumps(comparison | change))
+        os.utime(path, (0, 0))  # MLP's is the newest
+        done = script("make_report.py", "--results_dir", compared_copy)
+        assert done.returncode == 0, done.stderr
+        notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
+        assert len(notes) == 2
+        assert "ResMLP" in notes[0] and "history.json" in notes[0]
+        assert "AdaLoRA" in notes[1] and note in notes[1]
+        overview = json.loads((compared_copy / "overview.json").read_text())
+        assert [row["arch"] for row in overview["architectures"]] == ["MLP"]
+
+
+def test_report_without_any_results_or_with_damaged_ones_is_one_line(compared_copy, script):
+    done = script("make_report.py", "--results_dir", "nowhere")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    for words in ("error: ", "nowhere", "train_real_data.py", "compare_svd_nn.py"):
+        assert words in done.stderr
+    (compared_copy / "MLP" / "test_results.json").write_text("{")
+    done = script("make_report.py", "--results_dir", compared_copy)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "MLP/test_results.json is damaged" in done.stderr
+    assert not (compared_copy / "overview.png").exists()
 
 
 MISTAKES = [
@@ -146,6 +229,7 @@ def test_a_checkpoint_of_another_split_is_refused(trained, cache_copy, script):
         "train_real_data",
         "compare_svd_nn",
         "visualize_svd_nn",
+        "make_report",
     ],  # fmt: skip
 )
 def test_help_fits_80_columns_and_ends_with_an_example(name):

@@ -1,0 +1,195 @@
+"""Figures on the grid of an image's tokens: errors and channels as maps, beside the photograph.
+
+viridis for errors, a diverging map for signed differences; panels that compare share one scale.
+Arguments are arrays (numpy, or torch on any device): T tokens on a grid (rows, columns), C
+channels; a box is (x, y, w, h) in fractions of the square photograph, or None. Every function
+raises OSError where it cannot write.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import ArrayLike
+from PIL.Image import Image
+
+from figure_style import (
+    BLACK,
+    METHODS,
+    NETWORK,
+    STYLE,
+    SVD,
+    as_array,
+    common_limits,
+    new_figure,
+    percent,
+    save,
+    tick_label,
+)
+
+Box = tuple[float, float, float, float] | None
+Grid = tuple[int, int]
+
+
+def _token_map(ax: Axes, values: np.ndarray, grid: Grid, limits: tuple[float, float], **style):
+    """Draw [T] values on their grid, one cell a token; diverging colours where limits are signed.
+
+    Returns the image, for a colour bar.
+    """
+    rows, columns = grid
+    ax.set(xticks=[0, columns // 2, columns], yticks=[0, rows // 2, rows])
+    ax.grid(False)
+    return ax.imshow(values.reshape(grid), vmin=limits[0], vmax=limits[1],
+                     extent=(0, columns, rows, 0), **style)  # fmt: skip
+
+
+def _colour_bar(figure: Figure, image, axes, label: str, bins: int = 5, **style) -> None:
+    bar = figure.colorbar(image, ax=axes, label=label, format=FuncFormatter(tick_label),
+                          ticks=MaxNLocator(bins), **style)  # fmt: skip
+    bar.outline.set_visible(False)
+
+
+def _photograph(ax: Axes, photo: Image, box: Box, grid: Grid = (1, 1), **style) -> None:
+    """The photograph in the grid's units, and its box."""
+    ax.imshow(photo, extent=(0, grid[1], grid[0], 0), interpolation="bilinear")
+    ax.set(xticks=[], yticks=[], **style)
+    ax.grid(False)
+    _draw_box(ax, box, grid)
+
+
+def _caption(box: Box) -> str:
+    return "photograph" if box is None else "photograph and box of its text"
+
+
+def _draw_box(ax: Axes, box: Box, grid: Grid) -> None:
+    if box is not None:
+        (x, y, w, h), (rows, columns) = box, grid
+        outline = [withStroke(linewidth=3.6, foreground="black")]
+        ax.add_patch(Rectangle((x * columns, y * rows), w * columns, h * rows, fill=False,
+                               ec="white", lw=1.8, path_effects=outline))  # fmt: skip
+
+
+@rc_context(STYLE)
+def error_heatmap(
+    path: str | Path, token_error: dict[str, ArrayLike], grid: Grid, footer: str
+) -> None:
+    """Mean relative error per token [T] of network and SVD on one scale, and their difference."""
+    errors = {name: as_array(token_error[name]) for name in ("network", "svd")}
+    apart = errors["network"] - errors["svd"]
+    figure = new_figure(13, 4.5, "compressed")
+    axes = figure.subplots(1, 3)
+    for ax, (name, values) in zip(axes, errors.items(), strict=False):
+        image = _token_map(ax, values, grid, common_limits(*errors.values()))
+        ax.set_title(f"{METHODS[name][0]}: mean {values.mean():.4g}", color=METHODS[name][1])
+    signed = _token_map(axes[2], apart, grid, common_limits(apart, symmetric=True), cmap="RdBu_r")
+    axes[2].set_title("network − SVD (red: SVD better)")
+    axes[0].set_ylabel("token row")
+    for ax in axes:
+        ax.set_xlabel("token column")
+    _colour_bar(figure, image, list(axes[:2]), "relative error of a token")
+    _colour_bar(figure, signed, axes[2], "difference of relative error")
+    worst = 100 * np.max(np.abs(apart) / np.maximum(errors["svd"], 1e-12))
+    title = f"At every token the network's mean error is within {percent(worst)} of the SVD's"
+    save(figure, path, title, footer)
+
+
+@rc_context(STYLE)
+def channel_comparison(
+    path: str | Path, photo: Image, box: Box, maps: dict[str, ArrayLike], channels: list[int],
+    grid: Grid, info: dict[str, str],
+) -> None:  # fmt: skip
+    """C channels of one image: original, network and SVD on one scale each, differences on one.
+
+    maps: original, network, svd → [T, C]; info: title and footer.
+    """
+    original, network, svd = (as_array(maps[name]) for name in ("original", "network", "svd"))
+    count = len(channels)
+    figure = new_figure(4 + 1.6 * count, 9.6)
+    grids = figure.add_gridspec(1, 2, width_ratios=[3, 1.6 * count])
+    picture = figure.add_subplot(grids[0], anchor="N")
+    _photograph(picture, photo, box, title=_caption(box))
+    axes = grids[1].subgridspec(5, count).subplots()
+    axes = axes.reshape(5, count)
+    below = {"location": "bottom", "pad": 0.01, "aspect": 12}
+    reach = common_limits(network - original, svd - original, symmetric=True)
+    for column, j in zip(axes.T, range(count), strict=True):
+        values = [v[:, j] for v in (original, network, svd)]
+        for ax, v in zip(column[:3], values, strict=True):
+            image = _token_map(ax, v, grid, common_limits(*values))
+        for ax, v in zip(column[3:], values[1:], strict=True):
+            signed = _token_map(ax, v - values[0], grid, reach, cmap="RdBu_r")
+        column[0].set_title(f"channel {channels[j]}", loc="center")
+        _colour_bar(figure, image, list(column[:3]), "units of X", 3, **below)
+    _colour_bar(figure, signed, list(axes[3:, -1]), "difference (units of X)", aspect=25)
+    labels = [("original X", BLACK), METHODS["network"], METHODS["svd"],
+              ("network − original", NETWORK), ("SVD − original", SVD)]  # fmt: skip
+    for ax, (label, colour) in zip(axes[:, 0], labels, strict=True):
+        ax.set_ylabel(label, color=colour)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    save(figure, path, info["title"], info["footer"])
+
+
+@rc_context(STYLE)
+def spatial_error(
+    path: str | Path, photo: Image, box: Box, token_error: dict[str, ArrayLike], grid: Grid,
+    info: dict[str, str],
+) -> None:  # fmt: skip
+    """Relative error per token [T] of one image: network and SVD on one scale, their difference.
+
+    Above as maps, below over the photograph; info: title and footer.
+    """
+    errors = {name: as_array(token_error[name]) for name in ("network", "svd")}
+    apart = errors["network"] - errors["svd"]
+    figure = new_figure(15.5, 7.7, "compressed")
+    axes = figure.subplots(2, 4)
+    _photograph(axes[0, 0], photo, box, title=_caption(box))
+    _inside_outside(axes[1, 0], errors, box, grid)
+    scale, signed = common_limits(*errors.values()), common_limits(apart, symmetric=True)
+    panels = [(*METHODS[name], values, scale, "viridis") for name, values in errors.items()]
+    panels.append(("network − SVD (red: SVD better)", BLACK, apart, signed, "RdBu_r"))
+    images = []
+    for (above, below), (label, colour, values, limits, cmap) in zip(
+        axes[:, 1:].T, panels, strict=True
+    ):
+        images.append(_token_map(above, values, grid, limits, cmap=cmap))
+        _photograph(below, photo, None, grid)
+        _token_map(below, values, grid, limits, cmap=cmap, alpha=0.6)
+        above.set_title(label, color=colour)
+        below.set_xlabel("token column")
+        for ax in (above, below):
+            _draw_box(ax, box, grid)
+    for ax in axes[:, 1]:
+        ax.set_ylabel("token row")
+    _colour_bar(figure, images[0], list(axes[:, 2]), "relative error of a token", aspect=40)
+    _colour_bar(figure, images[2], list(axes[:, 3]), "difference of relative error", aspect=40)
+    save(figure, path, info["title"], info["footer"])
+
+
+def _inside_outside(ax: Axes, errors: dict[str, np.ndarray], box: Box, grid: Grid) -> None:
+    """Mean and 10–90 % of the tokens' errors, in the box (their centres) and outside it."""
+    y, x = np.indices(grid).reshape(2, -1)
+    inside = np.zeros(x.shape, bool)
+    if box is not None:
+        u, v = (x + 0.5) / grid[1] - box[0], (y + 0.5) / grid[0] - box[1]
+        inside = (u >= 0) & (u <= box[2]) & (v >= 0) & (v <= box[3])
+    parts = {"in the box": inside, "outside" if box else "all": ~inside}
+    parts = {f"{name}\n({m.sum()} tokens)": m for name, m in parts.items() if m.any()}
+    for position, mask in enumerate(parts.values()):
+        for name, side, align in (("network", -0.12, "right"), ("svd", 0.12, "left")):
+            label, colour = METHODS[name]
+            low, high = np.percentile(errors[name][mask], (10, 90))
+            ax.plot([position + side] * 2, [low, high], color=colour, lw=4, alpha=0.4)
+            ax.plot(position + side, errors[name][mask].mean(), "o", color=colour, ms=7)
+            if position == 0:
+                ax.text(side, 1.03 * high, label, color=colour, ha=align)
+    ax.set_xticks(range(len(parts)), list(parts))
+    ax.set(xlim=(-0.75, len(parts) - 0.25), ylim=(0, 1.15 * ax.get_ylim()[1]), box_aspect=1,
+           ylabel="relative error of a token", title="mean and 10–90 % of tokens")  # fmt: skip

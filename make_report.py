@@ -1,0 +1,135 @@
+"""Set all trained architectures of a results folder side by side, in one table and one figure.
+
+    python make_report.py                          # results/
+    python make_report.py --results_dir results    # the same
+
+Reads results/<arch>/svd_nn_comparison.json, history.json and test_results.json of every
+architecture that has them; writes results/overview.png and results/overview.json. Each network is
+held against the SVD at its own effective rank, on the same test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import cli
+import plots
+from cli import UserError
+from files import read_json, write_json
+from model import ARCHITECTURES
+
+MADE_BY = {  # what of an architecture is read, and the script that writes it
+    "history.json": "train_real_data.py",
+    "test_results.json": "train_real_data.py",
+    "svd_nn_comparison.json": "compare_svd_nn.py",
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        description="Set all trained architectures side by side, in one table and one figure.",
+        epilog="example:\n  python make_report.py --results_dir results",
+    )
+    parser.add_argument("--results_dir", default="results", help="where the folders <arch>/ are")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    results_dir = Path(args.results_dir)
+    found = {arch: files for arch in ARCHITECTURES if (files := read_results(results_dir / arch))}
+    found = of_newest_data(found, results_dir)
+    if not found:
+        raise UserError(
+            f"{results_dir} has no architecture that is trained and compared: type python "
+            f"train_real_data.py --results_dir {results_dir}, then python compare_svd_nn.py "
+            f"--results_dir {results_dir}"
+        )
+    rows = [report_row(arch, *files) for arch, files in found.items()]
+    _, _, comparison = next(iter(found.values()))
+    footer = f"{comparison['data']}; {comparison['n_images']} test images"
+    print(footer)
+    print_table(rows)
+    write_json(
+        results_dir / "overview.json",
+        {key: comparison[key] for key in ("data", "split", "n_images")} | {"architectures": rows},
+    )
+    plots.overview(results_dir / "overview.png", rows, footer)
+    print(f"wrote {results_dir}/overview.png and overview.json")
+
+
+def read_results(folder: Path) -> tuple[list, dict, dict] | None:
+    """An architecture's history, test numbers and comparison; None, with a note, without them.
+
+    Also None where the comparison was made at another rank than the trained one, since the SVD's
+    error at the trained rank is then not in it. Raises UserError where a file is damaged.
+    """
+    arch = folder.name
+    for name, script in MADE_BY.items():
+        if not (folder / name).exists():
+            print(f"note: {arch} is left out: no {folder / name} (python {script} --arch {arch})")
+            return None
+    history, test, comparison = (
+        read_json(folder / name, f"run python {script} --arch {arch} again")
+        for name, script in MADE_BY.items()
+    )
+    if comparison["rank"] != test["effective_rank"]:
+        print(f"note: {arch} is left out: compared at rank {comparison['rank']}, trained to rank "
+              f"{test['effective_rank']} (python compare_svd_nn.py --arch {arch})")  # fmt: skip
+        return None
+    return history, test, comparison
+
+
+def of_newest_data(found: dict[str, tuple], results_dir: Path) -> dict[str, tuple]:
+    """Those of `found` on the data of the newest comparison: errors on others do not compare."""
+
+    def data(arch: str) -> tuple[str, int]:
+        comparison = found[arch][2]
+        return comparison["data"], comparison["n_images"]
+
+    if not found:
+        return {}
+    newest = max(found, key=lambda a: (results_dir / a / "svd_nn_comparison.json").stat().st_mtime)
+    for arch in found:
+        if data(arch) != data(newest):
+            print(f"note: {arch} is left out: other data than {newest}, {data(arch)[0]}")
+    return {arch: files for arch, files in found.items() if data(arch) == data(newest)}
+
+
+def report_row(arch: str, history: list[dict], test: dict, comparison: dict) -> dict:
+    """What table, figure and overview.json say of one architecture; excess in per cent."""
+    methods = comparison["ranks"][str(comparison["rank"])]
+    excess = methods["network"]["excess_pct"]
+    speeds = [record["samples_per_s"] for record in history if "samples_per_s" in record]
+    return {
+        "arch": arch,
+        "factors": comparison["factors"],
+        "effective_rank": comparison["rank"],
+        "rel_error": methods["network"]["rel_error"]["mean"],
+        "optimum": methods["svd"]["rel_error"]["mean"],
+        "excess_mean": excess["mean"],
+        "excess_p90": excess["p90"],
+        "samples_per_s": statistics.median(speeds),
+        "best_epoch": test["best_epoch"],
+        "epochs": history[-1]["epoch"],
+    }
+
+
+def print_table(rows: list[dict]) -> None:
+    print(
+        f"{'architecture':<13}{'factors':<11}{'rank':>5}{'rel_error':>11}{'SVD':>9}"
+        f"{'excess mean':>15}{'p90':>13}{'images/s':>10}{'best epoch':>12}"
+    )
+    for row in rows:
+        excess = (row["excess_mean"], row["excess_p90"])
+        mean, p90 = ("-" if value is None else f"{value:.4f} %" for value in excess)
+        print(
+            f"{row['arch']:<13}{row['factors']:<11}{row['effective_rank']:>5}"
+            f"{row['rel_error']:>11.5f}{row['optimum']:>9.5f}{mean:>15}{p90:>13}"
+            f"{row['samples_per_s']:>10.2f}{row['best_epoch']:>9} of {row['epochs']}"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())
