@@ -2,9 +2,12 @@
 
     python compare_svd_nn.py --arch ResMLP              # at every rank up to the trained one
     python compare_svd_nn.py --arch ResMLP --rank 64    # the same model, figures at rank 64
+    python compare_svd_nn.py --target_error 0.06        # and: its own rank for each image
 
-Writes results/<arch>/svd_nn_comparison.json, svd_nn_comparison.png and rank_sweep.png. Every method
-sees the same normalised X of the same test images and is judged by the same whole-matrix error.
+Writes results/<arch>/svd_nn_comparison.json, svd_nn_comparison.png and rank_sweep.png; with
+--target_error or --mean_rank also rank_per_image.png, what ranks that differ gain over one fixed
+rank that stores as much. Every method sees the same normalised X of the same test images and is
+judged by the same whole-matrix error.
 """
 
 from __future__ import annotations
@@ -13,16 +16,24 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import plots
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import cli
+import plots
 from checkpoint import evaluated_rank, load_model
 from files import write_json
 from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import Loaders, RealQwenVLDataset, create_data_loaders_real
+from rank_budget import (
+    against_fixed_rank,
+    error_curve,
+    first_rank_within,
+    nested_factors,
+    optimum_curve,
+    split_ranks,
+)
 from svd_baseline import (
     Factors,
     bootstrap_interval,
@@ -46,8 +57,15 @@ def get_args_parser() -> argparse.ArgumentParser:
         epilog="example:\n  python compare_svd_nn.py --arch ResMLP --rank 64",
     )
     parser.add_argument("--arch", default="ResMLP", help="architecture of the model")
-    parser.add_argument("--rank", type=cli.number(int, 1), default=None,
-                        help="rank to evaluate; default the trained (effective) rank")  # fmt: skip
+    ranks = parser.add_mutually_exclusive_group()
+    ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
+                       help="rank to evaluate; default the trained (effective) rank")  # fmt: skip
+    ranks.add_argument("--target_error", type=cli.number(float, above=0, below=1), default=None,
+                       metavar="E",
+                       help="also: each image at the least rank with this rel_error")  # fmt: skip
+    ranks.add_argument("--mean_rank", type=cli.number(int, 1), default=None, metavar="R",
+                       help="also: this rank on average, split over images for the least total "
+                            "squared error")  # fmt: skip
     parser.add_argument("--results_dir", default="results", help="where <arch>/best_model.pt is")
     parser.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
     parser.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
@@ -68,6 +86,8 @@ def main(args: argparse.Namespace) -> None:
     )
     print(footer)
 
+    if per_image_rank := args.target_error is not None or args.mean_rank is not None:
+        budget, budget_arrays = rank_per_image(model, loaders, rank, args)
     methods = reference_methods(model, loaders)
     ranks = report_ranks(rank)
     per_image = {
@@ -98,6 +118,12 @@ def main(args: argparse.Namespace) -> None:
         str(r): interval(per_image[r]["network"]["excess_pct"], groups) for r in ranks
     }
     print_table(results)
+    written = "svd_nn_comparison.json, svd_nn_comparison.png and rank_sweep.png"
+    if per_image_rank:
+        results["rank_per_image"] = budget
+        print_budget(budget)
+        plots.rank_per_image(folder / "rank_per_image.png", budget_arrays, footer)
+        written = written.replace(" and", ",") + " and rank_per_image.png"
     write_json(folder / "svd_nn_comparison.json", results)
     plots.comparison(
         folder / "svd_nn_comparison.png",
@@ -109,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
     plots.rank_sweep(
         folder / "rank_sweep.png", results["ranks"], dataset.num_tokens, dataset.feature_dim, footer
     )
-    print(f"wrote {folder}/svd_nn_comparison.json, svd_nn_comparison.png and rank_sweep.png")
+    print(f"wrote {folder}/{written}")
     print(f"next: python visualize_svd_nn.py --arch {results['arch']} --image_idx 0")
 
 
@@ -140,6 +166,34 @@ def spectra(model: LowRankFactorModel, loaders: Loaders, rank: int) -> dict[str,
     return {"X": loaders.test.dataset.singular_values[rows], "X_hat": torch.cat(hats)}
 
 
+@torch.inference_mode()
+def rank_per_image(
+    model: LowRankFactorModel, loaders: Loaders, rank: int, args: argparse.Namespace
+) -> tuple[dict, dict]:
+    """Ranks up to `rank` for each test image, as --target_error or --mean_rank asks.
+
+    Returns: the JSON's entry, and for the figure method → arrays of `against_fixed_rank`. A target
+    is met by the measured error of each method; a budget is split by σ of X, alike for both.
+    """
+    sigma = loaders.test.dataset.singular_values[loaders.test.sampler.rows]
+    network = [error_curve(b.x, *nested_factors(model, b.x, rank)).cpu() for b in loaders.test]
+    curves = {"network": torch.cat(network), "svd": optimum_curve(sigma, rank)}
+    if args.target_error is None:
+        entry = {"mode": "mean_rank", "mean_rank": args.mean_rank}
+        ranks = dict.fromkeys(curves, split_ranks(sigma, args.mean_rank, most=rank))
+    else:
+        entry = {"mode": "target_error", "target_error": args.target_error}
+        # the SVD first: where even the optimum is out of reach, no network is to blame
+        ranks = {n: first_rank_within(curves[n], args.target_error) for n in ("svd", "network")}
+    values_per_rank = model.num_tokens + model.input_dim
+    arrays = {}
+    for name, curve in curves.items():
+        entry[name], arrays[name] = against_fixed_rank(
+            curve, ranks[name], values_per_rank, args.target_error
+        )
+    return entry, arrays | {"target_error": args.target_error}
+
+
 def interval(excess: Tensor, groups: list[str]) -> list[float] | None:
     """95 % bootstrap interval over groups of the mean excess; None where it is undefined."""
     return None if excess.isnan().any() else list(bootstrap_interval(excess, groups))
@@ -157,6 +211,32 @@ def print_table(results: dict) -> None:
             error, excess = methods[name]["rel_error"]["mean"], methods[name]["excess_pct"]["mean"]
             cells.append(f"{error:.5f} {'-' if excess is None else f'{excess:.4f} %':>13}")
         print(f"{rank:>4}  " + "".join(f"{cell:>24}" for cell in cells))
+
+
+def print_budget(budget: dict) -> None:
+    mode = budget["mode"]
+    print(f"ranks per image, --{mode} {budget[mode]:g}, against one fixed rank that stores as much")
+    keys = ("mean", "p90", "max", "rms")
+    print(f"{'':9}{'ranks':>24}{'values stored':>15}" + "".join(f"{key:>11}" for key in keys))
+    for name in ("network", "svd"):
+        own, fixed = budget[name], budget[name]["fixed"]
+        ranks = "{mean:.1f} ({min} to {max})".format(**own["ranks"])
+        for label, entry in ((ranks, own), (f"{fixed['rank']} for all", fixed)):
+            cells = "".join(f"{entry['rel_error'][key]:>11.5f}" for key in keys)
+            print(f"{name:9}{label:>24}{entry['stored_values']:>15,}{cells}")
+        gains = [own["gain_pct"][key] for key in keys]
+        cells = "".join(f"{'-' if g is None else f'{-g:+.1f} %':>11}" for g in gains)
+        print(f"{'':9}{'error against that':>24}{'':15}{cells}")
+        if mode == "target_error":
+            within = fixed["images_within_target"]
+            print(f"{'':9}rank {fixed['rank']} for all meets the target for {within} images only")
+        for key, words in (("fixed_for_mean", "on average"), ("fixed_for_all", "for every image")):
+            if key in own:
+                less = own[key]["stored_less_pct"]
+                print(
+                    f"{'':9}one rank that meets it {words}: {own[key]['rank']}; ranks per image "
+                    f"store {abs(less):.1f} % {'less' if less >= 0 else 'more'}"
+                )
 
 
 if __name__ == "__main__":

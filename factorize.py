@@ -1,0 +1,204 @@
+"""Write the factors A and B of every image of a feature cache, with a trained network.
+
+    python factorize.py --arch ResMLP --rank 64              # every image at rank 64
+    python factorize.py --arch ResMLP --target_error 0.05    # each at the smallest rank that does
+
+Writes factors/<arch>/ (format: factor_files.py), from which `factor_files.load_factors` gives
+tokens back in the encoder's own units. Interrupted, the same command goes on. All reported errors
+are of what was stored, after rounding to --dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import cli
+from checkpoint import cache_identity, evaluated_rank, load_model
+from factor_files import DTYPES, ERRORS, FactorWriter, Stored, restore, store
+from files import sha256_file
+from model import LowRankFactorModel, canonical_arch
+from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
+from rank_budget import error_curve, first_rank_within, nested_factors, optimum_curve
+from svd_baseline import rel_error
+
+# An error measured with float32 products may lie this much above the float64 curve that chose the
+# rank: the target is met either way.
+ROUNDING = 1e-6
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        description="Write the factors A and B of every image of a feature cache.",
+        epilog="examples:\n  python factorize.py --arch ResMLP --rank 64\n"
+        "  python factorize.py --arch ResMLP --target_error 0.05 --dtype int8",
+    )
+    parser.add_argument("--arch", default="ResMLP", help="architecture of the model")
+    ranks = parser.add_mutually_exclusive_group()
+    ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
+                       help="of every image; default the trained (effective) rank")  # fmt: skip
+    ranks.add_argument("--target_error", type=cli.number(float, above=0, below=1), default=None,
+                       metavar="E",
+                       help="rel_error that each image has to meet, as stored, at its own "
+                            "smallest rank")  # fmt: skip
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16",
+                        help="of A and B on disk; int8 has half the bytes of bf16 and the larger "
+                             "error")  # fmt: skip
+    parser.add_argument("--out", default=None, help="folder to write; default factors/<arch>")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    parser.add_argument("--results_dir", default="results", help="where <arch>/best_model.pt is")
+    parser.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
+    parser.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    device = cli.pick_device(args.device)
+    arch = canonical_arch(args.arch)
+    checkpoint = Path(args.results_dir) / arch / "best_model.pt"
+    dataset = RealQwenVLDataset(args.cache_dir)
+    model, _ = load_model(checkpoint, device, dataset)
+    rank = evaluated_rank(model, args.rank)
+    if args.target_error is not None:
+        check_target(model, dataset, rank, args, device)
+    header = {
+        "arch": arch,
+        "checkpoint_sha256": sha256_file(checkpoint),
+        "cache": cache_identity(dataset)
+        | {"manifest_sha256": sha256_file(dataset.cache_dir / "manifest.json")},
+        "dtype": args.dtype,
+        "rank": rank if args.target_error is None else None,
+        "target_error": args.target_error,
+        "num_tokens": dataset.num_tokens,
+        "feature_dim": dataset.feature_dim,
+        "count": len(dataset),
+    }
+    folder = Path(args.out) if args.out else Path("factors") / arch
+    writer = FactorWriter(folder, header, args.overwrite)
+    how = f"rank {rank}" if args.target_error is None else f"rel_error ≤ {args.target_error:g}"
+    print(f"{dataset.label}; {arch}, {how}, {args.dtype}")
+    to_do = len(dataset) - writer.rows_done
+    if writer.rows_done:
+        print(f"{writer.rows_done} images are already there, {to_do} to do")
+
+    start = time.perf_counter()
+    with tqdm(total=len(dataset), initial=writer.rows_done, unit="image", disable=None) as bar:
+        for rows in writer.shards_to_do():
+            # batches begin anew with each shard: bits do not depend on where a run was interrupted
+            parts = []
+            for batch in torch.tensor(rows).split(args.batch_size):
+                features = dataset[batch].to(device)
+                try:
+                    parts.append(factorise(model, features, rank, args.target_error, args.dtype))
+                except cli.UserError as error:
+                    raise cli.UserError(f"rows {batch[0]} to {batch[-1]}: {error}") from None
+                bar.update(len(batch))
+            stored, mean, std, errors = zip(*parts, strict=True)
+            writer.write_shard(
+                sum(stored, []),
+                torch.cat(mean),
+                torch.cat(std),
+                {name: torch.cat([e[name] for e in errors]) for name in ERRORS},
+            )
+    seconds = time.perf_counter() - start
+    report(writer.finish(), folder, to_do / seconds if to_do else None)
+
+
+def check_target(
+    model: LowRankFactorModel,
+    dataset: RealQwenVLDataset,
+    rank: int,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """Refuse a target_error that the hardest images cannot meet, before anything is written."""
+    least = optimum_curve(dataset.singular_values, rank)[:, -1]
+    hardest = least.topk(min(args.batch_size, len(dataset))).indices
+    try:
+        factorise(model, dataset[hardest].to(device), rank, args.target_error, args.dtype)
+    except cli.UserError as error:
+        raise cli.UserError(f"the hardest images, as {args.dtype}: {error}") from None
+
+
+@torch.inference_mode()
+def factorise(
+    model: LowRankFactorModel,
+    features: torch.Tensor,
+    rank: int,
+    target_error: float | None,
+    dtype: str,
+) -> tuple[list[Stored], torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Factors of features [b, T, D] as they will be stored, one per image on the CPU.
+
+    With a target_error each image gets the smallest rank ≤ `rank` at which what is stored meets it.
+    Returns the factors, mean and std [b, T, 1] float32, and ERRORS → [b] float64.
+    Raises UserError where the target is out of reach, or where factors are not finite.
+    """
+    x, mean, std = normalise(features)
+    if target_error is None:
+        a, b = model(x, rank)
+        ranks = [rank] * len(x)
+    else:
+        a, b = nested_factors(model, x, rank)
+    if not (a.isfinite().all() and b.isfinite().all()):  # int8 would hide it
+        raise cli.UserError("the model's factors are not finite: train it again")
+    stored = store(a, b, dtype)
+    if target_error is not None:
+        # rounding leaves components apart, so one curve holds the stored error at every rank
+        curve = error_curve(x, *restore(stored))
+        ranks = first_rank_within(curve, target_error * (1 - ROUNDING)).tolist()
+        for i, r in enumerate(ranks):  # the columns that are left out
+            for tensor in (a[i, :, r:], b[i, r:], stored.a[i, :, r:], stored.b[i, r:]):
+                tensor.zero_()
+    kept_a, kept_b = restore(stored)
+    original = denormalise(kept_a @ kept_b, mean, std)
+    norm = torch.linalg.matrix_norm(features.double()).clamp_min(torch.finfo(torch.float64).tiny)
+    errors = {
+        "rel_error": rel_error(x, kept_a, kept_b),
+        "rel_error_float32": rel_error(x, a, b),
+        "rel_error_original": torch.linalg.matrix_norm((features - original).double()) / norm,
+    }
+    images = [
+        Stored(
+            stored.a[i : i + 1, :, :r].cpu(),
+            stored.b[i : i + 1, :r].cpu(),
+            *(s[i : i + 1, :r].cpu() for s in stored[2:] if s is not None),
+        )
+        for i, r in enumerate(ranks)
+    ]
+    return images, mean.cpu(), std.cpu(), {name: e.cpu() for name, e in errors.items()}
+
+
+def report(manifest: dict, folder: Path, per_second: float | None) -> None:
+    """Print errors, bytes before and after, and the speed of this run."""
+    errors, ranks = manifest["errors"], manifest["ranks"]
+    if manifest["rank"] is None:
+        print(
+            f"rank per image: mean {ranks['mean']:.1f}, p90 {ranks['p90']:.0f}, "
+            f"{ranks['min']} to {ranks['max']}"
+        )
+    lines = {
+        "rel_error": f"rel_error as stored ({manifest['dtype']})",
+        "rel_error_float32": "rel_error in float32",
+        "rel_error_original": "as stored, in the encoder's units",
+    }
+    for name, words in lines.items():
+        print(f"{words:<34} mean {errors[name]['mean']:.5f}  p90 {errors[name]['p90']:.5f}")
+    before = 2 * manifest["count"] * manifest["num_tokens"] * manifest["feature_dim"]
+    after = sum(shard["bytes"] for shard in manifest["shards"])
+    print(
+        f"{before / 1e6:.1f} MB of bf16 features, {after / 1e6:.1f} MB of factors: "
+        f"ratio {before / after:.2f}"
+    )
+    if per_second is not None:
+        print(f"{per_second:.1f} matrices per second (reading, factors, their errors, writing)")
+    print(f'wrote {folder}: factor_files.load_factors("{folder}") gives tokens back')
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

@@ -1,0 +1,311 @@
+"""Factors on disk: the model's own, read back with the errors that were reported."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import factor_files
+import factorize
+from checkpoint import load_model
+from cli import UserError
+from factor_files import load_factors, read_factors, restore, store
+from qwenvl_dataloader import RealQwenVLDataset, normalise
+from svd_baseline import rel_error
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = 0.25
+
+
+@pytest.fixture(scope="module")
+def results(tiny_cache, tmp_path_factory):
+    """A results folder with a ResMLP of rank 12, trained for one epoch."""
+    import cli
+    import train_real_data
+
+    folder = tmp_path_factory.mktemp("factorize") / "results"
+    flags = "--epochs 1 --rank 12 --refine_steps 2 --oversample 4 --hidden_dim 16".split()
+    argv = ["--cache_dir", tiny_cache, "--results_dir", folder, "--log_dir", folder.parent, *flags]
+    args = cli.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
+    assert train_real_data.main(args) == 0
+    return folder
+
+
+@pytest.fixture
+def write(script, tiny_cache, results, tmp_path):
+    """Run factorize.py into tmp_path/out; ends well unless `fails`."""
+
+    def run(*flags, cache=tiny_cache, fails=False):
+        argv = ["--cache_dir", cache, "--results_dir", results, "--out", tmp_path / "out"]
+        done = script("factorize.py", *argv, *flags)
+        assert done.returncode == (2 if fails else 0), done.stderr
+        return done
+
+    return run
+
+
+def manifest_of(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def normalised(cache):
+    return normalise(RealQwenVLDataset(cache)[range(36)])
+
+
+def hashes(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0), ("bf16", 2**-8), ("int8", None)])
+def test_what_is_read_back_are_the_model_s_factors(
+    dtype, tolerance, write, results, tiny_cache, tmp_path
+):
+    write("--rank", 5, "--dtype", dtype)
+    x, mean, std = normalised(tiny_cache)
+    model, _ = load_model(results / "ResMLP" / "best_model.pt", torch.device("cpu"))
+    with torch.inference_mode():
+        parts = [model(part, 5) for part in x[:32].split(8)]
+        a, b = (torch.cat(f) for f in zip(*parts, strict=True))
+    read = read_factors(tmp_path / "out", range(32))
+    assert torch.equal(read.mean, mean[:32]) and torch.equal(read.std, std[:32])
+    assert read.ranks.tolist() == [5] * 32
+    for found, expected, along in ((read.a, a, -2), (read.b, b, -1)):
+        if tolerance is None:  # half a step of the largest value of each component
+            allowed = expected.abs().amax(along, keepdim=True) / 254 * (1 + 1e-4)
+        else:
+            allowed = tolerance * expected.abs()
+        assert ((found - expected).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("flags", [["--rank", 7], ["--target_error", TARGET, "--dtype", "int8"]])
+def test_tokens_come_back_in_the_encoder_s_units_with_the_reported_errors(
+    flags, write, tiny_cache, tmp_path
+):
+    done = write(*flags)
+    assert done.stdout.startswith("DEMO data")
+    features = RealQwenVLDataset(tiny_cache)[range(36)].double()
+    tokens = load_factors(tmp_path / "out")
+    assert tokens.shape == features.shape and tokens.dtype == torch.float32
+    norm = torch.linalg.matrix_norm
+    original = norm(features - tokens) / norm(features)
+    read = read_factors(tmp_path / "out")
+    normal = rel_error(normalised(tiny_cache)[0], read.a, read.b)
+    errors = manifest_of(tmp_path / "out")["errors"]
+    for name, values in (("rel_error", normal), ("rel_error_original", original)):
+        assert errors[name]["mean"] == pytest.approx(float(values.mean()), rel=1e-5)
+        assert errors[name]["p90"] == pytest.approx(float(values.quantile(0.9)), rel=1e-5)
+        assert f"mean {errors[name]['mean']:.5f}" in done.stdout
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_a_target_is_met_by_what_is_stored_of_every_image_and_not_one_rank_lower(
+    dtype, write, tiny_cache, tmp_path
+):
+    write("--target_error", TARGET, "--dtype", dtype)
+    x = normalised(tiny_cache)[0]
+    read = read_factors(tmp_path / "out")
+    assert len(set(read.ranks.tolist())) > 2
+    assert rel_error(x, read.a, read.b).max() <= TARGET
+    for i, rank in enumerate(read.ranks.tolist()):
+        less = rel_error(x[i], read.a[i, :, : rank - 1], read.b[i, : rank - 1])
+        assert less > TARGET * (1 - 1e-5)
+    ranks = manifest_of(tmp_path / "out")["ranks"]
+    assert (ranks["min"], ranks["max"]) == (read.ranks.min(), read.ranks.max())
+
+
+def test_rows_are_read_in_the_order_asked_for(write, tmp_path):
+    write("--target_error", TARGET)
+    rows = [30, 2, 17]
+    assert torch.equal(load_factors(tmp_path / "out", rows), load_factors(tmp_path / "out")[rows])
+    few, every = read_factors(tmp_path / "out", rows), read_factors(tmp_path / "out")
+    assert few.ranks.tolist() == every.ranks[rows].tolist()
+    assert torch.equal(few.a, every.a[rows][..., : few.ranks.max()])
+    for row in (-1, 36):
+        with pytest.raises(UserError, match=f"row {row} .* type 0 to 35"):
+            load_factors(tmp_path / "out", [row])
+
+
+def test_int8_adds_no_more_error_than_half_a_step_of_each_component(tokens):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(3, 24, 6, generator=generator), torch.randn(3, 6, 40, generator=generator)
+    a[..., 2] = 0
+    b *= torch.logspace(2, -3, 6)[:, None]  # components of very different size
+    stored = store(a, b, "int8")
+    assert stored.a.dtype == stored.b.dtype == torch.int8
+    back_a, back_b = restore(stored)
+    assert ((back_a - a).abs() <= a.abs().amax(-2, keepdim=True) / 254 * 1.0001).all()
+    assert ((back_b - b).abs() <= b.abs().amax(-1, keepdim=True) / 254 * 1.0001).all()
+    assert back_a[..., 2].abs().max() == 0
+
+
+def test_the_bytes_on_disk_are_those_of_the_values(write, tmp_path):
+    sizes = {}
+    for dtype in ("float32", "bf16", "int8"):
+        write("--rank", 8, "--dtype", dtype, "--overwrite")
+        sizes[dtype] = sum(shard["bytes"] for shard in manifest_of(tmp_path / "out")["shards"])
+    values, others = 36 * 8 * (16 + 1536), 36 * (2 * 16 * 4 + 3 * 8)
+    scales = {"int8": 36 * 2 * 8 * 4}
+    for dtype, width in (("float32", 4), ("bf16", 2), ("int8", 1)):
+        header = sizes[dtype] - (values * width + others + scales.get(dtype, 0))
+        assert 0 < header < 1000
+
+
+@pytest.mark.parametrize("flags", [["--rank", 6], ["--target_error", TARGET]])
+def test_an_interrupted_run_goes_on_and_its_folder_is_byte_identical(
+    flags, write, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(factor_files, "ROWS_PER_SHARD", 10)
+    flags = [*flags, "--batch_size", 4]
+    write(*flags)
+    whole = hashes(tmp_path / "out")
+    assert len(whole) == 5
+    calls = []
+
+    def interrupted(*args, factorise=factorize.factorise):
+        calls.append(len(args[1]))
+        if sum(calls) > 25:
+            raise KeyboardInterrupt
+        return factorise(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(factorize, "factorise", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(*flags, "--overwrite")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(UserError, match="interrupted, run the same command to finish it"):
+        load_factors(tmp_path / "out")
+    (tmp_path / "out" / ".factors-00002.safetensors.1.tmp").write_bytes(b"half a shard")
+    other = write("--rank", 3, fails=True).stderr
+    assert "was begun with" in other and "now it is 3" in other
+    assert "images are already there" in write(*flags).stdout
+    assert hashes(tmp_path / "out") == whole
+
+
+def test_a_finished_folder_is_replaced_only_when_asked_to(write, tmp_path):
+    write("--rank", 4)
+    before = hashes(tmp_path / "out")
+    assert "holds finished factors" in write("--rank", 3, fails=True).stderr
+    assert hashes(tmp_path / "out") == before
+    write("--rank", 3, "--overwrite")
+    assert read_factors(tmp_path / "out", [0]).a.shape == (1, 16, 3)
+
+
+def test_overwrite_does_not_remove_what_is_no_folder_of_factors(write, cache_copy):
+    before = hashes(cache_copy)
+    message = write("--rank", 4, "--overwrite", "--out", cache_copy, fails=True).stderr
+    assert "holds something else" in message
+    assert hashes(cache_copy) == before
+
+
+MISTAKES = [
+    ("factorize.py", "--rank 0", "--rank"),
+    ("factorize.py", "--rank 13", "--rank 13 is above the trained rank 12"),
+    ("factorize.py", "--rank 4 --target_error 0.2", "not allowed with argument --rank"),
+    ("factorize.py", "--target_error 1", "--target_error"),
+    ("factorize.py", "--target_error 1e-4", "out of reach at rank 12"),
+    ("factorize.py", "--dtype float16", "--dtype"),
+    ("factorize.py", "--arch MLP", "best_model.pt does not exist"),
+    ("factorize.py", "--cache_dir nowhere", "nowhere does not exist"),
+    ("compare_svd_nn.py", "--mean_rank 3 --target_error 0.2", "not allowed with argument"),
+    ("compare_svd_nn.py", "--mean_rank 3 --rank 4", "not allowed with argument"),
+    ("compare_svd_nn.py", "--mean_rank 13", "--mean_rank 13 is out of range: type 1 to 12"),
+    ("compare_svd_nn.py", "--target_error 1e-4", "out of reach at rank 12"),
+]
+
+
+@pytest.mark.parametrize(("name", "flags", "message"), MISTAKES)
+def test_a_mistake_is_one_line_and_changes_nothing(
+    name, flags, message, script, tiny_cache, results, tmp_path
+):
+    done = script(name, "--cache_dir", tiny_cache, "--results_dir", results, *flags.split())
+    assert done.returncode == 2
+    line = done.stderr.strip()
+    assert line.startswith("error: ") and "\n" not in line and message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_target_that_a_refusal_suggests_can_be_reached(write):
+    suggested = write("--target_error", 1e-4, fails=True).stderr
+    write("--target_error", suggested.split("; type --target_error ")[1].split()[0])
+
+
+@pytest.mark.parametrize("flags", [["--rank", 4], ["--target_error", TARGET, "--dtype", "int8"]])
+def test_factors_that_are_not_finite_are_refused(flags, write, monkeypatch):
+    def broken(*args):
+        model, state = load_model(*args)
+        model.row_net.head.weight.data[0, 0] = torch.nan
+        return model, state
+
+    monkeypatch.setattr(factorize, "load_model", broken)
+    assert "factors are not finite: train it again" in write(*flags, fails=True).stderr
+
+
+def test_a_manifest_cannot_name_a_file_outside_its_folder(write, tmp_path):
+    write("--rank", 2)
+    manifest = manifest_of(tmp_path / "out")
+    shard = tmp_path / "out" / manifest["shards"][0]["file"]
+    shard.rename(tmp_path / shard.name)
+    manifest["shards"][0]["file"] = f"../{shard.name}"
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="names a file outside its folder"):
+        load_factors(tmp_path / "out")
+
+
+@pytest.mark.parametrize("flags", [["--rank", 2], ["--target_error", TARGET]])
+def test_a_damaged_shard_is_refused_with_its_name(flags, write, tmp_path):
+    write(*flags)
+    shard = tmp_path / "out" / "factors-00000.safetensors"
+    whole = shard.read_bytes()
+    for damaged, reason in (
+        (whole[:-1], f"has {len(whole) - 1} bytes, not {len(whole)}"),
+        (b"\xff" * 64 + whole[64:], "is damaged"),
+    ):
+        shard.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"{shard.name} {reason}"):
+            load_factors(tmp_path / "out")
+    shard.write_bytes(whole)
+    manifest = manifest_of(tmp_path / "out")
+    manifest["feature_dim"] = 1535
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="its manifest says"):
+        load_factors(tmp_path / "out")
+    with pytest.raises(UserError, match="name a folder that factorize.py wrote"):
+        load_factors(tmp_path)
+
+
+@pytest.mark.parametrize("flags", [["--mean_rank", 3], ["--target_error", TARGET]])
+def test_compare_holds_ranks_per_image_against_one_fixed_rank(
+    flags, script, tiny_cache, results, tmp_path
+):
+    done = script("compare_svd_nn.py", "--cache_dir", tiny_cache, "--results_dir", results, *flags)
+    assert done.returncode == 0, done.stderr
+    comparison = json.loads((results / "ResMLP" / "svd_nn_comparison.json").read_text())
+    budget = comparison["rank_per_image"]
+    assert (results / "ResMLP" / "rank_per_image.png").is_file()
+    network, svd = budget["network"], budget["svd"]
+    assert (
+        "error against that" in done.stdout and f"{network['fixed']['rank']} for all" in done.stdout
+    )
+    if budget["mode"] == "mean_rank":
+        assert network["ranks"] == svd["ranks"] and svd["ranks"]["mean"] == 3
+        assert network["stored_values"] == network["fixed"]["stored_values"] == 6 * 3 * 1552
+        assert svd["gain_pct"]["rms"] >= 0
+        at_fixed_rank = network["fixed"]["rel_error"]["rms"]
+        assert network["rel_error"]["rms"] < at_fixed_rank
+    else:
+        assert max(network["rel_error"]["max"], svd["rel_error"]["max"]) <= TARGET
+        assert network["ranks"]["mean"] >= svd["ranks"]["mean"]
+        assert network["fixed_for_all"]["rank"] == network["ranks"]["max"]
+        assert network["fixed_for_all"]["images_within_target"] == 6
+
+
+def test_help_fits_80_columns_and_ends_with_an_example():
+    command = [sys.executable, "factorize.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "python factorize.py" in done.stdout.split("example", 1)[1]
