@@ -1,0 +1,63 @@
+"""Wall-clock time and peak memory of calls, measured in turn; the machine's matmul rate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class Timing(NamedTuple):
+    seconds: list[float]  # of one call on a whole batch, one entry a repeat
+    peak_mb: float | None
+
+
+@torch.inference_mode()
+def time_in_turn(
+    calls: list[Callable[[], object]], repeats: int, device: torch.device
+) -> list[Timing]:
+    """Time all calls in each repeat, every other repeat in reverse order; warmed up, synchronised.
+
+    peak_mb: CUDA memory of one call above what was there before it, 2^20 bytes; None on the CPU.
+    """
+    peaks = [warm_up(call, device) for call in calls]
+    seconds: list[list[float]] = [[] for _ in calls]
+    for repeat in range(repeats):
+        for i in list(range(len(calls)))[:: -1 if repeat % 2 else 1]:
+            synchronise(device)
+            start = time.perf_counter()
+            calls[i]()
+            synchronise(device)
+            seconds[i].append(time.perf_counter() - start)
+    return [Timing(*pair) for pair in zip(seconds, peaks, strict=True)]
+
+
+def warm_up(call: Callable[[], object], device: torch.device) -> float | None:
+    """Call once, on CUDA twice; returns the second call's peak memory there, in 2^20 bytes."""
+    call()
+    if device.type != "cuda":
+        return None
+    synchronise(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    synchronise(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_rates(device: torch.device, repeats: int = 15) -> dict[str, float]:
+    """Multiply-adds per second of a large product on this device, fastest of `repeats`."""
+    count, size = (8, 4096) if device.type == "cuda" else (2, 768)
+    rates = {}
+    for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
+        x = torch.randn(count, size, size, dtype=dtype, device=device)
+        (timing,) = time_in_turn([lambda x=x: torch.bmm(x, x)], repeats, device)
+        rates[name] = count * size**3 / min(timing.seconds)
+    return rates
