@@ -6,7 +6,6 @@ One file format for `best_model.pt` and `last_model.pt`: tensors and plain value
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from model import LowRankFactorModel, get_model_by_name
 from qwenvl_dataloader import RealQwenVLDataset
 
 FORMAT = 1
-# The shifts were learned as fractions of this estimate (model.smallest_ritz_estimate).
+# The shifts were learned as fractions of this estimate (subspace.smallest_ritz_estimate).
 SHIFT_ESTIMATOR = "min_cholesky_pivot"
 
 
@@ -48,8 +47,13 @@ def set_rng_state(state: dict) -> None:
 
 def save_checkpoint(path: Path, state: dict) -> None:
     """Write `state` atomically, with the format's number and the shifts' estimator."""
+    state = {"format": FORMAT, "shift_estimator": SHIFT_ESTIMATOR, **state}
     with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, "shift_estimator": SHIFT_ESTIMATOR, **state}, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be written ({reason}): free or choose a disk") from None
 
 
 def load_checkpoint(path: Path, dataset: RealQwenVLDataset | None = None) -> dict:
@@ -63,8 +67,9 @@ def load_checkpoint(path: Path, dataset: RealQwenVLDataset | None = None) -> dic
             f"{path} does not exist: train it with train_real_data.py --arch {arch}, or name "
             "another --results_dir"
         ) from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:
+        # damaged bytes make zip, pickle and torch raise nearly anything; all of it means one thing
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path} is damaged ({reason}): train again") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of format {FORMAT}: train again")
@@ -91,15 +96,12 @@ def load_model(
 def evaluated_rank(model: LowRankFactorModel, requested: int | None) -> int:
     """The rank that is evaluated: the requested one, at most the model's effective rank."""
     effective = model.current_effective_rank()
-    if requested is None or requested == effective:
-        return effective
-    if requested > model.rank:
-        raise UserError(
-            f"--rank {requested} is above the trained rank {model.rank}: type 1 to {effective}"
-        )
-    if requested > effective:
-        print(f"note: the model was pruned to rank {effective}, which replaces {requested}")
-    return min(requested, effective)
+    limit = min(model.num_tokens, model.input_dim)
+    if requested is not None and requested > limit:
+        raise UserError(f"--rank {requested} is out of range: type 1 to {effective}")
+    if requested is not None and requested > effective:
+        print(f"note: the model's effective rank is {effective}, which replaces {requested}")
+    return min(requested or effective, effective)
 
 
 def _check_cache(path: Path, trained: dict, now: dict, cache_dir: Path) -> None:

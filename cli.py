@@ -53,12 +53,13 @@ def run(
     except OSError as error:
         if error.errno not in _STORAGE_ERRORS:
             raise
-        message = f"{error.strerror} ({error.filename or 'while writing'}): free or choose a disk"
+        message = f"{error.filename or 'a file'}: {error.strerror}: choose another folder or disk"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+_STORAGE_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # a file where a folder must be
 
 
 class Parser(argparse.ArgumentParser):

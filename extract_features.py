@@ -31,7 +31,7 @@ from cli import UserError
 from encoders import VisionEncoder, load_encoder, resize_image
 from feature_cache import FeatureCacheWriter
 from qwenvl_dataloader import RealQwenVLDataset
-from svd_baseline import optimum
+from svd_baseline import optimum, report_ranks
 
 THUMBNAIL_SIZE = 224  # pixels, both sides
 DEMO_DATA = "demo_data"
@@ -68,6 +68,8 @@ def main(args: argparse.Namespace) -> None:
     if args.verify:
         print_summary(RealQwenVLDataset(args.cache_dir), verify=True)
         return
+    if args.demo and "model" in args.typed:
+        raise UserError("--demo brings its own encoder: leave --model or --demo away")
     rows = DatasetRows(find_parquet(args))
     device = cli.pick_device(args.device)
     encoder = load_encoder(
@@ -77,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
         resize=args.resize,
     )
     writer = FeatureCacheWriter(args.cache_dir, cache_header(args, encoder, rows), args.overwrite)
-    demo = "DEMO data, " if args.demo else ""
+    demo = "DEMO data, " if is_demo(args, rows) else ""
     print(
         f"{demo}{len(rows)} rows, encoder {encoder.id} on {device}: "
         f"{encoder.num_tokens} tokens × {encoder.feature_dim} an image"
@@ -124,7 +126,7 @@ def extract(
                 sha = sample.record["image_sha256"]
                 known = sha in position_of
                 tokens = writer.features_of(position_of[sha]) if known else features[sha]
-                position_of.setdefault(sha, len(position_of))
+                position_of.setdefault(sha, writer.count)
                 writer.append(tokens.unsqueeze(0), [sample.record])
             bar.update(len(batch))
     return skipped
@@ -145,7 +147,7 @@ def _prepare(batch: list[tuple[int, dict]], encoder: VisionEncoder, last_done: i
 
 def _prepare_row(row_id: int, row: dict, encoder: VisionEncoder, last_done: int) -> Sample:
     try:
-        data = row["image"]["bytes"]
+        data = (row["image"] or {}).get("bytes")
         if data is None:
             raise ValueError("no image bytes")
         image = Image.open(io.BytesIO(data))
@@ -185,7 +187,9 @@ class DatasetRows:
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"--dataset_dir: a parquet file is damaged ({error})") from None
         self.counts = [p.metadata.num_rows for p in parquets]
-        self.columns = parquets[0].schema_arrow.names
+        schema = parquets[0].schema_arrow
+        self.columns = schema.names
+        self.kind = (schema.metadata or {}).get(b"kind", b"real").decode()
         missing = [name for name in self.needed if name not in self.columns]
         if missing:
             raise UserError(f"{files[0]} lacks the column(s) {', '.join(missing)}")
@@ -221,10 +225,15 @@ def find_parquet(args: argparse.Namespace) -> list[Path]:
     return files
 
 
+def is_demo(args: argparse.Namespace, rows: DatasetRows) -> bool:
+    """Whether images or encoder are the demo's, which the cache and all made from it must say."""
+    return args.demo or args.model == DEMO_ENCODER or rows.kind == "demo"
+
+
 def cache_header(args: argparse.Namespace, encoder: VisionEncoder, rows: DatasetRows) -> dict:
     """What identifies the features: another value of any of these is another cache."""
     return {
-        "kind": "demo" if args.demo else "real",
+        "kind": "demo" if is_demo(args, rows) else "real",
         "encoder": {
             "id": encoder.id,
             "weights_sha256": encoder.weights_sha256,
@@ -262,7 +271,7 @@ def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
         print(f"  {name:5} {len(rows):5} images in {count:4} groups")
     skipped = len(dataset.manifest["skipped"])
     print(f"  skipped {skipped} unreadable images")
-    ranks = [r for r in (8, 16, 32, 64, 128) if r < dataset.singular_values.shape[1]]
+    ranks = report_ranks(dataset.singular_values.shape[1])[:-1]
     best = "  ".join(f"{r}: {optimum(dataset.singular_values, r).mean():.4f}" for r in ranks)
     print(f"  optimum rel_error at rank  {best}")
     print(f"wrote {dataset.cache_dir}/manifest.json" if not verify else "the cache is whole")

@@ -32,17 +32,16 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cli import UserError
 from feature_cache import ROWS_PER_SHARD
 from files import (
-    atomic_path,
     check_files,
     check_same_header,
     file_entry,
     read_json,
+    save_tensors,
     sweep_temporaries,
     write_json,
 )
@@ -141,8 +140,7 @@ class FactorWriter:
         path = self._shard_path(len(self._shard_rows))
         tensors = _ragged(stored) if self.ranks_differ else _stacked(stored)
         tensors |= {"mean": mean.squeeze(-1), "std": std.squeeze(-1), **errors}
-        with atomic_path(path) as temporary:
-            save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
+        save_tensors(path, {name: t.cpu().contiguous() for name, t in tensors.items()})
         self._shard_rows.append(len(mean))
 
     def finish(self) -> dict:

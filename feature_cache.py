@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cli import UserError
@@ -23,6 +22,7 @@ from files import (
     check_same_header,
     file_entry,
     read_json,
+    save_tensors,
     sweep_temporaries,
     write_json,
 )
@@ -92,6 +92,11 @@ class FeatureCacheWriter:
         while len(self._rows) >= ROWS_PER_SHARD:
             self._write_shard(ROWS_PER_SHARD)
 
+    @property
+    def count(self) -> int:
+        """Images appended so far: the next one's row of the cache."""
+        return self.rows_done + len(self._rows)
+
     def features_of(self, position: int) -> Tensor:
         """Features [T, D] bfloat16 of an image appended earlier, by its row of the cache."""
         if position >= self.rows_done:
@@ -113,8 +118,7 @@ class FeatureCacheWriter:
         table = pa.concat_tables(self._parts)
         sigma = torch.from_numpy(np.stack(table["singular_values"].to_numpy()))
         sigma_path = self.cache_dir / "singular_values.safetensors"
-        with atomic_path(sigma_path) as temporary:
-            save_file({"singular_values": sigma}, temporary)
+        save_tensors(sigma_path, {"singular_values": sigma})
         rows_path = self.cache_dir / "rows.parquet"
         with atomic_path(rows_path) as temporary:
             pq.write_table(table.drop_columns("singular_values"), temporary)
@@ -138,8 +142,7 @@ class FeatureCacheWriter:
     def _write_shard(self, count: int) -> None:
         features, self._features = torch.stack(self._features[:count]), self._features[count:]
         rows, self._rows = self._rows[:count], self._rows[count:]
-        with atomic_path(self._shard_path(self.shards_done)) as temporary:
-            save_file({"features": features}, temporary)
+        save_tensors(self._shard_path(self.shards_done), {"features": features})
         sigma = torch.cat([exact_singular_values(normalise(f)[0]) for f in features.split(16)])
         columns = {name: [row[name] for row in rows] for name in ROW_SCHEMA.names}
         columns["singular_values"] = list(sigma.numpy())

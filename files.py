@@ -11,6 +11,10 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from cli import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -87,6 +91,15 @@ def read_json(path: str | Path, remedy: str) -> dict | list:
         raise UserError(f"{path} does not exist: {remedy}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file atomically. Raises UserError where the disk does not take it."""
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:  # what the library makes of an OSError
+            raise UserError(f"{path} cannot be written ({error}): free or choose a disk") from None
 
 
 def sha256_file(path: str | Path) -> str:

@@ -69,7 +69,7 @@ class SVDLinear(nn.Module):
 
     def orthogonality(self) -> Tensor:
         """Mean of ‖A Aᵀ − I‖_F and ‖BᵀB − I‖_F, a scalar (AdaLoRA, eq. 4)."""
-        eye = torch.eye(len(self.lora_A)).to(self.lora_A)
+        eye = torch.eye(len(self.lora_A), dtype=self.lora_A.dtype, device=self.lora_A.device)
         gaps = self.lora_A @ self.lora_A.mT - eye, self.lora_B.mT @ self.lora_B - eye
         return torch.stack([torch.linalg.matrix_norm(gap) for gap in gaps]).mean()
 
@@ -128,10 +128,10 @@ class LowRankFactorModel(nn.Module):
         lambda_B: ridge λ_B of the exact coefficients B.
         hidden_dim, num_blocks: width and number of hidden layers or blocks (None: the class's own).
         dropout: in the branches, while training.
+        precision: "float32" or "bf16", of the branches' products; the linear algebra is float64.
     """
 
     hidden_layers = 1
-    branch_dtype = torch.float32  # bfloat16: the branches' products; the linear algebra never
 
     def __init__(
         self,
@@ -146,6 +146,7 @@ class LowRankFactorModel(nn.Module):
         hidden_dim: int | None = None,
         num_blocks: int | None = None,
         dropout: float = 0.0,
+        precision: str = "float32",
     ) -> None:
         super().__init__()
         limit = min(num_tokens, input_dim)
@@ -160,6 +161,7 @@ class LowRankFactorModel(nn.Module):
         self.hidden_dim = hidden_dim or 256
         self.num_blocks = self.hidden_layers if num_blocks is None else num_blocks
         self.dropout = dropout
+        self.precision = precision
         self.sketch_columns = rank + self.oversample
         self.row_net = self.make_branch(input_dim, self.sketch_columns)
         self.col_net = self.make_branch(num_tokens, self.sketch_columns)
@@ -174,7 +176,9 @@ class LowRankFactorModel(nn.Module):
     @property
     def config(self) -> dict:
         names = ("input_dim", "num_tokens", "rank", "factors", "lambda_B", "hidden_dim")
-        config = {name: getattr(self, name) for name in (*names, "num_blocks", "dropout")}
+        config = {
+            name: getattr(self, name) for name in (*names, "num_blocks", "dropout", "precision")
+        }
         if self.factors == "projected":
             config |= {"refine_steps": self.refine_steps, "oversample": self.oversample}
         return {"arch": arch_of(self), **config}
@@ -195,19 +199,22 @@ class LowRankFactorModel(nn.Module):
         """The rank of A·B: r, or the number of unmasked components."""
         return self.rank
 
-    def forward(self, x: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, rank: int | None = None, *, ordered: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """A [b, T, r'], B [b, r', D] of x [b, T, D]; r' is `rank`, or the trained rank
         (masked columns of A are zero; they are left out once the rank is final).
 
         One model serves every r' ≤ r: projected factors are cut in Ritz order, direct factors are
-        replaced by the truncated SVD of their product.
+        replaced by the truncated SVD of their product. ordered=False leaves the components of an
+        uncut model without extra columns as they come, and saves the eigenproblem.
         """
         cut = self.rank_in_use if rank is None else rank
         if self.factors == "direct":
             a, b = self._direct_factors(x)
             return (a, b) if cut == self.rank else truncate_product(a, b, cut)
         gate = self.gate()
-        ordered = gate is not None or cut < self.rank
+        ordered = ordered or gate is not None or cut < self.rank
         space = refine(self.sketch(x)[0], x, self.shifts, cut, ordered)
         u = space.u.to(x.dtype)  # [b, T, r']
         b = u.mT @ x / (1 + self.lambda_B)  # [b, r', D], argmin ‖X − U B‖² + λ‖B‖²
@@ -279,8 +286,7 @@ class LowRankFactorModel(nn.Module):
         return (a if gate is None else a * gate), b
 
     def _branch_precision(self, x: Tensor) -> torch.autocast:
-        lowered = self.branch_dtype != torch.float32
-        return torch.autocast(x.device.type, self.branch_dtype if lowered else None, lowered)
+        return torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def _check_input(self, x: Tensor) -> None:
         if x.shape[-2:] != (self.num_tokens, self.input_dim):

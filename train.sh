@@ -14,6 +14,18 @@ cd "$(dirname "$0")"
 . ./setup_env.sh
 setup_env requirements.txt
 
+case " $* " in
+*" --help "* | *" -h "*)
+    sed -n '2,/^set /p' "$0" | grep '^#' | cut -c3-
+    echo "Flags of train_real_data.py:"
+    exec "$python" train_real_data.py --help
+    ;;
+*" --arch "* | *" --arch="*)
+    echo "error: --arch: name the architectures before the command: ARCHS=\"ResMLP MLP\" $0 …" >&2
+    exit 2
+    ;;
+esac
+
 archs=${ARCHS:-ResMLP}
 if [[ $# -eq 0 ]]; then
     set -- --epochs 10 # enough to see it learn; the original trains for 500
@@ -49,8 +61,22 @@ if [[ ! -e $cache_dir/manifest.json ]]; then
     "$python" extract_features.py --demo --cache_dir "$cache_dir"
 fi
 
+# only AdaLoRA has a rank to allocate: a batch may mix it with the others
+without_allocator=()
+for ((i = 0; i < $#; i++)); do
+    case ${arguments[i]} in
+    --use_rank_allocator | --allocator_*=*) ;;
+    --allocator_*) i=$((i + 1)) ;;
+    *) without_allocator+=("${arguments[i]}") ;;
+    esac
+done
+
 for arch in $archs; do
-    "$python" train_real_data.py --arch "$arch" "$@"
+    case ${arch,,} in
+    *ada*) flags=("$@") ;;
+    *) flags=("${without_allocator[@]}") ;;
+    esac
+    "$python" train_real_data.py --arch "$arch" "${flags[@]}"
     "$python" compare_svd_nn.py --arch "$arch" "${shared[@]}"
     "$python" visualize_svd_nn.py --arch "$arch" --image_idx 0 "${shared[@]}"
 done

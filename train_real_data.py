@@ -11,7 +11,9 @@ figures; log/logs_<timestamp>/: config.json, training.log, final_summary.json. G
 from __future__ import annotations
 
 import argparse
+import math
 import signal
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +90,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="weight of the sketch's (and SVDLinear's) orthogonality")  # fmt: skip
     train.add_argument("--lambda_act", type=number(float, 0), default=0.0,
                        help="weight of the orthogonality of row_net's output")  # fmt: skip
-    train.add_argument("--seed", type=number(int, 0), default=42,
+    train.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42,
                        help="of weights, order and dropout; the split has its own")  # fmt: skip
     train.add_argument("--precision", choices=("float32", "bf16"), default="float32",
                        help="of the branches; the linear algebra is float64")  # fmt: skip
@@ -158,7 +160,7 @@ def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: St
                 check_finite(broken, folder)
             if stop.requested:
                 check_finite(broken, folder)
-                save_checkpoint(folder / "last_model.pt", run.checkpoint())
+                save(run, folder / "last_model.pt", log)
                 return
         check_finite(broken, folder)
 
@@ -166,6 +168,8 @@ def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: St
         seconds = time.perf_counter() - begun
         record = close_epoch(run, loaders, seconds, run.batches_done - first_batch)
         distance = record["val_mse"] - record["val_optimum_mse"]
+        if not math.isfinite(distance):
+            raise UserError(f"validation is not finite in epoch {run.epoch}: lower --lr")
         run.history.append(record)
         run.epoch, run.batches_done = run.epoch + 1, 0
         run.sums.zero_()
@@ -179,8 +183,8 @@ def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: St
 
         # files, then one line for people
         if improved:
-            save_checkpoint(folder / "best_model.pt", run.checkpoint())
-        save_checkpoint(folder / "last_model.pt", run.checkpoint())
+            save(run, folder / "best_model.pt", log)
+        save(run, folder / "last_model.pt", log)
         write_json(folder / "history.json", run.history)
         log(epoch_line(record, run))
         log.board(record)
@@ -189,8 +193,8 @@ def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: St
 def check_finite(broken: Tensor, folder: Path) -> None:
     """Raises UserError where any step so far had a non-finite loss or gradient."""
     if steps := int(broken.item()):
-        good = folder / "best_model.pt"
-        kept = f"{good} is kept" if good.exists() else "no checkpoint was written yet"
+        good = [n for n in ("best_model.pt", "last_model.pt") if (folder / n).exists()]
+        kept = f"{folder / good[0]} is kept" if good else "no checkpoint was written yet"
         raise UserError(
             f"the loss was not finite in {steps} step(s), which were skipped ({kept}): lower --lr, "
             "or look for bad features with extract_features.py --verify"
@@ -277,6 +281,14 @@ class Stop:
         return self.signal != 0
 
 
+def save(run: TrainState, path: Path, log: Callable[[str], None]) -> None:
+    """Write a checkpoint; a fresh run's first one moves the results of an earlier run aside."""
+    if run.fresh:
+        set_aside(path.parent, log)
+        run.fresh = False
+    save_checkpoint(path, run.checkpoint())
+
+
 def set_aside(folder: Path, log: Callable[[str], None]) -> None:
     """Move an earlier run's results to previous-<time>/ before a fresh run writes its own."""
     old = [path for path in folder.glob("*") if not path.name.startswith("previous-")]
@@ -321,18 +333,20 @@ def test_and_draw(
         metrics = evaluate(lambda x, r=r: model(x, r), loaders.test)
         results["ranks"][str(r)] = {name: summarise(v) for name, v in metrics.items()}
     write_json(folder / "test_results.json", results)
-    statistics = test_statistics(model, loaders.test)
+    per_image = test_statistics(model, loaders.test)
     footer = f"{dataset.label}; rank {rank}; {results['arch']}, seed {state['args']['seed']}"
-    plots.training_curves(folder / "train_val_loss_comparison.png", history, footer)
+    plots.training_curves(
+        folder / "train_val_loss_comparison.png", history, results["best_epoch"], footer
+    )
     plots.loss_terms(folder / "loss_curves.png", history, footer)
     grid_plots.error_heatmap(
         folder / "error_heatmap.png",
-        {name: statistics[name] for name in ("network", "svd")},
+        {name: per_image[name] for name in ("network", "svd")},
         dataset.grid,
         footer,
     )
     plots.b_row_norms(
-        folder / "B_row_norm_hist.png", statistics["b_norms"], statistics["sigma"], footer
+        folder / "B_row_norm_hist.png", per_image["b_norms"], per_image["sigma"], footer
     )
     return results
 
@@ -357,6 +371,9 @@ def main(args: argparse.Namespace) -> int:
     args.arch = canonical_arch(args.arch)
     if args.use_rank_allocator and args.arch != "AdaLoRA":
         raise UserError(f"--use_rank_allocator needs --arch AdaLoRA, not {args.arch}")
+    unused = sorted(name for name in args.typed if name.startswith("allocator_"))
+    if unused and not (args.use_rank_allocator or args.resume):
+        raise UserError(f"--{unused[0]} does nothing without --use_rank_allocator: type both")
     folder = Path(args.results_dir) / args.arch
     dataset = RealQwenVLDataset(args.cache_dir)
     run = open_run(args, folder, dataset)
@@ -370,8 +387,6 @@ def main(args: argparse.Namespace) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(folder)
     with RunLog(args) as log:
-        if not args.resume:
-            set_aside(folder, log)
         print_header(run, dataset, loaders, log)
         if args.resume:
             lr = run.optimizer.param_groups[0]["lr"]
@@ -409,7 +424,7 @@ def report(run: TrainState, results: dict, folder: Path, log: RunLog, seconds: f
             **results,
             "epochs": run.epoch - 1,
             "wall_seconds": round(seconds, 1),
-            "samples_per_s": sorted(speeds)[len(speeds) // 2],
+            "samples_per_s": statistics.median(speeds),
             "environment": cli.environment(run.sums.device),
         }
     )

@@ -20,7 +20,7 @@ SHIFT_LR_FACTOR = 20  # a shift must move by tenths while weights move by thousa
 # terms of the loss that are summed over an epoch (model.LossTerms)
 TERMS = ("reconstruction", "mse", "optimum_mse", "B", "ortho", "act", "lora_ortho")
 MODEL_FLAGS = ("rank", "factors", "refine_steps", "oversample", "lambda_B", "hidden_dim",
-               "num_blocks", "dropout")  # fmt: skip
+               "num_blocks", "dropout", "precision")  # fmt: skip
 # flags that may differ from the run that is resumed; --lr wins where typed
 FREE_ON_RESUME = {"arch", "resume", "epochs", "lr", "patience", "results_dir", "cache_dir"}
 FREE_ON_RESUME |= {"log_dir", "device", "tensorboard"}
@@ -44,6 +44,7 @@ class TrainState:
     best_epoch: int = 0
     bad_epochs: int = 0
     finished: bool = False
+    fresh: bool = True  # nothing written yet: results of an earlier run are still in the folder
     sums: Tensor | None = None  # of the loss terms over the epoch's images so far, float64
     history: list[dict] = field(default_factory=list)
 
@@ -71,6 +72,7 @@ class TrainState:
             self.allocator.load_state_dict(state["allocator"])
         for name in self.progress_names:
             setattr(self, name, state["progress"][name])
+        self.fresh = False
         self.sums = self.sums.to(self.model.shift_logits.device)
         set_rng_state(state["rng"])
 
@@ -90,7 +92,6 @@ def build_run(
         num_tokens=dataset.num_tokens,
         **{name: getattr(args, name) for name in MODEL_FLAGS},
     ).to(device)
-    model.branch_dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
     named = [(n, p) for n, p in model.named_parameters() if p is not model.shift_logits]
     # no decay for biases, norms and the gate: zero is no better a place for them
     undecayed = [p for n, p in named if p.ndim < 2 or n == "lora_E"]
@@ -125,29 +126,32 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
         return build_run(args, dataset, device)
     path = folder / f"{args.resume}_model.pt"
     state = load_checkpoint(path, dataset)
-    before = state["args"]
+    # the model's own values where a flag was left to its default
+    before = {**state["args"], **state["config"]}
     for name in sorted(args.typed - FREE_ON_RESUME):
         if getattr(args, name) != before[name]:
             raise UserError(
                 f"--{name} {getattr(args, name)} differs from the {before[name]} that {path} was "
                 f"trained with: leave --{name} away to go on, or --resume away to start anew"
             )
+    if args.resume == "last" and args.typed & {"epochs"} and args.epochs != before["epochs"]:
+        raise UserError(
+            f"--epochs {args.epochs}: --resume last goes on to the end of its run, which was begun "
+            f"with {before['epochs']}: leave --epochs away, or add epochs with --resume"
+        )
     typed_lr = args.lr if "lr" in args.typed else None
     epochs = args.epochs
-    kept = {k: v for k, v in before.items() if k not in FREE_ON_RESUME}
-    kept |= {name: before[name] for name in ("lr", "patience") if name not in args.typed}
+    kept = {k: v for k, v in state["args"].items() if k not in FREE_ON_RESUME}
+    untyped = {"lr", "patience"} | ({"epochs"} if args.resume == "last" else set())
+    kept |= {name: before[name] for name in untyped - args.typed}
     args = argparse.Namespace(**{**vars(args), **kept})
     run = build_run(args, dataset, device)
     run.restore(state)
     if args.resume == "last":
-        if run.finished:
+        # a run that was cut off after its last epoch still has its test and figures to make
+        if run.finished and (folder / "test_results.json").exists():
             raise UserError(
                 f"{path} is of a finished run: add epochs with --resume --epochs N instead"
-            )
-        if "epochs" in args.typed and epochs != before["epochs"]:
-            raise UserError(
-                f"--epochs {epochs}: --resume last goes on to its run's own epoch "
-                f"{run.last_epoch}: leave --epochs away, or add epochs with --resume"
             )
     else:
         run.last_epoch = run.epoch - 1 + epochs

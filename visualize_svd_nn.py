@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         **metrics,
     }
     write_json(f"{stem}_comparison_results.json", results)
-    print(info["title"])
+    print(f"{dataset.label}\n{info['title']}")
     print(f"wrote {stem}_spatial_channel_comparison.png, {stem}_spatial_error_comparison.png and "
           f"{stem}_comparison_results.json")  # fmt: skip
 

@@ -11,6 +11,7 @@ from safetensors import safe_open
 import feature_cache
 from checkpoint import cache_identity
 from cli import UserError
+from encoders import DemoEncoder
 from feature_cache import FeatureCacheWriter
 from qwenvl_dataloader import (
     EpochSampler,
@@ -176,19 +177,30 @@ def test_non_finite_features_are_refused_with_their_row(tmp_path):
         write(tmp_path, features)
 
 
-def test_extraction_lists_unreadable_images_and_encodes_a_repeated_image_once(tiny_data, tmp_path):
-    table = pq.read_table(tiny_data / "data" / "train-00000-of-00001.parquet").slice(0, 8)
+def test_extraction_lists_unreadable_images_and_encodes_repeated_ones_once(
+    tiny_data, tmp_path, monkeypatch
+):
+    table = pq.read_table(tiny_data / "data" / "train-00000-of-00001.parquet").slice(0, 9)
     rows = table.to_pylist()
-    rows[2]["image"]["bytes"] = b"no image"
-    rows[5]["image"] = rows[4]["image"]
+    for row, source in enumerate((0, 0, 3, 3, 6, 3, 6)):
+        rows[row]["image"] = dict(table["image"][source].as_py())
+    rows[7]["image"]["bytes"], rows[8]["image"] = b"no image", None
     (tmp_path / "set").mkdir()
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "set" / "a.parquet")
-    extract(tmp_path, tmp_path / "set", tmp_path / "cache", "--batch_size", "3")
+    monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 3)
+    encoded = []
+    original = DemoEncoder.encode
+    monkeypatch.setattr(DemoEncoder, "encode",
+                        lambda self, x: encoded.append(len(x)) or original(self, x))  # fmt: skip
+    extract(tmp_path, tmp_path / "set", tmp_path / "cache", "--batch_size", "2")
+    assert sum(encoded) == 3
     dataset = RealQwenVLDataset(tmp_path / "cache")
-    assert len(dataset) == 7
-    assert [s["row_id"] for s in dataset.manifest["skipped"]] == [2]
-    assert dataset.rows["row_id"].to_pylist() == [0, 1, 3, 4, 5, 6, 7]
-    assert torch.equal(dataset[[3]], dataset[[4]])
+    assert [s["row_id"] for s in dataset.manifest["skipped"]] == [7, 8]
+    assert dataset.rows["row_id"].to_pylist() == list(range(7))
+    x = dataset[list(range(7))]
+    for same, different in (((0, 1), 2), ((2, 3), 4), ((2, 5), 6), ((4, 6), 0)):
+        assert torch.equal(x[same[0]], x[same[1]])
+        assert not torch.equal(x[same[0]], x[different])
 
 
 @pytest.mark.parametrize(

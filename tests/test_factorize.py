@@ -203,7 +203,7 @@ def test_overwrite_does_not_remove_what_is_no_folder_of_factors(write, cache_cop
 
 MISTAKES = [
     ("factorize.py", "--rank 0", "--rank"),
-    ("factorize.py", "--rank 13", "--rank 13 is above the trained rank 12"),
+    ("factorize.py", "--rank 17", "--rank 17 is out of range"),
     ("factorize.py", "--rank 4 --target_error 0.2", "not allowed with argument --rank"),
     ("factorize.py", "--target_error 1", "--target_error"),
     ("factorize.py", "--target_error 1e-4", "out of reach at rank 12"),

@@ -59,8 +59,9 @@ def test_the_loss_is_the_squared_error_of_the_factors_that_users_get(arch, facto
 def test_no_term_depends_on_the_batch_size(arch, factors, tokens):
     sigma = exact_singular_values(tokens)
     model = build(arch, factors=factors)
-    whole = model.loss_terms(tokens, sigma)
-    parts = [model.loss_terms(tokens[i : i + 1], sigma[i : i + 1]) for i in range(3)]
+    with torch.no_grad():
+        whole = model.loss_terms(tokens, sigma)
+        parts = [model.loss_terms(tokens[i : i + 1], sigma[i : i + 1]) for i in range(3)]
     for name in ("reconstruction", "mse", "B", "ortho", "act", "lora_ortho"):
         mean = sum(float(getattr(part, name)) for part in parts) / 3
         assert float(getattr(whole, name)) == pytest.approx(mean, rel=1e-5), name
@@ -99,11 +100,16 @@ def test_the_gradient_of_each_term_is_a_finite_difference(arch, factors, term, t
     assert (slope == 0) == (term == "lora_ortho" and arch != "AdaLoRA")
 
 
-def test_the_gradient_of_a_shift_is_a_finite_difference(tokens):
-    model = build(refine_steps=1, oversample=2).double()
+@pytest.mark.parametrize(("steps", "extra"), [(1, 0), (2, 2)])
+@pytest.mark.parametrize("only_shifts", [True, False])
+def test_the_gradient_through_shifted_steps_is_a_finite_difference(
+    steps, extra, only_shifts, tokens
+):
+    model = build(refine_steps=steps, oversample=extra).double()
     x, sigma = tokens.double(), exact_singular_values(tokens)
+    parameters = [model.shift_logits] if only_shifts else list(model.parameters())
     slope, difference = slope_and_difference(
-        model, [model.shift_logits], lambda: model.loss_terms(x, sigma).reconstruction
+        model, parameters, lambda: model.loss_terms(x, sigma).reconstruction
     )
     assert slope != 0
     assert slope == pytest.approx(difference, rel=1e-4)

@@ -141,7 +141,7 @@ def gallery(tmp_path_factory, errors, maps):
     spectra = {"X": np.geomspace(100, 0.1, 16) * np.ones((12, 1)),
                "X_hat": np.r_[norms[0], np.zeros(12)] * np.ones((12, 1))}  # fmt: skip
     calls = {
-        plots.training_curves: (history(5), FOOTER),
+        plots.training_curves: (history(5), 3, FOOTER),
         plots.loss_terms: (history(5), FOOTER),
         grid_plots.error_heatmap: (errors, GRID, FOOTER),
         plots.b_row_norms: (norms, norms, FOOTER),
@@ -248,25 +248,25 @@ def test_a_question_with_dollar_signs_is_written_as_it_is(tmp_path, errors, draw
 def test_training_title_names_the_best_epoch_and_the_untrained_start(tmp_path, drawn):
     entries = history(8)
     entries[6]["val_mse"], entries[6]["val_excess_pct"] = 3.00001e-4, 0.0123
-    plots.training_curves(tmp_path / "t.png", entries, FOOTER)
+    plots.training_curves(tmp_path / "t.png", entries, 6, FOOTER)
     assert title(drawn[0]) == (
         "Validation error is 0.0123 % above the SVD's at epoch 6 of 8; untrained 0.06 %"
     )
     assert {"untrained 0.06 %", "best 0.0123 %"} <= set(texts(drawn[0]))
 
 
-def test_epochs_before_the_final_rank_do_not_count_as_best(tmp_path, drawn):
+def test_an_untrained_start_at_another_rank_is_not_compared(tmp_path, drawn):
     entries = history(6)
     for entry in entries[:4]:
         entry |= {"effective_rank": 8, "val_mse": 1e-9, "val_optimum_mse": 1e-9}
-    plots.training_curves(tmp_path / "t.png", entries, FOOTER)
+    plots.training_curves(tmp_path / "t.png", entries, 6, FOOTER)
     assert "at epoch 6" in title(drawn[0]) and "untrained" not in title(drawn[0])
 
 
 @pytest.mark.parametrize("epochs", [1, 500])
 @pytest.mark.parametrize("excess", [0.03, 1600.0])
 def test_one_epoch_and_five_hundred_are_drawn_at_any_excess(tmp_path, drawn, epochs, excess):
-    plots.training_curves(tmp_path / "t.png", history(epochs, excess), FOOTER)
+    plots.training_curves(tmp_path / "t.png", history(epochs, excess), epochs, FOOTER)
     plots.loss_terms(tmp_path / "l.png", history(epochs, excess), FOOTER)
     mse, above = drawn[0].axes
     assert mse.get_yscale() == "log"
@@ -282,17 +282,17 @@ def test_one_epoch_and_five_hundred_are_drawn_at_any_excess(tmp_path, drawn, epo
 def test_a_falling_excess_over_decades_is_drawn_on_a_log_scale_and_a_flat_one_is_not(
     tmp_path, drawn
 ):
-    plots.training_curves(tmp_path / "t.png", history(5), FOOTER)
+    plots.training_curves(tmp_path / "t.png", history(5), 3, FOOTER)
     falling = history(5)
     for entry in falling:
         entry["val_excess_pct"] = 1000 / 10 ** entry["epoch"]
-    plots.training_curves(tmp_path / "t.png", falling, FOOTER)
+    plots.training_curves(tmp_path / "t.png", falling, 3, FOOTER)
     assert [figure.axes[1].get_yscale() for figure in drawn] == ["linear", "log"]
 
 
 def test_an_undefined_excess_is_said_and_not_drawn_as_zero(tmp_path, drawn):
     entries = [entry | {"val_excess_pct": None, "val_optimum_mse": 0.0} for entry in history(3)]
-    plots.training_curves(tmp_path / "t.png", entries, FOOTER)
+    plots.training_curves(tmp_path / "t.png", entries, 3, FOOTER)
     assert any("undefined" in text for text in texts(drawn[0]))
     assert not drawn[0].axes[1].lines and "%" not in title(drawn[0])
 

@@ -189,6 +189,8 @@ MISTAKES = [
     ("train_real_data.py", "--rank 4 --factors direct --oversample 2", "--oversample"),
     ("train_real_data.py", "--rank 4 --use_rank_allocator", "needs --arch AdaLoRA"),
     ("train_real_data.py", "--arch AdaLoRA --rank 4 --use_rank_allocator", "--epochs"),
+    ("train_real_data.py", "--arch AdaLoRA --allocator_keep_ratio 0.5", "--allocator_keep_ratio"),
+    ("train_real_data.py", "--rank 4 --seed 99999999999999999999", "--seed"),
     ("train_real_data.py", "--rank 4 --resume", "best_model.pt does not exist"),
     ("train_real_data.py", "--device tpu", "--device tpu"),
     ("train_real_data.py", "--no_such_flag", "--no_such_flag"),
@@ -196,6 +198,7 @@ MISTAKES = [
     ("visualize_svd_nn.py", "--image_idx 36", "--image_idx 36"),
     ("extract_features.py", "--verify --cache_dir nowhere", "nowhere does not exist"),
     ("extract_features.py", "", "--dataset_dir is missing"),
+    ("extract_features.py", "--demo --model some/model", "--demo brings its own encoder"),
     ("extract_features.py", "--demo --dataset_dir nowhere", "nowhere has no *.parquet"),
 ]
 
@@ -210,6 +213,23 @@ def test_a_mistake_is_one_line_that_names_the_flag_and_changes_nothing(
     line = done.stderr.strip()
     assert line.startswith("error: ") and "\n" not in line and message in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_where_a_folder_must_be_is_a_mistake_in_words(tiny_cache, tmp_path, script):
+    (tmp_path / "taken").write_text("")
+    done = script("train_real_data.py", "--rank=4", "--cache_dir", tiny_cache, "--log_dir=taken")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: taken") and done.stderr.count("\n") == 1
+
+
+def test_a_rank_above_the_trained_one_is_evaluated_there_and_above_the_tokens_refused(
+    trained, tiny_cache, script
+):
+    done = script("visualize_svd_nn.py", "--rank=16", *files(tiny_cache, trained))
+    assert done.returncode == 0 and "note:" in done.stdout
+    results = json.loads((trained / "ResMLP" / "image_0_comparison_results.json").read_text())
+    assert (results["rank"], results["requested_rank"]) == (4, 16)
+    assert script("visualize_svd_nn.py", "--rank=17", *files(tiny_cache, trained)).returncode == 2
 
 
 def test_a_checkpoint_of_another_split_is_refused(trained, cache_copy, script):

@@ -116,6 +116,62 @@ def test_a_finished_run_is_not_resumed_and_a_contradicting_flag_is_named(tiny_ca
         train(tmp_path, tiny_cache, "--resume", "--weight_decay", "0.5")
 
 
+def test_flags_that_say_what_the_run_already_has_may_be_typed_again(tiny_cache, tmp_path):
+    train(tmp_path, tiny_cache, "--epochs", "1")
+    train(tmp_path, tiny_cache, "--resume", "--epochs", "1", "--refine_steps", "2",
+          "--oversample", "12", "--num_blocks", "1", "--factors", "projected")  # fmt: skip
+
+
+def test_a_twice_interrupted_run_still_knows_its_epochs(tiny_cache, tmp_path, monkeypatch):
+    for step, more in ((2, ["--epochs", "3"]), (5, ["--resume", "last"])):
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, step)
+            train(tmp_path, tiny_cache, *more)
+    with pytest.raises(cli.UserError, match="begun with 3"):
+        train(tmp_path, tiny_cache, "--resume", "last", "--epochs", "20")
+    assert train(tmp_path, tiny_cache, "--resume", "last", "--epochs", "3") == 0
+    history = json.loads((tmp_path / "results" / "ResMLP" / "history.json").read_text())
+    assert history[-1]["epoch"] == 3
+
+
+def test_a_run_cut_off_before_its_test_numbers_gets_them_by_resuming(tiny_cache, tmp_path):
+    train(tmp_path, tiny_cache, "--epochs", "1")
+    results = tmp_path / "results" / "ResMLP" / "test_results.json"
+    before = results.read_text()
+    results.unlink()
+    assert train(tmp_path, tiny_cache, "--resume", "last") == 0
+    assert results.read_text() == before
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_leaves_the_old_results(
+    tiny_cache, tmp_path, monkeypatch
+):
+    train(tmp_path, tiny_cache, "--epochs", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(train_real_data, "train_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path, tiny_cache, "--epochs", "1")
+    folder = tmp_path / "results" / "ResMLP"
+    assert (folder / "best_model.pt").exists() and not list(folder.glob("previous-*"))
+
+
+def test_a_run_whose_validation_is_not_finite_stops_in_words(tiny_cache, tmp_path):
+    with pytest.raises(cli.UserError, match="not finite.*lower --lr"):
+        train(tmp_path, tiny_cache, "--epochs", "3", "--lr", "1e38", "--factors", "direct")
+
+
+def test_bf16_branches_are_rebuilt_as_bf16(tiny_cache, tmp_path):
+    train(tmp_path, tiny_cache, "--epochs", "1", "--precision", "bf16", "--factors", "direct")
+    folder = tmp_path / "results" / "ResMLP"
+    model, _ = load_model(folder / "best_model.pt", torch.device("cpu"))
+    assert model.precision == "bf16"
+    dataset = RealQwenVLDataset(tiny_cache)
+    validation = create_data_loaders_real(dataset, 8).val
+    error = evaluate(lambda x: model(x), validation)["rel_error"].mean()
+    history = json.loads((folder / "history.json").read_text())
+    assert history[-1]["val_rel_error"] == pytest.approx(float(error), rel=1e-6)
+
+
 def test_a_fresh_run_moves_old_results_aside(tiny_cache, tmp_path, capsys):
     train(tmp_path, tiny_cache, "--epochs", "1")
     train(tmp_path, tiny_cache, "--epochs", "1")
