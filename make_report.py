@@ -60,12 +60,15 @@ def main(args: argparse.Namespace) -> None:
 
 
 def read_results(folder: Path) -> tuple[list, dict, dict] | None:
-    """An architecture's history, test numbers and comparison; None, with a note, without them.
+    """An architecture's history, test numbers and comparison; None without a folder of
+    its own, and with a note where a file is missing.
 
     Also None where the comparison was made at another rank than the trained one, since the SVD's
     error at the trained rank is then not in it. Raises UserError where a file is damaged.
     """
     arch = folder.name
+    if not folder.exists():
+        return None
     for name, script in MADE_BY.items():
         if not (folder / name).exists():
             print(f"note: {arch} is left out: no {folder / name} (python {script} --arch {arch})")
