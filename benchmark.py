@@ -67,9 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=cli.number(int, 1), default=1, help="CPU threads")
     parser.add_argument("--repeats", type=cli.number(int, 1), default=7,
                         help="timed calls of each method, after a warm-up")  # fmt: skip
-    parser.add_argument("--results_dir", default="results", help="where <arch>/best_model.pt is")
-    parser.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_evaluation_flags(parser)
     return parser
 
 

@@ -6,13 +6,16 @@ One file format for `best_model.pt` and `last_model.pt`: tensors and plain value
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+import cli
 from cli import UserError
 from files import atomic_path
-from model import LowRankFactorModel, get_model_by_name
+from model import LowRankFactorModel, canonical_arch, get_model_by_name
 from qwenvl_dataloader import RealQwenVLDataset
 
 FORMAT = 1
@@ -91,6 +94,24 @@ def load_model(
     model = get_model_by_name(**state["config"])
     model.load_state_dict(state["model"])
     return model.to(device).eval(), state
+
+
+class Trained(NamedTuple):
+    """The best model of an architecture with the data it was trained on."""
+
+    folder: Path  # <results_dir>/<arch>
+    device: torch.device
+    dataset: RealQwenVLDataset
+    model: LowRankFactorModel  # in evaluation mode, on the device
+    state: dict  # its checkpoint
+
+
+def open_trained(args: argparse.Namespace) -> Trained:
+    """What --arch, --results_dir, --cache_dir and --device name. Raises UserError."""
+    device = cli.pick_device(args.device)
+    folder = Path(args.results_dir) / canonical_arch(args.arch)
+    dataset = RealQwenVLDataset(args.cache_dir)
+    return Trained(folder, device, dataset, *load_model(folder / "best_model.pt", device, dataset))
 
 
 def evaluated_rank(model: LowRankFactorModel, requested: int | None) -> int:

@@ -117,6 +117,13 @@ def number(
     return parse
 
 
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of every script that judges or uses a trained network."""
+    parser.add_argument("--results_dir", default="results", help="where <arch>/best_model.pt is")
+    parser.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
 def pick_device(name: str) -> torch.device:
     """The torch device for `--device`: auto (CUDA where present, else CPU), cpu, cuda, cuda:N.
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,10 +21,10 @@ from tqdm import tqdm
 
 import cli
 import plots
-from checkpoint import evaluated_rank, load_model
+from checkpoint import evaluated_rank, open_trained
 from files import write_json
-from model import LowRankFactorModel, canonical_arch
-from qwenvl_dataloader import Loaders, RealQwenVLDataset, create_data_loaders_real
+from model import LowRankFactorModel
+from qwenvl_dataloader import Loaders, create_data_loaders_real
 from rank_budget import (
     against_fixed_rank,
     error_curve,
@@ -66,18 +65,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     ranks.add_argument("--mean_rank", type=cli.number(int, 1), default=None, metavar="R",
                        help="also: this rank on average, split over images for the least total "
                             "squared error")  # fmt: skip
-    parser.add_argument("--results_dir", default="results", help="where <arch>/best_model.pt is")
-    parser.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
     parser.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_evaluation_flags(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    device = cli.pick_device(args.device)
-    folder = Path(args.results_dir) / canonical_arch(args.arch)
-    dataset = RealQwenVLDataset(args.cache_dir)
-    model, state = load_model(folder / "best_model.pt", device, dataset)
+    folder, device, dataset, model, state = open_trained(args)
     rank = evaluated_rank(model, args.rank)
     loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
     footer = (

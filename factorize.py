@@ -18,10 +18,10 @@ import torch
 from tqdm import tqdm
 
 import cli
-from checkpoint import cache_identity, evaluated_rank, load_model
+from checkpoint import cache_identity, evaluated_rank, open_trained
 from factor_files import DTYPES, ERRORS, FactorWriter, Stored, restore, store
 from files import sha256_file
-from model import LowRankFactorModel, canonical_arch
+from model import LowRankFactorModel
 from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
 from rank_budget import error_curve, first_rank_within, nested_factors, optimum_curve
 from svd_baseline import rel_error
@@ -50,25 +50,20 @@ def get_args_parser() -> argparse.ArgumentParser:
                              "error")  # fmt: skip
     parser.add_argument("--out", default=None, help="folder to write; default factors/<arch>")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
-    parser.add_argument("--results_dir", default="results", help="where <arch>/best_model.pt is")
-    parser.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
     parser.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_evaluation_flags(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    device = cli.pick_device(args.device)
-    arch = canonical_arch(args.arch)
-    checkpoint = Path(args.results_dir) / arch / "best_model.pt"
-    dataset = RealQwenVLDataset(args.cache_dir)
-    model, _ = load_model(checkpoint, device, dataset)
+    results, device, dataset, model, state = open_trained(args)
+    arch = state["config"]["arch"]
     rank = evaluated_rank(model, args.rank)
     if args.target_error is not None:
         check_target(model, dataset, rank, args, device)
     header = {
         "arch": arch,
-        "checkpoint_sha256": sha256_file(checkpoint),
+        "checkpoint_sha256": sha256_file(results / "best_model.pt"),
         "cache": cache_identity(dataset)
         | {"manifest_sha256": sha256_file(dataset.cache_dir / "manifest.json")},
         "dtype": args.dtype,

@@ -10,18 +10,16 @@ cache, in whichever part of the split.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import cli
 import grid_plots
-from checkpoint import evaluated_rank, load_model
+from checkpoint import evaluated_rank, open_trained
 from cli import UserError
 from files import write_json
-from model import canonical_arch
-from qwenvl_dataloader import RealQwenVLDataset, box_in_view, normalise
+from qwenvl_dataloader import box_in_view, normalise
 from svd_baseline import image_metrics, token_error, truncated_svd
 
 CHANNELS = 8  # the first ones: the same in every image, so that figures can be compared
@@ -36,22 +34,17 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=cli.number(int, 1), default=None,
                         help="rank to draw; default the trained (effective) rank")  # fmt: skip
     parser.add_argument("--image_idx", type=cli.number(int, 0), default=0, help="row of the cache")
-    parser.add_argument("--results_dir", default="results", help="where <arch>/best_model.pt is")
-    parser.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    cli.add_evaluation_flags(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    device = cli.pick_device(args.device)
-    folder = Path(args.results_dir) / canonical_arch(args.arch)
-    dataset = RealQwenVLDataset(args.cache_dir)
+    folder, device, dataset, model, state = open_trained(args)
     row = args.image_idx
     if row >= len(dataset):
         raise UserError(
             f"--image_idx {row}: the cache has {len(dataset)}, type 0 to {len(dataset) - 1}"
         )
-    model, state = load_model(folder / "best_model.pt", device, dataset)
     rank = evaluated_rank(model, args.rank)
 
     x = normalise(dataset[[row]].to(device))[0]  # [1, T, D]

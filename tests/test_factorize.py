@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoint
 import factor_files
 import factorize
 from checkpoint import load_model
@@ -240,7 +241,7 @@ def test_factors_that_are_not_finite_are_refused(flags, write, monkeypatch):
         model.row_net.head.weight.data[0, 0] = torch.nan
         return model, state
 
-    monkeypatch.setattr(factorize, "load_model", broken)
+    monkeypatch.setattr(checkpoint, "load_model", broken)
     assert "factors are not finite: train it again" in write(*flags, fails=True).stderr
 
 

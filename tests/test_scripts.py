@@ -195,7 +195,6 @@ MISTAKES = [
     ("train_real_data.py", "--device tpu", "--device tpu"),
     ("train_real_data.py", "--no_such_flag", "--no_such_flag"),
     ("compare_svd_nn.py", "--arch MLP", "best_model.pt does not exist"),
-    ("visualize_svd_nn.py", "--image_idx 36", "--image_idx 36"),
     ("extract_features.py", "--verify --cache_dir nowhere", "nowhere does not exist"),
     ("extract_features.py", "", "--dataset_dir is missing"),
     ("extract_features.py", "--demo --model some/model", "--demo brings its own encoder"),
@@ -230,6 +229,11 @@ def test_a_rank_above_the_trained_one_is_evaluated_there_and_above_the_tokens_re
     results = json.loads((trained / "ResMLP" / "image_0_comparison_results.json").read_text())
     assert (results["rank"], results["requested_rank"]) == (4, 16)
     assert script("visualize_svd_nn.py", "--rank=17", *files(tiny_cache, trained)).returncode == 2
+
+
+def test_an_image_that_the_cache_does_not_have_is_refused(trained, tiny_cache, script):
+    done = script("visualize_svd_nn.py", "--image_idx=36", *files(tiny_cache, trained))
+    assert done.returncode == 2 and "--image_idx 36" in done.stderr
 
 
 def test_a_checkpoint_of_another_split_is_refused(trained, cache_copy, script):
