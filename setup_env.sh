@@ -1,8 +1,9 @@
 # Sourced by train.sh and run_tests.sh: makes .venv where it is missing and installs the pinned
 # requirements where they changed. Sets $python. Usage: setup_env requirements.txt [more files]
 
-# Threads that spin while they wait make a shared machine many times slower (measured: training with
-# two threads beside one busy process on two cores, 6.5 images/s instead of 1.6).
+# Threads that spin while they wait make a shared machine many times slower (measured on two cores:
+# training beside other work 15.6 images/s instead of 9, beside more of it 6.5 instead of under 1.6;
+# on quiet cores spinning is the faster by a quarter: OMP_WAIT_POLICY=active).
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 setup_env() {
