@@ -116,7 +116,8 @@ def refine(sketch: Tensor, x: Tensor, shifts: Tensor, columns: int, ordered: boo
 
     Args: sketch [b, T, c], x [b, T, D], shifts [K] in [0, 1), columns ≤ c.
         ordered: False skips the eigenproblem where c == columns and no rank is cut later.
-    Eigenvectors are taken without gradient, which is exact for a sum of leading eigenvalues.
+    Eigenvectors are taken without gradient, which is exact for a sum of leading eigenvalues. On
+    CUDA the eigenproblem is the one place that waits for the host (its status is checked there).
     Cost: O(T² D) once, O(T² c + T c²) a step, O(c³) for the order.
     """
     x64 = x.double()
