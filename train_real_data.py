@@ -326,6 +326,7 @@ def test_and_draw(
         "split": "test",
         "n_images": loaders.test.num_images,
         "best_epoch": state["progress"]["best_epoch"],
+        "epochs": history[-1]["epoch"],
         "effective_rank": rank,
         "ranks": {},
     }
@@ -422,7 +423,6 @@ def report(run: TrainState, results: dict, folder: Path, log: RunLog, seconds: f
     log.write_summary(
         {
             **results,
-            "epochs": run.epoch - 1,
             "wall_seconds": round(seconds, 1),
             "samples_per_s": statistics.median(speeds),
             "environment": cli.environment(run.sums.device),

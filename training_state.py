@@ -12,6 +12,7 @@ from torch import Tensor
 import cli
 from checkpoint import cache_identity, load_checkpoint, rng_state, set_rng_state
 from cli import UserError
+from files import read_json
 from model import LowRankFactorModel, get_model_by_name
 from qwenvl_dataloader import RealQwenVLDataset
 from rank_allocator import RankAllocator
@@ -149,7 +150,8 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
     run.restore(state)
     if args.resume == "last":
         # a run that was cut off after its last epoch still has its test and figures to make
-        if run.finished and (folder / "test_results.json").exists():
+        results = folder / "test_results.json"
+        if run.finished and results.exists() and _epochs_of(results) == run.epoch - 1:
             raise UserError(
                 f"{path} is of a finished run: add epochs with --resume --epochs N instead"
             )
@@ -160,3 +162,8 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
         for group, factor in zip(run.optimizer.param_groups, (1, 1, SHIFT_LR_FACTOR), strict=True):
             group["lr"] = typed_lr * factor
     return run
+
+
+def _epochs_of(results: Path) -> int | None:
+    """Epochs of the run that test_results.json was made of: an earlier run's is out of date."""
+    return read_json(results, "remove it and type --resume last again").get("epochs")

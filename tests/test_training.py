@@ -141,6 +141,11 @@ def test_a_run_cut_off_before_its_test_numbers_gets_them_by_resuming(tiny_cache,
     results.unlink()
     assert train(tmp_path, tiny_cache, "--resume", "last") == 0
     assert results.read_text() == before
+    # numbers of an earlier, shorter run do not count as this run's
+    train(tmp_path, tiny_cache, "--resume", "--epochs", "2")
+    results.write_text(before)
+    assert train(tmp_path, tiny_cache, "--resume", "last") == 0
+    assert json.loads(results.read_text())["epochs"] == 3
 
 
 def test_a_run_that_fails_before_its_first_checkpoint_leaves_the_old_results(
@@ -255,6 +260,20 @@ def test_a_non_finite_step_changes_no_weight_and_stops_the_run(tiny_cache, tmp_p
     assert [step for step, same in seen if same] == [5]
     after = load_checkpoint(tmp_path / "results" / "ResMLP" / "best_model.pt")
     assert equal(kept["model"], after["model"])
+
+
+@pytest.mark.parametrize("flag", ["--lambda_B", "--lambda_ortho", "--lambda_act"])
+def test_each_weight_of_the_loss_changes_what_is_learned(flag, tiny_cache, tmp_path):
+    more = ["--epochs", "1", "--arch", "AdaLoRA", "--factors", "direct"]
+    learned = []
+    for weight in ("0", "0.5"):
+        train(tmp_path / weight, tiny_cache, *more, flag, weight)
+        folder = tmp_path / weight / "results" / "AdaLoRA"
+        learned.append(load_checkpoint(folder / "last_model.pt")["model"])
+        history = json.loads((folder / "history.json").read_text())
+        term = history[-1][flag.replace("--lambda", "loss")]
+        assert (term > 0) == (weight != "0")
+    assert not equal(*learned)
 
 
 def test_logs_hold_configuration_every_epoch_and_the_summary(tiny_cache, tmp_path):
