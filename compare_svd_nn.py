@@ -40,6 +40,7 @@ from svd_baseline import (
     exact_singular_values,
     fit_pca,
     pca,
+    percent_text,
     random_sketch,
     randomized_svd,
     report_ranks,
@@ -203,7 +204,7 @@ def print_table(results: dict) -> None:
         cells = []
         for name in names:
             error, excess = methods[name]["rel_error"]["mean"], methods[name]["excess_pct"]["mean"]
-            cells.append(f"{error:.5f} {'-' if excess is None else f'{excess:.4f} %':>13}")
+            cells.append(f"{error:.5f} {percent_text(excess):>13}")
         print(f"{rank:>4}  " + "".join(f"{cell:>24}" for cell in cells))
 
 

@@ -38,6 +38,7 @@ from cli import UserError
 from feature_cache import ROWS_PER_SHARD
 from files import (
     check_files,
+    check_keys,
     check_same_header,
     file_entry,
     read_json,
@@ -257,9 +258,7 @@ def read_manifest(folder: str | Path) -> dict:
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise UserError(f"{path} is not of factors: name a folder that factorize.py wrote")
     needed = ("format", "dtype", "rank", "num_tokens", "feature_dim", "count", "shards")
-    missing = [key for key in needed if key not in manifest]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: {WRITE_AGAIN}")
+    check_keys(path, manifest, needed, WRITE_AGAIN)
     if manifest["format"] != FORMAT or manifest["dtype"] not in DTYPES:
         raise UserError(
             f"{path} has format {manifest['format']} and dtype {manifest['dtype']}, this version "

@@ -113,6 +113,12 @@ def file_entry(path: Path) -> dict[str, str | int]:
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
+def check_keys(manifest_path: Path, manifest: dict, needed: tuple[str, ...], remedy: str) -> None:
+    """Refuse a manifest that lacks entries, and name them."""
+    if missing := [key for key in needed if key not in manifest]:
+        raise UserError(f"{manifest_path} lacks {', '.join(missing)}: {remedy}")
+
+
 def check_files(manifest_path: Path, entries: list[dict], remedy: str) -> None:
     """Refuse a manifest whose files (`file_entry`) are missing, of another size, or elsewhere."""
     for entry in entries:

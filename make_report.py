@@ -19,6 +19,7 @@ import plots
 from cli import UserError
 from files import read_json, write_json
 from model import ARCHITECTURES
+from svd_baseline import percent_text
 
 MADE_BY = {  # what of an architecture is read, and the script that writes it
     "history.json": "train_real_data.py",
@@ -126,7 +127,7 @@ def print_table(rows: list[dict]) -> None:
     )
     for row in rows:
         excess = (row["excess_mean"], row["excess_p90"])
-        mean, p90 = ("-" if value is None else f"{value:.4f} %" for value in excess)
+        mean, p90 = map(percent_text, excess)
         print(
             f"{row['arch']:<13}{row['factors']:<11}{row['effective_rank']:>5}"
             f"{row['rel_error']:>11.5f}{row['optimum']:>9.5f}{mean:>15}{p90:>13}"

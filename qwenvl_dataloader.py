@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from cli import UserError
-from files import check_files, read_json, sha256_file
+from files import check_files, check_keys, read_json, sha256_file
 
 FORMAT = 1
 LAYER_NORM_EPS = 1e-6
@@ -270,10 +270,8 @@ def _read_manifest(cache_dir: Path) -> dict:
         if unfinished
         else BUILD_CACHE,
     )
-    needed = ("format", "kind", "encoder", "num_tokens", "feature_dim", "grid", "count")
-    missing = [k for k in (*needed, "shards", "rows", "singular_values") if k not in manifest]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: {BUILD_CACHE}")
+    needed = ("format", "kind", "encoder", "num_tokens", "feature_dim", "grid", "count", "shards")
+    check_keys(path, manifest, (*needed, "rows", "singular_values"), BUILD_CACHE)
     if manifest["format"] != FORMAT:
         raise UserError(f"{path} has format {manifest['format']}, not {FORMAT}: {BUILD_CACHE}")
     files = [*manifest["shards"], manifest["rows"], manifest["singular_values"]]

@@ -118,6 +118,11 @@ def summarise(values: Tensor) -> dict[str, float | None]:
     return {"mean": float(values.mean()), "p90": float(np.percentile(values, 90))}
 
 
+def percent_text(value: float | None) -> str:
+    """An excess as tables and logs print it; a dash where it is undefined."""
+    return "-" if value is None else f"{value:.4f} %"
+
+
 def bootstrap_interval(
     values: Tensor, groups: list[str], resamples: int = 2000, seed: int = 0
 ) -> tuple[float, float]:

@@ -35,6 +35,7 @@ from svd_baseline import (
     evaluate,
     gram_eigh,
     optimum,
+    percent_text,
     report_ranks,
     summarise,
     token_error,
@@ -249,13 +250,9 @@ def epoch_line(record: dict, run: TrainState) -> str:
     return (
         f"epoch {record['epoch']:4d}  loss {record['train_loss']:.6f}  "
         f"val_mse {record['val_mse']:.6e}  optimum {record['val_optimum_mse']:.6e}  "
-        f"excess {_percent(record['val_excess_pct'])}  rank {record['effective_rank']}  "
+        f"excess {percent_text(record['val_excess_pct'])}  rank {record['effective_rank']}  "
         f"lr {record['lr']:.2e}  {record['samples_per_s']:.1f} images/s  {best}"
     )
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f} %"
 
 
 class Stop:
@@ -397,7 +394,8 @@ def main(args: argparse.Namespace) -> int:
             run.history.append({"epoch": 0, **initial})
             log(
                 f"untrained   val_mse {initial['val_mse']:.6e}  optimum "
-                f"{initial['val_optimum_mse']:.6e}  excess {_percent(initial['val_excess_pct'])}"
+                f"{initial['val_optimum_mse']:.6e}  excess "
+                + percent_text(initial["val_excess_pct"])
             )
         with Stop() as stop:
             train(run, loaders, folder, log, stop)
@@ -417,7 +415,7 @@ def report(run: TrainState, results: dict, folder: Path, log: RunLog, seconds: f
         error, excess = metrics["rel_error"], metrics["excess_pct"]
         log(
             f"  rank {rank:>4}  rel_error {error['mean']:.5f}  excess mean "
-            f"{_percent(excess['mean'])}  p90 {_percent(excess['p90'])}"
+            f"{percent_text(excess['mean'])}  p90 {percent_text(excess['p90'])}"
         )
     speeds = [record["samples_per_s"] for record in run.history if "samples_per_s" in record]
     log.write_summary(
