@@ -28,7 +28,13 @@ import plots
 from checkpoint import load_model, save_checkpoint
 from cli import UserError
 from files import new_folder, sweep_temporaries, write_json
-from model import ARCHITECTURES, LossTerms, LowRankFactorModel, canonical_arch
+from model import (
+    ARCHITECTURES,
+    LossTerms,
+    LowRankFactorModel,
+    LowRankProjSymmetric,
+    canonical_arch,
+)
 from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset, create_data_loaders_real
 from run_log import RunLog
 from svd_baseline import (
@@ -37,6 +43,7 @@ from svd_baseline import (
     optimum,
     percent_text,
     report_ranks,
+    second_moment,
     summarise,
     token_error,
 )
@@ -68,12 +75,16 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="projected: branches propose a subspace, X is projected on it; "
                        "direct: branches predict A and B outright")  # fmt: skip
     model.add_argument("--refine_steps", type=number(int, 0), default=None,
-                       help="K, refinement steps, default 2: error against time")  # fmt: skip
+                       help="K, refinement steps, default 1: error against time")  # fmt: skip
     model.add_argument("--oversample", type=number(int, 0), default=None,
                        help="p, extra sketch columns, default 32: error against time")  # fmt: skip
     model.add_argument("--hidden_dim", type=number(int, 1), default=256, help="branch width")
     model.add_argument("--num_blocks", type=number(int, 0), default=None,
                        help="residual blocks (default 1) or hidden layers (2)")  # fmt: skip
+    model.add_argument("--sketch_start", choices=("second_moment", "random"),
+                       default="second_moment",
+                       help="ResMLP's first linear sketch: random directions turned towards the "
+                       "training tokens' energy, or left as they are")  # fmt: skip
     model.add_argument("--dropout", type=number(float, 0, below=1), default=0.0,
                        help="dropout in the branches, 0 to 1")  # fmt: skip
     train = parser.add_argument_group("training")
@@ -296,6 +307,12 @@ def set_aside(folder: Path, log: Callable[[str], None]) -> None:
         log(f"results of an earlier run were moved to {target}")
 
 
+def starts_from_data(run: TrainState) -> bool:
+    """Whether the new model's linear sketch is turned towards the training tokens."""
+    linear = isinstance(run.model, LowRankProjSymmetric) and run.model.factors == "projected"
+    return linear and run.args.sketch_start == "second_moment"
+
+
 def print_header(run: TrainState, dataset: RealQwenVLDataset, loaders: Loaders, log) -> None:
     rank = run.model.current_effective_rank()
     best = optimum(dataset.singular_values[dataset.split.val], rank).mean()
@@ -372,6 +389,8 @@ def main(args: argparse.Namespace) -> int:
     unused = sorted(name for name in args.typed if name.startswith("allocator_"))
     if unused and not (args.use_rank_allocator or args.resume):
         raise UserError(f"--{unused[0]} does nothing without --use_rank_allocator: type both")
+    if "sketch_start" in args.typed and (args.arch != "ResMLP" or args.factors == "direct"):
+        raise UserError("--sketch_start is of --arch ResMLP --factors projected: leave it away")
     folder = Path(args.results_dir) / args.arch
     dataset = RealQwenVLDataset(args.cache_dir)
     run = open_run(args, folder, dataset)
@@ -390,6 +409,9 @@ def main(args: argparse.Namespace) -> int:
             lr = run.optimizer.param_groups[0]["lr"]
             log(f"going on with epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}")
         else:
+            if starts_from_data(run):
+                images = tqdm(loaders.train, desc="second moment", leave=False, disable=None)
+                run.model.start_from_second_moment(second_moment(b.x for b in images))
             initial = validate(run, loaders)
             run.history.append({"epoch": 0, **initial})
             log(
