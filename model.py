@@ -356,7 +356,6 @@ class LowRankProjSymmetric(LowRankFactorModel):
         skip = _linear(in_features, out_features)
         return ResidualBranch(skip, nn.Sequential(*blocks), width, stride)
 
-    @torch.no_grad()
     def start_from_second_moment(self, moment: Tensor) -> None:
         """Make row_net look where the training tokens' energy is, instead of everywhere alike.
 
@@ -364,12 +363,15 @@ class LowRankProjSymmetric(LowRankFactorModel):
         C^½ w, of the same total length. As far as images share their feature directions, X C^½ Ω
         is to X Ω what a part of a power step would make of it, and it costs no more.
         """
+        self.turn_sketch(symmetric_root(moment))
+
+    @torch.no_grad()
+    def turn_sketch(self, root: Tensor) -> None:
+        """`start_from_second_moment` with C^½ [D, D] float64 at hand."""
         weight = self.row_net.skip.weight
-        energy, axes = torch.linalg.eigh(moment.double())
-        root = axes * energy.clamp_min(0).sqrt() @ axes.mT  # [D, D] C^½
-        turned = weight.double().cpu() @ root.cpu()
+        turned = weight.double() @ root.to(weight.device)
         size = torch.linalg.matrix_norm(turned).clamp_min(NORM_FLOOR)
-        weight.copy_(turned * (torch.linalg.matrix_norm(weight.double()).cpu() / size))
+        weight.copy_(turned * (torch.linalg.matrix_norm(weight.double()) / size))
 
 
 class LowRankProjMLP(LowRankFactorModel):
@@ -473,6 +475,12 @@ def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, sigma, vh = torch.linalg.svd(r_a @ r_b.mT)
     cut_b = (sigma[..., :rank, None] * vh[..., :rank, :]) @ q_b.mT
     return q_a @ u[..., :rank], cut_b
+
+
+def symmetric_root(c: Tensor) -> Tensor:
+    """C^½ of a positive semidefinite C [D, D], float64 on its device. O(D³)."""
+    energy, axes = torch.linalg.eigh(c.double())
+    return axes * energy.clamp_min(0).sqrt() @ axes.mT
 
 
 def _unit_norm(y: Tensor) -> Tensor:
