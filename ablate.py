@@ -44,7 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     grid = parser.add_argument_group("what is compared")
     grid.add_argument("--rank", type=number(int, 1), default=128, help="rank of A·B")
     grid.add_argument("--sketches", nargs="+", choices=SKETCHES, default=list(SKETCHES),
-                      help="random: X Ω; linear: without hidden layers; ResMLP; MLP")  # fmt: skip
+                      help="random: X Ω; linear: X Ω with Ω trained; ResMLP; MLP")  # fmt: skip
     grid.add_argument("--refine_steps", type=number(int, 0), nargs="+", default=[0, 1, 2, 3, 4],
                       help="K, each with start shifts and with learned ones")  # fmt: skip
     grid.add_argument("--oversample", type=number(int, 0), nargs="+", default=[0, 16, 32],
@@ -73,40 +73,47 @@ class Setting(NamedTuple):
         return f"{self.sketch} K={self.steps} p={self.oversample}"
 
 
-class RandomSketch(LowRankFactorModel):
-    """Y = X Ω, Ω Gaussian and never trained: only its shifts can be learned."""
+class ProductSketch(LowRankFactorModel):
+    """Y = X Ω: random, only its shifts can be learned; or trained from C^½ Ω on, at equal cost."""
 
     def make_branch(self, in_features: int, out_features: int, stride: int) -> nn.Module:
         return nn.Identity()
 
-    def __init__(self, **config) -> None:
+    def __init__(self, root: Tensor | None, **config) -> None:
         super().__init__(**config)
-        self.register_buffer("omega", torch.randn(self.input_dim, self.sketch_columns))
+        omega = torch.randn(self.input_dim, self.sketch_columns)
+        if root is not None:
+            omega = (root @ omega.double()).float()
+            omega = omega / omega.square().mean().sqrt() / self.input_dim**0.5
+        self.omega = nn.Parameter(omega, requires_grad=root is not None)
 
     def sketch(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
         y = x @ self.omega[:, :columns]
         return y, y
 
 
-def build(setting: Setting, rank: int, dataset: RealQwenVLDataset) -> LowRankFactorModel:
-    """The untrained model, random numbers from torch's generator."""
-    classes = {"random": RandomSketch, "MLP": LowRankProjMLP}
-    return classes.get(setting.sketch, LowRankProjSymmetric)(
-        input_dim=dataset.feature_dim,
-        num_tokens=dataset.num_tokens,
-        rank=rank,
-        refine_steps=setting.steps,
-        oversample=setting.oversample,
-        num_blocks=0 if setting.sketch == "linear" else None,
-        lambda_B=0.0,
-    )
+def build(
+    setting: Setting, rank: int, dataset: RealQwenVLDataset, root: Tensor
+) -> LowRankFactorModel:
+    """The untrained model, random numbers from torch's generator; root: C^½ [D, D] float64."""
+    config = {
+        "input_dim": dataset.feature_dim, "num_tokens": dataset.num_tokens, "rank": rank,
+        "refine_steps": setting.steps, "oversample": setting.oversample, "lambda_B": 0.0,
+    }  # fmt: skip
+    if setting.sketch == "MLP":
+        return LowRankProjMLP(**config)
+    if setting.sketch == "ResMLP":
+        model = LowRankProjSymmetric(**config)
+        model.turn_sketch(root)
+        return model
+    return ProductSketch(root if setting.sketch == "linear" else None, **config)
 
 
 def train(
     model: LowRankFactorModel, loaders: Loaders, args: argparse.Namespace, seed: int
 ) -> LowRankFactorModel:
     """The model of the epoch that is best on validation images, the untrained one among them."""
-    weights = [p for p in model.parameters() if p is not model.shift_logits]
+    weights = [p for p in model.parameters() if p is not model.shift_logits and p.requires_grad]
     if not model.shift_logits.numel() and not weights:
         return model
     shifts = {"params": [model.shift_logits], "lr": min(0.02, args.lr * SHIFT_LR_FACTOR)}
@@ -138,9 +145,7 @@ def run_setting(
 ) -> Iterator[dict]:
     """Test excess of every image with the start shifts and, where there are any, learned ones."""
     torch.manual_seed(seed)
-    model = build(setting, args.rank, loaders.train.dataset).to(loaders.train.device)
-    if isinstance(model, LowRankProjSymmetric):
-        model.turn_sketch(root)
+    model = build(setting, args.rank, loaders.train.dataset, root).to(loaders.train.device)
     start = model.shift_logits.detach().clone()
     model = train(model, loaders, args, seed)
     learned = model.shifts.tolist()
@@ -158,7 +163,7 @@ def run_setting(
 
 
 def measure_times(
-    settings: list[Setting], loaders: Loaders, args: argparse.Namespace
+    settings: list[Setting], loaders: Loaders, root: Tensor, args: argparse.Namespace
 ) -> tuple[dict[Setting, float], float]:
     """ms a matrix of each setting, and of the float64 Gram matrix's eigenvectors (exact).
 
@@ -167,7 +172,7 @@ def measure_times(
     dataset, device = loaders.test.dataset, loaders.test.device
     rows = loaders.test.sampler.rows
     x = normalise(dataset[rows[torch.arange(args.batch_size) % len(rows)]].to(device))[0]
-    models = [build(s, args.rank, dataset).to(device).eval() for s in settings]
+    models = [build(s, args.rank, dataset, root).to(device).eval() for s in settings]
     calls = [lambda m=m: m(x, ordered=False) for m in models] + [lambda: gram_eigh(x, args.rank)]
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
@@ -270,7 +275,7 @@ def main(args: argparse.Namespace) -> None:
     ]  # fmt: skip
     done = {(r["sketch"], r["steps"], r["oversample"], r["seed"]) for r in runs}
     todo = [(s, seed) for seed in range(args.seeds) for s in settings if (*s, seed) not in done]
-    root = symmetric_root(second_moment(batch.x for batch in loaders.train)) if todo else None
+    root = symmetric_root(second_moment(batch.x for batch in loaders.train)).cpu()
     path.parent.mkdir(parents=True, exist_ok=True)
     for setting, seed in (bar := tqdm(todo, desc="training", disable=None)):
         bar.set_postfix_str(f"{setting} seed {seed}")
@@ -278,7 +283,7 @@ def main(args: argparse.Namespace) -> None:
         write_json(path, {"trained_with": trained_with, "runs": runs})
 
     groups = dataset.rows["group"].take(loaders.test.sampler.rows.tolist()).to_pylist()
-    times, exact_ms = measure_times(settings, loaders, args)
+    times, exact_ms = measure_times(settings, loaders, root, args)
     records = summarise_runs(runs, times, groups)
     gains = gains_at_equal_time(records, groups)
     print_tables(records, gains, exact_ms)

@@ -88,20 +88,20 @@ class StackedBranch(nn.Module):
         """The layer that sets the output's scale in a new branch."""
         return self.head
 
-    def forward(self, x: Tensor, columns: int) -> Tensor:
+    def forward(self, x: Tensor, seen: Tensor, columns: int) -> Tensor:
         hidden = self.body(x)
         return F.linear(hidden, self.head.weight[:columns], self.head.bias[:columns])
 
 
 class ResidualBranch(nn.Module):
-    """A linear sketch, plus residual blocks on every `stride`-th input and a last linear layer.
+    """A linear sketch of the input, plus residual blocks on what is seen of it and a linear layer.
 
     The last layer starts at zero: a new branch is its linear sketch. Without blocks it stays one.
     """
 
-    def __init__(self, skip: nn.Linear, body: nn.Sequential, width: int, stride: int) -> None:
+    def __init__(self, skip: nn.Linear, body: nn.Sequential, width: int) -> None:
         super().__init__()
-        self.skip, self.body, self.stride = skip, body, stride
+        self.skip, self.body = skip, body
         if len(body):
             self.head = nn.Linear(width, skip.out_features, bias=False)
             nn.init.zeros_(self.head.weight)
@@ -111,12 +111,11 @@ class ResidualBranch(nn.Module):
         """The layer that sets the output's scale in a new branch."""
         return self.skip
 
-    def forward(self, x: Tensor, columns: int) -> Tensor:
+    def forward(self, x: Tensor, seen: Tensor, columns: int) -> Tensor:
         linear = F.linear(x, self.skip.weight[:columns], self.skip.bias[:columns])
         if not len(self.body):
             return linear
-        hidden = self.body(x[..., :: self.stride])
-        return linear + F.linear(hidden, self.head.weight[:columns])
+        return linear + F.linear(self.body(seen), self.head.weight[:columns])
 
 
 def _linear(in_features: int, out_features: int) -> nn.Linear:
@@ -266,10 +265,10 @@ class LowRankFactorModel(nn.Module):
         X_s: every `stride`-th feature of X. c = `columns`, the first ones of the branches' outputs.
         """
         self._check_input(x)
-        seen = x[..., :: self.stride]  # [b, T, D / stride]
+        seen = x[..., :: self.stride].contiguous()  # [b, T, D / stride]
         with self._branch_precision(x):
-            from_rows = self.row_net(x, columns)  # [b, T, c]
-            from_columns = seen @ self.col_net(seen.mT, columns)  # [b, T, c]
+            from_rows = self.row_net(x, seen, columns)  # [b, T, c]
+            from_columns = seen @ self.col_net(seen.mT, seen.mT, columns)  # [b, T, c]
         from_rows, from_columns = from_rows.to(x.dtype), from_columns.to(x.dtype)
         return _unit_norm(from_rows) + _unit_norm(from_columns), from_rows
 
@@ -327,8 +326,8 @@ class LowRankFactorModel(nn.Module):
     def _direct_factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(x)
         with self._branch_precision(x):
-            a = self.row_net(x, self.rank)  # [b, T, r]
-            b = self.col_net(x.mT, self.rank).mT  # [b, r, D]
+            a = self.row_net(x, x, self.rank)  # [b, T, r]
+            b = self.col_net(x.mT, x.mT, self.rank).mT  # [b, r, D]
         a, b = a.to(x.dtype), b.to(x.dtype)
         gate = self.gate()
         return (a if gate is None else a * gate), b
@@ -354,7 +353,7 @@ class LowRankProjSymmetric(LowRankFactorModel):
             ResidualBlock(width, self.hidden_dim, self.dropout) for _ in range(self.num_blocks)
         ]
         skip = _linear(in_features, out_features)
-        return ResidualBranch(skip, nn.Sequential(*blocks), width, stride)
+        return ResidualBranch(skip, nn.Sequential(*blocks), width)
 
     def start_from_second_moment(self, moment: Tensor) -> None:
         """Make row_net look where the training tokens' energy is, instead of everywhere alike.

@@ -197,7 +197,7 @@ def test_impossible_shapes_are_refused(options, message):
 def test_a_new_resmlp_is_a_random_linear_sketch(tokens):
     torch.manual_seed(0)
     model = get_model_by_name("ResMLP", input_dim=40, num_tokens=24, rank=6)
-    row = model.row_net(tokens, 6)
+    row = model.row_net(tokens, tokens, 6)
     assert torch.allclose(row, tokens @ model.row_net.skip.weight[:6].mT, atol=1e-5)
 
 
