@@ -28,15 +28,10 @@ import plots
 from checkpoint import load_model, save_checkpoint
 from cli import UserError
 from files import new_folder, sweep_temporaries, write_json
-from model import (
-    ARCHITECTURES,
-    LossTerms,
-    LowRankFactorModel,
-    LowRankProjSymmetric,
-    canonical_arch,
-)
+from model import ARCHITECTURES, LossTerms, LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset, create_data_loaders_real
 from run_log import RunLog
+from subspace import pivoted_features
 from svd_baseline import (
     evaluate,
     gram_eigh,
@@ -81,10 +76,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     model.add_argument("--hidden_dim", type=number(int, 1), default=256, help="branch width")
     model.add_argument("--num_blocks", type=number(int, 0), default=None,
                        help="residual blocks (default 1) or hidden layers (2)")  # fmt: skip
-    model.add_argument("--sketch_start", choices=("second_moment", "random"),
-                       default="second_moment",
-                       help="ResMLP's first linear sketch: random directions turned towards the "
-                       "training tokens' energy, or left as they are")  # fmt: skip
+    model.add_argument("--seen_features", choices=("pivoted", "even"), default="pivoted",
+                       help="which 256 features the branches look at: chosen from the training "
+                       "tokens by pivoted Cholesky, or evenly spaced")  # fmt: skip
     model.add_argument("--dropout", type=number(float, 0, below=1), default=0.0,
                        help="dropout in the branches, 0 to 1")  # fmt: skip
     train = parser.add_argument_group("training")
@@ -307,12 +301,6 @@ def set_aside(folder: Path, log: Callable[[str], None]) -> None:
         log(f"results of an earlier run were moved to {target}")
 
 
-def starts_from_data(run: TrainState) -> bool:
-    """Whether the new model's linear sketch is turned towards the training tokens."""
-    linear = isinstance(run.model, LowRankProjSymmetric) and run.model.factors == "projected"
-    return linear and run.args.sketch_start == "second_moment"
-
-
 def print_header(run: TrainState, dataset: RealQwenVLDataset, loaders: Loaders, log) -> None:
     rank = run.model.current_effective_rank()
     best = optimum(dataset.singular_values[dataset.split.val], rank).mean()
@@ -389,8 +377,8 @@ def main(args: argparse.Namespace) -> int:
     unused = sorted(name for name in args.typed if name.startswith("allocator_"))
     if unused and not (args.use_rank_allocator or args.resume):
         raise UserError(f"--{unused[0]} does nothing without --use_rank_allocator: type both")
-    if "sketch_start" in args.typed and (args.arch != "ResMLP" or args.factors == "direct"):
-        raise UserError("--sketch_start is of --arch ResMLP --factors projected: leave it away")
+    if "seen_features" in args.typed and args.factors == "direct":
+        raise UserError("--factors direct sees all features: leave --seen_features away")
     folder = Path(args.results_dir) / args.arch
     dataset = RealQwenVLDataset(args.cache_dir)
     run = open_run(args, folder, dataset)
@@ -409,9 +397,10 @@ def main(args: argparse.Namespace) -> int:
             lr = run.optimizer.param_groups[0]["lr"]
             log(f"going on with epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}")
         else:
-            if starts_from_data(run):
+            if run.model.factors == "projected" and args.seen_features == "pivoted":
                 images = tqdm(loaders.train, desc="second moment", leave=False, disable=None)
-                run.model.start_from_second_moment(second_moment(b.x for b in images))
+                moment = second_moment(b.x for b in images)
+                run.model.see_features(pivoted_features(moment, len(run.model.seen)))
             initial = validate(run, loaders)
             run.history.append({"epoch": 0, **initial})
             log(
