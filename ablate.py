@@ -82,6 +82,7 @@ class RowSketch(LowRankFactorModel):
     def __init__(self, **config) -> None:
         super().__init__(**config)
         self.omega = nn.Parameter(torch.randn(self.input_dim, self.sketch_columns), False)
+        self.row_gain.requires_grad_(False)  # there is no row_net
 
     def make_branch(self, in_features: int, out_features: int) -> nn.Module:
         return nn.Identity()
@@ -98,6 +99,7 @@ class ColumnSketch(LowRankFactorModel):
         super().__init__(**config)
         omega = torch.randn(self.num_tokens, self.sketch_columns) / self.num_tokens**0.5
         self.omega = nn.Parameter(omega, trained)
+        self.row_gain.requires_grad_(False)
 
     def make_branch(self, in_features: int, out_features: int) -> nn.Module:
         return nn.Identity()
