@@ -182,7 +182,7 @@ def network_contender(model: LowRankFactorModel) -> Contender:
     projected = model.factors == "projected"
     return Contender(
         "network",
-        lambda x, r: model(x, r),
+        lambda x, r: model(x, r, ordered=False),
         "float64" if projected else "float32",
         max_rank=model.current_effective_rank(),
         arch=model.config["arch"],
