@@ -6,6 +6,7 @@
 Writes --cache_dir (feature_cache_real/): bfloat16 features [T, D] an image in safetensors shards,
 a table of rows (question, answers, box, thumbnail), the singular values of every normalised X, and
 last of all manifest.json. Interrupted, the same command goes on with the first missing image.
+`torchrun --nproc_per_node N extract_features.py …` encodes in N processes, into the same bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from itertools import dropwhile, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,12 +26,12 @@ import pyarrow.parquet as pq
 import safetensors
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import cli
+import distributed
 from cli import UserError
 from encoders import VisionEncoder, load_encoder, resize_image
-from feature_cache import FeatureCacheWriter
+from feature_cache import ROWS_PER_SHARD, FeatureCacheWriter
 from qwenvl_dataloader import RealQwenVLDataset
 from svd_baseline import optimum, report_ranks
 
@@ -66,7 +68,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     if args.verify:
-        print_summary(RealQwenVLDataset(args.cache_dir), verify=True)
+        if distributed.is_main():
+            print_summary(RealQwenVLDataset(args.cache_dir), verify=True)
         return
     if args.demo and "model" in args.typed:
         raise UserError("--demo brings its own encoder: leave --model or --demo away")
@@ -78,7 +81,10 @@ def main(args: argparse.Namespace) -> None:
         image_size=args.image_size,
         resize=args.resize,
     )
-    writer = FeatureCacheWriter(args.cache_dir, cache_header(args, encoder, rows), args.overwrite)
+    with distributed.main_first():
+        overwrite = args.overwrite and distributed.is_main()
+        header = cache_header(args, encoder, rows)
+        writer = FeatureCacheWriter(args.cache_dir, header, len(rows), overwrite)
     demo = "DEMO data, " if is_demo(args, rows) else ""
     print(
         f"{demo}{len(rows)} rows, encoder {encoder.id} on {device}: "
@@ -86,9 +92,10 @@ def main(args: argparse.Namespace) -> None:
     )
     if writer.rows_done:
         print(f"going on after {writer.rows_done} images that {args.cache_dir} already holds")
-    skipped = extract(rows, encoder, writer, args.batch_size)
-    writer.finish(skipped)
-    for entry in skipped:
+    extract(rows, encoder, writer, args.batch_size)
+    if not distributed.is_main():
+        return
+    for entry in writer.finish():
         print(f"skipped row {entry['row_id']}: {entry['reason']}")
     print_summary(RealQwenVLDataset(args.cache_dir), verify=False)
     print("next: python train_real_data.py --arch ResMLP")
@@ -96,58 +103,101 @@ def main(args: argparse.Namespace) -> None:
 
 def extract(
     rows: DatasetRows, encoder: VisionEncoder, writer: FeatureCacheWriter, batch_size: int
-) -> list[dict]:
-    """Encode all rows that the writer has not got yet; returns the unreadable ones.
+) -> None:
+    """Encode and write the shards that are missing, each of them in one of the processes.
 
-    While the encoder works on a batch, a thread decodes and preprocesses the next. An image that
-    came before (the same bytes) is not encoded again.
+    While the encoder works on a batch, a thread decodes and preprocesses the next. Images with the
+    same bytes are encoded once, where they come first. Batches begin anew with each shard: bits
+    do not depend on where a run was interrupted, nor on the number of processes.
     """
-    skipped: list[dict] = []
-    position_of = {sha: i for i, sha in enumerate(writer.image_hashes())}
+    first_of = first_rows(rows)
+    to_do = batches_to_do(rows, writer, batch_size)
+    options = {"unit": "image", "desc": "encode", "mininterval": 1}
+    samples: list[Sample] = []  # of the shard that is being made
+    encoded: dict[int, torch.Tensor] = {}  # row → its features [T, D]
     with (
+        distributed.Progress(len(rows), writer.rows_done, **options) as bar,
         ThreadPoolExecutor(1) as pool,
-        tqdm(total=len(rows), unit="image", desc="encode", mininterval=1) as bar,
     ):
-        # rows before the first missing one are decoded only where they may have been unreadable
-        batches = rows.batches(batch_size)
-        pending = pool.submit(_prepare, next(batches, []), encoder, writer.last_row_id)
-        while batch := pending.result():
-            pending = pool.submit(_prepare, next(batches, []), encoder, writer.last_row_id)
-            skipped += [{"row_id": s.row_id, "reason": s.reason} for s in batch if s.reason]
-            todo = [s for s in batch if not s.reason and s.row_id > writer.last_row_id]
-            fresh = {s.record["image_sha256"]: s.pixels for s in todo}
-            fresh = {sha: pixels for sha, pixels in fresh.items() if sha not in position_of}
-            if fresh:
-                encoded = encoder.encode(torch.stack(list(fresh.values()))).to(
-                    "cpu", torch.bfloat16
-                )
-                features = dict(zip(fresh, encoded, strict=True))
-            for sample in todo:
-                sha = sample.record["image_sha256"]
-                known = sha in position_of
-                tokens = writer.features_of(position_of[sha]) if known else features[sha]
-                position_of.setdefault(sha, writer.count)
-                writer.append(tokens.unsqueeze(0), [sample.record])
-            bar.update(len(batch))
-    return skipped
+        batch = next(to_do, None)
+        pending = pool.submit(prepare, batch, encoder, first_of)
+        while batch is not None:
+            shard, prepared, batch = batch.shard, pending.result(), next(to_do, None)
+            pending = pool.submit(prepare, batch, encoder, first_of)
+            samples += prepared
+            if fresh := [s for s in prepared if s.pixels is not None]:
+                features = encoder.encode(torch.stack([s.pixels for s in fresh]))
+                features = features.to("cpu", torch.bfloat16)
+                encoded |= zip((s.row_id for s in fresh), features, strict=True)
+            if batch is None or batch.shard != shard:
+                write_samples(writer, shard, samples, encoded)
+                samples, encoded = [], {}
+            bar.update(len(prepared))
+
+
+def first_rows(rows: DatasetRows) -> dict[str, int]:
+    """The first row of each different image, by the SHA-256 of its bytes."""
+    first: dict[str, int] = {}
+    for batch in rows.batches(ROWS_PER_SHARD):
+        for row_id, row in batch:
+            if (data := image_bytes(row)) is not None:
+                first.setdefault(hashlib.sha256(data).hexdigest(), row_id)
+    return first
+
+
+class Batch(NamedTuple):
+    shard: int
+    rows: list[tuple[int, dict]]  # row number in the data set, row
+
+
+def batches_to_do(
+    rows: DatasetRows, writer: FeatureCacheWriter, batch_size: int
+) -> Iterator[Batch]:
+    """Batches of the shards that this process has to make; no batch is of two shards."""
+    every = (row for batch in rows.batches(ROWS_PER_SHARD) for row in batch)
+    for shard in distributed.deal(writer.shards_to_do()):
+        wanted = writer.rows_of(shard)
+        here = dropwhile(lambda row, first=wanted.start: row[0] < first, every)
+        for first in range(0, len(wanted), batch_size):
+            yield Batch(shard, list(islice(here, min(batch_size, len(wanted) - first))))
+
+
+def write_samples(
+    writer: FeatureCacheWriter, shard: int, samples: list[Sample], encoded: dict[int, torch.Tensor]
+) -> None:
+    """Write a shard; an image that came in an earlier shard gets its features from there."""
+    readable = [s for s in samples if s.reason is None]
+    features = [
+        encoded[s.first] if s.first in encoded else writer.features_of(s.first) for s in readable
+    ]
+    writer.write_shard(
+        shard,
+        torch.stack(features) if features else torch.empty(0),
+        [s.record for s in readable],
+        [{"row_id": s.row_id, "reason": s.reason} for s in samples if s.reason],
+    )
 
 
 class Sample(NamedTuple):
     """One row on its way to the encoder; `reason` says why it cannot be read."""
 
     row_id: int
+    first: int | None  # the first row with the same image: itself where it has to be encoded
     record: dict | None
-    pixels: torch.Tensor | None
+    pixels: torch.Tensor | None  # where it has to be encoded
     reason: str | None
 
 
-def _prepare(batch: list[tuple[int, dict]], encoder: VisionEncoder, last_done: int) -> list[Sample]:
-    return [_prepare_row(row_id, row, encoder, last_done) for row_id, row in batch]
+def prepare(batch: Batch | None, encoder: VisionEncoder, first_of: dict[str, int]) -> list[Sample]:
+    rows = batch.rows if batch else []
+    return [_prepare_row(row_id, row, encoder, first_of) for row_id, row in rows]
 
 
-def _prepare_row(row_id: int, row: dict, encoder: VisionEncoder, last_done: int) -> Sample:
+def _prepare_row(
+    row_id: int, row: dict, encoder: VisionEncoder, first_of: dict[str, int]
+) -> Sample:
     try:
-        data = (row["image"] or {}).get("bytes")
+        data = image_bytes(row)
         if data is None:
             raise ValueError("no image bytes")
         image = Image.open(io.BytesIO(data))
@@ -155,9 +205,7 @@ def _prepare_row(row_id: int, row: dict, encoder: VisionEncoder, last_done: int)
         image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # what Pillow raises for damaged files; the row is listed in the manifest
-        return Sample(row_id, None, None, f"unreadable image: {error}")
-    if row_id <= last_done:
-        return Sample(row_id, None, None, None)
+        return Sample(row_id, None, None, None, f"unreadable image: {error}")
     sha = hashlib.sha256(data).hexdigest()
     thumbnail = io.BytesIO()
     resize_image(image, THUMBNAIL_SIZE, encoder.resize).save(thumbnail, "JPEG", quality=85)
@@ -172,7 +220,13 @@ def _prepare_row(row_id: int, row: dict, encoder: VisionEncoder, last_done: int)
         "height": height,
         "thumbnail": thumbnail.getvalue(),
     }
-    return Sample(row_id, record, encoder.preprocess(image), None)
+    first = first_of[sha]
+    pixels = encoder.preprocess(image) if first == row_id else None
+    return Sample(row_id, first, record, pixels, None)
+
+
+def image_bytes(row: dict) -> bytes | None:
+    return (row["image"] or {}).get("bytes")
 
 
 class DatasetRows:
@@ -278,4 +332,4 @@ def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    distributed.run(main, get_args_parser())
