@@ -71,7 +71,7 @@ def run(
         args = argparse.Namespace(**{**vars(args), "device": str(device)})
         _open_group(device)
         flags = {k: v for k, v in vars(args).items() if k != "device"}
-        check_same("were started with other flags or devices", (device.type, repr(flags)))
+        check_same("was started with other flags or on another device", (device.type, flags))
         status = main(args) or 0
         barrier()
     except KeyboardInterrupt:
@@ -265,6 +265,34 @@ def average_(tensors: Iterable[Tensor], share: float) -> None:
         dist.all_reduce(flat)
         for t, values in zip(same, flat.split([t.numel() for t in same]), strict=True):
             t.copy_(values.view(t.shape))
+
+
+class Stop:
+    """Within `with`, SIGINT and SIGTERM set a number that the loop asks for after each step.
+
+    Processes hear a signal at different times, or one alone: `requested` tells all the same.
+    """
+
+    def __init__(self) -> None:
+        self.heard = 0
+        self.signal = 0  # what `requested` last found
+
+    def __enter__(self) -> Stop:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame) -> None:
+        self.heard = number
+
+    def requested(self) -> bool:
+        """Whether any process was asked to stop (all call it together)."""
+        self.signal = largest(self.heard)
+        return self.signal != 0
 
 
 # ------------------------------------------------------------------------------------ dealing work

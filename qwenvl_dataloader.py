@@ -86,6 +86,8 @@ class Batch(NamedTuple):
     mean: Tensor  # [b, T, 1] float32
     std: Tensor  # [b, T, 1] float32
     singular_values: Tensor  # [b, min(T, D)] float64, of x, largest first
+    images: int  # of this step in all processes
+    share: float  # of them that are this process's: b / images, or 0 where it computes along
 
 
 @dataclass(frozen=True)
@@ -290,28 +292,54 @@ def _free_memory(device: torch.device) -> int:
         return 0
 
 
+class Share(NamedTuple):
+    """What one process does in one step; the fields are `Batch`'s."""
+
+    rows: list[int]
+    images: int
+    share: float
+
+
 class EpochSampler(Sampler):
     """Lists of rows, one list a batch, in an order that only (seed, epoch) decide.
 
     `start` skips that many batches of the epoch: an interrupted epoch goes on where it was.
+    part: (rank, world); of several processes each takes its part of every world · batch_size rows
+    in that order. Where the last rows are too few for all, a process computes on one of another's
+    with share 0: no step may lack a process, and a network has no gradient of no image.
     """
 
-    def __init__(self, rows: Tensor, batch_size: int, shuffle_seed: int | None = None) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        batch_size: int,
+        shuffle_seed: int | None = None,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
         self.rows, self.batch_size, self.shuffle_seed = rows, batch_size, shuffle_seed
+        self.rank, self.world = part
         self.epoch = 0
         self.start = 0
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return -(-len(self.rows) // (self.batch_size * self.world))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def shares(self) -> list[Share]:
         rows = self.rows
         if self.shuffle_seed is not None:
             key = np.random.SeedSequence([self.shuffle_seed, self.epoch]).generate_state(1)[0]
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(int(key)))
             rows = rows[order]
-        for batch in list(rows.split(self.batch_size))[self.start :]:
-            yield batch.tolist()
+        shares = []
+        for step in rows.split(self.batch_size * self.world)[self.start :]:
+            own = step.tensor_split(self.world)[self.rank]
+            used = own if len(own) else step[:1]
+            shares.append(Share(used.tolist(), len(step), len(own) / len(step)))
+        return shares
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for share in self.shares():
+            yield share.rows
 
 
 class BatchLoader:
@@ -324,8 +352,9 @@ class BatchLoader:
         batch_size: int,
         device: torch.device,
         shuffle_seed: int | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
-        self.sampler = EpochSampler(rows, batch_size, shuffle_seed)
+        self.sampler = EpochSampler(rows, batch_size, shuffle_seed, part)
         self.device = device
         self.dataset = dataset
         self.singular_values = dataset.singular_values.to(device)
@@ -352,13 +381,14 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         # the epoch's order goes to the device once: no step waits for a copy of its rows
-        batches = list(self.sampler)
-        order = torch.tensor(sum(batches, []), device=self.device).split(list(map(len, batches)))
+        shares = self.sampler.shares()
+        order = torch.tensor(sum((s.rows for s in shares), []), device=self.device)
+        order = order.split([len(s.rows) for s in shares])
         resident = self.dataset._resident is not None
         sources = (self.dataset[rows] for rows in order) if resident else self.loader
-        for rows, features in zip(order, sources, strict=True):
+        for rows, features, (_, images, share) in zip(order, sources, shares, strict=True):
             x, mean, std = normalise(features.to(self.device, non_blocking=True))
-            yield Batch(rows, x, mean, std, self.singular_values[rows])
+            yield Batch(rows, x, mean, std, self.singular_values[rows], images, share)
 
 
 class Loaders(NamedTuple):
@@ -373,16 +403,23 @@ def create_data_loaders_real(
     *,
     seed: int = 42,
     device: torch.device | str = "cpu",
+    part: tuple[int, int] = (0, 1),
+    tenants: int = 1,
 ) -> Loaders:
     """Loaders of the dataset's split; features live on the device where they fit comfortably.
 
     Training order is reshuffled each epoch from `seed`; validation and test keep cache order.
+    part: (rank, world) of several processes: batch_size is each one's, training batches and the
+    validation images are shared between them, test images are not. tenants: processes that share
+    the host's memory.
     """
     device = torch.device(device)
-    dataset.keep_resident(device)
+    dataset.keep_resident(device, share=0.5 / (tenants if device.type == "cpu" else 1))
     split = dataset.split
+    rank, world = part
+    validation = split.val.tensor_split(world)[rank]
     return Loaders(
-        BatchLoader(dataset, split.train, batch_size, device, shuffle_seed=seed),
-        BatchLoader(dataset, split.val, batch_size, device),
+        BatchLoader(dataset, split.train, batch_size, device, shuffle_seed=seed, part=part),
+        BatchLoader(dataset, validation, batch_size, device),
         BatchLoader(dataset, split.test, batch_size, device),
     )

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 import cli
+import distributed
 from files import new_folder, write_json
 
 
 class RunLog:
     """`log(line)` prints a line and appends it to training.log with the time.
 
-    A context manager around one run; its folder is <log_dir>/logs_<timestamp>/.
+    A context manager around one run; its folder is <log_dir>/logs_<timestamp>/. Of several
+    processes the main one writes; in the others nothing is written.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
+        self.events = None
+        if not distributed.is_main():
+            self.file = open(os.devnull, "a")
+            return
         self.folder = new_folder(Path(args.log_dir) / time.strftime("logs_%Y%m%d_%H%M%S"))
         self.file = open(self.folder / "training.log", "a", encoding="utf-8")
         config = {k: v for k, v in vars(args).items() if k != "typed"}
         versions = cli.environment(cli.pick_device(args.device))
-        write_json(self.folder / "config.json", {**config, "environment": versions})
-        self.events = None
+        config |= {"processes": distributed.world(), "environment": versions}
+        write_json(self.folder / "config.json", config)
         if args.tensorboard:
             # imported on demand: it takes a second and most runs do not want it
             from torch.utils.tensorboard import SummaryWriter

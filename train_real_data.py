@@ -6,13 +6,17 @@
 Writes results/<arch>/: best_model.pt, last_model.pt, history.json, test_results.json and four
 figures; log/logs_<timestamp>/: config.json, training.log, final_summary.json. Goes on with --resume
 (from the best model, --epochs more) or --resume last (exactly where an interrupted run was).
+
+    torchrun --nproc_per_node 2 train_real_data.py --batch_size 4
+
+trains in two processes that share every step's 2 · 4 images (gradients averaged over images, so the
+losses are those of one process with --batch_size 8, up to rounding and to dropout's masks).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -23,13 +27,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
+import distributed
 import grid_plots
 import plots
 from checkpoint import load_model, save_checkpoint
 from cli import UserError
 from files import new_folder, sweep_temporaries, write_json
-from model import ARCHITECTURES, LossTerms, LowRankFactorModel, canonical_arch
-from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset, create_data_loaders_real
+from model import ARCHITECTURES, LowRankFactorModel, canonical_arch
+from qwenvl_dataloader import (
+    Batch,
+    BatchLoader,
+    Loaders,
+    RealQwenVLDataset,
+    create_data_loaders_real,
+)
 from run_log import RunLog
 from svd_baseline import (
     evaluate,
@@ -79,7 +90,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=number(int, 1), default=20,
                        help="epochs, or epochs to add with --resume")  # fmt: skip
-    train.add_argument("--batch_size", type=number(int, 1), default=8, help="images a step")
+    train.add_argument("--batch_size", type=number(int, 1), default=8,
+                       help="images a step, of each process")  # fmt: skip
     train.add_argument("--lr", type=number(float, above=0), default=1e-4,
                        help=f"AdamW's; shifts get {SHIFT_LR_FACTOR} times it")  # fmt: skip
     train.add_argument("--weight_decay", type=number(float, 0), default=1e-5, help="AdamW's")
@@ -115,13 +127,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train_step(run: TrainState, x: Tensor, singular_values: Tensor) -> tuple[LossTerms, Tensor]:
-    """One optimiser step on x [b, T, D]. Returns the terms and a scalar flag, 1 where not finite.
+def train_step(run: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
+    """One optimiser step of all processes, on this process's images of it.
 
-    A step with a non-finite loss or gradient changes no weight; nothing waits for the device.
+    Returns the means of TERMS over the step's images [len(TERMS)] float64 and a scalar flag, 1
+    where the step is not finite; then it changed no weight. Nothing waits for the device.
     """
     args = run.args
-    terms = run.model.loss_terms(x, singular_values)
+    terms = run.model.loss_terms(batch.x, batch.singular_values)
     loss = (
         terms.reconstruction
         + args.lambda_B * terms.B
@@ -130,19 +143,26 @@ def train_step(run: TrainState, x: Tensor, singular_values: Tensor) -> tuple[Los
     )
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    # means over the images of all processes, from each process's own
+    values = torch.stack([loss.detach().double(), *(getattr(terms, n).double() for n in TERMS)])
+    values, energy = values.detach(), terms.component_energy
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    distributed.average_([*gradients, values, energy], batch.share)
     if run.allocator:
-        run.allocator.observe(run.model, terms.component_energy)
+        run.allocator.observe(run.model, energy)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP_NORM)
-    broken = (~(norm.isfinite() & loss.detach().isfinite())).float()
+    broken = (~(norm.isfinite() & values[0].isfinite())).float()
     run.optimizer.found_inf = broken
     run.optimizer.step()
     run.step += 1
     if run.allocator:
         run.allocator.apply(run.model, run.step)
-    return terms, broken
+    return values[1:], broken
 
 
-def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: Stop) -> None:
+def train(
+    run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: distributed.Stop
+) -> None:
     """Train to `run.last_epoch`, to early stopping, or to a signal; writes the checkpoints."""
     broken = torch.zeros((), device=run.sums.device)
     while run.epoch <= run.last_epoch and run.bad_epochs < run.args.patience:
@@ -151,15 +171,15 @@ def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: St
         run.model.train()
         loaders.train.set_epoch(run.epoch, start=run.batches_done)
         label = f"epoch {run.epoch}/{run.last_epoch}"
-        for batch in tqdm(loaders.train, desc=label, unit="batch", leave=False, disable=None):
-            terms, bad = train_step(run, batch.x, batch.singular_values)
-            values = torch.stack([getattr(terms, name).detach().double() for name in TERMS])
-            run.sums += values * len(batch.x)
+        hidden = distributed.hide_bar()
+        for batch in tqdm(loaders.train, desc=label, unit="batch", leave=False, disable=hidden):
+            means, bad = train_step(run, batch)
+            run.sums += means * batch.images
             run.batches_done += 1
             broken += bad
             if run.step % CHECK_EVERY == 0:
                 check_finite(broken, folder)
-            if stop.requested:
+            if stop.requested():
                 check_finite(broken, folder)
                 save(run, folder / "last_model.pt", log)
                 return
@@ -168,6 +188,7 @@ def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: St
         # validation; plateau, best and stopping wait for the final rank
         seconds = time.perf_counter() - begun
         record = close_epoch(run, loaders, seconds, run.batches_done - first_batch)
+        record = distributed.from_main(record)  # its bits decide, in all processes
         distance = record["val_mse"] - record["val_optimum_mse"]
         if not math.isfinite(distance):
             raise UserError(f"validation is not finite in epoch {run.epoch}: lower --lr")
@@ -186,7 +207,8 @@ def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: St
         if improved:
             save(run, folder / "best_model.pt", log)
         save(run, folder / "last_model.pt", log)
-        write_json(folder / "history.json", run.history)
+        if distributed.is_main():
+            write_json(folder / "history.json", run.history)
         log(epoch_line(record, run))
         log.board(record)
 
@@ -203,11 +225,16 @@ def check_finite(broken: Tensor, folder: Path) -> None:
 
 
 def validate(run: TrainState, loaders: Loaders) -> dict:
-    """Validation part of a history entry: whole-matrix errors of A·B itself."""
+    """Validation part of a history entry: whole-matrix errors of A·B itself.
+
+    Each process evaluates its part of the images; the entry is of all of them, in all.
+    """
     run.model.eval()
     rank = run.model.current_effective_rank()
-    metrics = evaluate(lambda x: run.model(x), loaders.val, rank)
-    sigma = loaders.val.singular_values[loaders.val.sampler.rows.to(run.sums.device)].cpu()
+    own = evaluate(lambda x: run.model(x), loaders.val, rank)
+    metrics = distributed.gather_columns(own)
+    dataset = loaders.val.dataset
+    sigma = dataset.singular_values[dataset.split.val]
     mean_square = sigma.square().sum(-1) / (run.model.num_tokens * run.model.input_dim)
     return {
         "val_mse": float((metrics["rel_error"].square() * mean_square).mean()),
@@ -230,7 +257,7 @@ def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int)
         "loss_lora_ortho": args.lambda_ortho * mean["lora_ortho"],
         "loss_act": args.lambda_act * mean["act"],
     }
-    done = min(images, batches * args.batch_size)
+    done = min(images, batches * args.batch_size * distributed.world())
     return {
         "epoch": run.epoch,
         "train_loss": sum(weighted.values()),
@@ -255,35 +282,14 @@ def epoch_line(record: dict, run: TrainState) -> str:
     )
 
 
-class Stop:
-    """Within `with`, SIGINT and SIGTERM set a flag that the loop reads after each step."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    def __enter__(self) -> Stop:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame) -> None:
-        self.signal = number
-
-    @property
-    def requested(self) -> bool:
-        return self.signal != 0
-
-
 def save(run: TrainState, path: Path, log: Callable[[str], None]) -> None:
     """Write a checkpoint; a fresh run's first one moves the results of an earlier run aside."""
-    if run.fresh:
-        set_aside(path.parent, log)
-        run.fresh = False
-    save_checkpoint(path, run.checkpoint())
+    state = run.checkpoint()
+    if distributed.is_main():
+        if run.fresh:
+            set_aside(path.parent, log)
+        save_checkpoint(path, state)
+    run.fresh = False
 
 
 def set_aside(folder: Path, log: Callable[[str], None]) -> None:
@@ -304,8 +310,10 @@ def print_header(run: TrainState, dataset: RealQwenVLDataset, loaders: Loaders, 
     log(dataset.label)
     log("  ".join(f"{k} {v}" for k, v in cli.environment(run.sums.device).items()))
     log("  ".join(f"{k} {v}" for k, v in config.items()) + f"  parameters {parameters:,}")
+    if (world := distributed.world()) > 1:
+        log(f"{world} processes, {run.args.batch_size} images a step each")
     log(
-        f"{loaders.train.num_images} training, {loaders.val.num_images} validation, "
+        f"{loaders.train.num_images} training, {len(dataset.split.val)} validation, "
         f"{loaders.test.num_images} test images; optimum rel_error at rank {rank}: {best:.5f}"
     )
 
@@ -376,14 +384,21 @@ def main(args: argparse.Namespace) -> int:
     dataset = RealQwenVLDataset(args.cache_dir)
     run = open_run(args, folder, dataset)
     args = run.args
+    distributed.check_same("has another cache or checkpoint", (run.identity, run.step))
     loaders = create_data_loaders_real(
-        dataset, args.batch_size, seed=args.seed, device=run.sums.device
+        dataset,
+        args.batch_size,
+        seed=args.seed,
+        device=run.sums.device,
+        part=(distributed.rank(), distributed.world()),
+        tenants=distributed.local_world(),
     )
     if run.allocator:
         steps = len(loaders.train)
         run.allocator.check_fits(run.step + (run.last_epoch - run.epoch + 1) * steps, steps)
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep_temporaries(folder)
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep_temporaries(folder)
     with RunLog(args) as log:
         print_header(run, dataset, loaders, log)
         if args.resume:
@@ -397,14 +412,15 @@ def main(args: argparse.Namespace) -> int:
                 f"{initial['val_optimum_mse']:.6e}  excess "
                 + percent_text(initial["val_excess_pct"])
             )
-        with Stop() as stop:
+        with distributed.Stop() as stop:
             train(run, loaders, folder, log, stop)
-        if stop.requested and not run.finished:
+        if stop.signal and not run.finished:
             log(f"stopped by signal {stop.signal} in epoch {run.epoch}: wrote last_model.pt; "
                 f"go on with --arch {args.arch} --resume last")  # fmt: skip
             return 128 + stop.signal
-        results = test_and_draw(folder, dataset, loaders, run.history)
-        report(run, results, folder, log, time.perf_counter() - started)
+        if distributed.is_main():
+            results = test_and_draw(folder, dataset, loaders, run.history)
+            report(run, results, folder, log, time.perf_counter() - started)
     return 0
 
 
@@ -432,4 +448,4 @@ def report(run: TrainState, results: dict, folder: Path, log: RunLog, seconds: f
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    distributed.run(main, get_args_parser())
