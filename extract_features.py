@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 import cli
 import distributed
@@ -205,7 +205,9 @@ def _prepare_row(
         image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # what Pillow raises for damaged files; the row is listed in the manifest
-        return Sample(row_id, None, None, None, f"unreadable image: {error}")
+        unknown = isinstance(error, UnidentifiedImageError)  # whose words hold a memory address
+        reason = "no image format that Pillow knows" if unknown else error
+        return Sample(row_id, None, None, None, f"unreadable image: {reason}")
     sha = hashlib.sha256(data).hexdigest()
     thumbnail = io.BytesIO()
     resize_image(image, THUMBNAIL_SIZE, encoder.resize).save(thumbnail, "JPEG", quality=85)

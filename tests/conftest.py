@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small work; threads would fight over two cores
 
+import hashlib
 import importlib
 import shutil
 from pathlib import Path
@@ -58,6 +59,11 @@ def tiny_cache(tiny_data, tmp_path_factory):
 def cache_copy(tiny_cache, tmp_path):
     """A copy of the small cache that a test may damage."""
     return Path(shutil.copytree(tiny_cache, tmp_path / "cache"))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Name → SHA-256 of each file in a folder."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
 
 class Finished(NamedTuple):
