@@ -102,12 +102,8 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
     try:
         with quiet:
             return cli.parse(parser, argv)
-    except SystemExit:  # a mistake or --help: all alike, but torchrun ends the others at the first
-        if main:
-            _store.set("reported", "")
-        else:
-            _store.wait(["reported"], REPORT_TIME)
-        raise
+    except SystemExit as end:  # a mistake or --help: all alike, printed by the main process
+        _end_this(_store, main, end.code)
 
 
 def _own_device(name: str) -> torch.device:
@@ -154,19 +150,27 @@ def _watch(store: dist.Store, rank: int) -> None:
     try:
         store.wait(["end"], NO_LIMIT)
         status, message = json.loads(store.get("end"))
-        if rank == 0:
-            if message:
-                tqdm.write(message, file=sys.stderr)  # leaves a progress bar whole
-            store.set("reported", "")
-        else:
-            store.wait(["reported"], REPORT_TIME)
+        if rank == 0 and message:
+            tqdm.write(message, file=sys.stderr)  # leaves a progress bar whole
+        _end_this(store, rank == 0, status)
     except dist.DistError:  # torchrun was killed: nobody looks after this process any more
-        status = 1
-    if _leaving.is_set():
-        return
+        if not _leaving.is_set():
+            os._exit(1)
+
+
+def _end_this(store: dist.Store, main: bool, status: int) -> NoReturn:
+    """End this process, the others not before the main one has printed what there is to say.
+
+    At once: the main thread may be in a collective, and torchrun, which ends the others as soon as
+    it sees one end, must find them all with a status of their own.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(status)  # from a thread, while the main one may be in a collective
+    if main:
+        store.set("reported", "")
+    else:
+        store.wait(["reported"], REPORT_TIME)
+    os._exit(status)
 
 
 # -------------------------------------------------------------------------------- who and how many

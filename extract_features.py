@@ -43,7 +43,8 @@ DEMO_ENCODER = "demo"
 def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         description="Encode images into a feature cache of vision tokens.",
-        epilog="example:\n  python make_demo_data.py && python extract_features.py --demo",
+        epilog="examples:\n  python make_demo_data.py && python extract_features.py --demo\n"
+        "  torchrun --nproc_per_node 2 extract_features.py --demo   # two processes",
     )
     data = parser.add_argument_group("data")
     data.add_argument("--dataset_dir", help="folder with *.parquet, or data/*.parquet in it")
@@ -113,6 +114,7 @@ def extract(
     first_of = first_rows(rows)
     to_do = batches_to_do(rows, writer, batch_size)
     options = {"unit": "image", "desc": "encode", "mininterval": 1}
+    options["disable"] = not distributed.is_main()
     samples: list[Sample] = []  # of the shard that is being made
     encoded: dict[int, torch.Tensor] = {}  # row → its features [T, D]
     with (

@@ -36,7 +36,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         description="Write the factors A and B of every image of a feature cache.",
         epilog="examples:\n  python factorize.py --arch ResMLP --rank 64\n"
-        "  python factorize.py --arch ResMLP --target_error 0.05 --dtype int8",
+        "  python factorize.py --arch ResMLP --target_error 0.05 --dtype int8\n"
+        "  torchrun --nproc_per_node 2 factorize.py --arch ResMLP   # two processes",
     )
     parser.add_argument("--arch", default="ResMLP", help="architecture of the model")
     ranks = parser.add_mutually_exclusive_group()

@@ -63,7 +63,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Train a network that factors vision tokens, X ≈ A·B at rank r.",
         epilog="examples:\n"
         "  python train_real_data.py --arch ResMLP --epochs 500 --rank 128\n"
-        "  python train_real_data.py --arch ResMLP --resume --epochs 100",
+        "  python train_real_data.py --arch ResMLP --resume --epochs 100\n"
+        "  torchrun --nproc_per_node 2 train_real_data.py --batch_size 4   # 8 a step",
     )
     where = parser.add_argument_group("files")
     where.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
