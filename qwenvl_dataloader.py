@@ -330,8 +330,9 @@ class EpochSampler(Sampler):
             key = np.random.SeedSequence([self.shuffle_seed, self.epoch]).generate_state(1)[0]
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(int(key)))
             rows = rows[order]
-        shares = []
-        for step in rows.split(self.batch_size * self.world)[self.start :]:
+        size, shares = self.batch_size * self.world, []
+        for first in range(self.start * size, len(rows), size):
+            step = rows[first : first + size]
             own = step.tensor_split(self.world)[self.rank]
             used = own if len(own) else step[:1]
             shares.append(Share(used.tolist(), len(step), len(own) / len(step)))
@@ -382,7 +383,8 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         # the epoch's order goes to the device once: no step waits for a copy of its rows
         shares = self.sampler.shares()
-        order = torch.tensor(sum((s.rows for s in shares), []), device=self.device)
+        rows = sum((s.rows for s in shares), [])
+        order = torch.tensor(rows, dtype=torch.int64, device=self.device)
         order = order.split([len(s.rows) for s in shares])
         resident = self.dataset._resident is not None
         sources = (self.dataset[rows] for rows in order) if resident else self.loader

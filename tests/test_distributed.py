@@ -20,7 +20,8 @@ import distributed
 import factorize
 import train_real_data
 from checkpoint import load_checkpoint
-from qwenvl_dataloader import EpochSampler, RealQwenVLDataset
+from qwenvl_dataloader import EpochSampler, RealQwenVLDataset, create_data_loaders_real
+from svd_baseline import evaluate, gram_eigh
 from training_state import own_batch_size
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,6 +220,14 @@ def test_processes_share_the_steps_of_one_and_weigh_their_images_alike(world):
         assert all(part.rows for part in parts)  # a network has no gradient of no image
         assert all(part.images == len(whole) for part in parts)
         assert [p.share for p in parts if p.share] == [len(rows) / len(whole) for rows in own]
+
+
+def test_processes_share_the_validation_images_also_where_some_get_none(tiny_cache):
+    dataset = RealQwenVLDataset(tiny_cache)
+    parts = [create_data_loaders_real(dataset, 4, part=(rank, 7)).val for rank in range(7)]
+    rows = [torch.cat([b.rows for b in part]).tolist() if len(part) else [] for part in parts]
+    assert sum(rows, []) == dataset.split.val.tolist() and rows[6] == []
+    assert evaluate(lambda x: gram_eigh(x, 2), parts[6]) == {}
 
 
 # --------------------------------------------------------------------------------------- mistakes
