@@ -2,6 +2,8 @@
 
     python make_demo_data.py && python extract_features.py --demo        # minutes on two CPU cores
     python extract_features.py --dataset_dir textVQA_groundingtask_bbox  # Qwen2.5-VL-3B's tower
+    python extract_features.py --dataset_dir folder_of_jpegs             # the same, plain images
+    python extract_features.py --import_pt old_cache                     # features_<i>.pt files
 
 Writes --cache_dir (feature_cache_real/): bfloat16 features [T, D] an image in safetensors shards,
 a table of rows (question, answers, box, thumbnail), the singular values of every normalised X, and
@@ -13,14 +15,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import math
+import os
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import safetensors
 import torch
 from PIL import Image
@@ -30,12 +32,17 @@ import cli
 from cli import UserError
 from encoders import VisionEncoder, load_encoder, resize_image
 from feature_cache import FeatureCacheWriter
+from image_sources import ImageSource, UnreadableImage, open_source, read_image
+from pt_features import PtFeatures
 from qwenvl_dataloader import RealQwenVLDataset
 from svd_baseline import optimum, report_ranks
 
 THUMBNAIL_SIZE = 224  # pixels, both sides
 DEMO_DATA = "demo_data"
 DEMO_ENCODER = "demo"
+DECODERS = 8  # threads at most: so many keep an H100's tower fed
+BATCHES_AHEAD = 2
+NAMES_SHOWN = 5
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -44,7 +51,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         epilog="example:\n  python make_demo_data.py && python extract_features.py --demo",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset_dir", help="folder with *.parquet, or data/*.parquet in it")
+    data.add_argument("--dataset_dir", help="folder with *.parquet, with data/*.parquet in it, or "
+                      "with images in it and below")  # fmt: skip
+    data.add_argument("--import_pt", metavar="DIR", help="take the features of an older cache, "
+                      "features_<i>.pt files, instead of encoding images")  # fmt: skip
     data.add_argument("--demo", action="store_true",
                       help=f"encode {DEMO_DATA}/ (or --dataset_dir) with a small pretrained DINOv2 "
                       "that the package index has")  # fmt: skip
@@ -65,12 +75,38 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    check_flags(args)
     if args.verify:
         print_summary(RealQwenVLDataset(args.cache_dir), verify=True)
         return
-    if args.demo and "model" in args.typed:
-        raise UserError("--demo brings its own encoder: leave --model or --demo away")
-    rows = DatasetRows(find_parquet(args))
+    if args.import_pt:
+        skipped = import_features(args)
+    else:
+        skipped = encode_images(args)
+    print_skipped(skipped)
+    print_summary(RealQwenVLDataset(args.cache_dir), verify=False)
+    print("next: python train_real_data.py --arch ResMLP")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other, by name."""
+    if args.verify:
+        _refuse_beside("--verify only reads --cache_dir", args, {"verify", "cache_dir"})
+    if args.import_pt:
+        wanted = {"import_pt", "cache_dir", "overwrite"}
+        _refuse_beside("--import_pt takes features as they are", args, wanted)
+    if args.demo:
+        _refuse_beside("--demo brings its own encoder", args, args.typed - {"model"})
+
+
+def _refuse_beside(reason: str, args: argparse.Namespace, wanted: set[str]) -> None:
+    if others := sorted(args.typed - wanted):
+        raise UserError(f"{reason}: leave {', '.join(f'--{name}' for name in others)} away")
+
+
+def encode_images(args: argparse.Namespace) -> list[dict]:
+    """Make the cache from images; returns the rows that cannot be read."""
+    rows = find_rows(args)
     device = cli.pick_device(args.device)
     encoder = load_encoder(
         DEMO_ENCODER if args.demo else args.model,
@@ -84,37 +120,45 @@ def main(args: argparse.Namespace) -> None:
         f"{demo}{len(rows)} rows, encoder {encoder.id} on {device}: "
         f"{encoder.num_tokens} tokens × {encoder.feature_dim} an image"
     )
+    if rows.note:
+        print(f"note: {rows.note}")
     if writer.rows_done:
         print(f"going on after {writer.rows_done} images that {args.cache_dir} already holds")
     skipped = extract(rows, encoder, writer, args.batch_size)
     writer.finish(skipped)
-    for entry in skipped:
-        print(f"skipped row {entry['row_id']}: {entry['reason']}")
-    print_summary(RealQwenVLDataset(args.cache_dir), verify=False)
-    print("next: python train_real_data.py --arch ResMLP")
+    return skipped
+
+
+def import_features(args: argparse.Namespace) -> list[dict]:
+    """Make the cache from --import_pt's files; returns what is missing or damaged."""
+    features = PtFeatures(args.import_pt)
+    writer = FeatureCacheWriter(args.cache_dir, import_header(features), args.overwrite)
+    kinds = ", ".join(f"{count} in {name}" for name, count in features.dtypes.items())
+    print(
+        f"{len(features)} files ({kinds}): {features.num_tokens} tokens × {features.feature_dim} "
+        "an image, stored in bfloat16"
+    )
+    for row_id in tqdm(features.row_ids, unit="image", desc="import", mininterval=1):
+        if row_id > writer.last_row_id:
+            writer.append(features[row_id].unsqueeze(0), [features.record(row_id)])
+    writer.finish(features.skipped)
+    return features.skipped
 
 
 def extract(
-    rows: DatasetRows, encoder: VisionEncoder, writer: FeatureCacheWriter, batch_size: int
+    rows: ImageSource, encoder: VisionEncoder, writer: FeatureCacheWriter, batch_size: int
 ) -> list[dict]:
     """Encode all rows that the writer has not got yet; returns the unreadable ones.
 
-    While the encoder works on a batch, a thread decodes and preprocesses the next. An image that
-    came before (the same bytes) is not encoded again.
+    While the encoder works on a batch, threads decode and preprocess the next. An image that came
+    before (the same bytes) is not encoded again.
     """
     skipped: list[dict] = []
     position_of = {sha: i for i, sha in enumerate(writer.image_hashes())}
-    with (
-        ThreadPoolExecutor(1) as pool,
-        tqdm(total=len(rows), unit="image", desc="encode", mininterval=1) as bar,
-    ):
-        # rows before the first missing one are decoded only where they may have been unreadable
-        batches = rows.batches(batch_size)
-        pending = pool.submit(_prepare, next(batches, []), encoder, writer.last_row_id)
-        while batch := pending.result():
-            pending = pool.submit(_prepare, next(batches, []), encoder, writer.last_row_id)
+    with tqdm(total=len(rows), unit="image", desc="encode", mininterval=1) as bar:
+        for batch in prepared(rows.batches(batch_size), encoder, writer.row_ids_done()):
             skipped += [{"row_id": s.row_id, "reason": s.reason} for s in batch if s.reason]
-            todo = [s for s in batch if not s.reason and s.row_id > writer.last_row_id]
+            todo = [s for s in batch if s.record]
             fresh = {s.record["image_sha256"]: s.pixels for s in todo}
             fresh = {sha: pixels for sha, pixels in fresh.items() if sha not in position_of}
             if fresh:
@@ -136,28 +180,32 @@ class Sample(NamedTuple):
     """One row on its way to the encoder; `reason` says why it cannot be read."""
 
     row_id: int
-    record: dict | None
+    record: dict | None  # None also where the cache has the row already
     pixels: torch.Tensor | None
     reason: str | None
 
 
-def _prepare(batch: list[tuple[int, dict]], encoder: VisionEncoder, last_done: int) -> list[Sample]:
-    return [_prepare_row(row_id, row, encoder, last_done) for row_id, row in batch]
+def prepared(
+    batches: Iterator[list[tuple[int, dict]]], encoder: VisionEncoder, done: set[int]
+) -> Iterator[list[Sample]]:
+    """Batches, decoded and preprocessed by threads, some batches ahead of who asks for them."""
+    pending: deque[list[Future[Sample]]] = deque()
+    with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
+        for batch in batches:
+            pending.append([pool.submit(_prepare_row, *row, encoder, done) for row in batch])
+            if len(pending) > BATCHES_AHEAD:
+                yield [sample.result() for sample in pending.popleft()]
+        while pending:
+            yield [sample.result() for sample in pending.popleft()]
 
 
-def _prepare_row(row_id: int, row: dict, encoder: VisionEncoder, last_done: int) -> Sample:
-    try:
-        data = (row["image"] or {}).get("bytes")
-        if data is None:
-            raise ValueError("no image bytes")
-        image = Image.open(io.BytesIO(data))
-        width, height = image.size
-        image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # what Pillow raises for damaged files; the row is listed in the manifest
-        return Sample(row_id, None, None, f"unreadable image: {error}")
-    if row_id <= last_done:
+def _prepare_row(row_id: int, row: dict, encoder: VisionEncoder, done: set[int]) -> Sample:
+    if row_id in done:
         return Sample(row_id, None, None, None)
+    try:
+        data, image = read_image(row["image"])
+    except UnreadableImage as error:
+        return Sample(row_id, None, None, f"unreadable image: {error}")
     sha = hashlib.sha256(data).hexdigest()
     thumbnail = io.BytesIO()
     resize_image(image, THUMBNAIL_SIZE, encoder.resize).save(thumbnail, "JPEG", quality=85)
@@ -165,87 +213,55 @@ def _prepare_row(row_id: int, row: dict, encoder: VisionEncoder, last_done: int)
         "row_id": row_id,
         "group": row.get("group") or sha,
         "image_sha256": sha,
-        "question": row["question"],
-        "answers": row["answer"],
-        "bbox": row["bbox"],
-        "width": width,
-        "height": height,
+        "path": row["image"].path,
+        "question": row.get("question"),
+        "answers": row.get("answer"),
+        "bbox": row.get("bbox"),
+        "width": image.width,
+        "height": image.height,
         "thumbnail": thumbnail.getvalue(),
     }
     return Sample(row_id, record, encoder.preprocess(image), None)
 
 
-class DatasetRows:
-    """Rows of a data set's parquet files, in file order, read as they are needed."""
-
-    needed = ("image", "question", "answer", "bbox")
-
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
-        try:
-            parquets = [pq.ParquetFile(f) for f in files]
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"--dataset_dir: a parquet file is damaged ({error})") from None
-        self.counts = [p.metadata.num_rows for p in parquets]
-        schema = parquets[0].schema_arrow
-        self.columns = schema.names
-        self.kind = (schema.metadata or {}).get(b"kind", b"real").decode()
-        missing = [name for name in self.needed if name not in self.columns]
-        if missing:
-            raise UserError(f"{files[0]} lacks the column(s) {', '.join(missing)}")
-        digest = hashlib.sha256()
-        for path in files:
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        self.sha256 = digest.hexdigest()
-
-    def __len__(self) -> int:
-        return sum(self.counts)
-
-    def batches(self, batch_size: int) -> Iterator[list[tuple[int, dict]]]:
-        """Lists of (row number in the data set, row as a dict)."""
-        row_id = 0
-        columns = [c for c in (*self.needed, "group") if c in self.columns]
-        for path in self.files:
-            for chunk in pq.ParquetFile(path).iter_batches(batch_size, columns=columns):
-                rows = chunk.to_pylist()
-                yield list(enumerate(rows, start=row_id))
-                row_id += len(rows)
-
-
-def find_parquet(args: argparse.Namespace) -> list[Path]:
-    """Parquet files of the data set. Raises UserError where there is none."""
+def find_rows(args: argparse.Namespace) -> ImageSource:
+    """The rows that --dataset_dir or --demo name. Raises UserError where there are none."""
     if args.dataset_dir is None and not args.demo:
         raise UserError("--dataset_dir is missing: name the data set's folder, or type --demo")
-    folder = Path(args.dataset_dir or DEMO_DATA)
-    files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
-    if not files:
-        make = ": run make_demo_data.py first" if args.demo else ""
-        raise UserError(f"--dataset_dir {folder} has no *.parquet and no data/*.parquet{make}")
-    return files
+    try:
+        return open_source(args.dataset_dir or DEMO_DATA)
+    except UserError as error:
+        if args.dataset_dir:
+            raise
+        raise UserError(f"{error}: run make_demo_data.py first") from None
 
 
-def is_demo(args: argparse.Namespace, rows: DatasetRows) -> bool:
+def is_demo(args: argparse.Namespace, rows: ImageSource) -> bool:
     """Whether images or encoder are the demo's, which the cache and all made from it must say."""
     return args.demo or args.model == DEMO_ENCODER or rows.kind == "demo"
 
 
-def cache_header(args: argparse.Namespace, encoder: VisionEncoder, rows: DatasetRows) -> dict:
-    """What identifies the features: another value of any of these is another cache."""
+def cache_header(args: argparse.Namespace, encoder: VisionEncoder, rows: ImageSource) -> dict:
+    """What identifies the features: another value of any of these is another cache.
+
+    In the order in which a difference is reported: what a user typed before what follows from it.
+    """
+    revision = {"revision": encoder.revision} if encoder.revision else {}
     return {
         "kind": "demo" if is_demo(args, rows) else "real",
-        "encoder": {
-            "id": encoder.id,
-            "weights_sha256": encoder.weights_sha256,
-            "preprocessor": encoder.preprocessor,
-        },
         "dataset_sha256": rows.sha256,
         "image_size": encoder.image_size,
         "resize": encoder.resize,
+        "encoder": {
+            "id": encoder.id,
+            **revision,
+            "weights_sha256": encoder.weights_sha256,
+            "preprocessor": encoder.preprocessor,
+        },
         "num_tokens": encoder.num_tokens,
         "feature_dim": encoder.feature_dim,
         "grid": list(encoder.grid),
-        "split_by": "group" if "group" in rows.columns else "image",
+        "split_by": rows.split_by,
         "versions": {
             "torch": torch.__version__,
             "transformers": version("transformers"),
@@ -253,6 +269,34 @@ def cache_header(args: argparse.Namespace, encoder: VisionEncoder, rows: Dataset
             "safetensors": safetensors.__version__,
         },
     }
+
+
+def import_header(features: PtFeatures) -> dict:
+    """What identifies imported features: their values, since nothing is known of their encoder."""
+    side = math.isqrt(features.num_tokens)
+    square = side**2 == features.num_tokens
+    return {
+        "kind": "imported",
+        "encoder": {"id": "imported features", "features_sha256": features.sha256},
+        "image_size": None,
+        "resize": None,
+        "num_tokens": features.num_tokens,
+        "feature_dim": features.feature_dim,
+        # square images give square grids in raster order; of others only the order is known
+        "grid": [side, side] if square else [1, features.num_tokens],
+        "split_by": "row",
+        "split_note": "no image hashes: each row is a group of its own, except that rows whose "
+        "features are equal stay together",
+        "imported_dtypes": features.dtypes,
+        "versions": {"torch": torch.__version__, "safetensors": safetensors.__version__},
+    }
+
+
+def print_skipped(skipped: list[dict]) -> None:
+    for entry in skipped[:NAMES_SHOWN]:
+        print(f"skipped row {entry['row_id']}: {entry['reason']}")
+    if len(skipped) > NAMES_SHOWN:
+        print(f"and {len(skipped) - NAMES_SHOWN} more, all of them in manifest.json")
 
 
 def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:

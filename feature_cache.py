@@ -35,7 +35,8 @@ ROW_SCHEMA = pa.schema(
     [
         ("row_id", pa.int64()),  # row of the data set, counting unreadable images too
         ("group", pa.string()),  # rows of one group are never on two sides of the split
-        ("image_sha256", pa.string()),
+        ("image_sha256", pa.string()),  # null where features were imported
+        ("path", pa.string()),  # the image's or the features' file, as the data set names it
         ("question", pa.string()),
         ("answers", pa.list_(pa.string())),
         ("bbox", pa.list_(pa.float64())),  # x, y, w, h in pixels of the original image
@@ -104,6 +105,10 @@ class FeatureCacheWriter:
         with safe_open(self._shard_path(position // ROWS_PER_SHARD), framework="pt") as shard:
             return shard.get_slice("features")[position % ROWS_PER_SHARD]
 
+    def row_ids_done(self) -> set[int]:
+        """The data set's rows that are safe on disk."""
+        return {row for part in self._parts for row in part["row_id"].to_pylist()}
+
     def image_hashes(self) -> list[str]:
         """Hashes of all images appended so far, in order of the cache's rows."""
         done = [h for part in self._parts for h in part["image_sha256"].to_pylist()]
@@ -144,7 +149,7 @@ class FeatureCacheWriter:
         rows, self._rows = self._rows[:count], self._rows[count:]
         save_tensors(self._shard_path(self.shards_done), {"features": features})
         sigma = torch.cat([exact_singular_values(normalise(f)[0]) for f in features.split(16)])
-        columns = {name: [row[name] for row in rows] for name in ROW_SCHEMA.names}
+        columns = {name: [row.get(name) for row in rows] for name in ROW_SCHEMA.names}
         columns["singular_values"] = list(sigma.numpy())
         part = pa.table(columns, schema=_PART_SCHEMA)
         with atomic_path(self._part_path(self.shards_done)) as temporary:
