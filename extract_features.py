@@ -302,23 +302,39 @@ def print_skipped(skipped: list[dict]) -> None:
 def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
     """One screen: what the cache holds and how well rank r could do on it."""
     if verify and (damaged := dataset.verify()):
+        name, reason = next(iter(damaged.items()))
+        others = f", and {len(damaged) - 1} more files are damaged" if len(damaged) > 1 else ""
         raise UserError(
-            f"{dataset.cache_dir}: {', '.join(damaged)} does not match its sha256: extract again "
-            "with --overwrite"
+            f"{dataset.cache_dir / name} {reason}{others}: extract again with --overwrite"
         )
-    split = dataset.split
-    print(dataset.label + (", every file matches its sha256" if verify else ""))
+    manifest = dataset.manifest
+    print(dataset.label)
+    hashes = set(dataset.rows["image_sha256"].to_pylist())
+    images = "images not known" if None in hashes else f"of {len(hashes)} different images"
+    skipped = sum(entry.get("count", 1) for entry in manifest["skipped"])
+    print(f"  rows       {len(dataset)}, {images}; {skipped} skipped as unreadable or missing")
+    megabytes = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
+    rows, columns = dataset.grid
+    print(f"  tokens     {dataset.num_tokens} × {dataset.feature_dim}, {manifest['dtype']}, grid "
+          f"{rows} × {columns}; {len(manifest['shards'])} shards, {megabytes:.0f} MB")  # fmt: skip
+    encoder = manifest["encoder"]
+    print("  encoder    " + ", ".join(encoder[k] for k in ("id", "preprocessor") if k in encoder))
     groups = dataset.rows["group"].to_pylist()
-    for name in ("train", "val", "test"):
-        rows = getattr(split, name)
-        count = len({groups[row] for row in rows.tolist()})
-        print(f"  {name:5} {len(rows):5} images in {count:4} groups")
-    skipped = len(dataset.manifest["skipped"])
-    print(f"  skipped {skipped} unreadable images")
+    parts = {name: getattr(dataset.split, name).tolist() for name in ("train", "val", "test")}
+    sizes = [
+        f"{name} {len(part)} rows in {len({groups[row] for row in part})} groups"
+        for name, part in parts.items()
+    ]
+    print(f"  split      by {manifest['split_by']}: {', '.join(sizes)}")
+    if "split_note" in manifest:
+        print(f"             {manifest['split_note']}")
     ranks = report_ranks(dataset.singular_values.shape[1])[:-1]
     best = "  ".join(f"{r}: {optimum(dataset.singular_values, r).mean():.4f}" for r in ranks)
-    print(f"  optimum rel_error at rank  {best}")
-    print(f"wrote {dataset.cache_dir}/manifest.json" if not verify else "the cache is whole")
+    print(f"  optimum    mean rel_error at rank  {best}")
+    if verify:
+        print("the cache is whole: every file matches its sha256, every feature is finite")
+    else:
+        print(f"wrote {dataset.cache_dir}/manifest.json")
 
 
 if __name__ == "__main__":

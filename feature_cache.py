@@ -19,6 +19,7 @@ from torch import Tensor
 from cli import UserError
 from files import (
     atomic_path,
+    check_keys,
     check_same_header,
     file_entry,
     read_json,
@@ -26,7 +27,7 @@ from files import (
     sweep_temporaries,
     write_json,
 )
-from qwenvl_dataloader import FORMAT, normalise
+from qwenvl_dataloader import FORMAT, finite_images, normalise
 from svd_baseline import exact_singular_values
 
 ROWS_PER_SHARD = 128
@@ -53,8 +54,8 @@ class FeatureCacheWriter:
 
     Args:
         cache_dir: folder to write. A finished cache in it is refused unless `overwrite`.
-        header: what identifies the features (kind, encoder, image size, resize, T, D, grid …);
-            an interrupted cache with another header is refused with both values.
+        header: what identifies the features (kind, encoder, image size, resize, T, D, grid …); a
+            cache that was begun with another one is refused with both values.
     After construction `rows_done` rows are already safe on disk; go on with the next row.
     """
 
@@ -66,7 +67,13 @@ class FeatureCacheWriter:
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         if overwrite:
             self._clear()
-        if (self.cache_dir / "manifest.json").exists():
+        manifest = self.cache_dir / "manifest.json"
+        if manifest.exists():
+            finished = read_json(manifest, "replace it with --overwrite")
+            check_keys(manifest, finished, ("format", "encoder"), "replace it with --overwrite")
+            # what a manifest says beyond its header is no difference
+            finished = {key: finished.get(key) for key in self.header}
+            check_same_header(f"--cache_dir {self.cache_dir}", finished, self.header)
             raise UserError(
                 f"--cache_dir {self.cache_dir} holds a finished cache: use it, type another "
                 "--cache_dir, or --overwrite to replace it"
@@ -84,7 +91,7 @@ class FeatureCacheWriter:
         Raises UserError on NaN or Inf, naming the data set's row.
         """
         features = features.to("cpu", torch.bfloat16)
-        finite = features.isfinite().all(dim=(1, 2)) if len(features) else torch.ones(0)
+        finite = finite_images(features)
         if not finite.all():
             bad = rows[int((~finite).nonzero()[0])]["row_id"]
             raise UserError(f"features of data set row {bad} are not finite: check the encoder")

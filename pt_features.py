@@ -11,6 +11,7 @@ cannot run code, and one file at a time is in memory.
 from __future__ import annotations
 
 import hashlib
+import pickle
 import re
 import zipfile
 from collections import Counter
@@ -22,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import UserError
+from qwenvl_dataloader import finite_images
 
 
 class DamagedFile(Exception):
@@ -116,6 +118,8 @@ def read_pt(path: Path) -> Tensor:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
+    except pickle.UnpicklingError:
+        raise DamagedFile("is damaged, or holds objects beside tensors") from None
     except Exception as error:
         # damaged bytes make zip, pickle and torch raise nearly anything; all of it means one thing
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
@@ -134,7 +138,7 @@ def read_pt(path: Path) -> Tensor:
 
 def _examine(tokens: Tensor) -> _Seen:
     stored = tokens.to(torch.bfloat16)
-    if not stored.isfinite().all():
+    if not finite_images(stored.unsqueeze(0)):
         raise DamagedFile("holds NaN or Inf")
     digest = hashlib.sha256(stored.contiguous().view(torch.int16).numpy())
     name = str(tokens.dtype).removeprefix("torch.")
