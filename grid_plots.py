@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 from PIL.Image import Image
 
+from box_error import tokens_in_box
 from figure_style import (
     BLACK,
     METHODS,
@@ -32,6 +33,7 @@ from figure_style import (
     note,
     percent,
     save,
+    spread,
     tick_label,
 )
 
@@ -191,22 +193,9 @@ def spatial_error(
 
 
 def _inside_outside(ax: Axes, errors: dict[str, np.ndarray], box: Box, grid: Grid) -> None:
-    """Mean and 10–90 % of the tokens' errors, in the box (their centres) and outside it."""
-    y, x = np.indices(grid).reshape(2, -1)
-    inside = np.zeros(x.shape, bool)
-    if box is not None:
-        u, v = (x + 0.5) / grid[1] - box[0], (y + 0.5) / grid[0] - box[1]
-        inside = (u >= 0) & (u <= box[2]) & (v >= 0) & (v <= box[3])
+    """Mean and 10–90 % of the tokens' errors, in the box and outside it."""
+    inside = tokens_in_box(box, grid).numpy()
     parts = {"in the box": inside, "outside" if box else "all": ~inside}
     parts = {f"{name}\n({m.sum()} tokens)": m for name, m in parts.items() if m.any()}
-    for position, mask in enumerate(parts.values()):
-        for name, side, align in (("network", -0.12, "right"), ("svd", 0.12, "left")):
-            label, colour = METHODS[name]
-            low, high = np.percentile(errors[name][mask], (10, 90))
-            ax.plot([position + side] * 2, [low, high], color=colour, lw=4, alpha=0.4)
-            ax.plot(position + side, errors[name][mask].mean(), "o", color=colour, ms=7)
-            if position == 0:
-                ax.text(side, 1.03 * high, label, color=colour, ha=align)
-    ax.set_xticks(range(len(parts)), list(parts))
-    ax.set(xlim=(-0.75, len(parts) - 0.25), ylim=(0, 1.15 * ax.get_ylim()[1]), box_aspect=1,
-           ylabel="relative error of a token", title="mean and 10–90 % of tokens")  # fmt: skip
+    spread(ax, {label: {n: e[mask] for n, e in errors.items()} for label, mask in parts.items()})
+    ax.set(box_aspect=1, ylabel="relative error of a token", title="mean and 10–90 % of tokens")

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cli import UserError
 from files import sha256_file
@@ -53,6 +53,8 @@ def read_image(cell: ImageCell) -> tuple[bytes, Image.Image]:
         return data, Image.open(io.BytesIO(data)).convert("RGB")
     except MemoryError:
         raise
+    except UnidentifiedImageError:  # whose own words hold a memory address
+        raise UnreadableImage(f"{name}not an image file that Pillow knows") from None
     except Exception as error:
         # damaged bytes make Pillow's decoders raise nearly anything; all of it means one thing
         reason = " ".join((str(error) or type(error).__name__).split())

@@ -198,7 +198,7 @@ MISTAKES = [
     ("extract_features.py", "--verify --cache_dir nowhere", "nowhere does not exist"),
     ("extract_features.py", "", "--dataset_dir is missing"),
     ("extract_features.py", "--demo --model some/model", "--demo brings its own encoder"),
-    ("extract_features.py", "--demo --dataset_dir nowhere", "nowhere has no *.parquet"),
+    ("extract_features.py", "--demo --dataset_dir nowhere", "nowhere is not a folder"),
 ]
 
 
