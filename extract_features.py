@@ -138,7 +138,7 @@ def import_features(args: argparse.Namespace) -> list[dict]:
         f"{len(features)} files ({kinds}): {features.num_tokens} tokens × {features.feature_dim} "
         "an image, stored in bfloat16"
     )
-    for row_id in tqdm(features.row_ids, unit="image", desc="import", mininterval=1):
+    for row_id in tqdm(features.row_ids, unit="image", desc="import", disable=None):
         if row_id > writer.last_row_id:
             writer.append(features[row_id].unsqueeze(0), [features.record(row_id)])
     writer.finish(features.skipped)

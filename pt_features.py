@@ -52,7 +52,7 @@ class PtFeatures:
         self._paths = _numbered_files(self.folder)
         self.skipped = _gaps(sorted(self._paths))
         seen: dict[int, _Seen] = {}
-        for row_id in tqdm(sorted(self._paths), unit="file", desc="check", mininterval=1):
+        for row_id in tqdm(sorted(self._paths), unit="file", desc="check", disable=None):
             try:
                 seen[row_id] = _examine(read_pt(self._paths[row_id]))
             except DamagedFile as error:
