@@ -41,7 +41,7 @@ THUMBNAIL_SIZE = 224  # pixels, both sides
 DEMO_DATA = "demo_data"
 DEMO_ENCODER = "demo"
 DECODERS = 8  # threads at most: so many keep an H100's tower fed
-BATCHES_AHEAD = 2
+BATCHES_AHEAD = 1
 NAMES_SHOWN = 5
 
 

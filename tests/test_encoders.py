@@ -251,6 +251,20 @@ def test_the_tower_alone_equals_the_whole_qwen_bit_for_bit(qwen, saved):
     assert torch.equal(tokens, image_features(model, pixels))
 
 
+@pytest.mark.parametrize(("size", "windows"), [(224, "equal"), (336, "equal"), (420, "unequal")])
+def test_windows_that_are_attended_to_in_one_call_change_no_bit(saved, whole_model, size, windows):
+    encoder = load(saved, image_size=size)
+    implementation = encoder.tower.config._attn_implementation
+    assert implementation == (encoders.EQUAL_WINDOWS if windows == "equal" else "sdpa")
+    pixels = torch.stack([encoder.preprocess(random_image(300, 500, seed)) for seed in (0, 1)])
+    side = size // 14
+    with torch.no_grad():
+        features = whole_model.get_image_features(
+            pixels.flatten(0, 1), torch.tensor([[1, side, side]] * 2)
+        )
+    assert torch.equal(encoder.encode(pixels), torch.stack(features.pooler_output))
+
+
 def test_in_bfloat16_the_tower_still_equals_the_whole_qwen_bit_for_bit(saved):
     # a cast of the finished tower would also round the rotary frequencies
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(saved, dtype=torch.bfloat16).eval()
