@@ -1,26 +1,16 @@
 """Features of an older cache (--import_pt): what is taken, what is refused, what becomes of it."""
 
-import json
 import pickle
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TRAIN, contents, manifest_of
 
 import feature_cache
 import pt_features
 from qwenvl_dataloader import RealQwenVLDataset
-
-TRAIN = "--epochs 1 --rank 4 --oversample 2 --refine_steps 1 --hidden_dim 16".split()
-
-
-def manifest_of(cache: Path) -> dict:
-    return json.loads((cache / "manifest.json").read_text())
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
