@@ -85,7 +85,8 @@ def main(args: argparse.Namespace) -> None:
         skipped = encode_images(args)
     print_skipped(skipped)
     print_summary(RealQwenVLDataset(args.cache_dir), verify=False)
-    print("next: python train_real_data.py --arch ResMLP")
+    where = f" --cache_dir {args.cache_dir}" if "cache_dir" in args.typed else ""
+    print(f"next: python train_real_data.py --arch ResMLP{where}")
 
 
 def check_flags(args: argparse.Namespace) -> None:
