@@ -273,6 +273,11 @@ class QwenVisionEncoder(VisionEncoder):
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """[n, g * g, ...] -> [n, T, D], the whole model's `get_image_features().pooler_output`."""
+        # On a CPU 16 images at once are a sixth slower than one by one: they leave the caches.
+        parts = pixels.split(len(pixels) if self.device.type == "cuda" else 1)
+        return torch.cat([self._encode_at_once(part) for part in parts])
+
+    def _encode_at_once(self, pixels: torch.Tensor) -> torch.Tensor:
         # the tower's last_hidden_state would be un-merged and permuted into attention windows
         n = pixels.shape[0]
         patches = pixels.to(self.device, self.dtype, non_blocking=True).flatten(0, 1)
