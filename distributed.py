@@ -74,6 +74,8 @@ def run(
         check_same("was started with other flags or on another device", (device.type, flags))
         status = main(args) or 0
         barrier()
+        if status:  # at once, as after an error: an interpreter takes long to shut down
+            _end_all(status)
     except KeyboardInterrupt:
         _end_all(128 + signal.SIGINT)
     except Exception as error:
@@ -84,7 +86,7 @@ def run(
         _end_all(2, f"error: {message}")
     _leaving.set()
     dist.destroy_process_group()
-    sys.exit(status)
+    sys.exit(0)
 
 
 def _join() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 from cli import UserError
 from files import (
     atomic_path,
+    check_keys,
     check_same_header,
     file_entry,
     read_json,
@@ -30,7 +32,7 @@ from files import (
     sweep_temporaries,
     write_json,
 )
-from qwenvl_dataloader import FORMAT, normalise
+from qwenvl_dataloader import FORMAT, finite_images, normalise
 from svd_baseline import exact_singular_values
 
 ROWS_PER_SHARD = 128
@@ -39,7 +41,8 @@ ROW_SCHEMA = pa.schema(
     [
         ("row_id", pa.int64()),  # row of the data set, counting unreadable images too
         ("group", pa.string()),  # rows of one group are never on two sides of the split
-        ("image_sha256", pa.string()),
+        ("image_sha256", pa.string()),  # null where features were imported
+        ("path", pa.string()),  # the image's or the features' file, as the data set names it
         ("question", pa.string()),
         ("answers", pa.list_(pa.string())),
         ("bbox", pa.list_(pa.float64())),  # x, y, w, h in pixels of the original image
@@ -56,8 +59,8 @@ class FeatureCacheWriter:
 
     Args:
         cache_dir: folder to write. A finished cache in it is refused unless `overwrite`.
-        header: what identifies the features (kind, encoder, image size, resize, T, D, grid …);
-            an interrupted cache with another header is refused with both values.
+        header: what identifies the features (kind, encoder, image size, resize, T, D, grid …); a
+            cache that was begun with another one is refused with both values.
         num_rows: rows of the data set.
     """
 
@@ -71,7 +74,13 @@ class FeatureCacheWriter:
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         if overwrite:
             self._clear()
-        if (self.cache_dir / "manifest.json").exists():
+        manifest = self.cache_dir / "manifest.json"
+        if manifest.exists():
+            finished = read_json(manifest, "replace it with --overwrite")
+            check_keys(manifest, finished, ("format", "encoder"), "replace it with --overwrite")
+            # what a manifest says beyond its header is no difference
+            finished = {key: finished.get(key) for key in self.header}
+            check_same_header(f"--cache_dir {self.cache_dir}", finished, self.header)
             raise UserError(
                 f"--cache_dir {self.cache_dir} holds a finished cache: use it, type another "
                 "--cache_dir, or --overwrite to replace it"
@@ -106,11 +115,11 @@ class FeatureCacheWriter:
         """
         if len(rows) + len(skipped) != len(self.rows_of(shard)):
             raise ValueError(f"shard {shard} has {len(rows)} images and {len(skipped)} skipped")
-        columns = {name: [row[name] for row in rows] for name in ROW_SCHEMA.names}
+        columns = {name: [row.get(name) for row in rows] for name in ROW_SCHEMA.names}
         sigma: list[np.ndarray] = []
         if rows:
             features = features.to("cpu", torch.bfloat16)
-            finite = features.isfinite().all(dim=(1, 2))
+            finite = finite_images(features)
             if not finite.all():
                 bad = rows[int((~finite).nonzero()[0])]["row_id"]
                 raise UserError(f"features of data set row {bad} are not finite: check the encoder")
@@ -136,12 +145,13 @@ class FeatureCacheWriter:
         with safe_open(self._shard_path(shard), framework="pt") as file:
             return file.get_slice("features")[self._row_ids[shard].index(row_id)]
 
-    def finish(self) -> list[dict]:
+    def finish(self, missing: Sequence[dict] = ()) -> list[dict]:
         """Write rows, singular values and, last of all, the manifest, once every shard is there.
 
-        Returns the skipped rows.
+        missing: {"row_id", "reason"} of what no shard counts among its rows. Returns all that was
+        skipped, these first.
         """
-        parts, skipped = [], []
+        parts, skipped = [], list(missing)
         for shard in range(-(-self.num_rows // ROWS_PER_SHARD)):
             part = pq.read_table(self._part_path(shard))
             skipped += json.loads(part.schema.metadata[b"skipped"])

@@ -56,6 +56,12 @@ def normalise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return centred / std, mean, std
 
 
+def finite_images(features: Tensor) -> Tensor:
+    """Which images [n, T, D] hold neither NaN nor Inf: [n] bool."""
+    # a twentieth of isfinite's time on bfloat16 on a CPU: extremes are infinite, or NaN, if any is
+    return torch.stack(features.flatten(1).aminmax(dim=1)).isfinite().all(0)
+
+
 def denormalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Undo `normalise`: tokens in the encoder's own units, [..., T, D]."""
     return x * std + mean
@@ -177,10 +183,11 @@ class RealQwenVLDataset(Dataset):
         """Question, answers, bbox, width, height, group … of one row, as a dict."""
         return self.rows.slice(row, 1).to_pylist()[0]
 
-    def thumbnail(self, row: int) -> Image.Image:
-        """The image as the encoder saw it (square), small, RGB."""
+    def thumbnail(self, row: int) -> Image.Image | None:
+        """The image as the encoder saw it (square), small, RGB; None of imported features."""
         table = pq.read_table(self.cache_dir / "rows.parquet", columns=["thumbnail"])
-        return Image.open(io.BytesIO(table["thumbnail"][row].as_py())).convert("RGB")
+        data = table["thumbnail"][row].as_py()
+        return None if data is None else Image.open(io.BytesIO(data)).convert("RGB")
 
     def keep_resident(self, device: torch.device, share: float = 0.5) -> bool:
         """Hold all features on `device` where they take at most `share` of its free memory."""
@@ -196,10 +203,27 @@ class RealQwenVLDataset(Dataset):
         self._resident = resident
         return True
 
-    def verify(self) -> list[str]:
-        """Re-read every file against its sha256; returns the damaged ones' names."""
+    def verify(self) -> dict[str, str]:
+        """Re-read every file: its sha256; of shards also dtype, shape and finiteness.
+
+        Returns damaged file → what is wrong, empty where all is well. One shard at a time is in
+        memory.
+        """
         files = [*self.manifest["shards"], self.manifest["rows"], self.manifest["singular_values"]]
-        return [f["file"] for f in files if sha256_file(self.cache_dir / f["file"]) != f["sha256"]]
+        damaged = {}
+        for index, entry in enumerate(files):
+            name = entry["file"]
+            if sha256_file(self.cache_dir / name) != entry["sha256"]:
+                damaged[name] = "does not match its sha256"
+            elif index < len(self.manifest["shards"]):
+                features = self._shard(index).get_tensor("features")
+                if features.dtype != torch.bfloat16:
+                    damaged[name] = f"holds {features.dtype}, not torch.bfloat16"
+                elif not finite_images(features).all():
+                    damaged[name] = "holds NaN or Inf"
+        if not self.singular_values.isfinite().all():
+            damaged["singular_values.safetensors"] = "holds NaN or Inf"
+        return damaged
 
     def _read_row(self, row: int) -> Tensor:
         shard = int(np.searchsorted(self._shard_ends, row, side="right"))
@@ -273,7 +297,8 @@ def _read_manifest(cache_dir: Path) -> dict:
         else BUILD_CACHE,
     )
     needed = ("format", "kind", "encoder", "num_tokens", "feature_dim", "grid", "count", "shards")
-    check_keys(path, manifest, (*needed, "rows", "singular_values"), BUILD_CACHE)
+    needed += ("dtype", "split_by", "skipped", "rows", "singular_values")
+    check_keys(path, manifest, needed, BUILD_CACHE)
     if manifest["format"] != FORMAT:
         raise UserError(f"{path} has format {manifest['format']}, not {FORMAT}: {BUILD_CACHE}")
     files = [*manifest["shards"], manifest["rows"], manifest["singular_values"]]

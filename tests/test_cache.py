@@ -125,7 +125,7 @@ def test_a_box_moves_with_the_padding():
 
 def header(**changes):
     base = {"kind": "real", "encoder": {"id": "test"}, "num_tokens": 4, "feature_dim": 6}
-    return {**base, "grid": [2, 2], "resize": "stretch", **changes}
+    return {**base, "grid": [2, 2], "resize": "stretch", "split_by": "image", **changes}
 
 
 def write(cache, features, shards=None):
@@ -238,12 +238,14 @@ def escape(cache):
 
 
 def test_verify_finds_a_flipped_bit(cache_copy):
-    assert RealQwenVLDataset(cache_copy).verify() == []
+    assert RealQwenVLDataset(cache_copy).verify() == {}
     path = cache_copy / "features-00000.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert RealQwenVLDataset(cache_copy).verify() == ["features-00000.safetensors"]
+    assert RealQwenVLDataset(cache_copy).verify() == {
+        "features-00000.safetensors": "does not match its sha256"
+    }
 
 
 def test_features_are_known_by_their_encoder_and_not_by_row_number(tiny_cache, cache_copy):

@@ -17,6 +17,7 @@ from conftest import extract, hashes
 
 import cli
 import distributed
+import extract_features
 import factorize
 import train_real_data
 from checkpoint import load_checkpoint
@@ -98,6 +99,17 @@ def test_two_processes_extract_the_bytes_of_one(data, cache, tmp_path):
     assert len(dataset) == 298 and len(dataset.manifest["shards"]) == 3
     assert [entry["row_id"] for entry in dataset.manifest["skipped"]] == [3, 200]
     assert stdout.count("DEMO data, 300 rows") == stdout.count("manifest.json") == 1
+
+
+def test_two_processes_import_the_bytes_of_one(tmp_path):
+    (tmp_path / "old").mkdir()
+    for i in range(150):  # two shards
+        torch.save(torch.randn(4, 6), tmp_path / "old" / f"features_{i + (i > 70)}.pt")
+    flags = ["--import_pt", tmp_path / "old", "--cache_dir"]
+    in_process(extract_features, *flags, tmp_path / "alone")
+    stdout = finished(torchrun("extract_features.py", *flags, tmp_path / "shared"))
+    assert hashes(tmp_path / "shared") == hashes(tmp_path / "alone")
+    assert stdout.count("features_71.pt missing") == stdout.count("150 files") == 1
 
 
 def test_processes_killed_while_they_extract_are_gone_on_with_by_one(data, cache, tmp_path):
