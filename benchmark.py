@@ -33,7 +33,7 @@ from qwenvl_dataloader import (
     create_data_loaders_real,
     normalise,
 )
-from subspace import refine, start_shifts
+from subspace import columns_for, gram_is_cheaper, refine, start_shifts
 from svd_baseline import (
     Factors,
     evaluate,
@@ -46,7 +46,7 @@ from svd_baseline import (
 )
 from timing import Timing, matmul_rates, time_in_turn
 
-DEFAULT_STEPS, DEFAULT_OVERSAMPLE = 2, 32  # of the random sketch where no network sets them
+DEFAULT_STEPS, DEFAULT_OVERSAMPLE = 1, 32  # of the random sketch where no network sets them
 SVD_LOWRANK_STEPS, SVD_LOWRANK_EXTRA = 2, 10  # as svd_baseline.randomized_svd calls it
 
 
@@ -163,8 +163,8 @@ class Contender(NamedTuple):
     arch: str | None = None
     sketch: str | None = None
     steps: int | None = None  # K
-    columns: Callable[[int], int] | None = None  # rank → columns of the sketch, r + p
-    branches: float = 0  # multiply-adds of a network's branches, one matrix
+    columns: Callable[[int], int] | None = None  # rank → columns of the sketch
+    branches: Callable[[int], float] | None = None  # rank → multiply-adds of a network's branches
 
 
 def trained_networks(
@@ -188,8 +188,8 @@ def network_contender(model: LowRankFactorModel) -> Contender:
         arch=model.config["arch"],
         sketch="trained" if projected else None,
         steps=model.refine_steps if projected else None,
-        columns=(lambda r: model.sketch_columns) if projected else None,
-        branches=branch_multiply_adds(model),
+        columns=model.columns_at if projected else None,
+        branches=lambda r: branch_multiply_adds(model, model.columns_at(r) if projected else r),
     )
 
 
@@ -200,18 +200,19 @@ def references(
     dataset = loaders.train.dataset
     limit = min(dataset.num_tokens, dataset.feature_dim)
     axes = fit_pca(batch.x for batch in tqdm(loaders.train, desc="PCA", disable=None, leave=False))
-    settings = {(n.steps, n.columns(1)) for n in networks if n.columns}
-    sketches = [
-        # a rank above the network's own: as many extra columns as by default
-        (steps, lambda r, c=columns: c if r <= c else min(r + DEFAULT_OVERSAMPLE, limit))
-        for steps, columns in sorted(settings)
-    ] or [(DEFAULT_STEPS, lambda r: min(r + DEFAULT_OVERSAMPLE, limit))]
+    # one with the steps and columns of each network, so that only the sketch differs
+    by_default = (DEFAULT_STEPS, tuple(columns_for(r, DEFAULT_OVERSAMPLE, limit) for r in ranks))
+    settings = {
+        (n.steps, tuple(n.columns(r) if r <= n.max_rank else c
+                        for r, c in zip(ranks, by_default[1], strict=True)))
+        for n in networks if n.columns
+    } or {by_default}  # fmt: skip
     found = []
-    for steps, columns in sketches:
-        of_rank = {r: columns(r) for r in ranks}
+    for steps, columns in sorted(settings):
+        of_rank = dict(zip(ranks, columns, strict=True))
         factorise = random_sketch_method(dataset.feature_dim, steps, of_rank, device)
         found.append(Contender("random_sketch", factorise, "float64", limit, sketch="random",
-                               steps=steps, columns=columns))  # fmt: skip
+                               steps=steps, columns=of_rank.__getitem__))  # fmt: skip
     found.append(Contender("svd", truncated_svd, "float32", limit))
     if device.type == "cuda":
         found.append(Contender("svd_gesvda", svd_gesvda, "float32", limit))
@@ -295,18 +296,21 @@ def measure_speed(
 # --------------------------------------------------------------------------------------- floors
 
 
-def branch_multiply_adds(model: LowRankFactorModel) -> float:
-    """Of both branches, one matrix: each weight meets T tokens (row_net) or D columns (col_net).
-
-    Heads count with the columns that are computed; merged LoRA weights cost nothing here.
+def branch_multiply_adds(model: LowRankFactorModel, columns: int) -> float:
+    """Of both branches, one matrix: a weight of row_net meets T tokens, one of col_net every seen
+    feature column. Output layers count with the columns that are computed; merged LoRA weights
+    cost nothing here.
     """
 
     def weights(branch: torch.nn.Module) -> int:
         body = sum(p.numel() for name, p in branch.body.named_parameters()
                    if p.ndim == 2 and "lora" not in name)  # fmt: skip
-        return body + model.sketch_columns * branch.head.weight.shape[1]
+        last = [getattr(branch, name).weight for name in ("skip", "head") if hasattr(branch, name)]
+        return body + columns * sum(weight.shape[1] for weight in last)
 
-    return model.num_tokens * weights(model.row_net) + model.input_dim * weights(model.col_net)
+    tokens, seen = model.num_tokens, len(range(0, model.input_dim, model.stride))
+    product = tokens * seen * columns if model.factors == "projected" else 0
+    return tokens * weights(model.row_net) + seen * weights(model.col_net) + product
 
 
 def multiply_adds(contender: Contender, t: int, d: int, r: int) -> dict[str, float] | None:
@@ -317,25 +321,34 @@ def multiply_adds(contender: Contender, t: int, d: int, r: int) -> dict[str, flo
     """
     c = contender.columns(r) if contender.columns else r
     steps = contender.steps or 0
-    gram = t * t * d / 2
-    gram_eigh_count = gram + 2 / 3 * t**3 + t * t * r
-    basis = t * c * c + c**3 / 6  # Cholesky QR, one pass
-    shifted_step = t * t * c + (t * c * c / 2 + c**3 / 6) + basis  # G Q, its pivot for μ, new basis
-    ritz = t * t * c + t * c * c / 2 + 2 / 3 * c**3 + c * c * r + t * c * r if c > r else 0
-    refinement = gram + basis + steps * shifted_step + ritz
-    sketch_and_b = t * d * c + t * d * r
+    gram_eigh_count = t * t * d / 2 + 2 / 3 * t**3 + t * t * r
     power_steps = (2 * steps + 2) * t * d * c + (3 * d + 2 * t) * c * c + d * c * r
     formulas = {
-        "network": {"float32": contender.branches + sketch_and_b, "float64": refinement},
-        "random_sketch": {"float32": sketch_and_b, "float64": refinement},
         "gram_eigh_f32": {"float32": gram_eigh_count + t * d * r},
         "gram_eigh_f64": {"float32": t * d * r, "float64": gram_eigh_count},
         "svd_lowrank": {"float32": power_steps},
         "pca": {"float32": t * d * r},
     }
-    if contender.method == "network" and not contender.columns:  # direct: the branches, uncut
-        return {"float32": contender.branches} if r == contender.max_rank else None
+    if contender.method == "random_sketch" or (contender.method == "network" and contender.columns):
+        sketch = contender.branches(r) if contender.branches else t * d * c
+        return refine_multiply_adds(t, d, c, r, steps, sketch)
+    if contender.method == "network":  # direct factors: the branches, uncut
+        return {"float32": contender.branches(r)} if r == contender.max_rank else None
     return formulas.get(contender.method)
+
+
+def refine_multiply_adds(
+    t: int, d: int, c: int, r: int, steps: int, sketch: float
+) -> dict[str, float]:
+    """Of `subspace.refine` on a sketch of that cost, and of B."""
+    products = steps + 1
+    by_gram, by_x = t * t * (d / 2 + products * c), products * 2 * t * d * c
+    basis = t * c * c + c**3 / 6  # Cholesky QR, one pass
+    shift = t * c * c / 2 + c**3 / 6  # QᵀGQ and its pivot, for μ
+    finish = 3 / 2 * t * c * c + c**3 / 6 + 2 / 3 * c**3 + c * c * r + t * c * r
+    algebra = basis + steps * (shift + basis) + finish
+    either = {True: (0, by_gram), False: (by_x, 0)}[gram_is_cheaper(t, d, c, products)]
+    return {"float32": sketch + t * d * r + either[0], "float64": algebra + either[1]}
 
 
 # -------------------------------------------------------------------------------------- results

@@ -18,7 +18,7 @@ from files import atomic_path
 from model import LowRankFactorModel, canonical_arch, get_model_by_name
 from qwenvl_dataloader import RealQwenVLDataset
 
-FORMAT = 1
+FORMAT = 2
 # The shifts were learned as fractions of this estimate (subspace.smallest_ritz_estimate).
 SHIFT_ESTIMATOR = "min_cholesky_pivot"
 

@@ -3,7 +3,7 @@
 Legend: b images in a batch, T tokens, D features, r rank, p extra sketch columns (`oversample`),
 c = r + p sketch columns, K refinement steps. X [b, T, D] float32 normalised tokens.
 
-`projected` factors (default): sketch Y → basis Q = orth(Y), refined K times → Ritz vectors U →
+`projected` factors (default): sketch Y → basis Q = orth(Y), refined K times → leading vectors U →
 A = U · gate, B = Uᵀ X / (1 + λ_B). `direct` factors: A and B are the branches' outputs.
 """
 
@@ -17,17 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cli import UserError
-from subspace import NORM_FLOOR, refine, start_shifts
+from subspace import NORM_FLOOR, columns_for, refine, start_shifts
 from svd_baseline import optimum
 
 OPTIMUM_FLOOR = 1e-6  # of ‖X‖²: below it an image is exact, and its loss is no longer magnified
+# What is costly looks at every n-th feature only, about this many: a column network on all D of
+# them took most of a factorisation's time and gained nothing that could be measured.
+FEATURES_SEEN = 256
 
 
 # ---------------------------------------------------------------------------------- branches
 
 
 class ResidualBlock(nn.Module):
-    """x + W₂ GELU(W₁ LN(x)); W₂ starts at zero, so that a new branch is a random linear sketch."""
+    """x + W₂ GELU(W₁ LN(x))."""
 
     def __init__(self, width: int, hidden_dim: int, dropout: float) -> None:
         super().__init__()
@@ -38,7 +41,6 @@ class ResidualBlock(nn.Module):
             nn.Dropout(dropout),
             _linear(hidden_dim, width),
         )
-        nn.init.zeros_(self.body[-1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
@@ -74,16 +76,46 @@ class SVDLinear(nn.Module):
         return torch.stack([torch.linalg.matrix_norm(gap) for gap in gaps]).mean()
 
 
-class Branch(nn.Module):
+class StackedBranch(nn.Module):
     """A body and a last linear layer, of which only the first `columns` outputs are computed."""
 
     def __init__(self, body: nn.Sequential, head: nn.Linear | SVDLinear) -> None:
         super().__init__()
         self.body, self.head = body, head
 
-    def forward(self, x: Tensor, columns: int) -> Tensor:
+    @property
+    def output(self) -> nn.Linear | SVDLinear:
+        """The layer that sets the output's scale in a new branch."""
+        return self.head
+
+    def forward(self, x: Tensor, seen: Tensor, columns: int) -> Tensor:
         hidden = self.body(x)
         return F.linear(hidden, self.head.weight[:columns], self.head.bias[:columns])
+
+
+class ResidualBranch(nn.Module):
+    """A linear sketch of the input, plus residual blocks on what is seen of it and a linear layer.
+
+    The last layer starts at zero: a new branch is its linear sketch. Without blocks it stays one.
+    """
+
+    def __init__(self, skip: nn.Linear, body: nn.Sequential, width: int) -> None:
+        super().__init__()
+        self.skip, self.body = skip, body
+        if len(body):
+            self.head = nn.Linear(width, skip.out_features, bias=False)
+            nn.init.zeros_(self.head.weight)
+
+    @property
+    def output(self) -> nn.Linear:
+        """The layer that sets the output's scale in a new branch."""
+        return self.skip
+
+    def forward(self, x: Tensor, seen: Tensor, columns: int) -> Tensor:
+        linear = F.linear(x, self.skip.weight[:columns], self.skip.bias[:columns])
+        if not len(self.body):
+            return linear
+        return linear + F.linear(self.body(seen), self.head.weight[:columns])
 
 
 def _linear(in_features: int, out_features: int) -> nn.Linear:
@@ -106,8 +138,8 @@ def activation_orth_regu_A(a: Tensor) -> Tensor:
 class LossTerms(NamedTuple):
     """What one batch gives the training loop; every term is a mean over images."""
 
-    reconstruction: Tensor  # mse_i / max(optimum_mse_i, 1e-6 ‖X_i‖² / TD)
-    mse: Tensor  # logged; not in the loss
+    reconstruction: Tensor  # bound_i / max(optimum_mse_i, 1e-6 ‖X_i‖² / TD), bound_i ≥ mse_i
+    mse: Tensor  # of A·B as users get it; logged, not in the loss, no gradient
     optimum_mse: Tensor  # logged; no gradient
     B: Tensor  # ‖B‖_F² / (T D)
     ortho: Tensor  # ‖ŶᵀŶ − I‖_F² / c²
@@ -123,7 +155,7 @@ class LowRankFactorModel(nn.Module):
         input_dim, num_tokens: D and T of the cache; another shape is refused by `forward`.
         rank: r ≤ min(T, D).
         factors: "projected" or "direct".
-        refine_steps, oversample: K ≥ 0 and p ≥ 0 of projected factors (None: 2, and 32 or what
+        refine_steps, oversample: K ≥ 0 and p ≥ 0 of projected factors (None: 1, and 32 or what
             min(T, D) allows).
         lambda_B: ridge λ_B of the exact coefficients B.
         hidden_dim, num_blocks: width and number of hidden layers or blocks (None: the class's own).
@@ -153,7 +185,7 @@ class LowRankFactorModel(nn.Module):
         _check_shape(rank, limit, factors, refine_steps, oversample)
         self.input_dim, self.num_tokens, self.rank = input_dim, num_tokens, rank
         self.factors = factors
-        self.refine_steps = 2 if refine_steps is None else refine_steps
+        self.refine_steps = 1 if refine_steps is None else refine_steps
         self.oversample = min(32, limit - rank) if oversample is None else oversample
         if factors == "direct":
             self.refine_steps = self.oversample = 0
@@ -163,14 +195,16 @@ class LowRankFactorModel(nn.Module):
         self.dropout = dropout
         self.precision = precision
         self.sketch_columns = rank + self.oversample
-        self.row_net = self.make_branch(input_dim, self.sketch_columns)
-        self.col_net = self.make_branch(num_tokens, self.sketch_columns)
+        # B needs every column, a sketch of them does not
+        self.stride = 1 if factors == "direct" else max(1, input_dim // FEATURES_SEEN)
+        self.row_net = self.make_branch(input_dim, self.sketch_columns, self.stride)
+        self.col_net = self.make_branch(num_tokens, self.sketch_columns, 1)
         # sigmoid keeps a shift in (0, 1)
         self.shift_logits = nn.Parameter(start_shifts(self.refine_steps).logit().float())
         if factors == "direct":
             with torch.no_grad():  # A·B starts at the scale of X, and not r times above it
-                _scale_head(self.row_net.head, rank**-0.25)
-                _scale_head(self.col_net.head, rank**-0.25)
+                for branch in (self.row_net, self.col_net):
+                    _base_weight(branch.output).mul_(rank**-0.25)
 
     # a checkpoint stores this; `get_model_by_name(**config)` builds the same model
     @property
@@ -183,7 +217,7 @@ class LowRankFactorModel(nn.Module):
             config |= {"refine_steps": self.refine_steps, "oversample": self.oversample}
         return {"arch": arch_of(self), **config}
 
-    def make_branch(self, in_features: int, out_features: int) -> Branch:
+    def make_branch(self, in_features: int, out_features: int, stride: int) -> nn.Module:
         raise NotImplementedError
 
     @property
@@ -215,18 +249,26 @@ class LowRankFactorModel(nn.Module):
             return (a, b) if cut == self.rank else truncate_product(a, b, cut)
         gate = self.gate()
         ordered = ordered or gate is not None or cut < self.rank
-        space = refine(self.sketch(x)[0], x, self.shifts, cut, ordered)
+        sketch = self.sketch(x, self.columns_at(cut))[0]
+        space = refine(sketch, x, self.shifts, cut, ordered)
         u = space.u.to(x.dtype)  # [b, T, r']
         b = u.mT @ x / (1 + self.lambda_B)  # [b, r', D], argmin ‖X − U B‖² + λ‖B‖²
         return (u if gate is None else u * gate[:cut]), b
 
-    def sketch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Y = row_net(X)/‖·‖ + X col_net(Xᵀ)/‖·‖ [b, T, c], and row_net's own output [b, T, c]."""
+    def columns_at(self, rank: int) -> int:
+        """Sketch columns that are computed for rank r' ≤ r (`subspace.columns_for`)."""
+        return columns_for(rank, self.oversample, self.sketch_columns)
+
+    def sketch(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        """Y = row_net(X)/‖·‖ + X_s col_net(X_sᵀ)/‖·‖ [b, T, c], and row_net's own output [b, T, c].
+
+        X_s: every `stride`-th feature of X. c = `columns`, the first ones of the branches' outputs.
+        """
         self._check_input(x)
-        columns = self.sketch_columns
+        seen = x[..., :: self.stride].contiguous()  # [b, T, D / stride]
         with self._branch_precision(x):
-            from_rows = self.row_net(x, columns)  # [b, T, c]
-            from_columns = x @ self.col_net(x.mT, columns)  # [b, T, c]
+            from_rows = self.row_net(x, seen, columns)  # [b, T, c]
+            from_columns = seen @ self.col_net(seen.mT, seen.mT, columns)  # [b, T, c]
         from_rows, from_columns = from_rows.to(x.dtype), from_columns.to(x.dtype)
         return _unit_norm(from_rows) + _unit_norm(from_columns), from_rows
 
@@ -234,29 +276,34 @@ class LowRankFactorModel(nn.Module):
         """All terms of the loss for x [b, T, D], given its σ [b, min(T, D)] float64."""
         if self.factors == "direct":
             a, b = self._direct_factors(x)
-            error = (x - a @ b).double().square().sum((-2, -1))
+            bound = (x - a @ b).double().square().sum((-2, -1))
+            error = bound.detach()
             energy = x.double().square().sum((-2, -1))
             b_squared = b.double().square().sum((-2, -1))
             columns, row_output = a, a
             component = a.square().sum(-2) * b.square().sum(-1)  # [b, r]
         else:
-            columns, row_output = self.sketch(x)
+            columns, row_output = self.sketch(x, self.sketch_columns)
             gate = self.gate()
             ordered = gate is not None
             space = refine(columns, x, self.shifts, self.rank_in_use, ordered)
-            # U orthonormal, B = UᵀX/(1+λ), A = U diag(g):
-            # ‖X − A B‖² = ‖X‖² − Σ_i θ_i (1 − (1 − g_i/(1+λ))²), without forming A·B
+            # U orthonormal, B = UᵀX/(1+λ), A = U diag(g), without forming A·B:
+            # ‖X − A B‖² = ‖X‖² − Σ_i ‖u_iᵀX‖² (1 − (1 − g_i/(1+λ))²), and θ_i ≤ ‖u_iᵀX‖²
             ridge = 1 + self.lambda_B
             g = 1.0 if gate is None else gate[: self.rank_in_use].double()
-            energy = space.energy
-            error = energy - (space.theta * (1 - (1 - g / ridge) ** 2)).sum(-1)
-            component = space.theta / ridge**2
-            b_squared = component.sum(-1)
+            energy = x.double().square().sum((-2, -1))
+            kept = 1 - (1 - g / ridge) ** 2
+            bound = energy - (space.theta * kept).sum(-1)
+            b_squared = space.theta.sum(-1) / ridge**2
+            with torch.no_grad():
+                component = (space.u.mT @ x.double()).square().sum(-1)  # [b, r]
+                error = energy - (component * kept).sum(-1)
+                component = component / ridge**2
         size = x.shape[-2] * x.shape[-1]
-        best = optimum(singular_values, self.current_effective_rank()).square() * energy.detach()
-        floor = best.maximum(OPTIMUM_FLOOR * energy.detach()).clamp_min(NORM_FLOOR)
+        best = optimum(singular_values, self.current_effective_rank()).square() * energy
+        floor = best.maximum(OPTIMUM_FLOOR * energy).clamp_min(NORM_FLOOR)
         return LossTerms(
-            reconstruction=(error / floor).mean(),
+            reconstruction=(bound / floor).mean(),
             mse=error.mean() / size,
             optimum_mse=best.mean() / size,
             B=b_squared.mean() / size,
@@ -279,8 +326,8 @@ class LowRankFactorModel(nn.Module):
     def _direct_factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(x)
         with self._branch_precision(x):
-            a = self.row_net(x, self.rank)  # [b, T, r]
-            b = self.col_net(x.mT, self.rank).mT  # [b, r, D]
+            a = self.row_net(x, x, self.rank)  # [b, T, r]
+            b = self.col_net(x.mT, x.mT, self.rank).mT  # [b, r, D]
         a, b = a.to(x.dtype), b.to(x.dtype)
         gate = self.gate()
         return (a if gate is None else a * gate), b
@@ -298,14 +345,32 @@ class LowRankFactorModel(nn.Module):
 
 
 class LowRankProjSymmetric(LowRankFactorModel):
-    """ResMLP: residual blocks at the input's width, so a linear sketch is always part of it."""
+    """ResMLP: a linear sketch and residual blocks beside it; without blocks it is that sketch."""
 
-    def make_branch(self, in_features: int, out_features: int) -> Branch:
+    def make_branch(self, in_features: int, out_features: int, stride: int) -> ResidualBranch:
+        width = len(range(0, in_features, stride))
         blocks = [
-            ResidualBlock(in_features, self.hidden_dim, self.dropout)
-            for _ in range(self.num_blocks)
+            ResidualBlock(width, self.hidden_dim, self.dropout) for _ in range(self.num_blocks)
         ]
-        return Branch(nn.Sequential(*blocks), _linear(in_features, out_features))
+        skip = _linear(in_features, out_features)
+        return ResidualBranch(skip, nn.Sequential(*blocks), width)
+
+    def start_from_second_moment(self, moment: Tensor) -> None:
+        """Make row_net look where the training tokens' energy is, instead of everywhere alike.
+
+        moment: C [D, D] = Σ XᵀX over training images. The rows w of its linear sketch become
+        C^½ w, of the same total length. As far as images share their feature directions, X C^½ Ω
+        is to X Ω what a part of a power step would make of it, and it costs no more.
+        """
+        self.turn_sketch(symmetric_root(moment))
+
+    @torch.no_grad()
+    def turn_sketch(self, root: Tensor) -> None:
+        """`start_from_second_moment` with C^½ [D, D] float64 at hand."""
+        weight = self.row_net.skip.weight
+        turned = weight.double() @ root.to(weight.device)
+        size = torch.linalg.matrix_norm(turned).clamp_min(NORM_FLOOR)
+        weight.copy_(turned * (torch.linalg.matrix_norm(weight.double()) / size))
 
 
 class LowRankProjMLP(LowRankFactorModel):
@@ -314,12 +379,12 @@ class LowRankProjMLP(LowRankFactorModel):
     hidden_layers = 2
     layer = staticmethod(_linear)
 
-    def make_branch(self, in_features: int, out_features: int) -> Branch:
+    def make_branch(self, in_features: int, out_features: int, stride: int) -> StackedBranch:
         widths = [in_features] + [self.hidden_dim] * self.num_blocks
         body: list[nn.Module] = []
         for fan_in, fan_out in zip(widths, widths[1:], strict=False):
             body += [self.layer(fan_in, fan_out), nn.GELU(), nn.Dropout(self.dropout)]
-        return Branch(nn.Sequential(*body), self.layer(widths[-1], out_features))
+        return StackedBranch(nn.Sequential(*body), self.layer(widths[-1], out_features))
 
 
 class AdaptiveLowRankProjAdaLoRA(LowRankProjMLP):
@@ -411,12 +476,18 @@ def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return q_a @ u[..., :rank], cut_b
 
 
+def symmetric_root(c: Tensor) -> Tensor:
+    """C^½ of a positive semidefinite C [D, D], float64 on its device. O(D³)."""
+    energy, axes = torch.linalg.eigh(c.double())
+    return axes * energy.clamp_min(0).sqrt() @ axes.mT
+
+
 def _unit_norm(y: Tensor) -> Tensor:
     return y / torch.linalg.matrix_norm(y, keepdim=True).clamp_min(NORM_FLOOR)
 
 
-def _scale_head(head: nn.Linear | SVDLinear, factor: float) -> None:
-    (head.weight_0 if isinstance(head, SVDLinear) else head.weight).mul_(factor)
+def _base_weight(layer: nn.Linear | SVDLinear) -> Tensor:
+    return layer.weight_0 if isinstance(layer, SVDLinear) else layer.weight
 
 
 def _check_shape(

@@ -1,4 +1,4 @@
-"""Figure of the benchmark: error above the optimum against time, with the Pareto front."""
+"""Error above the optimum against time: the benchmark with its Pareto front, the ablation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ from figure_style import (
     as_array,
     log_scale,
     new_figure,
+    note,
     percent,
     save,
 )
 
+# of the ablation: label and colour of each sketch
+SKETCHES = {
+    "random": ("random", METHODS["random_sketch"][1]),
+    "linear": ("trained linear", "#0072B2"),
+    "ResMLP": ("trained ResMLP", METHODS["network"][1]),
+    "MLP": ("trained MLP", "#009E73"),
+}
 SAME_METHOD = {"svd_lowrank": "randomized_svd"}  # torch.svd_lowrank is the randomised SVD
 # where a label may stand, points from its dot: (right, up, horizontal alignment)
 PLACES = [(9, 0, "left"), (-9, 0, "right"), (0, 16, "center"), (0, -16, "center")] + [
@@ -185,3 +193,51 @@ def _finding(rank: int, panels: list[list[dict]]) -> str:
     better = next(i for i in on if excess[i] <= excess[at])
     near = "nearer" if excess[better] < excess[at] else "as near"
     return claim + f"{_style(records[better])[0]} is faster and {near}"
+
+
+@rc_context(STYLE)
+def ablation(
+    path: str | Path, records: list[dict], gains: list[dict], exact_ms: float, rank: int,
+    footer: str,
+) -> None:  # fmt: skip
+    """Excess over ms of each sketch, a curve over K, one panel for each number of extra columns.
+
+    records: of ablate.summarise_runs; gains: of ablate.gains_at_equal_time, the largest first.
+    """
+    panels = sorted({record["oversample"] for record in records})
+    figure = new_figure(max(9, 5.2 * len(panels)), 6.5)
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
+    ends = {}
+    for ax, extra in zip(axes, panels, strict=True):
+        here = [record for record in records if record["oversample"] == extra]
+        for sketch, (label, colour) in SKETCHES.items():
+            for shifts, line in (("start", ":"), ("learned", "-")):
+                # without steps there are no shifts: K = 0 begins both curves
+                curve = sorted((r for r in here if r["sketch"] == sketch
+                                and (r["shifts"] == shifts or r["steps"] == 0)),
+                               key=lambda r: r["steps"])  # fmt: skip
+                if not curve:
+                    continue
+                ms = as_array([r["ms"] for r in curve])
+                low, high = as_array([r["excess_interval"] for r in curve]).T
+                mean = np.fmax(as_array([r["excess_mean"] for r in curve]), ROUNDING_PCT)
+                ax.plot(ms, mean, line, marker="o", ms=4, color=colour)
+                ax.vlines(ms, np.fmax(low, ROUNDING_PCT), high, color=colour, lw=0.8)
+                if shifts == "learned":
+                    ends.setdefault(ax, []).append((mean[-1], label, colour))
+        ax.axvline(exact_ms, color=GREY, lw=0.9, ls="--")
+        ax.text(exact_ms, 0.99, " exact: float64 Gram", color=GREY, va="top", fontsize=9.5,
+                transform=ax.get_xaxis_transform())  # fmt: skip
+        ax.set_title(f"{extra} extra columns")
+        ax.set_xlabel("ms per matrix, median")
+    axes[0].set_ylabel("error above the optimum (%), mean")
+    log_scale(axes[0])
+    note(axes[0], 0.02, 0.02, "K = 0, 1, … from left to right; solid: learned shifts, dotted: "
+         "start shifts\nbars: 95 % interval over groups", va="bottom")  # fmt: skip
+    title = f"Rank {rank}: at equal time no trained sketch comes nearer than a random one"
+    if gains and gains[0]["gain_interval"][0] > 0:
+        best = gains[0]
+        title = (f"Rank {rank}: at equal time training saves up to {best['gain_pct']:.0f} % of the "
+                 f"excess ({SKETCHES[best['sketch']][0]}, K = {best['steps']}, p = "
+                 f"{best['oversample']})")  # fmt: skip
+    save(figure, path, title, footer, ends)

@@ -51,12 +51,10 @@ def error_curve(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def nested_factors(model: LowRankFactorModel, x: Tensor, rank: int) -> Factors:
-    """A [n, T, rank], B [n, rank, D] of which the first r columns and rows are the model's factors
-    at rank r, for every r ≤ rank."""
+    """A [n, T, rank], B [n, rank, D] of which the first r columns and rows are factors of rank r,
+    as near as the model cut to r or nearer (its sketch is cut too), for every r ≤ rank."""
     a, b = model(x, rank)
-    # direct factors, and those of a sketch without columns to cut, come in no order
-    unordered = model.factors == "direct" or model.oversample == 0
-    return truncate_product(a, b, rank) if unordered else (a, b)
+    return truncate_product(a, b, rank) if model.factors == "direct" else (a, b)
 
 
 # ------------------------------------------------------------------------------------------- ranks

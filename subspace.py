@@ -1,13 +1,14 @@
-"""The leading left subspace of X from any sketch of it: orthonormal basis, shifted refinement.
+"""The leading left subspace of X from any sketch of it: basis, shifted steps, Nyström finish.
 
-Legend: b images, T tokens, D features, c columns of the sketch, K steps. All linear algebra here is
-float64, because G = X Xᵀ has the squared condition of X, which is beyond float32 on real tokens.
-Only products, triangular solves and Choleskys, and one eigenproblem of size c where the order of
-the components matters.
+Legend: b images, T tokens, D features, c columns of the sketch, K steps, G = X Xᵀ. The linear
+algebra is float64, because G has the squared condition of X, which is beyond float32 on real
+tokens. Only products, triangular solves and Choleskys, and one eigenproblem of size c where the
+order of the components matters.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,20 +20,26 @@ NORM_FLOOR = 1e-20  # norms are clamped here, so that zero tokens give zeros and
 # ------------------------------------------------------------------------- orthonormal basis
 
 
+def _ridged_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factor of a Gram matrix with unit diagonal, and kept [..., c]: its independent columns.
+
+    One relative ridge keeps every factorisation alive without a look at its status.
+    """
+    ridge = 4 * gram.shape[-1] * torch.finfo(gram.dtype).eps
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    lower = torch.linalg.cholesky_ex(gram + ridge * eye).L
+    # the pivot is what is left of a column's squared length outside the columns before it
+    return lower, lower.diagonal(dim1=-2, dim2=-1).square() > 100 * ridge
+
+
 def _cholesky_qr(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One pass: y = q · upper, with dependent columns of q set to zero; kept [..., c] says which.
 
-    Columns are scaled to unit norm first, so that the Gram matrix has a unit diagonal and one
-    relative ridge keeps every Cholesky factorisation alive without a look at its status.
+    Columns are scaled to unit norm first, which takes out the grading of their lengths.
     """
     norm = torch.linalg.vector_norm(y, dim=-2, keepdim=True).clamp_min(NORM_FLOOR)
     z = y / norm
-    gram = z.mT @ z
-    ridge = 4 * y.shape[-1] * torch.finfo(y.dtype).eps
-    gram.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    lower = torch.linalg.cholesky_ex(gram).L
-    # the pivot is what is left of a column's squared length outside the columns before it
-    kept = lower.diagonal(dim1=-2, dim2=-1).square() > 100 * ridge
+    lower, kept = _ridged_cholesky(z.mT @ z)
     q = torch.linalg.solve_triangular(lower.mT, z, upper=True, left=False)
     return q * kept.unsqueeze(-2), lower.mT * norm, kept
 
@@ -80,8 +87,17 @@ def orth(y: Tensor, passes: int = 2) -> Tensor:
 
 
 def start_shifts(steps: int) -> Tensor:
-    """Rising shifts s_k = k / (K + 1), k = 1 … K, as fractions of the smallest Ritz value."""
-    return torch.arange(1, steps + 1, dtype=torch.float64) / (steps + 1)
+    """Rising shifts s_k = k / (K + 1/3), k = 1 … K, as fractions of the smallest Ritz value.
+
+    Chosen on validation images: 0.75 for one step (0.069 % against 0.102 % with 0.5 at rank 128,
+    p = 32), 0.43 and 0.86 for two; without extra columns some smaller shifts are a little better.
+    """
+    return torch.arange(1, steps + 1, dtype=torch.float64) / (steps + 1 / 3)
+
+
+def columns_for(rank: int, oversample: int, limit: int) -> int:
+    """Columns of the sketch for a rank: twice as many and at least `oversample` more, ≤ limit."""
+    return min(limit, max(2 * rank, rank + oversample))
 
 
 def smallest_ritz_estimate(h: Tensor) -> Tensor:
@@ -100,38 +116,73 @@ def smallest_ritz_estimate(h: Tensor) -> Tensor:
     return torch.where(singular, 0, pivot)
 
 
-class Subspace(NamedTuple):
-    """Ritz pairs of G = X Xᵀ on a refined basis."""
+def gram_is_cheaper(tokens: int, features: int, columns: int, products: int) -> bool:
+    """Whether products X XᵀQ cost less by a float64 G than as X (XᵀQ), float64 counted twice."""
+    with_gram = 2 * tokens * tokens * (features + products * columns)
+    return with_gram < products * 2 * tokens * features * columns
 
-    u: Tensor  # [b, T, k] float64, orthonormal columns, largest Ritz value first
-    theta: Tensor  # [b, k] float64, u_iᵀ G u_i = ‖u_iᵀ X‖², energy of component i
-    energy: Tensor  # [b] float64, ‖X‖_F² = tr G
+
+def gram_operator(x: Tensor, columns: int, products: int) -> Callable[[Tensor], Tensor]:
+    """Q ↦ X XᵀQ [b, T, c] float64, the cheaper way for that many products with c columns.
+
+    Either G = X Xᵀ is formed in float64, or X (XᵀQ) in the precision of X: on a graded basis its
+    rounding is ε σ_1 σ_k in direction k, where a float32 G has ε σ_1² in every direction.
+    """
+    if gram_is_cheaper(*x.shape[-2:], columns, products):
+        gram = x.double() @ x.double().mT  # [b, T, T]
+        return lambda q: gram @ q
+    return lambda q: (x @ (x.mT @ q.to(x.dtype))).double()
+
+
+def _nystrom_factor(gram_q: Tensor, h: Tensor) -> Tensor:
+    """F [b, T, c] with F Fᵀ = GQ H⁻¹ QᵀG, H = QᵀGQ; columns of dependent directions are zero.
+
+    With R the Cholesky factor of H, P = XᵀQ R⁻¹ is an orthonormal basis on the other side of X and
+    F = X P. So F Fᵀ = X P Pᵀ Xᵀ: half a step of subspace iteration more than Q, for one solve.
+    """
+    scale = h.detach().diagonal(dim1=-2, dim2=-1).clamp_min(NORM_FLOOR).rsqrt().unsqueeze(-2)
+    unit = scale.mT * h * scale
+    kept = _ridged_cholesky(unit.detach())[1].unsqueeze(-2)
+    # dependent columns give way to the identity's, so that factor and gradient stay finite
+    eye = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    lower = _ridged_cholesky(torch.where(kept & kept.mT, unit, eye))[0]
+    return torch.linalg.solve_triangular(lower.mT, gram_q * (scale * kept), upper=True, left=False)
+
+
+class Subspace(NamedTuple):
+    """An orthonormal basis of the leading left subspace, largest component first."""
+
+    u: Tensor  # [b, T, k] float64; a column is zero where X has fewer independent tokens
+    theta: Tensor  # [b, k] float64, ‖u_iᵀ X P‖²: a lower bound of component i's energy ‖u_iᵀ X‖²
 
 
 def refine(sketch: Tensor, x: Tensor, shifts: Tensor, columns: int, ordered: bool) -> Subspace:
-    """Shifted subspace iteration, then Rayleigh–Ritz: the leading left subspace of X.
+    """The leading left subspace of X [b, T, D] by shifted subspace iteration from a sketch.
 
-    Q = orth(sketch); K times Q ← orth((G − s_k μ I) Q); Ritz vectors of QᵀGQ, largest first, cut
-    to `columns`. All in float64: G has the squared condition of X.
+    Q = orth(sketch); K times Q ← orth((G − s_k μ I) Q); then the left singular vectors of X P,
+    P = orth(XᵀQ), largest first, cut to `columns` (Halko et al. 2011, sec. 4.5 and 5.5; Nyström).
 
     Args: sketch [b, T, c], x [b, T, D], shifts [K] in [0, 1), columns ≤ c.
-        ordered: False skips the eigenproblem where c == columns and no rank is cut later.
+        ordered: False skips the eigenproblem where c == columns and no rank is cut later; the
+            subspace is the same, its basis comes in no order.
     Eigenvectors are taken without gradient, which is exact for a sum of leading eigenvalues. On
     CUDA the eigenproblem is the one place that waits for the host (its status is checked there).
-    Cost: O(T² D) once, O(T² c + T c²) a step, O(c³) for the order.
+    Cost: K + 1 products with G (`gram_operator`), O(T c²) a step, O(c³) for the order.
     """
-    x64 = x.double()
-    gram = x64 @ x64.mT  # [b, T, T]
-    last = len(shifts)
-    q = orth(sketch.double(), passes=1 if last else 2)  # [b, T, c]
-    gram_q = gram @ q
-    for k, shift in enumerate(shifts.double(), start=1):
+    times_gram = gram_operator(x, sketch.shape[-1], len(shifts) + 1)
+    q = orth(sketch.double(), passes=1)  # [b, T, c]
+    gram_q = times_gram(q)
+    for shift in shifts.double():
         mu = smallest_ritz_estimate(q.mT @ gram_q)  # [b, 1, 1]
-        q = orth(gram_q - shift * mu * q, passes=1 if k < last else 2)
-        gram_q = gram @ q  # [b, T, c]
-    if ordered or q.shape[-1] > columns:
-        h = q.mT @ gram_q  # [b, c, c]
-        # non-finite weights are found in the loss, an eigensolver would raise instead
-        v = torch.linalg.eigh(h.detach().nan_to_num())[1].flip(-1)[..., :columns]
-        return Subspace(q @ v, ((h @ v) * v).sum(-2), gram.diagonal(dim1=-2, dim2=-1).sum(-1))
-    return Subspace(q, (q * gram_q).sum(-2), gram.diagonal(dim1=-2, dim2=-1).sum(-1))
+        q = orth(gram_q - shift * mu * q, passes=1)
+        gram_q = times_gram(q)  # [b, T, c]
+    factor = _nystrom_factor(gram_q, q.mT @ gram_q)  # [b, T, c] X P
+    if not ordered and columns == sketch.shape[-1]:
+        return Subspace(orth(factor), factor.square().sum(-2))
+    h = factor.mT @ factor  # [b, c, c]
+    # non-finite weights are found in the loss, an eigensolver would raise instead
+    v = torch.linalg.eigh(h.detach().nan_to_num())[1].flip(-1)[..., :columns]
+    theta = ((h @ v) * v).sum(-2)  # [b, columns] squared singular values of X P
+    rounding = torch.finfo(h.dtype).eps * h.shape[-1] * theta.detach()[..., :1]
+    length = torch.where(theta > rounding, theta, torch.inf).sqrt()
+    return Subspace(factor @ v / length.unsqueeze(-2), theta)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Below this relative error the optimum is rounding, and a ratio to it says nothing.
 NO_EXCESS_BELOW = 1e-6
-PCA_MAX_IMAGES = 1000
+MOMENT_MAX_IMAGES = 1000
 
 Factors = tuple[Tensor, Tensor]
 
@@ -172,13 +172,12 @@ def randomized_svd(x: Tensor, rank: int, seed: int = 0) -> Factors:
 
 
 def random_sketch(
-    x: Tensor, rank: int, steps: int, oversample: int, shifts: Tensor | None = None, seed: int = 0
+    x: Tensor, rank: int, steps: int, columns: int, shifts: Tensor | None = None, seed: int = 0
 ) -> Factors:
     """The network's own refinement on X Ω, Ω Gaussian: what is left when nothing is learned.
 
-    steps K, extra columns p = `oversample`; shifts [K] default to the untrained schedule.
+    steps K, columns c ≥ rank of Ω; shifts [K] default to the untrained schedule.
     """
-    columns = min(rank + oversample, *x.shape[-2:])
     generator = torch.Generator().manual_seed(seed)
     omega = torch.randn(x.shape[-1], columns, generator=generator).to(x)
     shifts = start_shifts(steps) if shifts is None else shifts
@@ -186,20 +185,27 @@ def random_sketch(
     return u, u.mT @ x
 
 
+def second_moment(images: Iterable[Tensor]) -> Tensor:
+    """Σ XᵀX over training images, not centred: [D, D] float64 on their device.
+
+    images: batches x [b, T, D], of which the first 1000 images are used.
+    """
+    moment, seen = 0.0, 0
+    for x in images:
+        tokens = x[: MOMENT_MAX_IMAGES - seen].flatten(0, 1)
+        moment = moment + (tokens.mT @ tokens).double()
+        seen += len(x)
+        if seen >= MOMENT_MAX_IMAGES:
+            break
+    return moment
+
+
 def fit_pca(images: Iterable[Tensor]) -> Tensor:
     """Principal axes of training tokens, shared by all images: [D, D] float32, largest first.
 
-    Not centred, so that X V_r V_rᵀ has rank ≤ r. images: batches x [b, T, D], of which the first
-    1000 images are used.
+    Not centred, so that X V_r V_rᵀ has rank ≤ r.
     """
-    second_moment, seen = 0.0, 0
-    for x in images:
-        tokens = x[: PCA_MAX_IMAGES - seen].flatten(0, 1)
-        second_moment = second_moment + (tokens.mT @ tokens).double()
-        seen += len(x)
-        if seen >= PCA_MAX_IMAGES:
-            break
-    return torch.linalg.eigh(second_moment)[1].flip(-1).float()
+    return torch.linalg.eigh(second_moment(images))[1].flip(-1).float()
 
 
 def pca(x: Tensor, rank: int, axes: Tensor) -> Factors:

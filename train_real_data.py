@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +40,7 @@ from qwenvl_dataloader import (
     RealQwenVLDataset,
     create_data_loaders_real,
 )
-from run_log import RunLog
+from run_log import RunLog, epoch_line, print_header, report
 from svd_baseline import (
     evaluate,
     gram_eigh,
@@ -51,7 +50,7 @@ from svd_baseline import (
     summarise,
     token_error,
 )
-from training_state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run
+from training_state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run, start_from_data
 
 CLIP_NORM = 1.0
 CHECK_EVERY = 50  # steps between looks at the non-finite flag, each a wait for the device
@@ -80,12 +79,16 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="projected: branches propose a subspace, X is projected on it; "
                        "direct: branches predict A and B outright")  # fmt: skip
     model.add_argument("--refine_steps", type=number(int, 0), default=None,
-                       help="K, refinement steps, default 2: error against time")  # fmt: skip
+                       help="K, refinement steps, default 1: error against time")  # fmt: skip
     model.add_argument("--oversample", type=number(int, 0), default=None,
                        help="p, extra sketch columns, default 32: error against time")  # fmt: skip
     model.add_argument("--hidden_dim", type=number(int, 1), default=256, help="branch width")
     model.add_argument("--num_blocks", type=number(int, 0), default=None,
                        help="residual blocks (default 1) or hidden layers (2)")  # fmt: skip
+    model.add_argument("--sketch_start", choices=("second_moment", "random"),
+                       default="second_moment",
+                       help="ResMLP's first linear sketch: random directions turned towards the "
+                       "training tokens' energy, or left as they are")  # fmt: skip
     model.add_argument("--dropout", type=number(float, 0, below=1), default=0.0,
                        help="dropout in the branches, 0 to 1")  # fmt: skip
     train = parser.add_argument_group("training")
@@ -273,16 +276,6 @@ def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int)
     }
 
 
-def epoch_line(record: dict, run: TrainState) -> str:
-    best = f"best epoch {run.best_epoch}" if run.best_epoch else "rank not final"
-    return (
-        f"epoch {record['epoch']:4d}  loss {record['train_loss']:.6f}  "
-        f"val_mse {record['val_mse']:.6e}  optimum {record['val_optimum_mse']:.6e}  "
-        f"excess {percent_text(record['val_excess_pct'])}  rank {record['effective_rank']}  "
-        f"lr {record['lr']:.2e}  {record['samples_per_s']:.1f} images/s  {best}"
-    )
-
-
 def save(run: TrainState, path: Path, log: Callable[[str], None]) -> None:
     """Write a checkpoint; a fresh run's first one moves the results of an earlier run aside."""
     state = run.checkpoint()
@@ -301,22 +294,6 @@ def set_aside(folder: Path, log: Callable[[str], None]) -> None:
         for path in old:
             path.rename(target / path.name)
         log(f"results of an earlier run were moved to {target}")
-
-
-def print_header(run: TrainState, dataset: RealQwenVLDataset, loaders: Loaders, log) -> None:
-    rank = run.model.current_effective_rank()
-    best = optimum(dataset.singular_values[dataset.split.val], rank).mean()
-    parameters = sum(p.numel() for p in run.model.parameters())
-    config = run.model.config
-    log(dataset.label)
-    log("  ".join(f"{k} {v}" for k, v in cli.environment(run.sums.device).items()))
-    log("  ".join(f"{k} {v}" for k, v in config.items()) + f"  parameters {parameters:,}")
-    if (world := distributed.world()) > 1:
-        log(f"{world} processes, {run.args.batch_size} images a step each")
-    log(
-        f"{loaders.train.num_images} training, {len(dataset.split.val)} validation, "
-        f"{loaders.test.num_images} test images; optimum rel_error at rank {rank}: {best:.5f}"
-    )
 
 
 def test_and_draw(
@@ -381,6 +358,8 @@ def main(args: argparse.Namespace) -> int:
     unused = sorted(name for name in args.typed if name.startswith("allocator_"))
     if unused and not (args.use_rank_allocator or args.resume):
         raise UserError(f"--{unused[0]} does nothing without --use_rank_allocator: type both")
+    if "sketch_start" in args.typed and (args.arch != "ResMLP" or args.factors == "direct"):
+        raise UserError("--sketch_start is of --arch ResMLP --factors projected: leave it away")
     folder = Path(args.results_dir) / args.arch
     dataset = RealQwenVLDataset(args.cache_dir)
     run = open_run(args, folder, dataset)
@@ -406,6 +385,7 @@ def main(args: argparse.Namespace) -> int:
             lr = run.optimizer.param_groups[0]["lr"]
             log(f"going on with epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}")
         else:
+            start_from_data(run, dataset)
             initial = validate(run, loaders)
             run.history.append({"epoch": 0, **initial})
             log(
@@ -423,29 +403,6 @@ def main(args: argparse.Namespace) -> int:
             results = test_and_draw(folder, dataset, loaders, run.history)
             report(run, results, folder, log, time.perf_counter() - started)
     return 0
-
-
-def report(run: TrainState, results: dict, folder: Path, log: RunLog, seconds: float) -> None:
-    """The closing lines, and final_summary.json."""
-    log(f"best epoch {run.best_epoch} of {run.epoch - 1}; on {results['n_images']} test images:")
-    for rank, metrics in results["ranks"].items():
-        error, excess = metrics["rel_error"], metrics["excess_pct"]
-        log(
-            f"  rank {rank:>4}  rel_error {error['mean']:.5f}  excess mean "
-            f"{percent_text(excess['mean'])}  p90 {percent_text(excess['p90'])}"
-        )
-    speeds = [record["samples_per_s"] for record in run.history if "samples_per_s" in record]
-    log.write_summary(
-        {
-            **results,
-            "wall_seconds": round(seconds, 1),
-            "samples_per_s": statistics.median(speeds),
-            "environment": cli.environment(run.sums.device),
-        }
-    )
-    log(f"wrote {folder}/best_model.pt, history.json, test_results.json and figures: look at "
-        f"{folder}/train_val_loss_comparison.png")  # fmt: skip
-    log(f"next: python compare_svd_nn.py --arch {run.args.arch}")
 
 
 if __name__ == "__main__":

@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import cli
 import distributed
 from checkpoint import cache_identity, load_checkpoint, rng_state, set_rng_state
 from cli import UserError
 from files import read_json
-from model import LowRankFactorModel, get_model_by_name
-from qwenvl_dataloader import RealQwenVLDataset
+from model import LowRankFactorModel, LowRankProjSymmetric, get_model_by_name
+from qwenvl_dataloader import BatchLoader, RealQwenVLDataset
 from rank_allocator import RankAllocator
+from svd_baseline import second_moment
 
 SHIFT_LR_FACTOR = 20  # a shift must move by tenths while weights move by thousandths
 # terms of the loss that are summed over an epoch (model.LossTerms)
@@ -181,6 +183,24 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
         for group, factor in zip(run.optimizer.param_groups, (1, 1, SHIFT_LR_FACTOR), strict=True):
             group["lr"] = typed_lr * factor
     return run
+
+
+def start_from_data(run: TrainState, dataset: RealQwenVLDataset) -> None:
+    """Turn a new ResMLP's linear sketch towards the training tokens, unless told otherwise.
+
+    The main process sums over all processes' images, in the order of one; all of them have to call
+    this and get the same bits.
+    """
+    linear = isinstance(run.model, LowRankProjSymmetric) and run.model.factors == "projected"
+    if not linear or run.args.sketch_start != "second_moment":
+        return
+    if distributed.is_main():
+        size, seed = run.args.batch_size, run.args.seed
+        loader = BatchLoader(dataset, dataset.split.train, size, run.sums.device, seed)
+        batches = tqdm(loader, desc="second moment", leave=False, disable=None)
+        run.model.start_from_second_moment(second_moment(batch.x for batch in batches))
+    weight = run.model.row_net.skip.weight
+    weight.data.copy_(distributed.from_main(weight.detach().cpu()))
 
 
 def own_batch_size(state: dict, path: Path) -> int:

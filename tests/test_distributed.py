@@ -149,8 +149,8 @@ def files(cache, folder):
     return ["--cache_dir", cache, "--results_dir", folder / "results", "--log_dir", folder / "log"]
 
 
-def history_of(folder):
-    return json.loads((folder / "results" / "AdaLoRA" / "history.json").read_text())
+def history_of(folder, arch="AdaLoRA"):
+    return json.loads((folder / "results" / arch / "history.json").read_text())
 
 
 def close(found, expected):
@@ -184,6 +184,19 @@ def test_two_processes_with_half_the_batch_train_the_network_of_one(alone, tiny_
     }
     assert len(list((tmp_path / "log").iterdir())) == 1
     assert stdout.count("epoch    8 ") == stdout.count("2 processes, 5 images a step each") == 1
+
+
+def test_two_processes_start_from_the_second_moment_of_all_images(tiny_cache, tmp_path):
+    small = "--epochs 1 --rank 4 --oversample 2 --refine_steps 0 --hidden_dim 16".split()
+    one, two, random = (tmp_path / name for name in ("one", "two", "random"))
+    in_process(train_real_data, *files(tiny_cache, one), *small, "--batch_size", "8")
+    no_start = ["--sketch_start", "random", "--batch_size", "8"]
+    in_process(train_real_data, *files(tiny_cache, random), *small, *no_start)
+    finished(torchrun("train_real_data.py", *files(tiny_cache, two), *small, "--batch_size", "4"))
+    untrained = [history_of(folder, "ResMLP")[0]["val_mse"] for folder in (one, two, random)]
+    assert untrained[0] == pytest.approx(untrained[1], rel=1e-6)
+    assert untrained[0] != pytest.approx(untrained[2], rel=1e-2)
+    close(history_of(two, "ResMLP"), history_of(one, "ResMLP"))
 
 
 def test_an_interrupted_run_of_two_processes_goes_on_in_one(alone, tiny_cache, tmp_path):

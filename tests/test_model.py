@@ -42,7 +42,9 @@ def test_no_network_beats_the_svd(arch, factors, tokens):
 
 
 @pytest.mark.parametrize(("arch", "factors"), ALL)
-def test_the_loss_is_the_squared_error_of_the_factors_that_users_get(arch, factors, tokens):
+def test_the_logged_error_is_that_of_the_factors_users_get_and_the_loss_bounds_it(
+    arch, factors, tokens
+):
     sigma = exact_singular_values(tokens)
     model = build(arch, factors=factors, lambda_B=0.05)
     with torch.no_grad():
@@ -51,8 +53,13 @@ def test_the_loss_is_the_squared_error_of_the_factors_that_users_get(arch, facto
     error = (tokens - a @ b).double().square().mean((-2, -1))
     assert float(terms.mse) == pytest.approx(float(error.mean()), rel=1e-5)
     best = optimum(sigma, 6).square() * tokens.double().square().mean((-2, -1))
-    assert float(terms.reconstruction) == pytest.approx(float((error / best).mean()), rel=1e-5)
-    assert float(terms.B) == pytest.approx(float(b.double().square().mean() * 6 / 24), rel=1e-5)
+    ratio, size_of_b = float((error / best).mean()), float(b.double().square().mean() * 6 / 24)
+    if factors == "direct":
+        assert float(terms.reconstruction) == pytest.approx(ratio, rel=1e-5)
+        assert float(terms.B) == pytest.approx(size_of_b, rel=1e-5)
+    else:  # the same of U and of B before it is solved again
+        assert ratio < float(terms.reconstruction) < 1.5 * ratio
+        assert 0.9 * size_of_b < float(terms.B) < size_of_b
 
 
 @pytest.mark.parametrize(("arch", "factors"), ALL)
@@ -100,7 +107,7 @@ def test_the_gradient_of_each_term_is_a_finite_difference(arch, factors, term, t
     assert (slope == 0) == (term == "lora_ortho" and arch != "AdaLoRA")
 
 
-@pytest.mark.parametrize(("steps", "extra"), [(1, 0), (2, 2)])
+@pytest.mark.parametrize(("steps", "extra"), [(1, 0), (2, 0), (1, 2)])
 @pytest.mark.parametrize("only_shifts", [True, False])
 def test_the_gradient_through_shifted_steps_is_a_finite_difference(
     steps, extra, only_shifts, tokens
@@ -112,7 +119,7 @@ def test_the_gradient_through_shifted_steps_is_a_finite_difference(
         model, parameters, lambda: model.loss_terms(x, sigma).reconstruction
     )
     assert slope != 0
-    assert slope == pytest.approx(difference, rel=1e-4)
+    assert slope == pytest.approx(difference, rel=1e-3)
 
 
 def test_b_is_the_exact_ridge_solution_for_its_a(tokens):
@@ -190,8 +197,34 @@ def test_impossible_shapes_are_refused(options, message):
 def test_a_new_resmlp_is_a_random_linear_sketch(tokens):
     torch.manual_seed(0)
     model = get_model_by_name("ResMLP", input_dim=40, num_tokens=24, rank=6)
-    row = model.row_net(tokens, 6)
-    assert torch.allclose(row, tokens @ model.row_net.head.weight[:6].mT, atol=1e-5)
+    row = model.row_net(tokens, tokens, 6)
+    assert torch.allclose(row, tokens @ model.row_net.skip.weight[:6].mT, atol=1e-5)
+
+
+def test_starting_from_the_second_moment_turns_a_sketch_towards_the_leading_subspace():
+    generator = torch.Generator().manual_seed(3)
+    # images that share their feature directions, as those of one encoder do
+    spread = torch.linspace(0, -4, 40).exp2()
+    x = torch.randn(12, 24, 40, generator=generator) * spread
+    torch.manual_seed(0)
+    model = get_model_by_name(
+        "ResMLP", input_dim=40, num_tokens=24, rank=6, refine_steps=0, oversample=0, num_blocks=0
+    )
+    sigma = exact_singular_values(x[8:])
+
+    def excess():
+        return excess_pct(rel_error(x[8:], *model(x[8:])), optimum(sigma, 6)).mean()
+
+    random, length = excess(), torch.linalg.matrix_norm(model.row_net.skip.weight)
+    model.start_from_second_moment(sum(image.mT @ image for image in x[:8]))
+    assert excess() < 0.85 * random
+    assert torch.allclose(torch.linalg.matrix_norm(model.row_net.skip.weight), length)
+
+
+def test_a_lower_rank_computes_only_the_columns_it_needs(tokens):
+    model = build(rank=12, oversample=8)
+    assert [model.columns_at(r) for r in (1, 6, 9, 12)] == [9, 14, 18, 20]
+    assert model(tokens, 3)[0].shape == (3, 24, 3)
 
 
 def test_svd_linear_is_the_triplet_form():

@@ -112,16 +112,17 @@ def test_the_error_curve_is_the_measured_error_of_each_cut(tokens):
     [{}, {"oversample": 0}, {"factors": "direct"}, {"arch": "AdaLoRA"}],
     ids=["projected", "without extra columns", "direct", "gated"],
 )
-def test_every_prefix_of_nested_factors_is_the_model_cut_there(options, tokens):
+def test_every_prefix_of_nested_factors_is_as_near_as_the_model_cut_there(options, tokens):
     torch.manual_seed(0)
     options = {"arch": "ResMLP", "rank": 6, "hidden_dim": 8, **options}
     model = get_model_by_name(input_dim=40, num_tokens=24, **options).eval()
     with torch.inference_mode():
         a, b = nested_factors(model, tokens, 6)
         for rank in (1, 3, 5, 6):
-            cut_a, cut_b = model(tokens, rank)
-            prefix = a[..., :rank] @ b[..., :rank, :]
-            assert torch.allclose(prefix, cut_a @ cut_b, atol=1e-4)
+            prefix = rel_error(tokens, a[..., :rank], b[..., :rank, :])
+            cut = rel_error(tokens, *model(tokens, rank))  # of fewer sketch columns
+            assert (prefix <= 1.005 * cut).all()
+            assert (prefix >= 0.9 * cut).all()
 
 
 def test_an_unreachable_target_is_refused_with_one_that_can_be_reached():

@@ -118,7 +118,7 @@ def test_a_finished_run_is_not_resumed_and_a_contradicting_flag_is_named(tiny_ca
 
 def test_flags_that_say_what_the_run_already_has_may_be_typed_again(tiny_cache, tmp_path):
     train(tmp_path, tiny_cache, "--epochs", "1")
-    train(tmp_path, tiny_cache, "--resume", "--epochs", "1", "--refine_steps", "2",
+    train(tmp_path, tiny_cache, "--resume", "--epochs", "1", "--refine_steps", "1",
           "--oversample", "12", "--num_blocks", "1", "--factors", "projected")  # fmt: skip
 
 

@@ -1,0 +1,312 @@
+"""Measure what learning buys: sketch × shifts × steps × columns, error and time of each.
+
+    python ablate.py --rank 128                                  # the whole table, three seeds
+    python ablate.py --rank 32 --refine_steps 0 1 --oversample 32 --seeds 1     # minutes
+
+Trains each sketch briefly from the same start and data, keeps its best epoch on validation images,
+and measures the excess on test images and the time of one matrix, all settings in turn. Writes
+results/ablation_rank<r>.json and .png; started again, it goes on with the first missing setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import cli
+import pareto_plot
+from cli import UserError
+from files import read_json, write_json
+from model import LowRankFactorModel, LowRankProjMLP, LowRankProjSymmetric, symmetric_root
+from qwenvl_dataloader import Loaders, RealQwenVLDataset, create_data_loaders_real, normalise
+from svd_baseline import bootstrap_interval, evaluate, gram_eigh, second_moment
+from timing import time_in_turn
+from training_state import SHIFT_LR_FACTOR
+
+SAME_TIME = 1.05  # times that differ by less are equal: what repeats of one method scatter by
+SKETCHES = ("random", "linear", "ResMLP", "MLP")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    number = cli.number
+    parser = cli.Parser(
+        description="Measure what learning buys: error and time of random and trained sketches.",
+        epilog="example:\n  python ablate.py --rank 32 --refine_steps 0 1 --oversample 32",
+    )
+    grid = parser.add_argument_group("what is compared")
+    grid.add_argument("--rank", type=number(int, 1), default=128, help="rank of A·B")
+    grid.add_argument("--sketches", nargs="+", choices=SKETCHES, default=list(SKETCHES),
+                      help="random: X Ω; linear: X Ω with Ω trained; ResMLP; MLP")  # fmt: skip
+    grid.add_argument("--refine_steps", type=number(int, 0), nargs="+", default=[0, 1, 2, 3, 4],
+                      help="K, each with start shifts and with learned ones")  # fmt: skip
+    grid.add_argument("--oversample", type=number(int, 0), nargs="+", default=[0, 16, 32],
+                      help="p, extra sketch columns")  # fmt: skip
+    grid.add_argument("--seeds", type=number(int, 1), default=3,
+                      help="runs of each, with seeds 0, 1, …")  # fmt: skip
+    train = parser.add_argument_group("training and timing")
+    train.add_argument("--epochs", type=number(int, 1), default=2, help="epochs of each sketch")
+    train.add_argument("--lr", type=number(float, above=0), default=1e-3,
+                       help="Adam's, falling to 0; validation chose it")  # fmt: skip
+    train.add_argument("--batch_size", type=number(int, 1), default=8, help="images a step")
+    train.add_argument("--threads", type=number(int, 1), default=1, help="CPU threads when timing")
+    train.add_argument("--repeats", type=number(int, 1), default=7, help="timed calls of each")
+    cli.add_evaluation_flags(parser)
+    return parser
+
+
+class Setting(NamedTuple):
+    """One sketch that is trained and measured."""
+
+    sketch: str
+    steps: int  # K
+    oversample: int  # p
+
+    def __str__(self) -> str:
+        return f"{self.sketch} K={self.steps} p={self.oversample}"
+
+
+class ProductSketch(LowRankFactorModel):
+    """Y = X Ω: random, only its shifts can be learned; or trained from C^½ Ω on, at equal cost."""
+
+    def make_branch(self, in_features: int, out_features: int, stride: int) -> nn.Module:
+        return nn.Identity()
+
+    def __init__(self, root: Tensor | None, **config) -> None:
+        super().__init__(**config)
+        omega = torch.randn(self.input_dim, self.sketch_columns)
+        if root is not None:
+            omega = (root @ omega.double()).float()
+            omega = omega / omega.square().mean().sqrt() / self.input_dim**0.5
+        self.omega = nn.Parameter(omega, requires_grad=root is not None)
+
+    def sketch(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        y = x @ self.omega[:, :columns]
+        return y, y
+
+
+def build(
+    setting: Setting, rank: int, dataset: RealQwenVLDataset, root: Tensor
+) -> LowRankFactorModel:
+    """The untrained model, random numbers from torch's generator; root: C^½ [D, D] float64."""
+    config = {
+        "input_dim": dataset.feature_dim, "num_tokens": dataset.num_tokens, "rank": rank,
+        "refine_steps": setting.steps, "oversample": setting.oversample, "lambda_B": 0.0,
+    }  # fmt: skip
+    if setting.sketch == "MLP":
+        return LowRankProjMLP(**config)
+    if setting.sketch == "ResMLP":
+        model = LowRankProjSymmetric(**config)
+        model.turn_sketch(root)
+        return model
+    return ProductSketch(root if setting.sketch == "linear" else None, **config)
+
+
+def train(
+    model: LowRankFactorModel, loaders: Loaders, args: argparse.Namespace, seed: int
+) -> LowRankFactorModel:
+    """The model of the epoch that is best on validation images, the untrained one among them."""
+    weights = [p for p in model.parameters() if p is not model.shift_logits and p.requires_grad]
+    if not model.shift_logits.numel() and not weights:
+        return model
+    shifts = {"params": [model.shift_logits], "lr": min(0.02, args.lr * SHIFT_LR_FACTOR)}
+    optimizer = torch.optim.Adam([{"params": weights}, shifts] if weights else [shifts], lr=args.lr)
+    total = args.epochs * len(loaders.train)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1.0 / total, total)
+    best, best_model = _mean_excess(model, loaders), copy.deepcopy(model)
+    for epoch in range(1, args.epochs + 1):
+        loaders.train.set_epoch(epoch + 1000 * seed)
+        for batch in loaders.train:
+            optimizer.zero_grad(set_to_none=True)
+            model.loss_terms(batch.x, batch.singular_values).reconstruction.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            falling.step()
+        excess = _mean_excess(model, loaders)
+        if excess < best:
+            best, best_model = excess, copy.deepcopy(model)
+    return best_model
+
+
+def _mean_excess(model: LowRankFactorModel, loaders: Loaders) -> float:
+    metrics = evaluate(lambda x: model(x, ordered=False), loaders.val)
+    return float(metrics["excess_pct"].nanmean())
+
+
+def run_setting(
+    setting: Setting, seed: int, loaders: Loaders, root: Tensor, args: argparse.Namespace
+) -> Iterator[dict]:
+    """Test excess of every image with the start shifts and, where there are any, learned ones."""
+    torch.manual_seed(seed)
+    model = build(setting, args.rank, loaders.train.dataset, root).to(loaders.train.device)
+    start = model.shift_logits.detach().clone()
+    model = train(model, loaders, args, seed)
+    learned = model.shifts.tolist()
+    for name, logits in (("learned", model.shift_logits.detach().clone()), ("start", start)):
+        if name == "learned" and not learned:
+            continue  # without steps there are no shifts
+        with torch.no_grad():
+            model.shift_logits.copy_(logits)
+        metrics = evaluate(lambda x: model(x, ordered=False), loaders.test)
+        yield {
+            **setting._asdict(), "shifts": name, "seed": seed,
+            "shift_values": model.shifts.tolist(),
+            "excess_pct": [round(float(value), 7) for value in metrics["excess_pct"]],
+        }  # fmt: skip
+
+
+def measure_times(
+    settings: list[Setting], loaders: Loaders, root: Tensor, args: argparse.Namespace
+) -> tuple[dict[Setting, float], float]:
+    """ms a matrix of each setting, and of the float64 Gram matrix's eigenvectors (exact).
+
+    Medians of one run in which all take turns; what a weight was trained to does not change it.
+    """
+    dataset, device = loaders.test.dataset, loaders.test.device
+    rows = loaders.test.sampler.rows
+    x = normalise(dataset[rows[torch.arange(args.batch_size) % len(rows)]].to(device))[0]
+    models = [build(s, args.rank, dataset, root).to(device).eval() for s in settings]
+    calls = [lambda m=m: m(x, ordered=False) for m in models] + [lambda: gram_eigh(x, args.rank)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    timings = time_in_turn(calls, args.repeats, device)
+    torch.set_num_threads(threads)
+    ms = [float(np.median(t.seconds)) * 1e3 / args.batch_size for t in timings]
+    return dict(zip(settings, ms, strict=False)), ms[-1]
+
+
+def summarise_runs(runs: list[dict], times: dict[Setting, float], groups: list[str]) -> list[dict]:
+    """One record for each setting and kind of shifts: mean over images and seeds, 95 % interval of
+    groups, ms a matrix."""
+    records = []
+    for setting, ms in times.items():
+        for shifts in ("start", "learned"):
+            found = [
+                run["excess_pct"] for run in runs
+                if (run["sketch"], run["steps"], run["oversample"], run["shifts"])
+                == (*setting, shifts)
+            ]  # fmt: skip
+            if found:
+                per_image = torch.tensor(found).mean(0)  # over seeds
+                records.append({
+                    **setting._asdict(), "shifts": shifts, "seeds": len(found), "ms": ms,
+                    "excess_mean": float(per_image.mean()),
+                    "excess_p90": float(np.percentile(per_image, 90)),
+                    "excess_interval": list(bootstrap_interval(per_image, groups)),
+                    "per_image": per_image.tolist(),
+                })  # fmt: skip
+    return records
+
+
+def gains_at_equal_time(records: list[dict], groups: list[str]) -> list[dict]:
+    """Of each trained sketch: the best random one that takes no longer, and how much less excess.
+
+    A gain is 1 − mean excess / mean excess of that random sketch, in per cent, with the 95 %
+    interval of a bootstrap over groups of their difference.
+    """
+    found = []
+    for own in (r for r in records if r["sketch"] != "random"):
+        rivals = [
+            r for r in records if r["sketch"] == "random" and r["ms"] <= SAME_TIME * own["ms"]
+        ]
+        if not rivals:
+            continue
+        rival = min(rivals, key=lambda r: r["excess_mean"])
+        if rival["excess_mean"] < 1e-4:
+            continue  # rounding
+        less = torch.tensor(rival["per_image"]) - torch.tensor(own["per_image"])
+        low, high = bootstrap_interval(less, groups)
+        scale = 100 / rival["excess_mean"]
+        names = ("sketch", "shifts", "steps", "oversample", "ms", "excess_mean")
+        found.append({
+            **{name: own[name] for name in names},
+            "random": {name: rival[name] for name in names[1:]},
+            "gain_pct": float(less.mean()) * scale,
+            "gain_interval": [low * scale, high * scale],
+        })  # fmt: skip
+    return sorted(found, key=lambda gain: -gain["gain_pct"])
+
+
+def print_tables(records: list[dict], gains: list[dict], exact_ms: float) -> None:
+    print(f"{'sketch':<8}{'shifts':<9}{'K':>2}{'p':>4}{'ms':>8}{'excess mean %':>15}"
+          f"{'p90 %':>10}   95 % interval")  # fmt: skip
+    order = ("oversample", "steps", "shifts")
+    for r in sorted(records, key=lambda r: ([r[name] for name in order], r["excess_mean"])):
+        low, high = r["excess_interval"]
+        name = f"{r['sketch']:<8}{r['shifts']:<9}{r['steps']:>2}{r['oversample']:>4}"
+        error = f"{r['excess_mean']:>15.5f}{r['excess_p90']:>10.5f}   {low:.5f} to {high:.5f}"
+        print(f"{name}{r['ms']:>8.2f}{error}")
+    print(f"exact, by the float64 Gram matrix: {exact_ms:.2f} ms")
+    print("less excess than the best random sketch that takes no longer:")
+    for g in gains[:12]:
+        low, high = g["gain_interval"]
+        own, rival = (
+            f"{which} {e['shifts']} shifts K={e['steps']} p={e['oversample']} {e['ms']:.2f} ms "
+            f"{e['excess_mean']:.5f} %" for which, e in ((g["sketch"], g), ("random", g["random"]))
+        )  # fmt: skip
+        print(f"{own}  against  {rival}: {g['gain_pct']:.0f} % less ({low:.0f} to {high:.0f})")
+
+
+def main(args: argparse.Namespace) -> None:
+    device = cli.pick_device(args.device)
+    dataset = RealQwenVLDataset(args.cache_dir)
+    limit = min(dataset.num_tokens, dataset.feature_dim)
+    if args.rank + max(args.oversample) > limit:
+        raise UserError(f"--rank {args.rank} and --oversample {max(args.oversample)} are more than "
+                        f"the {limit} columns there can be: lower one")  # fmt: skip
+    loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
+    path = Path(args.results_dir) / f"ablation_rank{args.rank}.json"
+    trained_with = {
+        "data": dataset.label, "split": dataset.split.hash, "rank": args.rank,
+        "epochs": args.epochs, "lr": args.lr, "batch_size": args.batch_size,
+    }  # fmt: skip
+    runs = runs_so_far(path, trained_with)
+    print(dataset.label)
+    settings = [
+        Setting(sketch, steps, extra)
+        for extra in args.oversample for steps in args.refine_steps for sketch in args.sketches
+    ]  # fmt: skip
+    done = {(r["sketch"], r["steps"], r["oversample"], r["seed"]) for r in runs}
+    todo = [(s, seed) for seed in range(args.seeds) for s in settings if (*s, seed) not in done]
+    root = symmetric_root(second_moment(batch.x for batch in loaders.train)).cpu()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for setting, seed in (bar := tqdm(todo, desc="training", disable=None)):
+        bar.set_postfix_str(f"{setting} seed {seed}")
+        runs += run_setting(setting, seed, loaders, root, args)
+        write_json(path, {"trained_with": trained_with, "runs": runs})
+
+    groups = dataset.rows["group"].take(loaders.test.sampler.rows.tolist()).to_pylist()
+    times, exact_ms = measure_times(settings, loaders, root, args)
+    records = summarise_runs(runs, times, groups)
+    gains = gains_at_equal_time(records, groups)
+    print_tables(records, gains, exact_ms)
+    environment = cli.environment(device) | {"threads": args.threads}
+    shown = [{k: v for k, v in r.items() if k != "per_image"} for r in records]
+    found = {"environment": environment, "exact_ms": exact_ms, "records": shown, "gains": gains}
+    write_json(path, {"trained_with": trained_with, **found, "runs": runs})
+    footer = f"{dataset.label}; {environment['device']}, {args.threads} CPU thread(s), batch "
+    footer += f"{args.batch_size}; {loaders.test.num_images} test images, {args.seeds} seeds"
+    pareto_plot.ablation(path.with_suffix(".png"), records, gains, exact_ms, args.rank, footer)
+    print(f"wrote {path} and {path.with_suffix('.png').name}")
+
+
+def runs_so_far(path: Path, trained_with: dict) -> list[dict]:
+    """What an earlier call has measured already. Raises UserError where it trained otherwise."""
+    if not path.exists():
+        return []
+    before = read_json(path, "remove it and start again")
+    if before["trained_with"] != trained_with:
+        raise UserError(f"{path} was made with {before['trained_with']}, not {trained_with}: type "
+                        "the same flags to go on, or remove it")  # fmt: skip
+    return before["runs"]
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())
