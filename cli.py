@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -40,22 +41,32 @@ def run(
     """
     args = parse(parser, argv)
     try:
+        # what torchrun sets; scripts that may be several processes call distributed.run
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1":
+            raise UserError(f"{parser.prog} is one process: start it with python, without torchrun")
         sys.exit(main(args) or 0)
-    except UserError as error:
-        message = str(error)
-    except torch.cuda.OutOfMemoryError:
+    except Exception as error:
+        message = mistake(error, args)
+        if message is None:
+            raise
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def mistake(error: Exception, args: argparse.Namespace) -> str | None:
+    """What to tell the user of an error that he can mend; None for a programming error."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
         size = getattr(args, "batch_size", None)
-        message = "CUDA is out of memory: " + (
+        return "CUDA is out of memory: " + (
             f"--batch_size {size} is too large, try --batch_size {max(1, size // 2)}"
             if size
             else "try --device cpu"
         )
-    except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
-            raise
-        message = f"{error.filename or 'a file'}: {error.strerror}: choose another folder or disk"
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+        return f"{error.filename or 'a file'}: {error.strerror}: choose another folder or disk"
+    return None
 
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}

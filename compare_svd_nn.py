@@ -20,11 +20,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-import plots
+import comparison_plots
+from box_error import PARTS, box_report, part_errors, tokens_in_box
 from checkpoint import evaluated_rank, open_trained
 from files import write_json
 from model import LowRankFactorModel
-from qwenvl_dataloader import Loaders, create_data_loaders_real
+from qwenvl_dataloader import Loaders, box_in_view, create_data_loaders_real
 from rank_budget import (
     against_fixed_rank,
     error_curve,
@@ -112,22 +113,25 @@ def main(args: argparse.Namespace) -> None:
     results["network_excess_pct_95"] = {
         str(r): interval(per_image[r]["network"]["excess_pct"], groups) for r in ranks
     }
+    results["box"], box_errors = error_by_box(methods, loaders, rank)
     print_table(results)
+    print_box(results["box"])
     written = "svd_nn_comparison.json, svd_nn_comparison.png and rank_sweep.png"
     if per_image_rank:
         results["rank_per_image"] = budget
         print_budget(budget)
-        plots.rank_per_image(folder / "rank_per_image.png", budget_arrays, footer)
+        comparison_plots.rank_per_image(folder / "rank_per_image.png", budget_arrays, footer)
         written = written.replace(" and", ",") + " and rank_per_image.png"
     write_json(folder / "svd_nn_comparison.json", results)
-    plots.comparison(
+    comparison_plots.comparison(
         folder / "svd_nn_comparison.png",
         per_image[rank],
         spectra(model, loaders, rank),
         rank,
         footer,
+        box_errors,
     )
-    plots.rank_sweep(
+    comparison_plots.rank_sweep(
         folder / "rank_sweep.png", results["ranks"], dataset.num_tokens, dataset.feature_dim, footer
     )
     print(f"wrote {folder}/{written}")
@@ -149,6 +153,34 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
             x, r, model.refine_steps, model.columns_at(r)
         )
     return methods
+
+
+@torch.inference_mode()
+def error_by_box(
+    methods: dict[str, Method], loaders: Loaders, rank: int
+) -> tuple[dict, dict[str, dict[str, Tensor]] | None]:
+    """Error of network and SVD inside and outside the answer's box, of test images that have one.
+
+    Returns: the JSON's entry, and method → `box_error.part_errors`, or None where there is no box.
+    """
+    dataset, rows = loaders.test.dataset, loaders.test.sampler.rows.tolist()
+    records = [dataset.image_record(row) for row in rows]
+    boxes = [box_in_view(record, dataset.manifest["resize"]) for record in records]
+    inside = torch.stack([tokens_in_box(box, dataset.grid) for box in boxes])  # [n, T]
+    kept = inside.any(1) & ~inside.all(1)
+    groups = [record["group"] for record, keep in zip(records, kept.tolist(), strict=True) if keep]
+    left_out = len(rows) - len(groups)
+    if not groups:
+        return box_report({}, inside, groups, rank, left_out), None
+    errors = {}
+    for name in ("network", "svd"):
+        parts, first = [], 0
+        for batch in loaders.test:
+            masks = inside[first : first + len(batch.rows)]
+            parts.append(part_errors(batch.x, *methods[name](batch.x, rank), masks))
+            first += len(batch.rows)
+        errors[name] = {key: torch.cat([part[key] for part in parts])[kept] for key in PARTS}
+    return box_report(errors, inside[kept], groups, rank, left_out), errors
 
 
 def spectra(model: LowRankFactorModel, loaders: Loaders, rank: int) -> dict[str, Tensor]:
@@ -207,6 +239,30 @@ def print_table(results: dict) -> None:
             error, excess = methods[name]["rel_error"]["mean"], methods[name]["excess_pct"]["mean"]
             cells.append(f"{error:.5f} {percent_text(excess):>13}")
         print(f"{rank:>4}  " + "".join(f"{cell:>24}" for cell in cells))
+
+
+def print_box(box: dict) -> None:
+    if not box["n_images"]:
+        print("no test image has a box that covers some of its tokens: no error inside and outside")
+        return
+    print(
+        f"error at the tokens of the answer's box ({box['tokens_inside_pct']:.1f} % of them) and "
+        f"at the others, rank {box['rank']}, {box['n_images']} test images of {box['n_groups']} "
+        f"groups, {box['n_left_out']} left out without such a box"
+    )
+    print(f"{'':14}{'inside':>10}{'outside':>10}    inside − outside, 95 % interval")
+    for name in ("network", "svd"):
+        inside, outside = (box[name][part]["mean"] for part in PARTS)
+        apart = difference_text(box[name]["inside_minus_outside"])
+        print(f"{name:14}{inside:>10.5f}{outside:>10.5f}    {apart}")
+    apart = [f"{part} {difference_text(box['network_minus_svd'][part])}" for part in PARTS]
+    print(f"{'network − svd':14}{', '.join(apart)}")
+
+
+def difference_text(difference: dict) -> str:
+    interval = difference["interval_95"]
+    bounds = "" if interval is None else f" [{interval[0]:+.2g}, {interval[1]:+.2g}]"
+    return f"{difference['mean']:+.2g}{bounds}"
 
 
 def print_budget(budget: dict) -> None:

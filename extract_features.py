@@ -2,10 +2,13 @@
 
     python make_demo_data.py && python extract_features.py --demo        # minutes on two CPU cores
     python extract_features.py --dataset_dir textVQA_groundingtask_bbox  # Qwen2.5-VL-3B's tower
+    python extract_features.py --dataset_dir folder_of_jpegs             # the same, plain images
+    python extract_features.py --import_pt old_cache                     # features_<i>.pt files
 
 Writes --cache_dir (feature_cache_real/): bfloat16 features [T, D] an image in safetensors shards,
 a table of rows (question, answers, box, thumbnail), the singular values of every normalised X, and
 last of all manifest.json. Interrupted, the same command goes on with the first missing image.
+`torchrun --nproc_per_node N extract_features.py …` encodes in N processes, into the same bytes.
 """
 
 from __future__ import annotations
@@ -13,38 +16,55 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import math
+import os
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
+from itertools import dropwhile, islice
 from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import safetensors
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import cli
+import distributed
 from cli import UserError
 from encoders import VisionEncoder, load_encoder, resize_image
-from feature_cache import FeatureCacheWriter
+from feature_cache import ROWS_PER_SHARD, FeatureCacheWriter
+from image_sources import (
+    ImageCell,
+    ImageSource,
+    UnreadableImage,
+    image_bytes,
+    open_source,
+    read_image,
+)
+from pt_features import PtFeatures
 from qwenvl_dataloader import RealQwenVLDataset
 from svd_baseline import optimum, report_ranks
 
 THUMBNAIL_SIZE = 224  # pixels, both sides
 DEMO_DATA = "demo_data"
 DEMO_ENCODER = "demo"
+DECODERS = 8  # threads at most: so many keep an H100's tower fed
+BATCHES_AHEAD = 1
+NAMES_SHOWN = 5
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         description="Encode images into a feature cache of vision tokens.",
-        epilog="example:\n  python make_demo_data.py && python extract_features.py --demo",
+        epilog="examples:\n  python make_demo_data.py && python extract_features.py --demo\n"
+        "  torchrun --nproc_per_node 2 extract_features.py --demo   # two processes",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset_dir", help="folder with *.parquet, or data/*.parquet in it")
+    data.add_argument("--dataset_dir", help="folder with *.parquet, with data/*.parquet in it, or "
+                      "with images in it and below")  # fmt: skip
+    data.add_argument("--import_pt", metavar="DIR", help="take the features of an older cache, "
+                      "features_<i>.pt files, instead of encoding images")  # fmt: skip
     data.add_argument("--demo", action="store_true",
                       help=f"encode {DEMO_DATA}/ (or --dataset_dir) with a small pretrained DINOv2 "
                       "that the package index has")  # fmt: skip
@@ -65,12 +85,42 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
+    check_flags(args)
     if args.verify:
-        print_summary(RealQwenVLDataset(args.cache_dir), verify=True)
+        if distributed.is_main():
+            print_summary(RealQwenVLDataset(args.cache_dir), verify=True)
         return
-    if args.demo and "model" in args.typed:
-        raise UserError("--demo brings its own encoder: leave --model or --demo away")
-    rows = DatasetRows(find_parquet(args))
+    if args.import_pt:
+        skipped = import_features(args)
+    else:
+        skipped = encode_images(args)
+    if not distributed.is_main():
+        return
+    print_skipped(skipped)
+    print_summary(RealQwenVLDataset(args.cache_dir), verify=False)
+    where = f" --cache_dir {args.cache_dir}" if "cache_dir" in args.typed else ""
+    print(f"next: python train_real_data.py --arch ResMLP{where}")
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that contradict each other, by name."""
+    if args.verify:
+        _refuse_beside("--verify only reads --cache_dir", args, {"verify", "cache_dir"})
+    if args.import_pt:
+        wanted = {"import_pt", "cache_dir", "overwrite"}
+        _refuse_beside("--import_pt takes features as they are", args, wanted)
+    if args.demo:
+        _refuse_beside("--demo brings its own encoder", args, args.typed - {"model"})
+
+
+def _refuse_beside(reason: str, args: argparse.Namespace, wanted: set[str]) -> None:
+    if others := sorted(args.typed - wanted):
+        raise UserError(f"{reason}: leave {', '.join(f'--{name}' for name in others)} away")
+
+
+def encode_images(args: argparse.Namespace) -> list[dict]:
+    """Make the cache from images; returns the rows that cannot be read."""
+    rows = find_rows(args)
     device = cli.pick_device(args.device)
     encoder = load_encoder(
         DEMO_ENCODER if args.demo else args.model,
@@ -78,174 +128,224 @@ def main(args: argparse.Namespace) -> None:
         image_size=args.image_size,
         resize=args.resize,
     )
-    writer = FeatureCacheWriter(args.cache_dir, cache_header(args, encoder, rows), args.overwrite)
+    with distributed.main_first():
+        overwrite = args.overwrite and distributed.is_main()
+        header = cache_header(args, encoder, rows)
+        writer = FeatureCacheWriter(args.cache_dir, header, len(rows), overwrite)
     demo = "DEMO data, " if is_demo(args, rows) else ""
     print(
         f"{demo}{len(rows)} rows, encoder {encoder.id} on {device}: "
         f"{encoder.num_tokens} tokens × {encoder.feature_dim} an image"
     )
+    if rows.note:
+        print(f"note: {rows.note}")
     if writer.rows_done:
         print(f"going on after {writer.rows_done} images that {args.cache_dir} already holds")
-    skipped = extract(rows, encoder, writer, args.batch_size)
-    writer.finish(skipped)
-    for entry in skipped:
-        print(f"skipped row {entry['row_id']}: {entry['reason']}")
-    print_summary(RealQwenVLDataset(args.cache_dir), verify=False)
-    print("next: python train_real_data.py --arch ResMLP")
+    extract(rows, encoder, writer, args.batch_size)
+    return writer.finish() if distributed.is_main() else []
+
+
+def import_features(args: argparse.Namespace) -> list[dict]:
+    """Make the cache from --import_pt's files; returns what is missing or damaged."""
+    features = PtFeatures(args.import_pt)
+    with distributed.main_first():
+        overwrite = args.overwrite and distributed.is_main()
+        header = import_header(features)
+        writer = FeatureCacheWriter(args.cache_dir, header, len(features), overwrite)
+    kinds = ", ".join(f"{count} in {name}" for name, count in features.dtypes.items())
+    print(
+        f"{len(features)} files ({kinds}): {features.num_tokens} tokens × {features.feature_dim} "
+        "an image, stored in bfloat16"
+    )
+    options = {"unit": "image", "desc": "import"}
+    with distributed.Progress(len(features), writer.rows_done, **options) as bar:
+        for shard in distributed.deal(writer.shards_to_do()):
+            row_ids = [features.row_ids[i] for i in writer.rows_of(shard)]
+            tokens = torch.stack([features[i].to(torch.bfloat16) for i in row_ids])
+            writer.write_shard(shard, tokens, [features.record(i) for i in row_ids], [])
+            bar.update(len(row_ids))
+    return writer.finish(features.skipped) if distributed.is_main() else []
 
 
 def extract(
-    rows: DatasetRows, encoder: VisionEncoder, writer: FeatureCacheWriter, batch_size: int
-) -> list[dict]:
-    """Encode all rows that the writer has not got yet; returns the unreadable ones.
+    rows: ImageSource, encoder: VisionEncoder, writer: FeatureCacheWriter, batch_size: int
+) -> None:
+    """Encode and write the shards that are missing, each of them in one of the processes.
 
-    While the encoder works on a batch, a thread decodes and preprocesses the next. An image that
-    came before (the same bytes) is not encoded again.
+    While the encoder works on a batch, threads decode and preprocess the next. Images with the
+    same bytes are encoded once, where they come first. Batches begin anew with each shard: bits
+    do not depend on where a run was interrupted, nor on the number of processes.
     """
-    skipped: list[dict] = []
-    position_of = {sha: i for i, sha in enumerate(writer.image_hashes())}
-    with (
-        ThreadPoolExecutor(1) as pool,
-        tqdm(total=len(rows), unit="image", desc="encode", mininterval=1) as bar,
-    ):
-        # rows before the first missing one are decoded only where they may have been unreadable
-        batches = rows.batches(batch_size)
-        pending = pool.submit(_prepare, next(batches, []), encoder, writer.last_row_id)
-        while batch := pending.result():
-            pending = pool.submit(_prepare, next(batches, []), encoder, writer.last_row_id)
-            skipped += [{"row_id": s.row_id, "reason": s.reason} for s in batch if s.reason]
-            todo = [s for s in batch if not s.reason and s.row_id > writer.last_row_id]
-            fresh = {s.record["image_sha256"]: s.pixels for s in todo}
-            fresh = {sha: pixels for sha, pixels in fresh.items() if sha not in position_of}
-            if fresh:
-                encoded = encoder.encode(torch.stack(list(fresh.values()))).to(
-                    "cpu", torch.bfloat16
-                )
-                features = dict(zip(fresh, encoded, strict=True))
-            for sample in todo:
-                sha = sample.record["image_sha256"]
-                known = sha in position_of
-                tokens = writer.features_of(position_of[sha]) if known else features[sha]
-                position_of.setdefault(sha, writer.count)
-                writer.append(tokens.unsqueeze(0), [sample.record])
+    hashes = image_hashes(rows)
+    to_do = batches_to_do(rows, writer, batch_size)
+    options = {"unit": "image", "desc": "encode", "mininterval": 1}
+    options["disable"] = not distributed.is_main()
+    samples: list[Sample] = []  # of the shard that is being made
+    encoded: dict[int, torch.Tensor] = {}  # row → its features [T, D]
+    with distributed.Progress(len(rows), writer.rows_done, **options) as bar:
+        for shard, batch in prepared(to_do, encoder, hashes):
+            samples += batch
+            if fresh := [s for s in batch if s.pixels is not None]:
+                features = encoder.encode(torch.stack([s.pixels for s in fresh]))
+                features = features.to("cpu", torch.bfloat16)
+                encoded |= zip((s.row_id for s in fresh), features, strict=True)
+            if len(samples) == len(writer.rows_of(shard)):
+                write_samples(writer, shard, samples, encoded)
+                samples, encoded = [], {}
             bar.update(len(batch))
-    return skipped
+
+
+def image_hashes(rows: ImageSource) -> list[str | None]:
+    """SHA-256 of each row's image file; None where there is none."""
+    return [_sha256(row["image"]) for batch in rows.batches(ROWS_PER_SHARD) for _, row in batch]
+
+
+def _sha256(cell: ImageCell) -> str | None:
+    try:
+        return hashlib.sha256(image_bytes(cell)).hexdigest()
+    except (OSError, ValueError):  # read_image finds words for it
+        return None
+
+
+class Batch(NamedTuple):
+    shard: int
+    rows: list[tuple[int, dict]]  # row number in the data set, row
+
+
+def batches_to_do(
+    rows: ImageSource, writer: FeatureCacheWriter, batch_size: int
+) -> Iterator[Batch]:
+    """Batches of the shards that this process has to make; no batch is of two shards."""
+    every = (row for batch in rows.batches(ROWS_PER_SHARD) for row in batch)
+    for shard in distributed.deal(writer.shards_to_do()):
+        wanted = writer.rows_of(shard)
+        here = dropwhile(lambda row, first=wanted.start: row[0] < first, every)
+        for first in range(0, len(wanted), batch_size):
+            yield Batch(shard, list(islice(here, min(batch_size, len(wanted) - first))))
+
+
+def write_samples(
+    writer: FeatureCacheWriter, shard: int, samples: list[Sample], encoded: dict[int, torch.Tensor]
+) -> None:
+    """Write a shard; an image that came in an earlier shard gets its features from there."""
+    readable = [s for s in samples if s.reason is None]
+    features = [
+        encoded[s.first] if s.first in encoded else writer.features_of(s.first) for s in readable
+    ]
+    writer.write_shard(
+        shard,
+        torch.stack(features) if features else torch.empty(0),
+        [s.record for s in readable],
+        [{"row_id": s.row_id, "reason": s.reason} for s in samples if s.reason],
+    )
 
 
 class Sample(NamedTuple):
     """One row on its way to the encoder; `reason` says why it cannot be read."""
 
     row_id: int
+    first: int | None  # the first row with the same image: itself where it has to be encoded
     record: dict | None
-    pixels: torch.Tensor | None
+    pixels: torch.Tensor | None  # where it has to be encoded
     reason: str | None
 
 
-def _prepare(batch: list[tuple[int, dict]], encoder: VisionEncoder, last_done: int) -> list[Sample]:
-    return [_prepare_row(row_id, row, encoder, last_done) for row_id, row in batch]
+def prepared(
+    batches: Iterator[Batch], encoder: VisionEncoder, hashes: list[str | None]
+) -> Iterator[tuple[int, list[Sample]]]:
+    """Shard and samples of batches, made by threads some batches ahead of who asks for them."""
+    first_of: dict[str, int] = {}
+    for row_id, sha in enumerate(hashes):
+        first_of.setdefault(sha, row_id)
+    pending: deque[tuple[int, list[Future[Sample]]]] = deque()
+
+    def oldest() -> tuple[int, list[Sample]]:
+        shard, samples = pending.popleft()
+        return shard, [sample.result() for sample in samples]
+
+    with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
+        for shard, rows in batches:
+            samples = [
+                pool.submit(_prepare_row, *row, encoder, hashes[row[0]], first_of[hashes[row[0]]])
+                for row in rows
+            ]
+            pending.append((shard, samples))
+            if len(pending) > BATCHES_AHEAD:
+                yield oldest()
+        while pending:
+            yield oldest()
 
 
-def _prepare_row(row_id: int, row: dict, encoder: VisionEncoder, last_done: int) -> Sample:
+def _prepare_row(
+    row_id: int, row: dict, encoder: VisionEncoder, expected_sha: str | None, first: int
+) -> Sample:
+    """Decode and preprocess one row.
+
+    expected_sha: of its file as `image_hashes` found it; first: the first row with these bytes.
+    """
+    # rows with the same bytes rely on the first one
+    if (sha := _sha256(row["image"])) != expected_sha:
+        raise UserError(f"the image of row {row_id} has changed: type the same command again")
     try:
-        data = (row["image"] or {}).get("bytes")
-        if data is None:
-            raise ValueError("no image bytes")
-        image = Image.open(io.BytesIO(data))
-        width, height = image.size
-        image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # what Pillow raises for damaged files; the row is listed in the manifest
-        return Sample(row_id, None, None, f"unreadable image: {error}")
-    if row_id <= last_done:
-        return Sample(row_id, None, None, None)
-    sha = hashlib.sha256(data).hexdigest()
+        image = read_image(row["image"])
+    except UnreadableImage as error:
+        return Sample(row_id, None, None, None, f"unreadable image: {error}")
     thumbnail = io.BytesIO()
     resize_image(image, THUMBNAIL_SIZE, encoder.resize).save(thumbnail, "JPEG", quality=85)
     record = {
         "row_id": row_id,
         "group": row.get("group") or sha,
         "image_sha256": sha,
-        "question": row["question"],
-        "answers": row["answer"],
-        "bbox": row["bbox"],
-        "width": width,
-        "height": height,
+        "path": row["image"].path,
+        "question": row.get("question"),
+        "answers": row.get("answer"),
+        "bbox": row.get("bbox"),
+        "width": image.width,
+        "height": image.height,
         "thumbnail": thumbnail.getvalue(),
     }
-    return Sample(row_id, record, encoder.preprocess(image), None)
+    pixels = encoder.preprocess(image) if first == row_id else None
+    return Sample(row_id, first, record, pixels, None)
 
 
-class DatasetRows:
-    """Rows of a data set's parquet files, in file order, read as they are needed."""
-
-    needed = ("image", "question", "answer", "bbox")
-
-    def __init__(self, files: list[Path]) -> None:
-        self.files = files
-        try:
-            parquets = [pq.ParquetFile(f) for f in files]
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"--dataset_dir: a parquet file is damaged ({error})") from None
-        self.counts = [p.metadata.num_rows for p in parquets]
-        schema = parquets[0].schema_arrow
-        self.columns = schema.names
-        self.kind = (schema.metadata or {}).get(b"kind", b"real").decode()
-        missing = [name for name in self.needed if name not in self.columns]
-        if missing:
-            raise UserError(f"{files[0]} lacks the column(s) {', '.join(missing)}")
-        digest = hashlib.sha256()
-        for path in files:
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        self.sha256 = digest.hexdigest()
-
-    def __len__(self) -> int:
-        return sum(self.counts)
-
-    def batches(self, batch_size: int) -> Iterator[list[tuple[int, dict]]]:
-        """Lists of (row number in the data set, row as a dict)."""
-        row_id = 0
-        columns = [c for c in (*self.needed, "group") if c in self.columns]
-        for path in self.files:
-            for chunk in pq.ParquetFile(path).iter_batches(batch_size, columns=columns):
-                rows = chunk.to_pylist()
-                yield list(enumerate(rows, start=row_id))
-                row_id += len(rows)
-
-
-def find_parquet(args: argparse.Namespace) -> list[Path]:
-    """Parquet files of the data set. Raises UserError where there is none."""
+def find_rows(args: argparse.Namespace) -> ImageSource:
+    """The rows that --dataset_dir or --demo name. Raises UserError where there are none."""
     if args.dataset_dir is None and not args.demo:
         raise UserError("--dataset_dir is missing: name the data set's folder, or type --demo")
-    folder = Path(args.dataset_dir or DEMO_DATA)
-    files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
-    if not files:
-        make = ": run make_demo_data.py first" if args.demo else ""
-        raise UserError(f"--dataset_dir {folder} has no *.parquet and no data/*.parquet{make}")
-    return files
+    try:
+        return open_source(args.dataset_dir or DEMO_DATA)
+    except UserError as error:
+        if args.dataset_dir:
+            raise
+        raise UserError(f"{error}: run make_demo_data.py first") from None
 
 
-def is_demo(args: argparse.Namespace, rows: DatasetRows) -> bool:
+def is_demo(args: argparse.Namespace, rows: ImageSource) -> bool:
     """Whether images or encoder are the demo's, which the cache and all made from it must say."""
     return args.demo or args.model == DEMO_ENCODER or rows.kind == "demo"
 
 
-def cache_header(args: argparse.Namespace, encoder: VisionEncoder, rows: DatasetRows) -> dict:
-    """What identifies the features: another value of any of these is another cache."""
+def cache_header(args: argparse.Namespace, encoder: VisionEncoder, rows: ImageSource) -> dict:
+    """What identifies the features: another value of any of these is another cache.
+
+    In the order in which a difference is reported: what a user typed before what follows from it.
+    """
+    revision = {"revision": encoder.revision} if encoder.revision else {}
     return {
         "kind": "demo" if is_demo(args, rows) else "real",
-        "encoder": {
-            "id": encoder.id,
-            "weights_sha256": encoder.weights_sha256,
-            "preprocessor": encoder.preprocessor,
-        },
         "dataset_sha256": rows.sha256,
         "image_size": encoder.image_size,
         "resize": encoder.resize,
+        "encoder": {
+            "id": encoder.id,
+            **revision,
+            "weights_sha256": encoder.weights_sha256,
+            "preprocessor": encoder.preprocessor,
+        },
         "num_tokens": encoder.num_tokens,
         "feature_dim": encoder.feature_dim,
         "grid": list(encoder.grid),
-        "split_by": "group" if "group" in rows.columns else "image",
+        "split_by": rows.split_by,
         "versions": {
             "torch": torch.__version__,
             "transformers": version("transformers"),
@@ -255,27 +355,71 @@ def cache_header(args: argparse.Namespace, encoder: VisionEncoder, rows: Dataset
     }
 
 
+def import_header(features: PtFeatures) -> dict:
+    """What identifies imported features: their values, since nothing is known of their encoder."""
+    side = math.isqrt(features.num_tokens)
+    square = side**2 == features.num_tokens
+    return {
+        "kind": "imported",
+        "encoder": {"id": "imported features", "features_sha256": features.sha256},
+        "image_size": None,
+        "resize": None,
+        "num_tokens": features.num_tokens,
+        "feature_dim": features.feature_dim,
+        # square images give square grids in raster order; of others only the order is known
+        "grid": [side, side] if square else [1, features.num_tokens],
+        "split_by": "row",
+        "split_note": "no image hashes: each row is a group of its own, except that rows whose "
+        "features are equal stay together",
+        "imported_dtypes": features.dtypes,
+        "versions": {"torch": torch.__version__, "safetensors": safetensors.__version__},
+    }
+
+
+def print_skipped(skipped: list[dict]) -> None:
+    for entry in skipped[:NAMES_SHOWN]:
+        print(f"skipped row {entry['row_id']}: {entry['reason']}")
+    if len(skipped) > NAMES_SHOWN:
+        print(f"and {len(skipped) - NAMES_SHOWN} more, all of them in manifest.json")
+
+
 def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
     """One screen: what the cache holds and how well rank r could do on it."""
     if verify and (damaged := dataset.verify()):
+        name, reason = next(iter(damaged.items()))
+        others = f", and {len(damaged) - 1} more files are damaged" if len(damaged) > 1 else ""
         raise UserError(
-            f"{dataset.cache_dir}: {', '.join(damaged)} does not match its sha256: extract again "
-            "with --overwrite"
+            f"{dataset.cache_dir / name} {reason}{others}: extract again with --overwrite"
         )
-    split = dataset.split
-    print(dataset.label + (", every file matches its sha256" if verify else ""))
+    manifest = dataset.manifest
+    print(dataset.label)
+    hashes = set(dataset.rows["image_sha256"].to_pylist())
+    images = "images not known" if None in hashes else f"of {len(hashes)} different images"
+    skipped = sum(entry.get("count", 1) for entry in manifest["skipped"])
+    print(f"  rows       {len(dataset)}, {images}; {skipped} skipped as unreadable or missing")
+    megabytes = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
+    rows, columns = dataset.grid
+    print(f"  tokens     {dataset.num_tokens} × {dataset.feature_dim}, {manifest['dtype']}, grid "
+          f"{rows} × {columns}; {len(manifest['shards'])} shards, {megabytes:.0f} MB")  # fmt: skip
+    encoder = manifest["encoder"]
+    print("  encoder    " + ", ".join(encoder[k] for k in ("id", "preprocessor") if k in encoder))
     groups = dataset.rows["group"].to_pylist()
-    for name in ("train", "val", "test"):
-        rows = getattr(split, name)
-        count = len({groups[row] for row in rows.tolist()})
-        print(f"  {name:5} {len(rows):5} images in {count:4} groups")
-    skipped = len(dataset.manifest["skipped"])
-    print(f"  skipped {skipped} unreadable images")
+    parts = {name: getattr(dataset.split, name).tolist() for name in ("train", "val", "test")}
+    sizes = [
+        f"{name} {len(part)} rows in {len({groups[row] for row in part})} groups"
+        for name, part in parts.items()
+    ]
+    print(f"  split      by {manifest['split_by']}: {', '.join(sizes)}")
+    if "split_note" in manifest:
+        print(f"             {manifest['split_note']}")
     ranks = report_ranks(dataset.singular_values.shape[1])[:-1]
     best = "  ".join(f"{r}: {optimum(dataset.singular_values, r).mean():.4f}" for r in ranks)
-    print(f"  optimum rel_error at rank  {best}")
-    print(f"wrote {dataset.cache_dir}/manifest.json" if not verify else "the cache is whole")
+    print(f"  optimum    mean rel_error at rank  {best}")
+    if verify:
+        print("the cache is whole: every file matches its sha256, every feature is finite")
+    else:
+        print(f"wrote {dataset.cache_dir}/manifest.json")
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    distributed.run(main, get_args_parser())

@@ -20,8 +20,9 @@ the errors of each image, [n] float64, as measured when it was written: `rel_err
 stored, `rel_error_float32` before rounding to the dtype, and `rel_error_original`, ‖F − F̂‖ / ‖F‖
 of the tokens F in the encoder's own units.
 
-Tokens are A·B · std + mean. A shard is whole or absent, so an interrupted writer goes on after the
-last one, and the finished folder is byte-identical to that of an uninterrupted one.
+Tokens are A·B · std + mean. A shard is whole or absent and depends on no other: several processes
+may each write some, an interrupted writer goes on with those that are missing, and the finished
+folder is byte-identical to that of one uninterrupted process.
 """
 
 from __future__ import annotations
@@ -95,14 +96,13 @@ def restore(stored: Stored) -> Factors:
 
 
 class FactorWriter:
-    """Writes a folder of factors shard by shard, then the manifest.
+    """Writes the shards of a folder of factors in any order, then the manifest.
 
     Args:
         folder: to write. A finished one in it is refused unless `overwrite`; a folder with another
             kind of manifest is always refused.
         header: what the factors depend on (checkpoint, cache, dtype, rank or target_error, T, D,
             count); an interrupted folder with another header is refused with both values.
-    After construction `rows_done` rows are already safe on disk; go on with the next one.
     """
 
     def __init__(self, folder: str | Path, header: dict, overwrite: bool = False) -> None:
@@ -117,38 +117,47 @@ class FactorWriter:
         partial = self.folder / "partial.json"
         if not partial.exists():
             write_json(partial, self.header)
-        self._shard_rows: list[int] = []
-        while (path := self._shard_path(len(self._shard_rows))).exists():
-            with _open(path, "start again with --overwrite") as shard:
-                self._shard_rows.append(shard.get_slice("mean").get_shape()[0])
+        for path in self.folder.glob("factors-*.safetensors"):
+            _open(path, "start again with --overwrite")
+
+    def rows_of(self, shard: int) -> range:
+        """Rows of the cache that belong to a shard."""
+        first = shard * ROWS_PER_SHARD
+        return range(first, min(first + ROWS_PER_SHARD, self.header["count"]))
+
+    def shards_to_do(self) -> list[int]:
+        """Shards that are not on disk yet, lowest first."""
+        every = range(-(-self.header["count"] // ROWS_PER_SHARD))
+        return [shard for shard in every if not self._shard_path(shard).exists()]
 
     @property
     def rows_done(self) -> int:
-        return sum(self._shard_rows)
-
-    def shards_to_do(self) -> Iterator[range]:
-        """The rows of each shard that is not on disk yet."""
-        for first in range(self.rows_done, self.header["count"], ROWS_PER_SHARD):
-            yield range(first, min(first + ROWS_PER_SHARD, self.header["count"]))
+        left = sum(len(self.rows_of(shard)) for shard in self.shards_to_do())
+        return self.header["count"] - left
 
     def write_shard(
-        self, stored: list[Stored], mean: Tensor, std: Tensor, errors: dict[str, Tensor]
+        self,
+        shard: int,
+        stored: list[Stored],
+        mean: Tensor,
+        std: Tensor,
+        errors: dict[str, Tensor],
     ) -> None:
-        """Write the next shard: one `Stored` per image (n = 1 each), already cut to its rank.
+        """Write one shard: one `Stored` per image (n = 1 each), already cut to its rank.
 
         mean, std [n, T, 1] float32 as `normalise` gives them; errors: ERRORS → [n] float64.
         """
-        path = self._shard_path(len(self._shard_rows))
         tensors = _ragged(stored) if self.ranks_differ else _stacked(stored)
         tensors |= {"mean": mean.squeeze(-1), "std": std.squeeze(-1), **errors}
+        path = self._shard_path(shard)
         save_tensors(path, {name: t.cpu().contiguous() for name, t in tensors.items()})
-        self._shard_rows.append(len(mean))
 
     def finish(self) -> dict:
-        """Write the manifest, which commits the folder, and return it."""
-        paths = [self._shard_path(s) for s in range(len(self._shard_rows))]
+        """Write the manifest, which commits the folder, once every shard is there; return it."""
+        shards = range(-(-self.header["count"] // ROWS_PER_SHARD))
+        paths = {self._shard_path(shard): len(self.rows_of(shard)) for shard in shards}
         errors, ranks = {name: [] for name in ERRORS}, []
-        for path, rows in zip(paths, self._shard_rows, strict=True):
+        for path, rows in paths.items():
             with _open(path, WRITE_AGAIN) as shard:
                 for name in ERRORS:
                     errors[name].append(shard.get_tensor(name))
@@ -159,10 +168,7 @@ class FactorWriter:
         ranks = torch.cat(ranks)
         manifest = {
             **self.header,
-            "shards": [
-                {**file_entry(path), "rows": rows}
-                for path, rows in zip(paths, self._shard_rows, strict=True)
-            ],
+            "shards": [{**file_entry(path), "rows": rows} for path, rows in paths.items()],
             "ranks": {
                 **summarise(ranks.double()),
                 "min": int(ranks.min()),

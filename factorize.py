@@ -5,7 +5,8 @@
 
 Writes factors/<arch>/ (format: factor_files.py), from which `factor_files.load_factors` gives
 tokens back in the encoder's own units. Interrupted, the same command goes on. All reported errors
-are of what was stored, after rounding to --dtype.
+are of what was stored, after rounding to --dtype. `torchrun --nproc_per_node N factorize.py …`
+shares the images between N processes, into the same bytes.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import cli
+import distributed
 from checkpoint import cache_identity, evaluated_rank, open_trained
 from factor_files import DTYPES, ERRORS, FactorWriter, Stored, restore, store
 from files import sha256_file
@@ -35,7 +36,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         description="Write the factors A and B of every image of a feature cache.",
         epilog="examples:\n  python factorize.py --arch ResMLP --rank 64\n"
-        "  python factorize.py --arch ResMLP --target_error 0.05 --dtype int8",
+        "  python factorize.py --arch ResMLP --target_error 0.05 --dtype int8\n"
+        "  torchrun --nproc_per_node 2 factorize.py --arch ResMLP   # two processes",
     )
     parser.add_argument("--arch", default="ResMLP", help="architecture of the model")
     ranks = parser.add_mutually_exclusive_group()
@@ -74,19 +76,22 @@ def main(args: argparse.Namespace) -> None:
         "count": len(dataset),
     }
     folder = Path(args.out) if args.out else Path("factors") / arch
-    writer = FactorWriter(folder, header, args.overwrite)
+    with distributed.main_first():
+        writer = FactorWriter(folder, header, args.overwrite and distributed.is_main())
     how = f"rank {rank}" if args.target_error is None else f"rel_error ≤ {args.target_error:g}"
     print(f"{dataset.label}; {arch}, {how}, {args.dtype}")
-    to_do = len(dataset) - writer.rows_done
-    if writer.rows_done:
-        print(f"{writer.rows_done} images are already there, {to_do} to do")
+    done = writer.rows_done
+    to_do = len(dataset) - done
+    if done:
+        print(f"{done} images are already there, {to_do} to do")
 
     start = time.perf_counter()
-    with tqdm(total=len(dataset), initial=writer.rows_done, unit="image", disable=None) as bar:
-        for rows in writer.shards_to_do():
-            # batches begin anew with each shard: bits do not depend on where a run was interrupted
+    with distributed.Progress(len(dataset), done, unit="image") as bar:
+        for shard in distributed.deal(writer.shards_to_do()):
+            # batches begin anew with each shard: bits do not depend on where a run was interrupted,
+            # nor on the number of processes
             parts = []
-            for batch in torch.tensor(rows).split(args.batch_size):
+            for batch in torch.tensor(writer.rows_of(shard)).split(args.batch_size):
                 features = dataset[batch].to(device)
                 try:
                     parts.append(factorise(model, features, rank, args.target_error, args.dtype))
@@ -95,13 +100,15 @@ def main(args: argparse.Namespace) -> None:
                 bar.update(len(batch))
             stored, mean, std, errors = zip(*parts, strict=True)
             writer.write_shard(
+                shard,
                 sum(stored, []),
                 torch.cat(mean),
                 torch.cat(std),
                 {name: torch.cat([e[name] for e in errors]) for name in ERRORS},
             )
     seconds = time.perf_counter() - start
-    report(writer.finish(), folder, to_do / seconds if to_do else None)
+    if distributed.is_main():
+        report(writer.finish(), folder, to_do / seconds if to_do else None)
 
 
 def check_target(
@@ -196,4 +203,4 @@ def report(manifest: dict, folder: Path, per_second: float | None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    distributed.run(main, get_args_parser())

@@ -1,12 +1,17 @@
 """Writes feature caches (the format of qwenvl_dataloader): shard by shard, resumable, atomic.
 
-A shard is committed by its row fragment (`part-00000.parquet`), which is written after it; the
-cache is committed by `manifest.json`, written last. An interrupted writer goes on after the last
-committed shard, and its finished cache is byte-identical to an uninterrupted one.
+A shard holds the readable images of 128 consecutive rows of the data set, so that shards do not
+depend on each other and several processes may each write some. A shard is committed by its row
+fragment (`part-00000.parquet`), which is written after it; the cache is committed by
+`manifest.json`, written last. An interrupted writer goes on with the shards that are missing, and
+the finished cache is byte-identical to an uninterrupted one.
 """
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,7 @@ from torch import Tensor
 from cli import UserError
 from files import (
     atomic_path,
+    check_keys,
     check_same_header,
     file_entry,
     read_json,
@@ -26,7 +32,7 @@ from files import (
     sweep_temporaries,
     write_json,
 )
-from qwenvl_dataloader import FORMAT, normalise
+from qwenvl_dataloader import FORMAT, finite_images, normalise
 from svd_baseline import exact_singular_values
 
 ROWS_PER_SHARD = 128
@@ -35,7 +41,8 @@ ROW_SCHEMA = pa.schema(
     [
         ("row_id", pa.int64()),  # row of the data set, counting unreadable images too
         ("group", pa.string()),  # rows of one group are never on two sides of the split
-        ("image_sha256", pa.string()),
+        ("image_sha256", pa.string()),  # null where features were imported
+        ("path", pa.string()),  # the image's or the features' file, as the data set names it
         ("question", pa.string()),
         ("answers", pa.list_(pa.string())),
         ("bbox", pa.list_(pa.float64())),  # x, y, w, h in pixels of the original image
@@ -48,74 +55,110 @@ _PART_SCHEMA = ROW_SCHEMA.append(pa.field("singular_values", pa.list_(pa.float64
 
 
 class FeatureCacheWriter:
-    """Collects features and rows, writes a shard whenever one is full, then the manifest.
+    """Writes the shards of a cache in any order, then the manifest.
 
     Args:
         cache_dir: folder to write. A finished cache in it is refused unless `overwrite`.
-        header: what identifies the features (kind, encoder, image size, resize, T, D, grid …);
-            an interrupted cache with another header is refused with both values.
-    After construction `rows_done` rows are already safe on disk; go on with the next row.
+        header: what identifies the features (kind, encoder, image size, resize, T, D, grid …); a
+            cache that was begun with another one is refused with both values.
+        num_rows: rows of the data set.
     """
 
-    def __init__(self, cache_dir: str | Path, header: dict, overwrite: bool = False) -> None:
+    def __init__(
+        self, cache_dir: str | Path, header: dict, num_rows: int, overwrite: bool = False
+    ) -> None:
         self.cache_dir = Path(cache_dir)
         self.header = {"format": FORMAT, **header}
-        self._features: list[Tensor] = []
-        self._rows: list[dict] = []
+        self.num_rows = num_rows
+        self._row_ids: dict[int, list[int]] = {}  # of shards that images were read back from
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         if overwrite:
             self._clear()
-        if (self.cache_dir / "manifest.json").exists():
+        manifest = self.cache_dir / "manifest.json"
+        if manifest.exists():
+            finished = read_json(manifest, "replace it with --overwrite")
+            check_keys(manifest, finished, ("format", "encoder"), "replace it with --overwrite")
+            # what a manifest says beyond its header is no difference
+            finished = {key: finished.get(key) for key in self.header}
+            check_same_header(f"--cache_dir {self.cache_dir}", finished, self.header)
             raise UserError(
                 f"--cache_dir {self.cache_dir} holds a finished cache: use it, type another "
                 "--cache_dir, or --overwrite to replace it"
             )
         sweep_temporaries(self.cache_dir)
         self._check_or_write_header()
-        self.shards_done = len(list(self.cache_dir.glob("part-*.parquet")))
-        self._parts = [pq.read_table(self._part_path(s)) for s in range(self.shards_done)]
-        self.rows_done = sum(part.num_rows for part in self._parts)
-        self.last_row_id = self._parts[-1]["row_id"][-1].as_py() if self._parts else -1
 
-    def append(self, features: Tensor, rows: list[dict]) -> None:
-        """Add images: features [n, T, D] of any float dtype, one dict (ROW_SCHEMA) each.
+    def rows_of(self, shard: int) -> range:
+        """Rows of the data set that belong to a shard, readable or not."""
+        first = shard * ROWS_PER_SHARD
+        return range(first, min(first + ROWS_PER_SHARD, self.num_rows))
 
-        Raises UserError on NaN or Inf, naming the data set's row.
-        """
-        features = features.to("cpu", torch.bfloat16)
-        finite = features.isfinite().all(dim=(1, 2)) if len(features) else torch.ones(0)
-        if not finite.all():
-            bad = rows[int((~finite).nonzero()[0])]["row_id"]
-            raise UserError(f"features of data set row {bad} are not finite: check the encoder")
-        self._features.extend(features)
-        self._rows.extend(rows)
-        while len(self._rows) >= ROWS_PER_SHARD:
-            self._write_shard(ROWS_PER_SHARD)
+    def shards_to_do(self) -> list[int]:
+        """Shards that are not on disk yet, lowest first."""
+        every = range(-(-self.num_rows // ROWS_PER_SHARD))
+        return [shard for shard in every if not self._part_path(shard).exists()]
 
     @property
-    def count(self) -> int:
-        """Images appended so far: the next one's row of the cache."""
-        return self.rows_done + len(self._rows)
+    def rows_done(self) -> int:
+        """Rows of the data set whose shards are on disk."""
+        left = sum(len(self.rows_of(shard)) for shard in self.shards_to_do())
+        return self.num_rows - left
 
-    def features_of(self, position: int) -> Tensor:
-        """Features [T, D] bfloat16 of an image appended earlier, by its row of the cache."""
-        if position >= self.rows_done:
-            return self._features[position - self.rows_done]
-        with safe_open(self._shard_path(position // ROWS_PER_SHARD), framework="pt") as shard:
-            return shard.get_slice("features")[position % ROWS_PER_SHARD]
+    def write_shard(
+        self, shard: int, features: Tensor, rows: list[dict], skipped: list[dict]
+    ) -> None:
+        """Write one shard: its readable images and the rest of its rows.
 
-    def image_hashes(self) -> list[str]:
-        """Hashes of all images appended so far, in order of the cache's rows."""
-        done = [h for part in self._parts for h in part["image_sha256"].to_pylist()]
-        return done + [row["image_sha256"] for row in self._rows]
+        features: [n, T, D] of any float dtype; rows: a dict (ROW_SCHEMA) each, in rising order of
+        row_id; skipped: {"row_id", "reason"} of the others. Raises UserError on NaN or Inf, naming
+        the data set's row.
+        """
+        if len(rows) + len(skipped) != len(self.rows_of(shard)):
+            raise ValueError(f"shard {shard} has {len(rows)} images and {len(skipped)} skipped")
+        columns = {name: [row.get(name) for row in rows] for name in ROW_SCHEMA.names}
+        sigma: list[np.ndarray] = []
+        if rows:
+            features = features.to("cpu", torch.bfloat16)
+            finite = finite_images(features)
+            if not finite.all():
+                bad = rows[int((~finite).nonzero()[0])]["row_id"]
+                raise UserError(f"features of data set row {bad} are not finite: check the encoder")
+            save_tensors(self._shard_path(shard), {"features": features.contiguous()})
+            for batch in features.split(16):
+                sigma += list(exact_singular_values(normalise(batch)[0]).numpy())
+        columns["singular_values"] = sigma
+        schema = _PART_SCHEMA.with_metadata({"skipped": json.dumps(skipped)})
+        with atomic_path(self._part_path(shard)) as temporary:
+            pq.write_table(pa.table(columns, schema=schema), temporary)
 
-    def finish(self, skipped: list[dict]) -> None:
-        """Write the last shard, rows, singular values and, last of all, the manifest."""
-        if self._rows:
-            self._write_shard(len(self._rows))
-        if not self._parts:
-            raise UserError("the data set has no readable image: nothing was written")
-        table = pa.concat_tables(self._parts)
+    def features_of(self, row_id: int) -> Tensor:
+        """Features [T, D] bfloat16 of a readable row of another shard.
+
+        Waits for a shard that another process is writing.
+        """
+        shard = row_id // ROWS_PER_SHARD
+        if shard not in self._row_ids:
+            while not self._part_path(shard).exists():
+                time.sleep(0.05)
+            part = pq.read_table(self._part_path(shard), columns=["row_id"])
+            self._row_ids[shard] = part["row_id"].to_pylist()
+        with safe_open(self._shard_path(shard), framework="pt") as file:
+            return file.get_slice("features")[self._row_ids[shard].index(row_id)]
+
+    def finish(self, missing: Sequence[dict] = ()) -> list[dict]:
+        """Write rows, singular values and, last of all, the manifest, once every shard is there.
+
+        missing: {"row_id", "reason"} of what no shard counts among its rows. Returns all that was
+        skipped, these first.
+        """
+        parts, skipped = [], list(missing)
+        for shard in range(-(-self.num_rows // ROWS_PER_SHARD)):
+            part = pq.read_table(self._part_path(shard))
+            skipped += json.loads(part.schema.metadata[b"skipped"])
+            parts.append(part.replace_schema_metadata(None))
+        if not any(part.num_rows for part in parts):
+            raise UserError("the data set has no readable image: no cache was made of it")
+        table = pa.concat_tables(parts)
         sigma = torch.from_numpy(np.stack(table["singular_values"].to_numpy()))
         sigma_path = self.cache_dir / "singular_values.safetensors"
         save_tensors(sigma_path, {"singular_values": sigma})
@@ -128,8 +171,9 @@ class FeatureCacheWriter:
             "count": table.num_rows,
             "groups": len(set(table["group"].to_pylist())),
             "shards": [
-                {**file_entry(self._shard_path(s)), "rows": part.num_rows}
-                for s, part in enumerate(self._parts)
+                {**file_entry(self._shard_path(shard)), "rows": part.num_rows}
+                for shard, part in enumerate(parts)
+                if part.num_rows
             ],
             "rows": file_entry(rows_path),
             "singular_values": file_entry(sigma_path),
@@ -138,21 +182,7 @@ class FeatureCacheWriter:
         write_json(self.cache_dir / "manifest.json", manifest)
         for leftover in [*self.cache_dir.glob("part-*.parquet"), self.cache_dir / "partial.json"]:
             leftover.unlink()
-
-    def _write_shard(self, count: int) -> None:
-        features, self._features = torch.stack(self._features[:count]), self._features[count:]
-        rows, self._rows = self._rows[:count], self._rows[count:]
-        save_tensors(self._shard_path(self.shards_done), {"features": features})
-        sigma = torch.cat([exact_singular_values(normalise(f)[0]) for f in features.split(16)])
-        columns = {name: [row[name] for row in rows] for name in ROW_SCHEMA.names}
-        columns["singular_values"] = list(sigma.numpy())
-        part = pa.table(columns, schema=_PART_SCHEMA)
-        with atomic_path(self._part_path(self.shards_done)) as temporary:
-            pq.write_table(part, temporary)
-        # read back: rows of this process and of an interrupted one must be laid out alike
-        self._parts.append(pq.read_table(self._part_path(self.shards_done)))
-        self.rows_done += count
-        self.shards_done += 1
+        return skipped
 
     def _check_or_write_header(self) -> None:
         path = self.cache_dir / "partial.json"
@@ -163,6 +193,10 @@ class FeatureCacheWriter:
             return
         started = read_json(path, "start again with --overwrite")
         check_same_header(f"--cache_dir {self.cache_dir}", started, self.header)
+        for part in self.cache_dir.glob("part-*.parquet"):
+            # where an older version found unreadable images, its shards end at other rows
+            if b"skipped" not in (pq.read_schema(part).metadata or {}):
+                raise UserError(f"{part} is of an older version: start again with --overwrite")
 
     def _clear(self) -> None:
         # the manifest goes first: a half-removed cache must not look like a whole one

@@ -100,6 +100,37 @@ def _label_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
                     va="center", annotation_clip=False, arrowprops=arrow)  # fmt: skip
 
 
+def curve(ax: Axes, x: ArrayLike, y: ArrayLike, colour: str, wide: bool = False, **style) -> None:
+    """A curve with its points where they are few; a wide pale one leaves another on it visible."""
+    marker = "o" if len(x) < 40 and not wide and style.get("ls") != "--" else None
+    ax.plot(x, y, color=colour, marker=marker, ms=3.5, lw=6 if wide else 1.8,
+            alpha=0.35 if wide else 1, **style)  # fmt: skip
+
+
+def band(ax: Axes, values: np.ndarray, colour: str, wide: bool = False) -> None:
+    """Median and 10–90 % of positive values [n, k] over the index 1 … k."""
+    index = np.flatnonzero((values > 0).any(0))
+    values = np.where(values > 0, values, np.nan)[:, index]
+    low, middle, high = np.nanpercentile(values, (10, 50, 90), axis=0)
+    ax.fill_between(index + 1, low, high, color=colour, alpha=0.13, lw=0)
+    curve(ax, index + 1, middle, colour, wide)
+    ax.set_title("median and 10–90 % of images")
+
+
+def spread(ax: Axes, parts: dict[str, dict[str, np.ndarray]]) -> None:
+    """Mean and 10–90 % of network and SVD side by side, for each part (label → method → [n])."""
+    for position, values in enumerate(parts.values()):
+        for name, side, align in (("network", -0.12, "right"), ("svd", 0.12, "left")):
+            label, colour = METHODS[name]
+            low, high = np.percentile(values[name], (10, 90))
+            ax.plot([position + side] * 2, [low, high], color=colour, lw=4, alpha=0.4)
+            ax.plot(position + side, values[name].mean(), "o", color=colour, ms=7)
+            if position == 0:
+                ax.text(side, 1.03 * high, label, color=colour, ha=align)
+    ax.set_xticks(range(len(parts)), list(parts))
+    ax.set(xlim=(-0.75, len(parts) - 0.25), ylim=(0, 1.15 * ax.get_ylim()[1]))
+
+
 def note(ax: Axes, x: float, y: float, text: str, colour: str = GREY, **style) -> None:
     """Text inside a panel, in fractions of it."""
     ax.text(x, y, text, color=colour, transform=ax.transAxes, fontsize=10.5, **style)

@@ -132,13 +132,26 @@ def check_files(manifest_path: Path, entries: list[dict], remedy: str) -> None:
 
 
 def check_same_header(folder: str, started: dict, header: dict) -> None:
-    """Refuse to go on with what was begun under another header; `folder` is named as typed."""
-    for key in sorted({*started, *header}):
+    """Refuse to go on with what was begun under another header; `folder` is named as typed.
+
+    Of several differences the first in the header's order is shown, with both values.
+    """
+    started, header = _flat(started), _flat(header)
+    for key in {**header, **started}:
         if started.get(key) != header.get(key):
             raise UserError(
                 f"{folder} was begun with {key} = {started.get(key)}, now it is "
                 f"{header.get(key)}: type the same command again, or --overwrite to start anew"
             )
+
+
+def _flat(header: dict) -> dict:
+    """Nested entries by their dotted names: the value that differs is shown, not all around it."""
+    flat = {}
+    for key, value in header.items():
+        nested = isinstance(value, dict)
+        flat |= {f"{key}.{k}": v for k, v in _flat(value).items()} if nested else {key: value}
+    return flat
 
 
 def locate(package: str, path: str) -> Path:

@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 from PIL.Image import Image
 
+from box_error import tokens_in_box
 from figure_style import (
     BLACK,
     METHODS,
@@ -29,8 +30,10 @@ from figure_style import (
     as_array,
     common_limits,
     new_figure,
+    note,
     percent,
     save,
+    spread,
     tick_label,
 )
 
@@ -46,8 +49,11 @@ def _token_map(ax: Axes, values: np.ndarray, grid: Grid, limits: tuple[float, fl
     rows, columns = grid
     ax.set(xticks=[0, columns // 2, columns], yticks=[0, rows // 2, rows])
     ax.grid(False)
-    return ax.imshow(values.reshape(grid), vmin=limits[0], vmax=limits[1],
-                     extent=(0, columns, rows, 0), **style)  # fmt: skip
+    image = ax.imshow(values.reshape(grid), vmin=limits[0], vmax=limits[1],
+                      extent=(0, columns, rows, 0), **style)  # fmt: skip
+    if rows == 1:  # tokens in a row, each one a stripe: at equal scales they would be a hair line
+        ax.set(aspect=columns, yticks=[])
+    return image
 
 
 def _colour_bar(figure: Figure, image, axes, label: str, bins: int = 5, **style) -> None:
@@ -56,8 +62,12 @@ def _colour_bar(figure: Figure, image, axes, label: str, bins: int = 5, **style)
     bar.outline.set_visible(False)
 
 
-def _photograph(ax: Axes, photo: Image, box: Box, grid: Grid = (1, 1), **style) -> None:
-    """The photograph in the grid's units, and its box."""
+def _photograph(ax: Axes, photo: Image | None, box: Box, grid: Grid = (1, 1), **style) -> None:
+    """The photograph in the grid's units, and its box; where there is none, words say so."""
+    if photo is None:
+        ax.set_axis_off()
+        note(ax, 0, 1, "no photograph:\nimported features", va="top")
+        return
     ax.imshow(photo, extent=(0, grid[1], grid[0], 0), interpolation="bilinear")
     ax.set(xticks=[], yticks=[], **style)
     ax.grid(False)
@@ -66,6 +76,11 @@ def _photograph(ax: Axes, photo: Image, box: Box, grid: Grid = (1, 1), **style) 
 
 def _caption(box: Box) -> str:
     return "photograph" if box is None else "photograph and box of its text"
+
+
+def _axis_names(grid: Grid) -> tuple[str, str]:
+    """What the columns and rows of a token map are."""
+    return ("token", "") if grid[0] == 1 else ("token column", "token row")
 
 
 def _draw_box(ax: Axes, box: Box, grid: Grid) -> None:
@@ -90,9 +105,10 @@ def error_heatmap(
         ax.set_title(f"{METHODS[name][0]}: mean {values.mean():.4g}", color=METHODS[name][1])
     signed = _token_map(axes[2], apart, grid, common_limits(apart, symmetric=True), cmap="RdBu_r")
     axes[2].set_title("network − SVD (red: SVD better)")
-    axes[0].set_ylabel("token row")
+    across, down = _axis_names(grid)
+    axes[0].set_ylabel(down)
     for ax in axes:
-        ax.set_xlabel("token column")
+        ax.set_xlabel(across)
     _colour_bar(figure, image, list(axes[:2]), "relative error of a token")
     _colour_bar(figure, signed, axes[2], "difference of relative error")
     worst = 100 * np.max(np.abs(apart) / np.maximum(errors["svd"], 1e-12))
@@ -102,8 +118,8 @@ def error_heatmap(
 
 @rc_context(STYLE)
 def channel_comparison(
-    path: str | Path, photo: Image, box: Box, maps: dict[str, ArrayLike], channels: list[int],
-    grid: Grid, info: dict[str, str],
+    path: str | Path, photo: Image | None, box: Box, maps: dict[str, ArrayLike],
+    channels: list[int], grid: Grid, info: dict[str, str],
 ) -> None:  # fmt: skip
     """C channels of one image: original, network and SVD on one scale each, differences on one.
 
@@ -139,57 +155,47 @@ def channel_comparison(
 
 @rc_context(STYLE)
 def spatial_error(
-    path: str | Path, photo: Image, box: Box, token_error: dict[str, ArrayLike], grid: Grid,
+    path: str | Path, photo: Image | None, box: Box, token_error: dict[str, ArrayLike], grid: Grid,
     info: dict[str, str],
 ) -> None:  # fmt: skip
     """Relative error per token [T] of one image: network and SVD on one scale, their difference.
 
-    Above as maps, below over the photograph; info: title and footer.
+    Above as maps, below over the photograph, where there is one; info: title and footer.
     """
     errors = {name: as_array(token_error[name]) for name in ("network", "svd")}
     apart = errors["network"] - errors["svd"]
-    figure = new_figure(15.5, 7.7, "compressed")
-    axes = figure.subplots(2, 4)
-    _photograph(axes[0, 0], photo, box, title=_caption(box))
-    _inside_outside(axes[1, 0], errors, box, grid)
+    figure = new_figure(15.5, 7.7 if photo else 4.5, "compressed")
+    axes = figure.subplots(2 if photo else 1, 4, squeeze=False)
+    if photo:
+        _photograph(axes[0, 0], photo, box, title=_caption(box))
+    _inside_outside(axes[-1, 0], errors, box, grid)
     scale, signed = common_limits(*errors.values()), common_limits(apart, symmetric=True)
     panels = [(*METHODS[name], values, scale, "viridis") for name, values in errors.items()]
     panels.append(("network − SVD (red: SVD better)", BLACK, apart, signed, "RdBu_r"))
-    images = []
-    for (above, below), (label, colour, values, limits, cmap) in zip(
+    images, (across, down) = [], _axis_names(grid)
+    for (above, *over_photo), (label, colour, values, limits, cmap) in zip(
         axes[:, 1:].T, panels, strict=True
     ):
         images.append(_token_map(above, values, grid, limits, cmap=cmap))
-        _photograph(below, photo, None, grid)
-        _token_map(below, values, grid, limits, cmap=cmap, alpha=0.6)
         above.set_title(label, color=colour)
-        below.set_xlabel("token column")
-        for ax in (above, below):
+        for below in over_photo:
+            _photograph(below, photo, None, grid)
+            _token_map(below, values, grid, limits, cmap=cmap, alpha=0.6)
+        for ax in (above, *over_photo):
             _draw_box(ax, box, grid)
+    for ax in axes[-1, 1:]:
+        ax.set_xlabel(across)
     for ax in axes[:, 1]:
-        ax.set_ylabel("token row")
+        ax.set_ylabel(down)
     _colour_bar(figure, images[0], list(axes[:, 2]), "relative error of a token", aspect=40)
     _colour_bar(figure, images[2], list(axes[:, 3]), "difference of relative error", aspect=40)
     save(figure, path, info["title"], info["footer"])
 
 
 def _inside_outside(ax: Axes, errors: dict[str, np.ndarray], box: Box, grid: Grid) -> None:
-    """Mean and 10–90 % of the tokens' errors, in the box (their centres) and outside it."""
-    y, x = np.indices(grid).reshape(2, -1)
-    inside = np.zeros(x.shape, bool)
-    if box is not None:
-        u, v = (x + 0.5) / grid[1] - box[0], (y + 0.5) / grid[0] - box[1]
-        inside = (u >= 0) & (u <= box[2]) & (v >= 0) & (v <= box[3])
+    """Mean and 10–90 % of the tokens' errors, in the box and outside it."""
+    inside = tokens_in_box(box, grid).numpy()
     parts = {"in the box": inside, "outside" if box else "all": ~inside}
     parts = {f"{name}\n({m.sum()} tokens)": m for name, m in parts.items() if m.any()}
-    for position, mask in enumerate(parts.values()):
-        for name, side, align in (("network", -0.12, "right"), ("svd", 0.12, "left")):
-            label, colour = METHODS[name]
-            low, high = np.percentile(errors[name][mask], (10, 90))
-            ax.plot([position + side] * 2, [low, high], color=colour, lw=4, alpha=0.4)
-            ax.plot(position + side, errors[name][mask].mean(), "o", color=colour, ms=7)
-            if position == 0:
-                ax.text(side, 1.03 * high, label, color=colour, ha=align)
-    ax.set_xticks(range(len(parts)), list(parts))
-    ax.set(xlim=(-0.75, len(parts) - 0.25), ylim=(0, 1.15 * ax.get_ylim()[1]), box_aspect=1,
-           ylabel="relative error of a token", title="mean and 10–90 % of tokens")  # fmt: skip
+    spread(ax, {label: {n: e[mask] for n, e in errors.items()} for label, mask in parts.items()})
+    ax.set(box_aspect=1, ylabel="relative error of a token", title="mean and 10–90 % of tokens")

@@ -56,6 +56,12 @@ def normalise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return centred / std, mean, std
 
 
+def finite_images(features: Tensor) -> Tensor:
+    """Which images [n, T, D] hold neither NaN nor Inf: [n] bool."""
+    # a twentieth of isfinite's time on bfloat16 on a CPU: extremes are infinite, or NaN, if any is
+    return torch.stack(features.flatten(1).aminmax(dim=1)).isfinite().all(0)
+
+
 def denormalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Undo `normalise`: tokens in the encoder's own units, [..., T, D]."""
     return x * std + mean
@@ -86,6 +92,8 @@ class Batch(NamedTuple):
     mean: Tensor  # [b, T, 1] float32
     std: Tensor  # [b, T, 1] float32
     singular_values: Tensor  # [b, min(T, D)] float64, of x, largest first
+    images: int  # of this step in all processes
+    share: float  # of them that are this process's: b / images, or 0 where it computes along
 
 
 @dataclass(frozen=True)
@@ -175,10 +183,11 @@ class RealQwenVLDataset(Dataset):
         """Question, answers, bbox, width, height, group … of one row, as a dict."""
         return self.rows.slice(row, 1).to_pylist()[0]
 
-    def thumbnail(self, row: int) -> Image.Image:
-        """The image as the encoder saw it (square), small, RGB."""
+    def thumbnail(self, row: int) -> Image.Image | None:
+        """The image as the encoder saw it (square), small, RGB; None of imported features."""
         table = pq.read_table(self.cache_dir / "rows.parquet", columns=["thumbnail"])
-        return Image.open(io.BytesIO(table["thumbnail"][row].as_py())).convert("RGB")
+        data = table["thumbnail"][row].as_py()
+        return None if data is None else Image.open(io.BytesIO(data)).convert("RGB")
 
     def keep_resident(self, device: torch.device, share: float = 0.5) -> bool:
         """Hold all features on `device` where they take at most `share` of its free memory."""
@@ -194,10 +203,27 @@ class RealQwenVLDataset(Dataset):
         self._resident = resident
         return True
 
-    def verify(self) -> list[str]:
-        """Re-read every file against its sha256; returns the damaged ones' names."""
+    def verify(self) -> dict[str, str]:
+        """Re-read every file: its sha256; of shards also dtype, shape and finiteness.
+
+        Returns damaged file → what is wrong, empty where all is well. One shard at a time is in
+        memory.
+        """
         files = [*self.manifest["shards"], self.manifest["rows"], self.manifest["singular_values"]]
-        return [f["file"] for f in files if sha256_file(self.cache_dir / f["file"]) != f["sha256"]]
+        damaged = {}
+        for index, entry in enumerate(files):
+            name = entry["file"]
+            if sha256_file(self.cache_dir / name) != entry["sha256"]:
+                damaged[name] = "does not match its sha256"
+            elif index < len(self.manifest["shards"]):
+                features = self._shard(index).get_tensor("features")
+                if features.dtype != torch.bfloat16:
+                    damaged[name] = f"holds {features.dtype}, not torch.bfloat16"
+                elif not finite_images(features).all():
+                    damaged[name] = "holds NaN or Inf"
+        if not self.singular_values.isfinite().all():
+            damaged["singular_values.safetensors"] = "holds NaN or Inf"
+        return damaged
 
     def _read_row(self, row: int) -> Tensor:
         shard = int(np.searchsorted(self._shard_ends, row, side="right"))
@@ -271,7 +297,8 @@ def _read_manifest(cache_dir: Path) -> dict:
         else BUILD_CACHE,
     )
     needed = ("format", "kind", "encoder", "num_tokens", "feature_dim", "grid", "count", "shards")
-    check_keys(path, manifest, (*needed, "rows", "singular_values"), BUILD_CACHE)
+    needed += ("dtype", "split_by", "skipped", "rows", "singular_values")
+    check_keys(path, manifest, needed, BUILD_CACHE)
     if manifest["format"] != FORMAT:
         raise UserError(f"{path} has format {manifest['format']}, not {FORMAT}: {BUILD_CACHE}")
     files = [*manifest["shards"], manifest["rows"], manifest["singular_values"]]
@@ -290,28 +317,55 @@ def _free_memory(device: torch.device) -> int:
         return 0
 
 
+class Share(NamedTuple):
+    """What one process does in one step; the fields are `Batch`'s."""
+
+    rows: list[int]
+    images: int
+    share: float
+
+
 class EpochSampler(Sampler):
     """Lists of rows, one list a batch, in an order that only (seed, epoch) decide.
 
     `start` skips that many batches of the epoch: an interrupted epoch goes on where it was.
+    part: (rank, world); of several processes each takes its part of every world · batch_size rows
+    in that order. Where the last rows are too few for all, a process computes on one of another's
+    with share 0: no step may lack a process, and a network has no gradient of no image.
     """
 
-    def __init__(self, rows: Tensor, batch_size: int, shuffle_seed: int | None = None) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        batch_size: int,
+        shuffle_seed: int | None = None,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
         self.rows, self.batch_size, self.shuffle_seed = rows, batch_size, shuffle_seed
+        self.rank, self.world = part
         self.epoch = 0
         self.start = 0
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // self.batch_size)
+        return -(-len(self.rows) // (self.batch_size * self.world))
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def shares(self) -> list[Share]:
         rows = self.rows
         if self.shuffle_seed is not None:
             key = np.random.SeedSequence([self.shuffle_seed, self.epoch]).generate_state(1)[0]
             order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(int(key)))
             rows = rows[order]
-        for batch in list(rows.split(self.batch_size))[self.start :]:
-            yield batch.tolist()
+        size, shares = self.batch_size * self.world, []
+        for first in range(self.start * size, len(rows), size):
+            step = rows[first : first + size]
+            own = step.tensor_split(self.world)[self.rank]
+            used = own if len(own) else step[:1]
+            shares.append(Share(used.tolist(), len(step), len(own) / len(step)))
+        return shares
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for share in self.shares():
+            yield share.rows
 
 
 class BatchLoader:
@@ -324,8 +378,9 @@ class BatchLoader:
         batch_size: int,
         device: torch.device,
         shuffle_seed: int | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
-        self.sampler = EpochSampler(rows, batch_size, shuffle_seed)
+        self.sampler = EpochSampler(rows, batch_size, shuffle_seed, part)
         self.device = device
         self.dataset = dataset
         self.singular_values = dataset.singular_values.to(device)
@@ -352,13 +407,15 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         # the epoch's order goes to the device once: no step waits for a copy of its rows
-        batches = list(self.sampler)
-        order = torch.tensor(sum(batches, []), device=self.device).split(list(map(len, batches)))
+        shares = self.sampler.shares()
+        rows = sum((s.rows for s in shares), [])
+        order = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        order = order.split([len(s.rows) for s in shares])
         resident = self.dataset._resident is not None
         sources = (self.dataset[rows] for rows in order) if resident else self.loader
-        for rows, features in zip(order, sources, strict=True):
+        for rows, features, (_, images, share) in zip(order, sources, shares, strict=True):
             x, mean, std = normalise(features.to(self.device, non_blocking=True))
-            yield Batch(rows, x, mean, std, self.singular_values[rows])
+            yield Batch(rows, x, mean, std, self.singular_values[rows], images, share)
 
 
 class Loaders(NamedTuple):
@@ -373,16 +430,23 @@ def create_data_loaders_real(
     *,
     seed: int = 42,
     device: torch.device | str = "cpu",
+    part: tuple[int, int] = (0, 1),
+    tenants: int = 1,
 ) -> Loaders:
     """Loaders of the dataset's split; features live on the device where they fit comfortably.
 
     Training order is reshuffled each epoch from `seed`; validation and test keep cache order.
+    part: (rank, world) of several processes: batch_size is each one's, training batches and the
+    validation images are shared between them, test images are not. tenants: processes that share
+    the host's memory.
     """
     device = torch.device(device)
-    dataset.keep_resident(device)
+    dataset.keep_resident(device, share=0.5 / (tenants if device.type == "cpu" else 1))
     split = dataset.split
+    rank, world = part
+    validation = split.val.tensor_split(world)[rank]
     return Loaders(
-        BatchLoader(dataset, split.train, batch_size, device, shuffle_seed=seed),
-        BatchLoader(dataset, split.val, batch_size, device),
+        BatchLoader(dataset, split.train, batch_size, device, shuffle_seed=seed, part=part),
+        BatchLoader(dataset, validation, batch_size, device),
         BatchLoader(dataset, split.test, batch_size, device),
     )

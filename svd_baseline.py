@@ -97,12 +97,16 @@ def image_metrics(
 def evaluate(
     factorise: Callable[[Tensor], Factors], batches: Iterable[Batch], rank: int | None = None
 ) -> dict[str, Tensor]:
-    """`image_metrics` of `factorise(x)` on every batch, one after another: each [n] on the CPU."""
+    """`image_metrics` of `factorise(x)` on every batch, one after another: each [n] on the CPU.
+
+    Without any batch the dict is empty.
+    """
     parts = [
         image_metrics(batch.x, *factorise(batch.x), batch.singular_values, rank)
         for batch in batches
     ]
-    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+    names = parts[0] if parts else ()
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in names}
 
 
 def report_ranks(rank: int) -> list[int]:

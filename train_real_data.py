@@ -6,14 +6,17 @@
 Writes results/<arch>/: best_model.pt, last_model.pt, history.json, test_results.json and four
 figures; log/logs_<timestamp>/: config.json, training.log, final_summary.json. Goes on with --resume
 (from the best model, --epochs more) or --resume last (exactly where an interrupted run was).
+
+    torchrun --nproc_per_node 2 train_real_data.py --batch_size 4
+
+trains in two processes that share every step's 2 · 4 images (gradients averaged over images, so the
+losses are those of one process with --batch_size 8, up to rounding and to dropout's masks).
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import signal
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,26 +26,31 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
+import distributed
 import grid_plots
 import plots
 from checkpoint import load_model, save_checkpoint
 from cli import UserError
 from files import new_folder, sweep_temporaries, write_json
-from model import ARCHITECTURES, LossTerms, LowRankFactorModel, canonical_arch
-from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset, create_data_loaders_real
-from run_log import RunLog
-from subspace import pivoted_features
+from model import ARCHITECTURES, LowRankFactorModel, canonical_arch
+from qwenvl_dataloader import (
+    Batch,
+    BatchLoader,
+    Loaders,
+    RealQwenVLDataset,
+    create_data_loaders_real,
+)
+from run_log import RunLog, epoch_line, print_header, report
 from svd_baseline import (
     evaluate,
     gram_eigh,
     optimum,
     percent_text,
     report_ranks,
-    second_moment,
     summarise,
     token_error,
 )
-from training_state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run
+from training_state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run, start_from_data
 
 CLIP_NORM = 1.0
 CHECK_EVERY = 50  # steps between looks at the non-finite flag, each a wait for the device
@@ -54,7 +62,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Train a network that factors vision tokens, X ≈ A·B at rank r.",
         epilog="examples:\n"
         "  python train_real_data.py --arch ResMLP --epochs 500 --rank 128\n"
-        "  python train_real_data.py --arch ResMLP --resume --epochs 100",
+        "  python train_real_data.py --arch ResMLP --resume --epochs 100\n"
+        "  torchrun --nproc_per_node 2 train_real_data.py --batch_size 4   # 8 a step",
     )
     where = parser.add_argument_group("files")
     where.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
@@ -84,7 +93,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=number(int, 1), default=20,
                        help="epochs, or epochs to add with --resume")  # fmt: skip
-    train.add_argument("--batch_size", type=number(int, 1), default=8, help="images a step")
+    train.add_argument("--batch_size", type=number(int, 1), default=8,
+                       help="images a step, of each process")  # fmt: skip
     train.add_argument("--lr", type=number(float, above=0), default=1e-4,
                        help=f"AdamW's; shifts get {SHIFT_LR_FACTOR} times it")  # fmt: skip
     train.add_argument("--weight_decay", type=number(float, 0), default=1e-5, help="AdamW's")
@@ -120,13 +130,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train_step(run: TrainState, x: Tensor, singular_values: Tensor) -> tuple[LossTerms, Tensor]:
-    """One optimiser step on x [b, T, D]. Returns the terms and a scalar flag, 1 where not finite.
+def train_step(run: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
+    """One optimiser step of all processes, on this process's images of it.
 
-    A step with a non-finite loss or gradient changes no weight; nothing waits for the device.
+    Returns the means of TERMS over the step's images [len(TERMS)] float64 and a scalar flag, 1
+    where the step is not finite; then it changed no weight. Nothing waits for the device.
     """
     args = run.args
-    terms = run.model.loss_terms(x, singular_values)
+    terms = run.model.loss_terms(batch.x, batch.singular_values)
     loss = (
         terms.reconstruction
         + args.lambda_B * terms.B
@@ -135,19 +146,26 @@ def train_step(run: TrainState, x: Tensor, singular_values: Tensor) -> tuple[Los
     )
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    # means over the images of all processes, from each process's own
+    values = torch.stack([loss.detach().double(), *(getattr(terms, n).double() for n in TERMS)])
+    values, energy = values.detach(), terms.component_energy
+    gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
+    distributed.average_([*gradients, values, energy], batch.share)
     if run.allocator:
-        run.allocator.observe(run.model, terms.component_energy)
+        run.allocator.observe(run.model, energy)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP_NORM)
-    broken = (~(norm.isfinite() & loss.detach().isfinite())).float()
+    broken = (~(norm.isfinite() & values[0].isfinite())).float()
     run.optimizer.found_inf = broken
     run.optimizer.step()
     run.step += 1
     if run.allocator:
         run.allocator.apply(run.model, run.step)
-    return terms, broken
+    return values[1:], broken
 
 
-def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: Stop) -> None:
+def train(
+    run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: distributed.Stop
+) -> None:
     """Train to `run.last_epoch`, to early stopping, or to a signal; writes the checkpoints."""
     broken = torch.zeros((), device=run.sums.device)
     while run.epoch <= run.last_epoch and run.bad_epochs < run.args.patience:
@@ -156,15 +174,15 @@ def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: St
         run.model.train()
         loaders.train.set_epoch(run.epoch, start=run.batches_done)
         label = f"epoch {run.epoch}/{run.last_epoch}"
-        for batch in tqdm(loaders.train, desc=label, unit="batch", leave=False, disable=None):
-            terms, bad = train_step(run, batch.x, batch.singular_values)
-            values = torch.stack([getattr(terms, name).detach().double() for name in TERMS])
-            run.sums += values * len(batch.x)
+        hidden = distributed.hide_bar()
+        for batch in tqdm(loaders.train, desc=label, unit="batch", leave=False, disable=hidden):
+            means, bad = train_step(run, batch)
+            run.sums += means * batch.images
             run.batches_done += 1
             broken += bad
             if run.step % CHECK_EVERY == 0:
                 check_finite(broken, folder)
-            if stop.requested:
+            if stop.requested():
                 check_finite(broken, folder)
                 save(run, folder / "last_model.pt", log)
                 return
@@ -173,6 +191,7 @@ def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: St
         # validation; plateau, best and stopping wait for the final rank
         seconds = time.perf_counter() - begun
         record = close_epoch(run, loaders, seconds, run.batches_done - first_batch)
+        record = distributed.from_main(record)  # its bits decide, in all processes
         distance = record["val_mse"] - record["val_optimum_mse"]
         if not math.isfinite(distance):
             raise UserError(f"validation is not finite in epoch {run.epoch}: lower --lr")
@@ -191,7 +210,8 @@ def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: St
         if improved:
             save(run, folder / "best_model.pt", log)
         save(run, folder / "last_model.pt", log)
-        write_json(folder / "history.json", run.history)
+        if distributed.is_main():
+            write_json(folder / "history.json", run.history)
         log(epoch_line(record, run))
         log.board(record)
 
@@ -208,11 +228,16 @@ def check_finite(broken: Tensor, folder: Path) -> None:
 
 
 def validate(run: TrainState, loaders: Loaders) -> dict:
-    """Validation part of a history entry: whole-matrix errors of A·B itself."""
+    """Validation part of a history entry: whole-matrix errors of A·B itself.
+
+    Each process evaluates its part of the images; the entry is of all of them, in all.
+    """
     run.model.eval()
     rank = run.model.current_effective_rank()
-    metrics = evaluate(lambda x: run.model(x), loaders.val, rank)
-    sigma = loaders.val.singular_values[loaders.val.sampler.rows.to(run.sums.device)].cpu()
+    own = evaluate(lambda x: run.model(x), loaders.val, rank)
+    metrics = distributed.gather_columns(own)
+    dataset = loaders.val.dataset
+    sigma = dataset.singular_values[dataset.split.val]
     mean_square = sigma.square().sum(-1) / (run.model.num_tokens * run.model.input_dim)
     return {
         "val_mse": float((metrics["rel_error"].square() * mean_square).mean()),
@@ -235,7 +260,7 @@ def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int)
         "loss_lora_ortho": args.lambda_ortho * mean["lora_ortho"],
         "loss_act": args.lambda_act * mean["act"],
     }
-    done = min(images, batches * args.batch_size)
+    done = min(images, batches * args.batch_size * distributed.world())
     return {
         "epoch": run.epoch,
         "train_loss": sum(weighted.values()),
@@ -250,45 +275,14 @@ def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int)
     }
 
 
-def epoch_line(record: dict, run: TrainState) -> str:
-    best = f"best epoch {run.best_epoch}" if run.best_epoch else "rank not final"
-    return (
-        f"epoch {record['epoch']:4d}  loss {record['train_loss']:.6f}  "
-        f"val_mse {record['val_mse']:.6e}  optimum {record['val_optimum_mse']:.6e}  "
-        f"excess {percent_text(record['val_excess_pct'])}  rank {record['effective_rank']}  "
-        f"lr {record['lr']:.2e}  {record['samples_per_s']:.1f} images/s  {best}"
-    )
-
-
-class Stop:
-    """Within `with`, SIGINT and SIGTERM set a flag that the loop reads after each step."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    def __enter__(self) -> Stop:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self._note) for number in numbers}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame) -> None:
-        self.signal = number
-
-    @property
-    def requested(self) -> bool:
-        return self.signal != 0
-
-
 def save(run: TrainState, path: Path, log: Callable[[str], None]) -> None:
     """Write a checkpoint; a fresh run's first one moves the results of an earlier run aside."""
-    if run.fresh:
-        set_aside(path.parent, log)
-        run.fresh = False
-    save_checkpoint(path, run.checkpoint())
+    state = run.checkpoint()
+    if distributed.is_main():
+        if run.fresh:
+            set_aside(path.parent, log)
+        save_checkpoint(path, state)
+    run.fresh = False
 
 
 def set_aside(folder: Path, log: Callable[[str], None]) -> None:
@@ -299,20 +293,6 @@ def set_aside(folder: Path, log: Callable[[str], None]) -> None:
         for path in old:
             path.rename(target / path.name)
         log(f"results of an earlier run were moved to {target}")
-
-
-def print_header(run: TrainState, dataset: RealQwenVLDataset, loaders: Loaders, log) -> None:
-    rank = run.model.current_effective_rank()
-    best = optimum(dataset.singular_values[dataset.split.val], rank).mean()
-    parameters = sum(p.numel() for p in run.model.parameters())
-    config = run.model.config
-    log(dataset.label)
-    log("  ".join(f"{k} {v}" for k, v in cli.environment(run.sums.device).items()))
-    log("  ".join(f"{k} {v}" for k, v in config.items()) + f"  parameters {parameters:,}")
-    log(
-        f"{loaders.train.num_images} training, {loaders.val.num_images} validation, "
-        f"{loaders.test.num_images} test images; optimum rel_error at rank {rank}: {best:.5f}"
-    )
 
 
 def test_and_draw(
@@ -383,24 +363,28 @@ def main(args: argparse.Namespace) -> int:
     dataset = RealQwenVLDataset(args.cache_dir)
     run = open_run(args, folder, dataset)
     args = run.args
+    distributed.check_same("has another cache or checkpoint", (run.identity, run.step))
     loaders = create_data_loaders_real(
-        dataset, args.batch_size, seed=args.seed, device=run.sums.device
+        dataset,
+        args.batch_size,
+        seed=args.seed,
+        device=run.sums.device,
+        part=(distributed.rank(), distributed.world()),
+        tenants=distributed.local_world(),
     )
     if run.allocator:
         steps = len(loaders.train)
         run.allocator.check_fits(run.step + (run.last_epoch - run.epoch + 1) * steps, steps)
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep_temporaries(folder)
+    if distributed.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep_temporaries(folder)
     with RunLog(args) as log:
         print_header(run, dataset, loaders, log)
         if args.resume:
             lr = run.optimizer.param_groups[0]["lr"]
             log(f"going on with epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}")
         else:
-            if run.model.factors == "projected" and args.seen_features == "pivoted":
-                images = tqdm(loaders.train, desc="second moment", leave=False, disable=None)
-                moment = second_moment(b.x for b in images)
-                run.model.see_features(pivoted_features(moment, len(run.model.seen)))
+            start_from_data(run, dataset)
             initial = validate(run, loaders)
             run.history.append({"epoch": 0, **initial})
             log(
@@ -408,39 +392,17 @@ def main(args: argparse.Namespace) -> int:
                 f"{initial['val_optimum_mse']:.6e}  excess "
                 + percent_text(initial["val_excess_pct"])
             )
-        with Stop() as stop:
+        with distributed.Stop() as stop:
             train(run, loaders, folder, log, stop)
-        if stop.requested and not run.finished:
+        if stop.signal and not run.finished:
             log(f"stopped by signal {stop.signal} in epoch {run.epoch}: wrote last_model.pt; "
                 f"go on with --arch {args.arch} --resume last")  # fmt: skip
             return 128 + stop.signal
-        results = test_and_draw(folder, dataset, loaders, run.history)
-        report(run, results, folder, log, time.perf_counter() - started)
+        if distributed.is_main():
+            results = test_and_draw(folder, dataset, loaders, run.history)
+            report(run, results, folder, log, time.perf_counter() - started)
     return 0
 
 
-def report(run: TrainState, results: dict, folder: Path, log: RunLog, seconds: float) -> None:
-    """The closing lines, and final_summary.json."""
-    log(f"best epoch {run.best_epoch} of {run.epoch - 1}; on {results['n_images']} test images:")
-    for rank, metrics in results["ranks"].items():
-        error, excess = metrics["rel_error"], metrics["excess_pct"]
-        log(
-            f"  rank {rank:>4}  rel_error {error['mean']:.5f}  excess mean "
-            f"{percent_text(excess['mean'])}  p90 {percent_text(excess['p90'])}"
-        )
-    speeds = [record["samples_per_s"] for record in run.history if "samples_per_s" in record]
-    log.write_summary(
-        {
-            **results,
-            "wall_seconds": round(seconds, 1),
-            "samples_per_s": statistics.median(speeds),
-            "environment": cli.environment(run.sums.device),
-        }
-    )
-    log(f"wrote {folder}/best_model.pt, history.json, test_results.json and figures: look at "
-        f"{folder}/train_val_loss_comparison.png")  # fmt: skip
-    log(f"next: python compare_svd_nn.py --arch {run.args.arch}")
-
-
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    distributed.run(main, get_args_parser())

@@ -6,16 +6,21 @@ import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import cli
+import distributed
 from checkpoint import cache_identity, load_checkpoint, rng_state, set_rng_state
 from cli import UserError
 from files import read_json
 from model import LowRankFactorModel, get_model_by_name
-from qwenvl_dataloader import RealQwenVLDataset
+from qwenvl_dataloader import BatchLoader, RealQwenVLDataset
 from rank_allocator import RankAllocator
+from subspace import pivoted_features
+from svd_baseline import second_moment
 
 SHIFT_LR_FACTOR = 20  # a shift must move by tenths while weights move by thousandths
 # terms of the loss that are summed over an epoch (model.LossTerms)
@@ -53,13 +58,17 @@ class TrainState:
                       "bad_epochs", "finished", "sums", "history")  # fmt: skip
 
     def checkpoint(self) -> dict:
+        """Several processes have to call it together: each hands in its generators' state."""
+        rng = distributed.gather(rng_state())
         return {
             "config": self.model.config,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "allocator": self.allocator.state_dict() if self.allocator else None,
-            "rng": rng_state(),
+            "rng": rng[0],
+            "other_rng": rng[1:],  # of the processes beside the main one
+            "processes": distributed.world(),
             "progress": {name: getattr(self, name) for name in self.progress_names},
             "args": {k: v for k, v in vars(self.args).items() if k != "typed"},
             "cache": self.identity,
@@ -75,11 +84,21 @@ class TrainState:
             setattr(self, name, state["progress"][name])
         self.fresh = False
         self.sums = self.sums.to(self.model.shift_logits.device)
-        set_rng_state(state["rng"])
+        rng = [state["rng"], *state.get("other_rng", [])]
+        if distributed.rank() < len(rng):
+            set_rng_state(rng[distributed.rank()])
+        else:
+            seed_process(self.args.seed, self.step)
 
     @property
     def rank_is_final(self) -> bool:
         return self.allocator is None or self.allocator.is_final(self.step)
+
+
+def seed_process(seed: int, step: int) -> None:
+    """A stream of its own (dropout's) for each process beside the main one."""
+    key = np.random.SeedSequence([seed, distributed.rank(), step]).generate_state(2, np.uint64)
+    torch.manual_seed(int(key[0]) >> 1)
 
 
 def build_run(
@@ -113,6 +132,8 @@ def build_run(
         names = ("init_warmup", "final_warmup", "mask_interval", "keep_ratio", "importance")
         options = {name: getattr(args, f"allocator_{name}") for name in names}
         allocator = RankAllocator(model, **options)
+    if not distributed.is_main():  # from here on: all have begun with the same weights
+        seed_process(args.seed, step=0)
     sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
     identity = cache_identity(dataset)
     return TrainState(
@@ -128,7 +149,7 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
     path = folder / f"{args.resume}_model.pt"
     state = load_checkpoint(path, dataset)
     # the model's own values where a flag was left to its default
-    before = {**state["args"], **state["config"]}
+    before = {**state["args"], **state["config"], "batch_size": own_batch_size(state, path)}
     for name in sorted(args.typed - FREE_ON_RESUME):
         if getattr(args, name) != before[name]:
             raise UserError(
@@ -143,6 +164,7 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
     typed_lr = args.lr if "lr" in args.typed else None
     epochs = args.epochs
     kept = {k: v for k, v in state["args"].items() if k not in FREE_ON_RESUME}
+    kept["batch_size"] = before["batch_size"]
     untyped = {"lr", "patience"} | ({"epochs"} if args.resume == "last" else set())
     kept |= {name: before[name] for name in untyped - args.typed}
     args = argparse.Namespace(**{**vars(args), **kept})
@@ -162,6 +184,36 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
         for group, factor in zip(run.optimizer.param_groups, (1, 1, SHIFT_LR_FACTOR), strict=True):
             group["lr"] = typed_lr * factor
     return run
+
+
+def start_from_data(run: TrainState, dataset: RealQwenVLDataset) -> None:
+    """Choose the features that a new model's branches look at from the training tokens.
+
+    The main process looks at all processes' images; all of them have to call this and get the same.
+    """
+    model = run.model
+    if model.factors != "projected" or run.args.seen_features != "pivoted":
+        return
+    seen = None
+    if distributed.is_main():
+        size, seed = run.args.batch_size, run.args.seed
+        loader = BatchLoader(dataset, dataset.split.train, size, run.sums.device, seed)
+        batches = tqdm(loader, desc="second moment", leave=False, disable=None)
+        seen = pivoted_features(second_moment(b.x for b in batches), len(model.seen))
+    model.see_features(distributed.from_main(seen))
+
+
+def own_batch_size(state: dict, path: Path) -> int:
+    """Images a step of each process, so that all together have as many as the run began with."""
+    images = state["args"]["batch_size"] * state.get("processes", 1)
+    world = distributed.world()
+    if images % world:
+        counts = ", ".join(str(n) for n in range(1, images + 1) if images % n == 0)
+        raise UserError(
+            f"{path} was trained with {images} images a step, which {world} processes cannot "
+            f"share evenly: start one of {counts} processes"
+        )
+    return images // world
 
 
 def _epochs_of(results: Path) -> int | None:

@@ -62,8 +62,9 @@ def main(args: argparse.Namespace) -> None:
     info = {
         "title": f"Image {row} ({part}) at rank {rank}: {arch} keeps {100 * (1 - error**2):.3f} % "
         "of the energy" + ("" if excess is None else f", {excess:.3f} % above the SVD's error"),
-        "footer": f"{dataset.label}; rank {rank}, seed {state['args']['seed']}; "
-        f"question: {record['question']}",
+        "footer": f"{dataset.label}; rank {rank}, seed {state['args']['seed']}"
+        + (f"; question: {record['question']}" if record["question"] else "")
+        + (f"; {record['path']}" if record.get("path") else ""),
     }
     channels = list(range(min(CHANNELS, dataset.feature_dim)))
     maps = {"original": x[0]} | {name: (a @ b)[0] for name, (a, b) in factors.items()}

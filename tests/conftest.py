@@ -4,18 +4,40 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small work; threads would fight over two cores
 
+import hashlib
 import importlib
+import io
+import json
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import cli
 import extract_features
 import make_demo_data
 
+# flags of the smallest training
+TRAIN = "--epochs 1 --rank 4 --oversample 2 --refine_steps 1 --hidden_dim 16".split()
+# as in the published Qwen2.5-VL-3B-Instruct
+QWEN_PREPROCESSOR = {
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+}
 # three crops of each of 12 photographs
 TINY_ROWS = [8 * photograph + crop for photograph in range(12) for crop in range(3)]
 
@@ -60,6 +82,49 @@ def cache_copy(tiny_cache, tmp_path):
     return Path(shutil.copytree(tiny_cache, tmp_path / "cache"))
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    """Name → SHA-256 of each file in a folder."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    """A Qwen2.5-VL checkpoint as transformers saves it: T = 16 at 112 pixels, D = 64."""
+    torch.manual_seed(0)
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+    vision |= {"out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 112}
+    text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}}
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(vision_config=vision, text_config=text)
+    )
+    for parameter in model.model.visual.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp("checkpoint") / "small-qwen"
+    model.save_pretrained(folder, max_shard_size="100KB")
+    (folder / "preprocessor_config.json").write_text(json.dumps(QWEN_PREPROCESSOR))
+    return folder
+
+
+def picture(seed: int, form: str = "PNG") -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((70 + seed, 50), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, form)
+    return file.getvalue()
+
+
+def write_parquet(path: Path, columns: dict, types: dict | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: pa.array(v, (types or {}).get(name)) for name, v in columns.items()}
+    pq.write_table(pa.table(arrays), path)
+
+
+def manifest_of(cache: Path) -> dict:
+    return json.loads((cache / "manifest.json").read_text())
+
+
 class Finished(NamedTuple):
     returncode: int
     stdout: str
@@ -77,5 +142,16 @@ def script(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as status:
             cli.run(module.main, module.get_args_parser(), [str(flag) for flag in flags])
         return Finished(status.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def encode(qwen, tmp_path, script):
+    """Run extract_features.py with the small checkpoint; returns what the script did."""
+
+    def run(data, cache="cache", *flags):
+        return script("extract_features.py", "--dataset_dir", data, "--cache_dir",
+                      tmp_path / cache, "--model", qwen, "--image_size", 112, *flags)  # fmt: skip
 
     return run

@@ -125,25 +125,29 @@ def test_a_box_moves_with_the_padding():
 
 def header(**changes):
     base = {"kind": "real", "encoder": {"id": "test"}, "num_tokens": 4, "feature_dim": 6}
-    return {**base, "grid": [2, 2], "resize": "stretch", **changes}
+    return {**base, "grid": [2, 2], "resize": "stretch", "split_by": "image", **changes}
 
 
-def write(cache, features, stop=None, finish=True):
-    writer = FeatureCacheWriter(cache, header())
-    for i in range(writer.rows_done, len(features) if stop is None else stop):
-        row = dict.fromkeys(feature_cache.ROW_SCHEMA.names)
-        row |= {"row_id": i, "group": str(i), "image_sha256": str(i), "answers": ["a"]}
-        writer.append(features[i : i + 1], [row])
-    if finish:
-        writer.finish([])
+def write(cache, features, shards=None):
+    """Write all shards that are missing and the manifest, or only `shards`."""
+    writer = FeatureCacheWriter(cache, header(), len(features))
+    for shard in writer.shards_to_do() if shards is None else shards:
+        rows = []
+        for i in writer.rows_of(shard):
+            row = dict.fromkeys(feature_cache.ROW_SCHEMA.names)
+            rows.append(row | {"row_id": i, "group": str(i), "image_sha256": str(i)})
+        part = features[[row["row_id"] for row in rows]]
+        writer.write_shard(shard, part, rows, [])
+    if shards is None:
+        writer.finish()
 
 
 def test_an_interrupted_cache_goes_on_and_ends_byte_identical(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 3)
     features = torch.randn(11, 4, 6)
     write(tmp_path / "whole", features)
-    for stop in (2, 7, 9):
-        write(tmp_path / "parts", features, stop=stop, finish=False)
+    for shards in ([], [2], [0, 1]):  # as processes that work side by side leave it
+        write(tmp_path / "parts", features, shards)
         with pytest.raises(UserError, match="interrupted"):
             RealQwenVLDataset(tmp_path / "parts")
     (tmp_path / "parts" / ".features-00003.safetensors.99.tmp").write_bytes(b"torn")
@@ -157,16 +161,16 @@ def test_an_interrupted_cache_goes_on_and_ends_byte_identical(tmp_path, monkeypa
 
 
 def test_another_encoder_cannot_go_on_with_a_cache_that_was_begun(tmp_path):
-    FeatureCacheWriter(tmp_path, header())
+    FeatureCacheWriter(tmp_path, header(), 3)
     with pytest.raises(UserError, match="resize = stretch, now it is pad"):
-        FeatureCacheWriter(tmp_path, header(resize="pad"))
+        FeatureCacheWriter(tmp_path, header(resize="pad"), 3)
 
 
 def test_a_finished_cache_is_only_replaced_when_asked(tmp_path):
     write(tmp_path, torch.randn(3, 4, 6))
     with pytest.raises(UserError, match="--overwrite"):
-        FeatureCacheWriter(tmp_path, header())
-    FeatureCacheWriter(tmp_path, header(resize="pad"), overwrite=True)
+        FeatureCacheWriter(tmp_path, header(), 3)
+    FeatureCacheWriter(tmp_path, header(resize="pad"), 3, overwrite=True)
     assert not (tmp_path / "manifest.json").exists()
 
 
@@ -234,12 +238,14 @@ def escape(cache):
 
 
 def test_verify_finds_a_flipped_bit(cache_copy):
-    assert RealQwenVLDataset(cache_copy).verify() == []
+    assert RealQwenVLDataset(cache_copy).verify() == {}
     path = cache_copy / "features-00000.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert RealQwenVLDataset(cache_copy).verify() == ["features-00000.safetensors"]
+    assert RealQwenVLDataset(cache_copy).verify() == {
+        "features-00000.safetensors": "does not match its sha256"
+    }
 
 
 def test_features_are_known_by_their_encoder_and_not_by_row_number(tiny_cache, cache_copy):

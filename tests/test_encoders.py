@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from conftest import QWEN_PREPROCESSOR
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -23,18 +24,6 @@ import encoders
 from cli import UserError
 
 INDEX = "model.safetensors.index.json"
-# as in the published Qwen2.5-VL-3B-Instruct
-PREPROCESSOR = {
-    "min_pixels": 3136,
-    "max_pixels": 12845056,
-    "patch_size": 14,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "processor_class": "Qwen2_5_VLProcessor",
-}
 
 
 def random_image(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -73,7 +62,7 @@ def whole_model() -> Qwen2_5_VLForConditionalGeneration:
 def saved(whole_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("qwen") / "small-qwen"
     whole_model.save_pretrained(folder, max_shard_size="2MB")
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    (folder / "preprocessor_config.json").write_text(json.dumps(QWEN_PREPROCESSOR))
     return folder
 
 
@@ -174,8 +163,8 @@ def test_merging_has_the_order_in_which_qwens_own_processor_lays_out_its_patches
     image = Image.fromarray(colours.repeat(14, axis=0).repeat(14, axis=1))
     patches = qwen.preprocess(image)[:, [0, 2 * 14 * 14]]  # red and green of the first pixel
     raster = torch.tensor(colours[..., :2].reshape(1, 1024, 2) / np.float32(255))
-    raster = (raster - torch.tensor(PREPROCESSOR["image_mean"][:2])) / torch.tensor(
-        PREPROCESSOR["image_std"][:2]
+    raster = (raster - torch.tensor(QWEN_PREPROCESSOR["image_mean"][:2])) / torch.tensor(
+        QWEN_PREPROCESSOR["image_std"][:2]
     )
     merged = encoders.merge_neighbours(raster.float(), (32, 32))
     assert torch.allclose(patches.reshape(1, 256, 8), merged, atol=1e-5)
@@ -251,6 +240,20 @@ def test_the_tower_alone_equals_the_whole_qwen_bit_for_bit(qwen, saved):
     assert torch.equal(tokens, image_features(model, pixels))
 
 
+@pytest.mark.parametrize(("size", "windows"), [(224, "equal"), (336, "equal"), (420, "unequal")])
+def test_windows_that_are_attended_to_in_one_call_change_no_bit(saved, whole_model, size, windows):
+    encoder = load(saved, image_size=size)
+    implementation = encoder.tower.config._attn_implementation
+    assert implementation == (encoders.EQUAL_WINDOWS if windows == "equal" else "sdpa")
+    pixels = torch.stack([encoder.preprocess(random_image(300, 500, seed)) for seed in (0, 1)])
+    side = size // 14
+    with torch.no_grad():
+        features = whole_model.get_image_features(
+            pixels.flatten(0, 1), torch.tensor([[1, side, side]] * 2)
+        )
+    assert torch.equal(encoder.encode(pixels), torch.stack(features.pooler_output))
+
+
 def test_in_bfloat16_the_tower_still_equals_the_whole_qwen_bit_for_bit(saved):
     # a cast of the finished tower would also round the rotary frequencies
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(saved, dtype=torch.bfloat16).eval()
@@ -273,7 +276,7 @@ def test_qwen_preprocessing_is_the_models_own_on_the_resized_image(saved, qwen):
 
 def test_pixel_limits_of_the_processor_do_not_change_the_chosen_image_size(checkpoint, qwen):
     path = checkpoint / "preprocessor_config.json"
-    path.write_text(json.dumps(PREPROCESSOR | {"max_pixels": 224 * 224}))
+    path.write_text(json.dumps(QWEN_PREPROCESSOR | {"max_pixels": 224 * 224}))
     assert torch.equal(load(checkpoint).preprocess(photograph()), qwen.preprocess(photograph()))
 
 
@@ -378,7 +381,7 @@ def test_a_missing_or_damaged_config_is_named(checkpoint, file, state):
 @pytest.mark.parametrize(("field", "value"), [("patch_size", 28), ("merge_size", 1)])
 def test_a_processor_that_cuts_another_grid_than_the_tower_is_refused(checkpoint, field, value):
     path = checkpoint / "preprocessor_config.json"
-    path.write_text(json.dumps(PREPROCESSOR | {field: value}))
+    path.write_text(json.dumps(QWEN_PREPROCESSOR | {field: value}))
     with pytest.raises(
         UserError, match=r"makes \(patches, merge\) .*config.json \(\[1, 32, 32\], 2"
     ):

@@ -1,6 +1,5 @@
 """Factors on disk: the model's own, read back with the errors that were reported."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import hashes
 
 import checkpoint
 import factor_files
@@ -55,10 +55,6 @@ def manifest_of(folder):
 
 def normalised(cache):
     return normalise(RealQwenVLDataset(cache)[range(36)])
-
-
-def hashes(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 0), ("bf16", 2**-8), ("int8", None)])

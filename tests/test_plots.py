@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from PIL import Image
 
+import comparison_plots
 import figure_style
 import files
 import grid_plots
@@ -145,8 +146,8 @@ def gallery(tmp_path_factory, errors, maps):
         plots.loss_terms: (history(5), FOOTER),
         grid_plots.error_heatmap: (errors, GRID, FOOTER),
         plots.b_row_norms: (norms, norms, FOOTER),
-        plots.comparison: (per_image(), spectra, 4, FOOTER),
-        plots.rank_sweep: (sweep([2, 4, 8, 16]), 16, 40, FOOTER),
+        comparison_plots.comparison: (per_image(), spectra, 4, FOOTER),
+        comparison_plots.rank_sweep: (sweep([2, 4, 8, 16]), 16, 40, FOOTER),
         plots.overview: (batch(), FOOTER),
         grid_plots.channel_comparison: (PHOTO, BOX, maps, [7, 30, 2], GRID, INFO),
         grid_plots.spatial_error: (PHOTO, BOX, errors, GRID, INFO),
@@ -311,7 +312,9 @@ def test_without_shifts_there_is_no_panel_for_them(tmp_path, drawn):
 
 def test_comparison_states_the_mean_excess_and_treats_the_svds_as_rounding(tmp_path, drawn):
     spectra = {"X": np.geomspace(100, 0.1, 16) * np.ones((12, 1))}
-    plots.comparison(tmp_path / "c.png", per_image(), spectra | {"X_hat": spectra["X"]}, 4, FOOTER)
+    comparison_plots.comparison(
+        tmp_path / "c.png", per_image(), spectra | {"X_hat": spectra["X"]}, 4, FOOTER
+    )
     assert title(drawn[0]) == (
         "At rank 4 the network's error is 0.2 % above the SVD's (random sketch 0.3 %, "
         "randomised SVD 1.5 %)"
@@ -337,8 +340,8 @@ def test_row_norms_equal_to_the_singular_values_are_said_to_be_so_and_pruned_one
 
 
 def test_rank_sweep_states_the_worst_rank_the_storage_and_the_break_even_rank(tmp_path, drawn):
-    plots.rank_sweep(tmp_path / "r.png", sweep([2, 4, 8, 16]), 16, 40, FOOTER)
-    plots.rank_sweep(tmp_path / "r.png", sweep([2, 4, 8]), 16, 40, FOOTER)
+    comparison_plots.rank_sweep(tmp_path / "r.png", sweep([2, 4, 8, 16]), 16, 40, FOOTER)
+    comparison_plots.rank_sweep(tmp_path / "r.png", sweep([2, 4, 8]), 16, 40, FOOTER)
     assert title(drawn[0]) == (
         "Ranks 2 to 16: the network's mean error is at most 0.16 % above the SVD's"
     )
@@ -354,7 +357,7 @@ def test_a_sweep_of_one_rank_without_a_defined_excess_is_drawn(tmp_path, drawn):
     ranks = sweep([16])
     for method in ranks["16"].values():
         method["excess_pct"] = {"mean": None, "p90": None}
-    plots.rank_sweep(tmp_path / "r.png", ranks, 16, 40, FOOTER)
+    comparison_plots.rank_sweep(tmp_path / "r.png", ranks, 16, 40, FOOTER)
     assert title(drawn[0]).startswith("Rank 16: ") and "undefined" in title(drawn[0])
 
 
@@ -363,11 +366,13 @@ def test_a_method_without_a_colour_is_an_error_and_never_left_out_of_a_figure(tm
     ranks = sweep([2, 4])
     ranks[rank]["new_method"] = ranks[rank]["pca"]
     with pytest.raises(KeyError, match="new_method"):
-        plots.rank_sweep(tmp_path / "r.png", ranks, 16, 40, FOOTER)
+        comparison_plots.rank_sweep(tmp_path / "r.png", ranks, 16, 40, FOOTER)
     images = per_image() | {"new_method": per_image()["pca"]}
     spectrum = np.geomspace(100, 0.1, 16) * np.ones((12, 1))
     with pytest.raises(KeyError, match="new_method"):
-        plots.comparison(tmp_path / "c.png", images, {"X": spectrum, "X_hat": spectrum}, 4, FOOTER)
+        comparison_plots.comparison(
+            tmp_path / "c.png", images, {"X": spectrum, "X_hat": spectrum}, 4, FOOTER
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -414,7 +419,7 @@ def test_only_the_modules_of_figures_import_matplotlib():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] == "matplotlib" for name in names):
                 importers.add(path.stem)
-    assert importers == {"figure_style", "grid_plots", "pareto_plot", "plots"}
+    assert importers == {"comparison_plots", "figure_style", "grid_plots", "pareto_plot", "plots"}
 
 
 def test_no_two_methods_share_a_colour_or_a_label():

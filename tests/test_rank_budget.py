@@ -5,7 +5,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import plots
+import comparison_plots
 from cli import UserError
 from model import get_model_by_name
 from rank_budget import (
@@ -171,7 +171,7 @@ def test_the_figure_s_title_holds_the_gain_of_its_data(target_error, tmp_path, m
         ranks = first_rank_within(curves, target_error)
     entry, arrays = against_fixed_rank(curves, ranks, 10, target_error)
     data = {"network": arrays, "svd": arrays, "target_error": target_error}
-    plots.rank_per_image(tmp_path / "ranks.png", data, "DEMO data")
+    comparison_plots.rank_per_image(tmp_path / "ranks.png", data, "DEMO data")
     title = figures[0].get_suptitle().replace("\n", " ")
     if target_error is None:
         assert f"rms error {-entry['gain_pct']['rms']:+.1f} %" in title

@@ -71,6 +71,10 @@ def test_compare_holds_network_and_references_against_the_svd(arch, trained, tin
     best = methods["svd"]["rel_error"]["mean"]
     assert all(m["rel_error"]["mean"] >= best * (1 - 1e-6) for m in methods.values())
     assert abs(methods["svd"]["excess_pct"]["mean"]) < 1e-3
+    box = results["box"]
+    assert box["n_images"] + box["n_left_out"] == 6 and box["n_images"] and box["rank"] == rank
+    parts = [box["svd"][part]["mean"] for part in ("inside", "outside")]
+    assert min(parts) <= best * 1.2 and max(parts) >= best * 0.8  # of the same size as the whole
     for figure in ("svd_nn_comparison.png", "rank_sweep.png"):
         assert is_png(trained / name / figure)
 
@@ -198,7 +202,7 @@ MISTAKES = [
     ("extract_features.py", "--verify --cache_dir nowhere", "nowhere does not exist"),
     ("extract_features.py", "", "--dataset_dir is missing"),
     ("extract_features.py", "--demo --model some/model", "--demo brings its own encoder"),
-    ("extract_features.py", "--demo --dataset_dir nowhere", "nowhere has no *.parquet"),
+    ("extract_features.py", "--demo --dataset_dir nowhere", "nowhere is not a folder"),
 ]
 
 

@@ -247,9 +247,10 @@ def test_a_non_finite_step_changes_no_weight_and_stops_the_run(tiny_cache, tmp_p
     original = train_real_data.train_step
     seen = []
 
-    def train_step(run, x, sigma):
+    def train_step(run, batch):
         before = [p.clone() for p in run.model.parameters()]
-        result = original(run, x * torch.nan if run.step == 4 else x, sigma)
+        broken = batch._replace(x=batch.x * torch.nan)
+        result = original(run, broken if run.step == 4 else batch)
         same = all(map(torch.equal, before, run.model.parameters()))
         seen.append((run.step, same))
         return result
