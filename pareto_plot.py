@@ -233,9 +233,9 @@ def ablation(
         ax.set_xlabel("ms per matrix, median")
     axes[0].set_ylabel("error above the optimum (%), mean")
     log_scale(axes[0])
-    note(axes[0], 0.02, 0.02, "K = 0, 1, … from left to right; solid: learned shifts, dotted: "
-         "start shifts\nbars: 95 % interval over groups", va="bottom")  # fmt: skip
-    title = f"Rank {rank}: at equal time no trained sketch comes nearer than a random one"
+    note(axes[0], 0.98, 0.92, "K = 0, 1, … from left to right\nsolid: learned shifts, dotted: "
+         "start shifts\nbars: 95 % interval over groups", va="top", ha="right")  # fmt: skip
+    title = f"Rank {rank}: at equal time no trained sketch comes nearer than an untrained one"
     if gains and gains[0]["gain_interval"][0] > 0:
         best = gains[0]
         title = (f"Rank {rank}: at equal time training saves up to {best['gain_pct']:.0f} % of the "
