@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import cli
 import pareto_plot
+import progress
 from cli import UserError
 from files import read_json, write_json
 from model import LowRankFactorModel, LowRankProjMLP, LowRankProjSymmetric, symmetric_root
@@ -277,8 +277,7 @@ def main(args: argparse.Namespace) -> None:
     todo = [(s, seed) for seed in range(args.seeds) for s in settings if (*s, seed) not in done]
     root = symmetric_root(second_moment(batch.x for batch in loaders.train)).cpu()
     path.parent.mkdir(parents=True, exist_ok=True)
-    for setting, seed in (bar := tqdm(todo, desc="training", disable=None)):
-        bar.set_postfix_str(f"{setting} seed {seed}")
+    for setting, seed in progress.over(todo, "training and test", "sketches"):
         runs += run_setting(setting, seed, loaders, root, args)
         write_json(path, {"trained_with": trained_with, "runs": runs})
 

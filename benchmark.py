@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cli
 import pareto_plot
+import progress
 from checkpoint import load_model
 from cli import UserError
 from files import write_json
@@ -199,7 +199,7 @@ def references(
     """What networks are held against; each computes at every rank."""
     dataset = loaders.train.dataset
     limit = min(dataset.num_tokens, dataset.feature_dim)
-    axes = fit_pca(batch.x for batch in tqdm(loaders.train, desc="PCA", disable=None, leave=False))
+    axes = fit_pca(batch.x for batch in progress.images(loaders.train, "PCA"))
     # one with the steps and columns of each network, so that only the sketch differs
     by_default = (DEFAULT_STEPS, tuple(columns_for(r, DEFAULT_OVERSAMPLE, limit) for r in ranks))
     settings = {
@@ -263,7 +263,7 @@ def measure_quality(
         (i, r): summarise(
             evaluate(lambda x, i=i, r=r: contenders[i].factorise(x, r), test)["excess_pct"]
         )
-        for i, r in tqdm(pairs, desc="quality", disable=None, leave=False)
+        for i, r in progress.over(pairs, "quality", "methods and ranks")
     }
 
 
@@ -280,7 +280,7 @@ def measure_speed(
             print(f"note: the batch of {batch} repeats the {len(rows)} test images")
         try:
             x = normalise(test.dataset[taken].to(test.device))[0]
-            for r in tqdm(ranks, desc=f"speed, batch {batch}", disable=None, leave=False):
+            for r in progress.over(ranks, f"speed, batch {batch}", "ranks"):
                 active = [i for i, c in enumerate(contenders) if r <= c.max_rank]
                 calls = [lambda i=i, x=x, r=r: contenders[i].factorise(x, r) for i in active]
                 timings = time_in_turn(calls, repeats, test.device)

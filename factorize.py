@@ -86,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{done} images are already there, {to_do} to do")
 
     start = time.perf_counter()
-    with distributed.Progress(len(dataset), done, unit="image") as bar:
+    with distributed.Progress(len(dataset), "factors", done) as bar:
         for shard in distributed.deal(writer.shards_to_do()):
             # batches begin anew with each shard: bits do not depend on where a run was interrupted,
             # nor on the number of processes
