@@ -13,6 +13,8 @@ from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
+PIXELS = 1.6  # of a figure for one of the page, where it has room: letters like the page's own
+
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -30,13 +32,12 @@ p { margin: 0.4rem 0; max-width: 48rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.2rem 0.7rem; text-align: right; border-bottom: 1px solid #eee;
-  vertical-align: top; }
-th { white-space: nowrap; }
-td.text, th.text { text-align: left; overflow-wrap: anywhere; min-width: 5rem; }
+  vertical-align: top; white-space: nowrap; }
+td.text, th.text { text-align: left; white-space: normal; }
 thead th { color: #555; font-weight: 600; border-bottom: 1px solid #bbb; }
 figure { margin: 1.2rem 0 1.8rem; }
 figcaption { color: #444; margin-bottom: 0.4rem; max-width: 48rem; }
-img { width: 100%; height: auto; display: block; border: 1px solid #eee; box-sizing: border-box; }
+img { max-width: 100%; height: auto; display: block; border: 1px solid #eee; box-sizing: border-box; }
 pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; font-size: 0.8rem; line-height: 1.4; }
 @media screen and (max-width: 700px) { img { width: 860px; max-width: none; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; }
@@ -104,9 +105,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[i
 
 def figure(path: Path, caption: str) -> str:
     """A PNG, embedded, under its caption. Raises OSError where it cannot be read."""
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    caption = escape(caption)
+    png = path.read_bytes()
+    width = int.from_bytes(png[16:20], "big")  # of the header chunk
+    data, caption = base64.b64encode(png).decode("ascii"), escape(caption)
     return (
-        f'<figure><figcaption>{caption}</figcaption><div class="scroll">'
-        f'<img alt="{caption}" src="data:image/png;base64,{data}"></div></figure>'
+        f'<figure><figcaption>{caption}</figcaption><div class="scroll"><img alt="{caption}" '
+        f'width="{round(width / PIXELS)}" src="data:image/png;base64,{data}"></div></figure>'
     )

@@ -86,16 +86,17 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
     arch = folder.name
     for name, script in MADE_BY.items():
         if not (folder / name).exists():
-            print(f"note: {arch} is not in the overview: no {folder / name} (python {script} --arch "
-                  f"{arch})")  # fmt: skip
+            print(f"note: {arch} is not in the overview: no {folder / name} "
+                  f"(python {script} --arch {arch})")  # fmt: skip
             return None
     history, test, comparison = (
         read_json(folder / name, f"run python {script} --arch {arch} again")
         for name, script in MADE_BY.items()
     )
     if comparison["rank"] != test["effective_rank"]:
-        print(f"note: {arch} is not in the overview: compared at rank {comparison['rank']}, trained to rank "
-              f"{test['effective_rank']} (python compare_svd_nn.py --arch {arch})")  # fmt: skip
+        print(f"note: {arch} is not in the overview: compared at rank {comparison['rank']}, "
+              f"trained to rank {test['effective_rank']} (python compare_svd_nn.py --arch "
+              f"{arch})")  # fmt: skip
         return None
     return history, test, comparison
 

@@ -153,9 +153,9 @@ def _image_number(path: Path) -> tuple[int, str]:
 
 
 def _text(value: object) -> str:
-    """A value as a cell; nothing where there is none."""
+    """A value as a cell; a dash where there is none."""
     if value is None:
-        return ""
+        return "–"
     if isinstance(value, float):
         return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -205,16 +205,21 @@ def _test_table(test: dict) -> str:
 
 
 def _comparison_table(comparison: dict) -> str:
+    """The optimum, and how far each method is above it."""
+    ranks = comparison.get("ranks") or {}
+    others = [m for m in next(iter(ranks.values()), {}) if m not in ("network", "svd")]
     rows = [
-        [rank, name, _error(_mean(m, "rel_error")), *_excess(m), _error(_mean(m, "cosine"))]
-        for rank, methods in (comparison.get("ranks") or {}).items()
-        for name, m in methods.items()
-    ]
+        [rank, _error(_mean(methods.get("svd", {}), "rel_error")),
+         *_excess(methods.get("network", {})),
+         *(_excess(methods.get(name, {}))[0] for name in others)]
+        for rank, methods in ranks.items()
+    ]  # fmt: skip
     if not rows:
         return ""
-    header = ["rank", "method", "rel_error mean", "excess mean", "p90", "cosine mean"]
-    words = f"Every method on the same {comparison['n_images']} {comparison['split']} images."
-    return paragraph(words) + table(header, rows, text=(1,))
+    words = "The SVD's rel_error and the mean excess of every method over it, on the same "
+    words += f"{comparison['n_images']} {comparison['split']} images."
+    header = ["rank", "SVD", "network", "p90", *(name.replace("_", " ") for name in others)]
+    return paragraph(words) + table(header, rows, text=())
 
 
 def _box_table(box: dict) -> str:
