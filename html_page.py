@@ -37,7 +37,8 @@ td.text, th.text { text-align: left; white-space: normal; }
 thead th { color: #555; font-weight: 600; border-bottom: 1px solid #bbb; }
 figure { margin: 1.2rem 0 1.8rem; }
 figcaption { color: #444; margin-bottom: 0.4rem; max-width: 48rem; }
-img { max-width: 100%; height: auto; display: block; border: 1px solid #eee; box-sizing: border-box; }
+img { max-width: 100%; height: auto; display: block; border: 1px solid #eee;
+  box-sizing: border-box; }
 pre { background: #f6f6f6; padding: 0.8rem; overflow-x: auto; font-size: 0.8rem; line-height: 1.4; }
 @media screen and (max-width: 700px) { img { width: 860px; max-width: none; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; }

@@ -33,9 +33,9 @@ FIGURES = {  # pattern of the file: its section and its caption; shown in this o
     "image_*_spatial_channel_comparison.png": (IMAGES, "Single channels: original, network, SVD "
                                                "and their differences."),
     "train_val_loss_comparison.png": (TRAINING, "Squared error over the epochs with the SVD's as "
-                                      "the floor, and the validation error above the optimum."),
-    "loss_curves.png": (TRAINING, "Each term of the loss, the learning rate, the effective rank "
-                        "and the shifts over the epochs."),
+                                      "the floor, validation error above the optimum, learning "
+                                      "rate and effective rank; dotted: the best epoch."),
+    "loss_curves.png": (TRAINING, "Each term of the loss, and the shifts, over the epochs."),
 }  # fmt: skip
 RESULTS_OF_ALL = {  # figures of the whole results folder, for the index
     "overview.png": "All trained architectures: error above the SVD's, error beside it, speed of "
