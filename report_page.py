@@ -27,8 +27,8 @@ FIGURES = {  # pattern of the file: its section and its caption; shown in this o
     "error_heatmap.png": (COMPARISON, "Mean error of each token of the grid over the test images."),
     "B_row_norm_hist.png": (COMPARISON, "Row norms of B beside the singular values of the same "
                             "test images."),
-    "image_*_rank_comparison.png": (IMAGES, "What rank keeps: the first three principal components "
-                                    "of X as colours, at rising ranks."),
+    "image_*_rank_comparison.png": (IMAGES, "What rank keeps: principal components of X as colours "
+                                    "at rising ranks; below, three that the lowest rank loses."),
     "image_*_spatial_error_comparison.png": (IMAGES, "Where on the photograph the error lies."),
     "image_*_spatial_channel_comparison.png": (IMAGES, "Single channels: original, network, SVD "
                                                "and their differences."),
