@@ -44,6 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     grid = parser.add_argument_group("what is compared")
     grid.add_argument("--rank", type=number(int, 1), default=128, help="rank of A·B")
     grid.add_argument("--sketches", nargs="+", choices=SKETCHES, default=list(SKETCHES),
+                      metavar="SKETCH",
                       help="random: X Ω; linear: X Ω with Ω trained; ResMLP; MLP")  # fmt: skip
     grid.add_argument("--refine_steps", type=number(int, 0), nargs="+", default=[0, 1, 2, 3, 4],
                       help="K, each with start shifts and with learned ones")  # fmt: skip
@@ -293,7 +294,8 @@ def main(args: argparse.Namespace) -> None:
     footer = f"{dataset.label}; {environment['device']}, {args.threads} CPU thread(s), batch "
     footer += f"{args.batch_size}; {loaders.test.num_images} test images, {args.seeds} seeds"
     pareto_plot.ablation(path.with_suffix(".png"), records, gains, exact_ms, args.rank, footer)
-    print(f"wrote {path} and {path.with_suffix('.png').name}")
+    png = path.with_suffix(".png")
+    print(f"wrote {path} and {png.name}: look at {png}")
 
 
 def runs_so_far(path: Path, trained_with: dict) -> list[dict]:

@@ -55,17 +55,18 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Measure cost and error of every factorisation: networks and references.",
         epilog="example:\n  python benchmark.py --ranks 32 128 --batch_size 8 --threads 1",
     )
-    parser.add_argument("--quality", action="store_true",
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--quality", action="store_true",
                         help="only the error, on all test images (neither flag: both)")  # fmt: skip
-    parser.add_argument("--speed", action="store_true",
+    what.add_argument("--speed", action="store_true",
                         help="only the time (neither flag: both)")  # fmt: skip
-    parser.add_argument("--ranks", type=cli.number(int, 1), nargs="+", default=[8, 16, 32, 64, 128],
+    what.add_argument("--ranks", type=cli.number(int, 1), nargs="+", default=[8, 16, 32, 64, 128],
                         help="ranks of A·B")  # fmt: skip
-    parser.add_argument("--batch_size", dest="batch_sizes", type=cli.number(int, 1), nargs="+",
+    what.add_argument("--batch_size", dest="batch_sizes", type=cli.number(int, 1), nargs="+",
                         default=[8], metavar="BATCH_SIZE",
                         help="matrices of a timed call; several are measured in turn")  # fmt: skip
-    parser.add_argument("--threads", type=cli.number(int, 1), default=1, help="CPU threads")
-    parser.add_argument("--repeats", type=cli.number(int, 1), default=7,
+    what.add_argument("--threads", type=cli.number(int, 1), default=1, help="CPU threads")
+    what.add_argument("--repeats", type=cli.number(int, 1), default=7,
                         help="timed calls of each method, after a warm-up")  # fmt: skip
     cli.add_evaluation_flags(parser)
     return parser
@@ -109,11 +110,11 @@ def main(args: argparse.Namespace) -> None:
     if quality and speed:
         timed = f"time: median of {args.repeats} calls on one batch of them, all methods in turn"
         pareto_plot.pareto(results_dir / "benchmark.png", records, f"{footer}; {timed}")
-        written += " and benchmark.png"
+        written += f" and benchmark.png: look at {results_dir}/benchmark.png"
     else:
         print("note: benchmark.png is not drawn, it needs both --quality and --speed")
-    print(f"wrote {written}")
     print(HOW_TO_READ)
+    print(f"wrote {written}")
 
 
 HOW_TO_READ = """how to read it: of the methods at one rank and batch, take the fastest whose excess

@@ -57,8 +57,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Compare a trained network with the truncated SVD on held-out images.",
         epilog="example:\n  python compare_svd_nn.py --arch ResMLP --rank 64",
     )
-    parser.add_argument("--arch", default="ResMLP", help="architecture of the model")
-    ranks = parser.add_mutually_exclusive_group()
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--arch", default="ResMLP", help="architecture of the model")
+    ranks = what.add_mutually_exclusive_group()
     ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
                        help="rank to evaluate; default the trained (effective) rank")  # fmt: skip
     ranks.add_argument("--target_error", type=cli.number(float, above=0, below=1), default=None,
@@ -67,7 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     ranks.add_argument("--mean_rank", type=cli.number(int, 1), default=None, metavar="R",
                        help="also: this rank on average, split over images for the least total "
                             "squared error")  # fmt: skip
-    parser.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
+    what.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -137,8 +138,9 @@ def main(args: argparse.Namespace) -> None:
     comparison_plots.rank_sweep(
         folder / "rank_sweep.png", results["ranks"], dataset.num_tokens, dataset.feature_dim, footer
     )
-    print(f"wrote {folder}/{written}")
-    print(f"next: python visualize_svd_nn.py --arch {results['arch']} --image_idx 0")
+    print(f"wrote {folder}/{written}: look at svd_nn_comparison.png")
+    again = cli.flags_again(args, "results_dir", "cache_dir")
+    print(f"next: python visualize_svd_nn.py --arch {results['arch']} --image_idx 0{again}")
 
 
 def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, Method]:

@@ -277,8 +277,9 @@ def get_args_parser() -> cli.Parser:
         description="Make the demo data set: photographs from PyPI packages with rendered signs.",
         epilog="example:\n  python make_demo_data.py && python extract_features.py --demo",
     )
-    parser.add_argument("--out", default="demo_data", help="folder to write to")
-    parser.add_argument(
+    what = parser.add_argument_group("data set")
+    what.add_argument("--out", default="demo_data", help="folder to write to")
+    what.add_argument(
         "--seed",
         type=cli.number(int, at_least=0),
         default=42,

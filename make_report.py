@@ -35,8 +35,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Make a page of each run, and one of all runs with a table and a figure.",
         epilog="example:\n  python make_report.py --results_dir results",
     )
-    parser.add_argument("--results_dir", default="results", help="where the folders <arch>/ are")
-    parser.add_argument("--log_dir", default="log", help="where the logs_<timestamp>/ are")
+    where = parser.add_argument_group("files")
+    where.add_argument("--results_dir", default="results", help="where the folders <arch>/ are")
+    where.add_argument("--log_dir", default="log", help="where the logs_<timestamp>/ are")
     return parser
 
 

@@ -40,10 +40,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Draw what network and SVD keep of one image on the grid of its tokens.",
         epilog="example:\n  python visualize_svd_nn.py --arch ResMLP --rank 32 --image_idx 0",
     )
-    parser.add_argument("--arch", default="ResMLP", help="architecture whose best model is drawn")
-    parser.add_argument("--rank", type=cli.number(int, 1), default=None,
-                        help="rank to draw; default the trained (effective) rank")  # fmt: skip
-    parser.add_argument("--image_idx", type=cli.number(int, 0), default=0, help="row of the cache")
+    what = parser.add_argument_group("what is drawn")
+    what.add_argument("--arch", default="ResMLP", help="architecture whose best model is drawn")
+    what.add_argument("--rank", type=cli.number(int, 1), default=None,
+                      help="rank to draw; default the trained (effective) rank")  # fmt: skip
+    what.add_argument("--image_idx", type=cli.number(int, 0), default=0, help="row of the cache")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -106,7 +107,8 @@ def main(args: argparse.Namespace) -> None:
     write_json(f"{stem}_comparison_results.json", results)
     print(f"{dataset.label}\n{info['title']}")
     print(f"wrote {', '.join(written)} and {stem}_comparison_results.json: look at {written[-1]}")
-    print("next: python make_report.py, for a page of all results")
+    again = cli.flags_again(args, "results_dir")
+    print(f"next, for a page of all results: python make_report.py{again}")
 
 
 @torch.inference_mode()

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -247,22 +245,3 @@ def test_a_checkpoint_of_another_split_is_refused(trained, cache_copy, script):
     done = script("compare_svd_nn.py", *files(cache_copy, trained))
     assert done.returncode == 2
     assert "was trained on a cache with encoder" in done.stderr
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "make_demo_data",
-        "extract_features",
-        "train_real_data",
-        "compare_svd_nn",
-        "visualize_svd_nn",
-        "make_report",
-    ],  # fmt: skip
-)
-def test_help_fits_80_columns_and_ends_with_an_example(name):
-    command = [sys.executable, f"{name}.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    assert f"python {name}.py" in done.stdout.split("example", 1)[1]
