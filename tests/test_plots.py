@@ -21,6 +21,7 @@ import figure_style
 import files
 import grid_plots
 import plots
+import svd_baseline
 
 FOOTER = "DEMO data, some-encoder, 36 images, T=16, D=40; rank 4, seed 42"
 INFO = {"title": "Image 3 (test) at rank 4", "footer": f"{FOOTER}; question: is it $5 or $6?"}
@@ -467,3 +468,25 @@ def test_training_curves_show_learning_rate_and_rank_and_mark_the_best_epoch_eve
     assert list(rank.lines[0].get_ydata()) == [entry["effective_rank"] for entry in entries]
     assert all(list(ax.lines[-1].get_xdata()) == [6, 6] for ax in drawn[0].axes)
     assert any(text.startswith("best at rank 4: ") for text in texts(drawn[0]))
+
+
+def test_rank_comparison_scales_all_maps_of_a_block_by_x_and_shows_what_is_lost_as_flat(
+    tmp_path, drawn
+):
+    x = torch.randn(16, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, sigma, right = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    hats = [x.mean(0) + left[:, :r] * sigma[:r] @ right[:r] for r in (3, 6)]
+    original, *others = svd_baseline.principal_coordinates(x, hats, 6)
+    torch.testing.assert_close(original, left[:, :6] * sigma[:6], check_dtype=False)
+    maps = {"original": [original], "network": others, "svd": others}
+    errors = {"network": [0.5, 0.2], "svd": [0.4, 0.1]}
+    blocks = [range(3), range(3, 6)]
+    grid_plots.rank_comparison(tmp_path / "r.png", PHOTO, BOX, maps, errors, [3, 6], blocks, GRID,
+                               INFO)  # fmt: skip
+    images = [np.asarray(ax.images[0].get_array()) for ax in drawn[0].axes[1:]]
+    first, second = images[:5], images[5:]  # X, network at both ranks, SVD at both
+    for shown in first[1:]:
+        np.testing.assert_allclose(shown, first[0], atol=1e-9)
+    np.testing.assert_allclose(second[2], second[0], atol=1e-9)
+    assert np.ptp(second[1].reshape(16, 3), axis=0).max() < 1e-9 < second[0].std()
+    assert {"rel_error 0.5", "rel_error 0.1", "components 4–6"} <= set(texts(drawn[0]))

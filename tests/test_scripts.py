@@ -98,8 +98,9 @@ def test_visualize_draws_one_image_and_says_which_part_it_is_in(trained, tiny_ca
     results = json.loads((stem.parent / "image_3_comparison_results.json").read_text())
     assert results["split"] in ("train", "val", "test") and results["split"] in done.stdout
     assert results["network"]["rel_error"] >= results["svd"]["rel_error"] * (1 - 1e-6)
-    for kind in ("channel", "error"):
-        assert is_png(stem.parent / f"image_3_spatial_{kind}_comparison.png")
+    names = ("spatial_channel", "spatial_error", "rank")
+    for kind in names:
+        assert is_png(stem.parent / f"image_3_{kind}_comparison.png")
 
 
 @pytest.fixture(scope="module")
