@@ -74,7 +74,8 @@ def section(heading: str, *parts: str) -> str:
 
 
 def paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
+    """A paragraph; empty where there is no text."""
+    return f"<p>{escape(text)}</p>" if text else ""
 
 
 def preformatted(text: str) -> str:

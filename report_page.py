@@ -64,7 +64,7 @@ def run_page(folder: Path, log_dir: Path) -> str:
     heading = folder.name + (f", rank {rank}" if rank else "")
     figures = _figures(folder)
     return page(heading, data, [
-        paragraph(_finding(comparison)) if comparison else "",
+        paragraph(_finding(comparison)),
         section("Numbers", _test_table(test), _comparison_table(comparison)),
         section(COMPARISON, *figures[COMPARISON], _box_table(comparison.get("box") or {}),
                 _rank_per_image_table(comparison.get("rank_per_image") or {})),
@@ -181,8 +181,12 @@ def _epochs(test: dict) -> str:
 
 
 def _finding(comparison: dict) -> str:
-    rank = str(comparison["rank"])
-    mean, p90 = _excess(comparison["ranks"][rank]["network"])
+    """What the comparison found, in a sentence; nothing where its own rank is not in it."""
+    rank = str(comparison.get("rank"))
+    methods = (comparison.get("ranks") or {}).get(rank)
+    if not methods:
+        return ""
+    mean, p90 = _excess(methods["network"])
     text = f"At rank {rank} the network's relative error is {mean} above the SVD's (mean of "
     text += f"{comparison['n_images']} {comparison['split']} images in {comparison['n_groups']} "
     text += f"groups; 90th percentile {p90}"
