@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import cli
 import pareto_plot
+import progress
 from cli import UserError
 from files import read_json, write_json
 from model import LowRankFactorModel, LowRankProjMLP, LowRankProjSymmetric
@@ -46,6 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     grid = parser.add_argument_group("what is compared")
     grid.add_argument("--rank", type=number(int, 1), default=128, help="rank of A·B")
     grid.add_argument("--sketches", nargs="+", choices=SKETCHES, default=list(SKETCHES),
+                      metavar="SKETCH",
                       help="random: X Ω; columns: X_s X_sᵀ Ω on evenly spaced features; "
                       "linear: the same on chosen features, Ω trained; ResMLP; MLP")  # fmt: skip
     grid.add_argument("--refine_steps", type=number(int, 0), nargs="+", default=[0, 1, 2, 3, 4],
@@ -57,7 +58,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     train = parser.add_argument_group("training and timing")
     train.add_argument("--epochs", type=number(int, 1), default=2, help="epochs of each sketch")
     train.add_argument("--lr", type=number(float, above=0), default=1e-3,
-                       help="Adam's, falling to 0; validation chose it")  # fmt: skip
+                       help="Adam's, falling to 0")  # fmt: skip
     train.add_argument("--batch_size", type=number(int, 1), default=8, help="images a step")
     train.add_argument("--threads", type=number(int, 1), default=1, help="CPU threads when timing")
     train.add_argument("--repeats", type=number(int, 1), default=7, help="timed calls of each")
@@ -71,9 +72,6 @@ class Setting(NamedTuple):
     sketch: str
     steps: int  # K
     oversample: int  # p
-
-    def __str__(self) -> str:
-        return f"{self.sketch} K={self.steps} p={self.oversample}"
 
 
 class RowSketch(LowRankFactorModel):
@@ -303,8 +301,7 @@ def main(args: argparse.Namespace) -> None:
     moment = second_moment(batch.x for batch in loaders.train)
     seen = pivoted_features(moment, len(even_features(dataset.feature_dim, dataset.num_tokens)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    for setting, seed in (bar := tqdm(todo, desc="training", disable=None)):
-        bar.set_postfix_str(f"{setting} seed {seed}")
+    for setting, seed in progress.over(todo, "training and test", "sketches"):
         runs += run_setting(setting, seed, loaders, seen, args)
         write_json(path, {"trained_with": trained_with, "runs": runs})
 
@@ -320,7 +317,8 @@ def main(args: argparse.Namespace) -> None:
     footer = f"{dataset.label}; {environment['device']}, {args.threads} CPU thread(s), batch "
     footer += f"{args.batch_size}; {loaders.test.num_images} test images, {args.seeds} seeds"
     pareto_plot.ablation(path.with_suffix(".png"), records, gains, exact_ms, args.rank, footer)
-    print(f"wrote {path} and {path.with_suffix('.png').name}")
+    png = path.with_suffix(".png")
+    print(f"wrote {path} and {png.name}: look at {png}")
 
 
 def runs_so_far(path: Path, trained_with: dict) -> list[dict]:

@@ -6,6 +6,7 @@ import argparse
 import errno
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -130,9 +131,16 @@ def number(
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that judges or uses a trained network."""
-    parser.add_argument("--results_dir", default="results", help="where <arch>/best_model.pt is")
-    parser.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    where = parser.add_argument_group("files and device")
+    where.add_argument("--results_dir", default="results", help="where <arch>/best_model.pt is")
+    where.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
+    where.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def flags_again(args: argparse.Namespace, *names: str) -> str:
+    """Those of the flags that the user typed, as the next command needs them: " --name value"."""
+    typed = (name for name in names if name in args.typed)
+    return "".join(f" --{name} {shlex.quote(str(getattr(args, name)))}" for name in typed)
 
 
 def pick_device(name: str) -> torch.device:

@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+import progress
 from cli import UserError
 from files import check_files, check_keys, read_json, sha256_file
 
@@ -211,7 +212,7 @@ class RealQwenVLDataset(Dataset):
         """
         files = [*self.manifest["shards"], self.manifest["rows"], self.manifest["singular_values"]]
         damaged = {}
-        for index, entry in enumerate(files):
+        for index, entry in enumerate(progress.over(files, "verify", "files")):
             name = entry["file"]
             if sha256_file(self.cache_dir / name) != entry["sha256"]:
                 damaged[name] = "does not match its sha256"

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cli
 import distributed
+import progress
 from checkpoint import cache_identity, load_checkpoint, rng_state, set_rng_state
 from cli import UserError
 from files import read_json
@@ -198,7 +198,7 @@ def start_from_data(run: TrainState, dataset: RealQwenVLDataset) -> None:
     if distributed.is_main():
         size, seed = run.args.batch_size, run.args.seed
         loader = BatchLoader(dataset, dataset.split.train, size, run.sums.device, seed)
-        batches = tqdm(loader, desc="second moment", leave=False, disable=None)
+        batches = progress.images(loader, "second moment")
         seen = pivoted_features(second_moment(b.x for b in batches), len(model.seen))
     model.see_features(distributed.from_main(seen))
 
