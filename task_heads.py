@@ -142,8 +142,8 @@ class SaliencyHead(TaskHead):
         self.sha256 = demo_onnx_sha256()
         if (encoder["id"], encoder["weights_sha256"]) != (DemoEncoder.id, self.sha256):
             raise UserError(
-                f"--head saliency reads tokens of {DemoEncoder.id}, {dataset.cache_dir} holds those "
-                f"of {encoder['id']}: name a cache made with extract_features.py --demo"
+                f"--head saliency reads tokens of {DemoEncoder.id}, {dataset.cache_dir} holds "
+                f"those of {encoder['id']}: name a cache made with extract_features.py --demo"
             )
         self.grid = dataset.grid
         # half the time on a CPU

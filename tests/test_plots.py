@@ -414,7 +414,7 @@ def test_only_the_modules_of_figures_import_matplotlib():
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] == "matplotlib" for name in names):
                 importers.add(path.stem)
-    assert importers == {"figure_style", "grid_plots", "pareto_plot", "plots"}
+    assert importers == {"figure_style", "grid_plots", "pareto_plot", "plots", "task_plots"}
 
 
 def test_no_two_methods_share_a_colour_or_a_label():

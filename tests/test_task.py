@@ -9,6 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from test_encoders import PREPROCESSOR, photograph, random_image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -18,12 +19,16 @@ from transformers import (
 
 import cli
 import encoders
+import estimate_metric
 import extract_features
 import language_model
 import task_heads
+import task_metric
 from cli import UserError
-from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
-from test_encoders import PREPROCESSOR, photograph, random_image
+from qwenvl_dataloader import Batch, RealQwenVLDataset, create_data_loaders_real, denormalise
+from svd_baseline import gram_eigh, truncated_svd
+from task_refinement import refine_factors
+from token_reduction import average_tokens, drop_tokens, tokens_kept
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +129,8 @@ def small_qwen(tiny_data, tmp_path_factory):
     texts = [words] + [row["question"] for row in rows] + [a for r in rows for a in r["answer"]]
     split = pre_tokenizers.Whitespace()
     known = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
-    vocabulary = {w: i for i, w in enumerate(special + ["[UNK]", "phrase", "assistant", *known])}
+    known = dict.fromkeys(special + ["[UNK]", "phrase", "assistant", *known])
+    vocabulary = {word: i for i, word in enumerate(known)}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     core.pre_tokenizer = split
     core.add_special_tokens(special)
@@ -247,3 +253,257 @@ def test_vqa_accuracy_counts_people_who_gave_the_answer():
     assert language_model.vqa_accuracy("halt", ten) == pytest.approx(1 / 3)
     assert language_model.vqa_accuracy("halt", ["halt"]) == 1
     assert np.isnan(language_model.vqa_accuracy("halt", []))
+
+
+# ------------------------------------------------------------------------------------------ metric
+
+
+@pytest.fixture(scope="module")
+def metric_file(tiny_cache, tmp_path_factory):
+    """The saliency head's metric of the small cache, made by estimate_metric.py itself."""
+    path = tmp_path_factory.mktemp("metric") / "saliency.safetensors"
+    argv = ["--cache_dir", str(tiny_cache), "--probes", "2", "--out", str(path)]
+    estimate_metric.main(cli.parse(estimate_metric.get_args_parser(), argv))
+    return path
+
+
+@pytest.fixture(scope="module")
+def metric(metric_file, dataset) -> task_metric.TaskMetric:
+    return task_metric.load_metric(metric_file, dataset)
+
+
+@pytest.fixture(scope="module")
+def test_batch(dataset) -> Batch:
+    return next(iter(create_data_loaders_real(dataset, 6).test))
+
+
+def random_metric(d: int, seed: int = 0) -> task_metric.TaskMetric:
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    return task_metric.TaskMetric(task_metric.shrunk(root @ root.mT, 1e-2), {"scale": 1.0})
+
+
+class LinearHead(task_heads.TaskHead):
+    """y = X L for every token: a head whose metric is known, M ∝ L Lᵀ."""
+
+    name, sha256, output = "linear", "0", "outputs"
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def outputs(self, tokens, rows):
+        return tokens @ self.weight
+
+    def loss(self, outputs, full):
+        return task_heads.squared_error(outputs, full)
+
+    def agreement(self, outputs, full):
+        return torch.ones(len(full))
+
+
+def test_no_matrix_of_its_rank_is_nearer_in_the_metric_than_the_metrics_svd(tokens):
+    metric = random_metric(40)
+
+    def distance(x_hat):
+        e = (tokens - x_hat).double()
+        return ((e @ metric.matrix) * e).sum((-2, -1))
+
+    a, b = task_metric.metric_svd(tokens, 5, metric)
+    assert torch.linalg.matrix_rank(a @ b).tolist() == [5, 5, 5]
+    # what Eckart and Young say of X M^½
+    values, vectors = torch.linalg.eigh(metric.matrix)
+    sigma = torch.linalg.svdvals(tokens.double() @ (vectors * values.sqrt()) @ vectors.mT)
+    assert torch.allclose(distance(a @ b), sigma[:, 5:].square().sum(-1), rtol=1e-4)
+    for other in (gram_eigh(tokens, 5), task_metric.in_metric(truncated_svd, metric)(tokens, 5)):
+        assert (distance(torch.matmul(*other)) >= distance(a @ b) * (1 - 1e-4)).all()
+
+
+def test_any_factorisation_in_the_metric_is_mapped_back_to_token_space(tokens):
+    metric = random_metric(40)
+    a, b = task_metric.in_metric(truncated_svd, metric)(tokens, 24)
+    assert torch.allclose(a @ b, tokens, atol=1e-3)  # full rank: nothing is lost
+    a, b = task_metric.in_metric(truncated_svd, metric)(tokens, 6)
+    best = torch.matmul(*task_metric.metric_svd(tokens, 6, metric))
+    assert torch.allclose(a @ b, best, atol=2e-3)
+
+
+def test_the_metric_of_a_linear_head_is_that_heads_own_matrix(dataset, test_batch):
+    weight = torch.randn(dataset.feature_dim, 6, generator=torch.Generator().manual_seed(0))
+    weight[:, 0] *= 5
+    batch = test_batch._replace(std=torch.ones_like(test_batch.std))
+    batches = [batch._replace(rows=batch.rows + 100 * i) for i in range(60)]
+    moment, images = task_metric.second_moment(LinearHead(weight), batches, 4, seed=1)
+    expected = (weight @ weight.mT).double()
+    assert images == 360
+    difference = moment / moment.trace() - expected / expected.trace()
+    assert difference.norm() < 0.05 * (expected / expected.trace()).norm()
+
+
+def test_in_its_own_metric_a_linear_heads_error_is_predicted_without_running_it(tokens):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 40, generator=generator) * torch.logspace(0, -1, 40)
+    head, rows = LinearHead(weight), torch.arange(3)
+    full = head.outputs(tokens, rows)
+    moment = (weight @ weight.mT).double()
+    info = {"scale": float(moment.diagonal().mean())}
+    metric = task_metric.TaskMetric(task_metric.shrunk(moment, 1e-9), info)
+    predicted = task_metric.predicted_error(tokens, metric)[:, 3]
+    measured = head.error(torch.matmul(*task_metric.metric_svd(tokens, 3, metric)) @ weight, full)
+    # predicted for gradients relative to ‖y‖, which this moment has not been divided by
+    assert torch.allclose(predicted / full.flatten(1).norm(dim=-1), measured, rtol=1e-3)
+
+
+def test_the_estimated_metric_lowers_the_task_error_of_held_out_images(
+    saliency, metric, test_batch
+):
+    full = saliency.outputs(denormalise(*test_batch[1:4]), test_batch.rows)
+
+    def error(factors):
+        tokens = denormalise(torch.matmul(*factors), test_batch.mean, test_batch.std)
+        return saliency.error(saliency.outputs(tokens, test_batch.rows), full).mean()
+
+    x = test_batch.x
+    for rank in (2, 4):
+        assert error(task_metric.metric_svd(x, rank, metric)) < 0.95 * error(gram_eigh(x, rank))
+
+
+def test_a_metric_is_stored_whole_and_refused_with_another_cache_or_head(
+    metric_file, metric, saliency, dataset, cache_copy, tmp_path
+):
+    task_metric.check_head(metric, saliency)
+    assert metric.matrix.dtype == torch.float64
+    assert float(metric.matrix.diagonal().mean()) == pytest.approx(1)
+    again = tmp_path / "again.safetensors"
+    task_metric.save_metric(again, metric)
+    assert torch.equal(task_metric.load_metric(again, dataset).matrix, metric.matrix)
+    manifest = cache_copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"stretch"', '"pad"'))
+    with pytest.raises(UserError, match="made from another cache.*manifest_sha256"):
+        task_metric.load_metric(metric_file, RealQwenVLDataset(cache_copy))
+    other = LinearHead(torch.eye(2))
+    with pytest.raises(UserError, match="that of the head saliency, not of --head linear"):
+        task_metric.check_head(metric, other)
+    other.name = "saliency"
+    with pytest.raises(UserError, match="other weights of the head saliency"):
+        task_metric.check_head(metric, other)
+
+
+@pytest.mark.parametrize("content", [None, b"garbage", b""])
+def test_a_missing_or_damaged_metric_is_refused(content, dataset, tmp_path):
+    path = tmp_path / "m.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="--metric .*m.safetensors .*make it with estimate_metric"):
+        task_metric.load_metric(path, dataset)
+
+
+def test_the_metric_does_not_depend_on_how_images_are_batched(saliency, dataset):
+
+    loaders = [create_data_loaders_real(dataset, size).val for size in (2, 3)]
+    moments = [task_metric.second_moment(saliency, loader, 1, seed=3)[0] for loader in loaders]
+    assert (moments[0] - moments[1]).norm() < 1e-5 * moments[0].norm()
+
+
+# -------------------------------------------------------------------------- refinement by the head
+
+
+def test_refinement_by_the_head_lowers_every_images_task_error_and_keeps_the_rank(
+    saliency, metric, test_batch
+):
+    full = saliency.outputs(denormalise(*test_batch[1:4]), test_batch.rows)
+
+    def error(a, b):
+        tokens = denormalise(a @ b, test_batch.mean, test_batch.std)
+        return saliency.error(saliency.outputs(tokens, test_batch.rows), full)
+
+    start = task_metric.metric_svd(test_batch.x, 2, metric)
+    found = refine_factors(saliency, test_batch, *start, metric, steps=4)
+    assert [f.shape for f in found] == [s.shape for s in start]
+    assert torch.linalg.matrix_rank((found[0] @ found[1]).double(), rtol=1e-5).max() <= 2
+    assert (error(*found) < error(*start)).all()
+    assert error(*found).mean() < 0.85 * error(*start).mean()
+
+
+def test_no_steps_change_nothing(saliency, metric, test_batch):
+    start = task_metric.metric_svd(test_batch.x, 2, metric)
+    found = refine_factors(saliency, test_batch, *start, metric, steps=0)
+    assert torch.allclose(found[0] @ found[1], start[0] @ start[1], atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------ fewer tokens
+
+
+def test_dropped_tokens_are_filled_from_their_nearest_kept_neighbour():
+    x = torch.arange(9.0).reshape(1, 9, 1)
+    assert torch.equal(drop_tokens(x, 9, (3, 3)), x)
+    for keep in (1, 4):
+        filled = drop_tokens(x, keep, (3, 3), seed=2)[0, :, 0]
+        kept = filled.unique().long()
+        assert len(kept) == keep
+        for place in range(9):
+            here = torch.tensor(divmod(place, 3)).double()
+            distance = [(torch.tensor(divmod(int(k), 3)) - here).norm() for k in kept]
+            chosen = int((kept == int(filled[place])).nonzero())
+            assert distance[chosen] == min(distance)
+
+
+def test_averaged_tokens_are_the_means_of_their_blocks_also_at_the_edge():
+    x = torch.arange(9.0).reshape(1, 9, 1)
+    expected = [2, 2, 3.5, 2, 2, 3.5, 6.5, 6.5, 8]
+    assert average_tokens(x, 2, (3, 3))[0, :, 0].tolist() == expected
+    assert tokens_kept(2, (3, 3)) == 4 and tokens_kept(2, (16, 16)) == 64
+
+
+# ------------------------------------------------------------------------------------ the commands
+
+
+def test_evaluate_task_writes_every_method_with_intervals_and_a_figure(
+    metric_file, tiny_cache, script, tmp_path
+):
+    done = script(
+        "evaluate_task.py", "--cache_dir", tiny_cache, "--metric", metric_file, "--ranks", 2, 4, 8,
+        "--head_steps", 1, "--bound", 0.3, "--results_dir", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("note: no trained network")
+    results = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())
+    assert set(results["methods"]) == {
+        "svd", "svd_in_metric", "svd_in_metric_refined", "token_dropping", "token_averaging"
+    }  # fmt: skip
+    svd, found = results["methods"]["svd"], results["methods"]["svd_in_metric"]
+    assert results["split"] == "test" and results["n_groups"] == 2
+    for rank in ("2", "4", "8"):
+        low, high = found[rank]["gain_pct"]["interval_95"]
+        assert low <= found[rank]["gain_pct"]["mean"] <= high
+        means = (m[rank]["task_error"]["mean"] for m in (svd, found))
+        plain, ours = means
+        assert found[rank]["gain_pct"]["mean"] == pytest.approx(100 * (1 - ours / plain))
+        assert svd[rank]["rel_error"]["mean"] <= found[rank]["rel_error"]["mean"] * (1 + 1e-6)
+        assert found[rank]["bytes"] == 2 * int(rank) * (16 + 1536)
+    dropped = results["methods"]["token_dropping"]["4"]
+    assert dropped["bytes"] <= found["4"]["bytes"]
+    assert results["rank_per_image"]["bounds"]["0.3"]["rank"]["mean"] >= 1
+    assert (tmp_path / "ResMLP" / "task_sweep.png").stat().st_size > 20_000
+
+
+def test_every_step_runs_end_to_end_on_qwens_own_head(small_qwen, qwen_cache, script, tmp_path):
+    options = ["--cache_dir", qwen_cache, "--head", "qwen-answer", "--head_model", small_qwen]
+    path = tmp_path / "qwen.safetensors"
+    done = script("estimate_metric.py", *options, "--probes", 1, "--out", path)
+    assert done.returncode == 0, done.stderr
+    done = script(
+        "evaluate_task.py", *options, "--metric", path, "--ranks", 2, 4, "--head_steps", 1,
+        "--answers", "--results_dir", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())
+    assert results["head"] == "qwen-answer"
+    for rank in ("2", "4"):
+        found = results["methods"]["svd_in_metric"][rank]
+        assert 0 <= found["vqa_accuracy"]["mean"] <= 1 and found["task_loss"]["mean"] >= 0
+
+
+def test_answers_of_a_head_that_gives_none_are_refused(metric_file, tiny_cache, script):
+    done = script("evaluate_task.py", "--cache_dir", tiny_cache, "--metric", metric_file,
+                  "--answers")  # fmt: skip
+    assert done.returncode == 2 and "--answers: --head saliency generates none" in done.stderr
