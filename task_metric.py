@@ -17,6 +17,7 @@ import json
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,7 +28,9 @@ from cli import UserError
 from files import save_tensors, sha256_file
 from qwenvl_dataloader import Batch, RealQwenVLDataset, denormalise
 from svd_baseline import Factors, gram_eigh
-from task_heads import TaskHead
+
+if TYPE_CHECKING:
+    from task_heads import TaskHead
 
 FORMAT = "1"
 NEEDED = ("format", "head", "head_sha256", "cache", "shrinkage", "images", "probes")

@@ -8,13 +8,17 @@ forward and one backward pass. A·B keeps its rank, and reading the factors cost
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from qwenvl_dataloader import Batch, denormalise
 from svd_baseline import Factors
-from task_heads import TaskHead
 from task_metric import TaskMetric
+
+if TYPE_CHECKING:
+    from task_heads import TaskHead
 
 # Chosen on validation images of the demo (DEMO data, saliency, ranks 4, 16 and 32): at 4 steps 0.15
 # and 0.6 were within two per cent of the plain SVD's error of it, at 1 step 0.6 was the worse.

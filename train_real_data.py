@@ -29,7 +29,14 @@ from checkpoint import load_model, save_checkpoint
 from cli import UserError
 from files import new_folder, sweep_temporaries, write_json
 from model import ARCHITECTURES, LossTerms, LowRankFactorModel, canonical_arch
-from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset, create_data_loaders_real
+from qwenvl_dataloader import (
+    Batch,
+    BatchLoader,
+    Loaders,
+    RealQwenVLDataset,
+    create_data_loaders_real,
+    denormalise,
+)
 from run_log import RunLog
 from svd_baseline import (
     evaluate,
@@ -40,6 +47,7 @@ from svd_baseline import (
     summarise,
     token_error,
 )
+from task_model import task_loss, trained_ranks
 from training_state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run
 
 CLIP_NORM = 1.0
@@ -98,6 +106,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     train.add_argument("--resume", nargs="?", const="best", choices=("best", "last"),
                        help="go on from best_model.pt, or exactly from last_model.pt")  # fmt: skip
+    task = parser.add_argument_group("training for a task")
+    task.add_argument("--task_head", default=None, metavar="HEAD",
+                      help="saliency or qwen-answer: its error joins the loss")  # fmt: skip
+    task.add_argument("--lambda_task", type=number(float, above=0), default=1.0,
+                      help="weight of the mean log task error, ranks 4 to 32 in turn")  # fmt: skip
+    task.add_argument("--metric", default=None, metavar="FILE",
+                      help="of estimate_metric.py: the norm that training starts from")  # fmt: skip
+    task.add_argument("--head_model", default=None, metavar="NAME",
+                      help="of qwen-answer: its folder or hub id")  # fmt: skip
     alloc = parser.add_argument_group("rank allocator (AdaLoRA)")
     alloc.add_argument(
         "--use_rank_allocator", action="store_true", help="lower the rank in training"
@@ -115,18 +132,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train_step(run: TrainState, x: Tensor, singular_values: Tensor) -> tuple[LossTerms, Tensor]:
-    """One optimiser step on x [b, T, D]. Returns the terms and a scalar flag, 1 where not finite.
+def train_step(run: TrainState, batch: Batch) -> tuple[LossTerms, Tensor]:
+    """One optimiser step on a batch. Returns the terms and a scalar flag, 1 where not finite.
 
     A step with a non-finite loss or gradient changes no weight; nothing waits for the device.
     """
     args = run.args
-    terms = run.model.loss_terms(x, singular_values)
+    terms = run.model.loss_terms(batch.x, batch.singular_values)
+    if run.head:
+        terms = terms._replace(task=task_loss(run.model, run.head, batch, run.step))
     loss = (
         terms.reconstruction
         + args.lambda_B * terms.B
         + args.lambda_ortho * (terms.ortho + terms.lora_ortho)
         + args.lambda_act * terms.act
+        + args.lambda_task * terms.task
     )
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -152,8 +172,9 @@ def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: St
         loaders.train.set_epoch(run.epoch, start=run.batches_done)
         label = f"epoch {run.epoch}/{run.last_epoch}"
         for batch in tqdm(loaders.train, desc=label, unit="batch", leave=False, disable=None):
-            terms, bad = train_step(run, batch.x, batch.singular_values)
-            values = torch.stack([getattr(terms, name).detach().double() for name in TERMS])
+            terms, bad = train_step(run, batch)
+            found = [torch.as_tensor(getattr(terms, name)).detach() for name in TERMS]
+            values = torch.stack([term.to(run.sums) for term in found])
             run.sums += values * len(batch.x)
             run.batches_done += 1
             broken += bad
@@ -169,6 +190,8 @@ def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: St
         seconds = time.perf_counter() - begun
         record = close_epoch(run, loaders, seconds, run.batches_done - first_batch)
         distance = record["val_mse"] - record["val_optimum_mse"]
+        if run.head:
+            distance = record["val_task_error"]
         if not math.isfinite(distance):
             raise UserError(f"validation is not finite in epoch {run.epoch}: lower --lr")
         run.history.append(record)
@@ -215,7 +238,21 @@ def validate(run: TrainState, loaders: Loaders) -> dict:
         "val_rel_error": float(metrics["rel_error"].mean()),
         "val_excess_pct": summarise(metrics["excess_pct"])["mean"],
         "effective_rank": rank,
-    }
+    } | ({"val_task_error": validation_task_error(run, loaders)} if run.head else {})
+
+
+@torch.inference_mode()
+def validation_task_error(run: TrainState, loaders: Loaders) -> float:
+    """Geometric mean over the trained ranks of the mean task error on validation images."""
+    errors: dict[int, list[Tensor]] = {rank: [] for rank in trained_ranks(run.model)}
+    for batch in loaders.val:
+        full = run.head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
+        for rank, found in errors.items():
+            a, b = run.model(batch.x, rank)
+            outputs = run.head.outputs(denormalise(a @ b, batch.mean, batch.std), batch.rows)
+            found.append(run.head.error(outputs, full))
+    means = torch.stack([torch.cat(found).mean() for found in errors.values()])
+    return float(means.log().mean().exp())
 
 
 def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int) -> dict:
@@ -230,6 +267,8 @@ def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int)
         "loss_lora_ortho": args.lambda_ortho * mean["lora_ortho"],
         "loss_act": args.lambda_act * mean["act"],
     }
+    if run.head:
+        weighted["loss_task"] = args.lambda_task * mean["task"]
     done = min(images, batches * args.batch_size)
     return {
         "epoch": run.epoch,
@@ -247,6 +286,8 @@ def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int)
 
 def epoch_line(record: dict, run: TrainState) -> str:
     best = f"best epoch {run.best_epoch}" if run.best_epoch else "rank not final"
+    if run.head:
+        best = f"val_task_error {record['val_task_error']:.5f}  {best}"
     return (
         f"epoch {record['epoch']:4d}  loss {record['train_loss']:.6f}  "
         f"val_mse {record['val_mse']:.6e}  optimum {record['val_optimum_mse']:.6e}  "
@@ -372,6 +413,8 @@ def main(args: argparse.Namespace) -> int:
     unused = sorted(name for name in args.typed if name.startswith("allocator_"))
     if unused and not (args.use_rank_allocator or args.resume):
         raise UserError(f"--{unused[0]} does nothing without --use_rank_allocator: type both")
+    if "lambda_task" in args.typed and not (args.task_head or args.resume):
+        raise UserError("--lambda_task does nothing without --task_head: type both")
     folder = Path(args.results_dir) / args.arch
     dataset = RealQwenVLDataset(args.cache_dir)
     run = open_run(args, folder, dataset)

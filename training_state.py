@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,10 +17,15 @@ from files import read_json
 from model import LowRankFactorModel, get_model_by_name
 from qwenvl_dataloader import RealQwenVLDataset
 from rank_allocator import RankAllocator
+from task_metric import check_head, load_metric
+from task_model import TaskFactorModel
+
+if TYPE_CHECKING:
+    from task_heads import TaskHead
 
 SHIFT_LR_FACTOR = 20  # a shift must move by tenths while weights move by thousandths
 # terms of the loss that are summed over an epoch (model.LossTerms)
-TERMS = ("reconstruction", "mse", "optimum_mse", "B", "ortho", "act", "lora_ortho")
+TERMS = ("reconstruction", "mse", "optimum_mse", "B", "ortho", "act", "lora_ortho", "task")
 MODEL_FLAGS = ("rank", "factors", "refine_steps", "oversample", "lambda_B", "hidden_dim",
                "num_blocks", "dropout", "precision")  # fmt: skip
 # flags that may differ from the run that is resumed; --lr wins where typed
@@ -48,6 +54,7 @@ class TrainState:
     fresh: bool = True  # nothing written yet: results of an earlier run are still in the folder
     sums: Tensor | None = None  # of the loss terms over the epoch's images so far, float64
     history: list[dict] = field(default_factory=list)
+    head: TaskHead | None = None  # frozen; what --task_head trains for
 
     progress_names = ("last_epoch", "epoch", "batches_done", "step", "best", "best_epoch",
                       "bad_epochs", "finished", "sums", "history")  # fmt: skip
@@ -92,12 +99,19 @@ def build_run(
         input_dim=dataset.feature_dim,
         num_tokens=dataset.num_tokens,
         **{name: getattr(args, name) for name in MODEL_FLAGS},
-    ).to(device)
-    named = [(n, p) for n, p in model.named_parameters() if p is not model.shift_logits]
+    )
+    head = None
+    if args.task_head:
+        model, head = train_for_task(model, args, dataset, device)
+    model = model.to(device)
+    # the learned norm moves by factors, as a shift does
+    quick = [model.shift_logits, *(model.weighting.parameters() if head else [])]
+    quick_ids = {id(p) for p in quick}
+    named = [(n, p) for n, p in model.named_parameters() if id(p) not in quick_ids]
     # no decay for biases, norms and the gate: zero is no better a place for them
     undecayed = [p for n, p in named if p.ndim < 2 or n == "lora_E"]
     decayed = [p for n, p in named if p.ndim >= 2 and n != "lora_E"]
-    shifts = {"params": [model.shift_logits], "weight_decay": 0.0, "lr": args.lr * SHIFT_LR_FACTOR}
+    shifts = {"params": quick, "weight_decay": 0.0, "lr": args.lr * SHIFT_LR_FACTOR}
     groups = [
         {"params": decayed, "weight_decay": args.weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
@@ -116,8 +130,31 @@ def build_run(
     sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
     identity = cache_identity(dataset)
     return TrainState(
-        args, model, optimizer, scheduler, allocator, identity, args.epochs, sums=sums
+        args, model, optimizer, scheduler, allocator, identity, args.epochs, sums=sums, head=head
     )
+
+
+def train_for_task(
+    core: LowRankFactorModel,
+    args: argparse.Namespace,
+    dataset: RealQwenVLDataset,
+    device: torch.device,
+) -> tuple[TaskFactorModel, TaskHead]:
+    """`core` in a norm that starts as --metric's, and the frozen head of --task_head."""
+    from task_heads import load_head  # a head's libraries take seconds to load
+
+    if not args.metric:
+        raise UserError("--task_head needs a start: make one with estimate_metric.py and type "
+                        "--metric FILE")  # fmt: skip
+    if args.use_rank_allocator:
+        raise UserError("--task_head keeps every rank: leave --use_rank_allocator away")
+    metric = load_metric(args.metric, dataset)
+    head = load_head(args.task_head, dataset, device=device, model=args.head_model)
+    check_head(metric, head)
+    task = {"head": head.name, "head_sha256": head.sha256, "metric_sha256": metric.sha256}
+    model = TaskFactorModel(core, task)
+    model.weighting.start_from(metric)
+    return model, head
 
 
 def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset) -> TrainState:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import numpy as np
 import onnx
@@ -24,9 +26,13 @@ import extract_features
 import language_model
 import task_heads
 import task_metric
+import train_real_data
+from checkpoint import load_model
 from cli import UserError
+from model import get_model_by_name
 from qwenvl_dataloader import Batch, RealQwenVLDataset, create_data_loaders_real, denormalise
 from svd_baseline import gram_eigh, truncated_svd
+from task_model import TaskFactorModel, leading_projector
 from task_refinement import refine_factors
 from token_reduction import average_tokens, drop_tokens, tokens_kept
 
@@ -507,3 +513,113 @@ def test_answers_of_a_head_that_gives_none_are_refused(metric_file, tiny_cache, 
     done = script("evaluate_task.py", "--cache_dir", tiny_cache, "--metric", metric_file,
                   "--answers")  # fmt: skip
     assert done.returncode == 2 and "--answers: --head saliency generates none" in done.stderr
+
+
+# ---------------------------------------------------------------------------- training for the task
+
+
+def test_the_leading_projectors_gradient_is_that_of_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(2, 6, 6, generator=generator, dtype=torch.float64)
+
+    def projector(y):
+        return leading_projector(y @ y.mT, 3)
+
+    assert torch.autograd.gradcheck(projector, root.requires_grad_())
+    # equal eigenvalues on one side of the cut have no say
+    equal = torch.diag(torch.tensor([3.0, 3, 3, 1, 1, 1], dtype=torch.float64)).requires_grad_()
+    leading_projector(equal, 3).square().sum().backward()
+    assert equal.grad.isfinite().all()
+    zero = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
+    leading_projector(zero, 2)[0].sum().backward()
+    assert zero.grad.isfinite().all()
+
+
+def test_an_untrained_task_network_is_the_svd_in_its_metric(metric, test_batch):
+    core = get_model_by_name("ResMLP", input_dim=1536, num_tokens=16, rank=6, lambda_B=0.0,
+                             oversample=10)  # fmt: skip
+    model = TaskFactorModel(core, {"head": "saliency"})
+    model.weighting.start_from(metric)
+    with torch.no_grad():
+        for rank in (6, 3):
+            expected = torch.matmul(*task_metric.metric_svd(test_batch.x, rank, metric))
+            found = torch.matmul(*model(test_batch.x, rank))
+            norm = expected.norm()
+            assert (found - expected).norm() < 1e-4 * norm
+            assert (model.exact_product(test_batch.x, rank) - expected).norm() < 1e-4 * norm
+
+
+def test_a_task_networks_product_has_its_rank_whatever_the_weights(metric, test_batch):
+    core = get_model_by_name("MLP", input_dim=1536, num_tokens=16, rank=5, oversample=11)
+    model = TaskFactorModel(core, {"head": "saliency"})
+    model.weighting.start_from(metric)
+    with torch.no_grad():
+        for parameter in model.weighting.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+        product = torch.matmul(*model(test_batch.x, 4)).double()
+    assert torch.linalg.matrix_rank(product, rtol=1e-5).tolist() == [4] * 6
+
+
+@pytest.fixture(scope="module")
+def task_trained(metric_file, tiny_cache, tmp_path_factory):
+    results = tmp_path_factory.mktemp("task_trained") / "results"
+    argv = ["--cache_dir", tiny_cache, "--results_dir", results, "--log_dir", results.parent]
+    argv += ["--task_head", "saliency", "--metric", metric_file, "--epochs", 3, "--rank", 4]
+    argv += ["--oversample", 2, "--hidden_dim", 16, "--lr", 5e-5]
+    args = cli.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
+    assert train_real_data.main(args) == 0
+    return results
+
+
+def test_training_for_a_task_lowers_the_task_error_and_its_checkpoint_needs_no_flag(
+    task_trained, tiny_cache, dataset, script, tmp_path
+):
+    history = json.loads((task_trained / "ResMLP" / "history.json").read_text())
+    assert history[-1]["val_task_error"] < history[0]["val_task_error"]
+    assert "loss_task" in history[-1]
+    model, state = load_model(
+        task_trained / "ResMLP" / "best_model.pt", torch.device("cpu"), dataset
+    )
+    assert isinstance(model, TaskFactorModel) and state["config"]["task"]["head"] == "saliency"
+    where = ["--results_dir", task_trained, "--cache_dir", tiny_cache]
+    assert script("compare_svd_nn.py", *where).returncode == 0
+    assert script("factorize.py", *where, "--out", tmp_path / "factors").returncode == 0
+
+
+def test_a_task_run_goes_on_from_its_checkpoint(task_trained, tiny_cache, script):
+    results = shutil.copytree(task_trained, task_trained.parent / "resumed")
+    done = script("train_real_data.py", "--resume", "--epochs", 1, "--results_dir", results,
+                  "--cache_dir", tiny_cache)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "val_task_error" in json.loads((results / "ResMLP" / "history.json").read_text())[-1]
+
+
+def test_the_task_trained_network_is_judged_beside_the_others(
+    task_trained, metric_file, tiny_cache, script, tmp_path
+):
+    done = script(
+        "evaluate_task.py", "--cache_dir", tiny_cache, "--metric", metric_file, "--ranks", 2, 4,
+        "--results_dir", tmp_path, "--task_results_dir", task_trained, "--head_steps", 1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    methods = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())["methods"]
+    assert {"network_task", "network_task_refined"} <= set(methods)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task_head", "saliency"], "needs a start.*--metric FILE"),
+        (["--task_head", "depth", "--metric", "FILE"], "depth is unknown"),
+        (["--task_head", "saliency", "--metric", "/none"], "--metric /none does not exist"),
+        (["--lambda_task", "2"], "does nothing without --task_head"),
+        (["--task_head", "saliency", "--metric", "FILE", "--factors", "direct"], "projected"),
+    ],
+)
+def test_flags_of_training_for_a_task_that_do_not_fit_are_refused(
+    flags, message, metric_file, tiny_cache, script, tmp_path
+):
+    flags = [str(metric_file) if flag == "FILE" else flag for flag in flags]
+    done = script("train_real_data.py", "--rank", 4, "--cache_dir", tiny_cache, *flags)
+    assert done.returncode == 2 and re.search(message, done.stderr)
+    assert not (tmp_path / "results").exists()
