@@ -124,6 +124,12 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
+def add_metric_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of every script that can factor in a task's own metric as well."""
+    parser.add_argument("--metric", default=None, metavar="FILE",
+                        help="of estimate_metric.py: also factor X M^½ and map B back")  # fmt: skip
+
+
 def pick_device(name: str) -> torch.device:
     """The torch device for `--device`: auto (CUDA where present, else CPU), cpu, cuda, cuda:N.
 

@@ -30,6 +30,7 @@ from qwenvl_dataloader import Batch, RealQwenVLDataset, denormalise
 from svd_baseline import Factors, gram_eigh
 
 if TYPE_CHECKING:
+    from model import LowRankFactorModel
     from task_heads import TaskHead
 
 FORMAT = "1"
@@ -136,6 +137,19 @@ def in_metric(
         return a, b @ metric.inverse_root
 
     return mapped
+
+
+class ModelInMetric:
+    """A model whose factors are those of X M^½, mapped back; its attributes are the model's own."""
+
+    def __init__(self, model: LowRankFactorModel, metric: TaskMetric) -> None:
+        self.model, self._mapped = model, in_metric(model, metric)
+
+    def __call__(self, x: Tensor, rank: int) -> Factors:
+        return self._mapped(x, rank)
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
 
 
 def metric_svd(x: Tensor, rank: int, metric: TaskMetric) -> Factors:

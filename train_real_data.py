@@ -112,7 +112,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     task.add_argument("--lambda_task", type=number(float, above=0), default=1.0,
                       help="weight of the mean log task error, ranks 4 to 32 in turn")  # fmt: skip
     task.add_argument("--metric", default=None, metavar="FILE",
-                      help="of estimate_metric.py: the norm that training starts from")  # fmt: skip
+                      help="of estimate_metric.py: X is factored in it; with --task_head "
+                      "the start of a learned norm")  # fmt: skip
     task.add_argument("--head_model", default=None, metavar="NAME",
                       help="of qwen-answer: its folder or hub id")  # fmt: skip
     alloc = parser.add_argument_group("rank allocator (AdaLoRA)")

@@ -101,8 +101,8 @@ def build_run(
         **{name: getattr(args, name) for name in MODEL_FLAGS},
     )
     head = None
-    if args.task_head:
-        model, head = train_for_task(model, args, dataset, device)
+    if args.task_head or args.metric:
+        model, head = in_learned_norm(model, args, dataset, device)
     model = model.to(device)
     # the learned norm moves by factors, as a shift does
     quick = [model.shift_logits, *(model.weighting.parameters() if head else [])]
@@ -134,26 +134,29 @@ def build_run(
     )
 
 
-def train_for_task(
+def in_learned_norm(
     core: LowRankFactorModel,
     args: argparse.Namespace,
     dataset: RealQwenVLDataset,
     device: torch.device,
-) -> tuple[TaskFactorModel, TaskHead]:
-    """`core` in a norm that starts as --metric's, and the frozen head of --task_head."""
-    from task_heads import load_head  # a head's libraries take seconds to load
-
+) -> tuple[TaskFactorModel, TaskHead | None]:
+    """`core` in the norm of --metric, which --task_head, frozen, goes on to train where given."""
     if not args.metric:
         raise UserError("--task_head needs a start: make one with estimate_metric.py and type "
                         "--metric FILE")  # fmt: skip
     if args.use_rank_allocator:
-        raise UserError("--task_head keeps every rank: leave --use_rank_allocator away")
+        raise UserError("--metric keeps every rank: leave --use_rank_allocator away")
     metric = load_metric(args.metric, dataset)
+    task = {key: metric.info[key] for key in ("head", "head_sha256")}
+    model = TaskFactorModel(core, task | {"metric_sha256": metric.sha256})
+    model.weighting.start_from(metric)
+    if not args.task_head:
+        model.weighting.requires_grad_(False)
+        return model, None
+    from task_heads import load_head  # a head's libraries take seconds to load
+
     head = load_head(args.task_head, dataset, device=device, model=args.head_model)
     check_head(metric, head)
-    task = {"head": head.name, "head_sha256": head.sha256, "metric_sha256": metric.sha256}
-    model = TaskFactorModel(core, task)
-    model.weighting.start_from(metric)
     return model, head
 
 

@@ -623,3 +623,48 @@ def test_flags_of_training_for_a_task_that_do_not_fit_are_refused(
     done = script("train_real_data.py", "--rank", 4, "--cache_dir", tiny_cache, *flags)
     assert done.returncode == 2 and re.search(message, done.stderr)
     assert not (tmp_path / "results").exists()
+
+
+def test_every_table_shows_svd_and_network_in_the_metric_beside_the_plain_ones(
+    metric_file, tiny_cache, script, tmp_path
+):
+    where = ["--results_dir", tmp_path, "--cache_dir", tiny_cache]
+    small = ["--epochs", 1, "--rank", 4, "--oversample", 2, "--hidden_dim", 16, "--log_dir", "log"]
+    assert script("train_real_data.py", *where, *small).returncode == 0
+    where += ["--metric", metric_file]
+    done = script("compare_svd_nn.py", *where)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "ResMLP" / "svd_nn_comparison.json").read_text())
+    four = {"svd", "svd_in_metric", "network", "network_in_metric"}
+    assert four <= set(results["ranks"]["4"]) and all(name in done.stdout for name in four)
+    error = {name: results["ranks"]["4"][name]["rel_error"]["mean"] for name in four}
+    assert error["svd"] < error["svd_in_metric"]  # X itself is nearer to its own SVD
+    assert error["network_in_metric"] == pytest.approx(error["svd_in_metric"], rel=0.05)
+
+    assert script("visualize_svd_nn.py", *where).returncode == 0
+    image = json.loads((tmp_path / "ResMLP" / "image_0_comparison_results.json").read_text())
+    assert four <= set(image)
+    assert script("benchmark.py", *where, "--quality", "--ranks", 4).returncode == 0
+    records = json.loads((tmp_path / "benchmark.json").read_text())["records"]
+    assert four <= {record["method"] for record in records}
+
+    factors = [tmp_path / name for name in ("plain", "metric")]
+    assert script("factorize.py", *where[:4], "--out", factors[0]).returncode == 0
+    assert script("factorize.py", *where, "--out", factors[1]).returncode == 0
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in factors]
+    assert manifests[1]["metric_sha256"] and "metric_sha256" not in manifests[0]
+    assert manifests[1]["errors"]["rel_error"]["mean"] > manifests[0]["errors"]["rel_error"]["mean"]
+
+
+def test_training_with_a_metric_alone_gives_the_network_of_that_metric(
+    metric_file, metric, dataset, tiny_cache, test_batch, script, tmp_path
+):
+    done = script("train_real_data.py", "--results_dir", tmp_path, "--cache_dir", tiny_cache,
+                  "--metric", metric_file, "--epochs", 1, "--rank", 4, "--hidden_dim", 16,
+                  "--lambda_B", 0)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model, _ = load_model(tmp_path / "ResMLP" / "best_model.pt", torch.device("cpu"), dataset)
+    with torch.no_grad():
+        found = torch.matmul(*model(test_batch.x, 4))
+    expected = torch.matmul(*task_metric.metric_svd(test_batch.x, 4, metric))
+    assert (found - expected).norm() < 1e-2 * expected.norm()
