@@ -57,8 +57,8 @@ Method = Callable[[Batch, int, Tensor], Factors]
 def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         description="Measure what a task's head makes of compressed tokens.",
-        epilog="example:\n  python evaluate_task.py --head saliency --metric "
-        "metrics/saliency.safetensors --head_steps 4",
+        epilog="example:\n  python evaluate_task.py --metric metrics/saliency.safetensors "
+        "--head_steps 4",
     )
     parser.add_argument("--head", choices=HEADS, default="saliency", help="whose output counts")
     parser.add_argument("--head_model", default=None, metavar="NAME",

@@ -34,7 +34,8 @@ GAP_FLOOR = 1e-3  # relative to the smallest kept eigenvalue: nearer ones count 
 class _LeadingProjector(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gram: Tensor, rank: int) -> Tensor:
-        values, vectors = torch.linalg.eigh(gram)
+        # non-finite weights are found in the loss, an eigensolver would raise instead
+        values, vectors = torch.linalg.eigh(gram.nan_to_num())
         ctx.save_for_backward(values, vectors)
         ctx.rank = rank
         u = vectors[..., -rank:]
@@ -134,7 +135,7 @@ class TaskFactorModel(nn.Module):
     def loss_terms(self, x: Tensor, singular_values: Tensor) -> LossTerms:
         """The core's terms on Z: the sketch learns to reach Z's subspace, and not to change Z."""
         z = self.weighting(x)[0].detach()
-        return self.core.loss_terms(z, exact_singular_values(z))
+        return self.core.loss_terms(z, exact_singular_values(z.nan_to_num()))
 
     def exact_product(self, x: Tensor, rank: int) -> Tensor:
         """A·B [b, T, D] as a perfect sketch would give it, with the gradient by w and S."""

@@ -254,6 +254,8 @@ def test_a_checkpoint_of_another_split_is_refused(trained, cache_copy, script):
         "compare_svd_nn",
         "visualize_svd_nn",
         "make_report",
+        "estimate_metric",
+        "evaluate_task",
     ],  # fmt: skip
 )
 def test_help_fits_80_columns_and_ends_with_an_example(name):

@@ -247,9 +247,11 @@ def test_a_non_finite_step_changes_no_weight_and_stops_the_run(tiny_cache, tmp_p
     original = train_real_data.train_step
     seen = []
 
-    def train_step(run, x, sigma):
+    def train_step(run, batch):
         before = [p.clone() for p in run.model.parameters()]
-        result = original(run, x * torch.nan if run.step == 4 else x, sigma)
+        if run.step == 4:
+            batch = batch._replace(x=batch.x * torch.nan)
+        result = original(run, batch)
         same = all(map(torch.equal, before, run.model.parameters()))
         seen.append((run.step, same))
         return result
