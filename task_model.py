@@ -11,6 +11,7 @@ Legend: b images, T tokens, D features, r rank.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -157,6 +158,20 @@ def task_loss(model: TaskFactorModel, head: TaskHead, batch: Batch, step: int) -
         full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
     loss = head.loss(head.outputs(denormalise(x_hat, batch.mean, batch.std), batch.rows), full)
     return loss.clamp_min(torch.finfo(loss.dtype).eps ** 2).log().mean() / 2
+
+
+@torch.inference_mode()
+def task_error(model: TaskFactorModel, head: TaskHead, batches: Iterable[Batch]) -> float:
+    """Geometric mean over the trained ranks of the mean task error of A·B on `batches`."""
+    errors: dict[int, list[Tensor]] = {rank: [] for rank in trained_ranks(model)}
+    for batch in batches:
+        full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
+        for rank, found in errors.items():
+            a, b = model(batch.x, rank)
+            outputs = head.outputs(denormalise(a @ b, batch.mean, batch.std), batch.rows)
+            found.append(head.error(outputs, full))
+    means = torch.stack([torch.cat(found).mean() for found in errors.values()])
+    return float(means.log().mean().exp())
 
 
 def trained_ranks(model: TaskFactorModel) -> list[int]:

@@ -35,7 +35,6 @@ from qwenvl_dataloader import (
     Loaders,
     RealQwenVLDataset,
     create_data_loaders_real,
-    denormalise,
 )
 from run_log import RunLog
 from svd_baseline import (
@@ -47,7 +46,7 @@ from svd_baseline import (
     summarise,
     token_error,
 )
-from task_model import task_loss, trained_ranks
+from task_model import task_error, task_loss
 from training_state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run
 
 CLIP_NORM = 1.0
@@ -140,8 +139,8 @@ def train_step(run: TrainState, batch: Batch) -> tuple[LossTerms, Tensor]:
     """
     args = run.args
     terms = run.model.loss_terms(batch.x, batch.singular_values)
-    if run.head:
-        terms = terms._replace(task=task_loss(run.model, run.head, batch, run.step))
+    task = task_loss(run.model, run.head, batch, run.step) if run.head else terms.mse.new_zeros(())
+    terms = terms._replace(task=task)
     loss = (
         terms.reconstruction
         + args.lambda_B * terms.B
@@ -174,8 +173,7 @@ def train(run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: St
         label = f"epoch {run.epoch}/{run.last_epoch}"
         for batch in tqdm(loaders.train, desc=label, unit="batch", leave=False, disable=None):
             terms, bad = train_step(run, batch)
-            found = [torch.as_tensor(getattr(terms, name)).detach() for name in TERMS]
-            values = torch.stack([term.to(run.sums) for term in found])
+            values = torch.stack([getattr(terms, name).detach().double() for name in TERMS])
             run.sums += values * len(batch.x)
             run.batches_done += 1
             broken += bad
@@ -239,21 +237,7 @@ def validate(run: TrainState, loaders: Loaders) -> dict:
         "val_rel_error": float(metrics["rel_error"].mean()),
         "val_excess_pct": summarise(metrics["excess_pct"])["mean"],
         "effective_rank": rank,
-    } | ({"val_task_error": validation_task_error(run, loaders)} if run.head else {})
-
-
-@torch.inference_mode()
-def validation_task_error(run: TrainState, loaders: Loaders) -> float:
-    """Geometric mean over the trained ranks of the mean task error on validation images."""
-    errors: dict[int, list[Tensor]] = {rank: [] for rank in trained_ranks(run.model)}
-    for batch in loaders.val:
-        full = run.head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
-        for rank, found in errors.items():
-            a, b = run.model(batch.x, rank)
-            outputs = run.head.outputs(denormalise(a @ b, batch.mean, batch.std), batch.rows)
-            found.append(run.head.error(outputs, full))
-    means = torch.stack([torch.cat(found).mean() for found in errors.values()])
-    return float(means.log().mean().exp())
+    } | ({"val_task_error": task_error(run.model, run.head, loaders.val)} if run.head else {})
 
 
 def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int) -> dict:
@@ -440,6 +424,7 @@ def main(args: argparse.Namespace) -> int:
                 f"untrained   val_mse {initial['val_mse']:.6e}  optimum "
                 f"{initial['val_optimum_mse']:.6e}  excess "
                 + percent_text(initial["val_excess_pct"])
+                + (f"  val_task_error {initial['val_task_error']:.5f}" if run.head else "")
             )
         with Stop() as stop:
             train(run, loaders, folder, log, stop)
