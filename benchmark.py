@@ -44,6 +44,7 @@ from svd_baseline import (
     summarise,
     truncated_svd,
 )
+from task_metric import TaskMetric, in_metric, load_metric, metric_svd
 from timing import Timing, matmul_rates, time_in_turn
 
 DEFAULT_STEPS, DEFAULT_OVERSAMPLE = 1, 32  # of the random sketch where no network sets them
@@ -69,6 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     what.add_argument("--repeats", type=cli.number(int, 1), default=7,
                         help="timed calls of each method, after a warm-up")  # fmt: skip
     cli.add_evaluation_flags(parser)
+    cli.add_metric_flag(parser)
     return parser
 
 
@@ -91,6 +93,8 @@ def main(args: argparse.Namespace) -> None:
     print(footer)
 
     contenders = networks + references(networks, loaders, ranks, device)
+    if args.metric:
+        contenders += contenders_in_metric(networks, load_metric(args.metric, dataset), device)
     errors = measure_quality(contenders, ranks, loaders.test) if quality else {}
     rates = [matmul_rates(device)]
     times = measure_speed(contenders, ranks, batches, loaders.test, args.repeats) if speed else {}
@@ -226,6 +230,20 @@ def references(
         ),
         Contender("pca", lambda x, r: pca(x, r, axes), "float32", limit),
     ]  # fmt: skip
+
+
+def contenders_in_metric(
+    networks: list[Contender], metric: TaskMetric, device: torch.device
+) -> list[Contender]:
+    """The SVD and every network of X M^½, mapped back; their excess is that of X itself."""
+    metric = metric.to(device)
+    svd = Contender(
+        "svd_in_metric", lambda x, r: metric_svd(x, r, metric), "float64", len(metric.root)
+    )
+    return [svd] + [
+        n._replace(method="network_in_metric", factorise=in_metric(n.factorise, metric))
+        for n in networks
+    ]
 
 
 def random_sketch_method(

@@ -15,8 +15,9 @@ import torch
 import cli
 from cli import UserError
 from files import atomic_path
-from model import LowRankFactorModel, canonical_arch, get_model_by_name
+from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import RealQwenVLDataset
+from task_model import build_model
 
 FORMAT = 2
 # The shifts were learned as fractions of this estimate (subspace.smallest_ritz_estimate).
@@ -91,7 +92,7 @@ def load_model(
 ) -> tuple[LowRankFactorModel, dict]:
     """The trained model in evaluation mode, and its checkpoint; no flag is needed to rebuild it."""
     state = load_checkpoint(path, dataset)
-    model = get_model_by_name(**state["config"])
+    model = build_model(state["config"])
     model.load_state_dict(state["model"])
     return model.to(device).eval(), state
 

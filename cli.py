@@ -143,6 +143,12 @@ def flags_again(args: argparse.Namespace, *names: str) -> str:
     return "".join(f" --{name} {shlex.quote(str(getattr(args, name)))}" for name in typed)
 
 
+def add_metric_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of every script that can factor in a task's own metric as well."""
+    parser.add_argument("--metric", default=None, metavar="FILE",
+                        help="of estimate_metric.py: also factor X M^½ and map B back")  # fmt: skip
+
+
 def pick_device(name: str) -> torch.device:
     """The torch device for `--device`: auto (CUDA where present, else CPU), cpu, cuda, cuda:N.
 

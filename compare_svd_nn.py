@@ -48,6 +48,7 @@ from svd_baseline import (
     summarise,
     truncated_svd,
 )
+from task_metric import in_metric, load_metric, metric_svd
 
 Method = Callable[[Tensor, int], Factors]
 
@@ -70,6 +71,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                             "squared error")  # fmt: skip
     what.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
     cli.add_evaluation_flags(parser)
+    cli.add_metric_flag(parser)
     return parser
 
 
@@ -86,6 +88,10 @@ def main(args: argparse.Namespace) -> None:
     if per_image_rank := args.target_error is not None or args.mean_rank is not None:
         budget, budget_arrays = rank_per_image(model, loaders, rank, args)
     methods = reference_methods(model, loaders)
+    if args.metric:
+        metric = load_metric(args.metric, dataset).to(device)
+        methods["svd_in_metric"] = lambda x, r: metric_svd(x, r, metric)
+        methods["network_in_metric"] = in_metric(model, metric)
     ranks = report_ranks(rank)
     per_image = {
         r: {

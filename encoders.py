@@ -6,7 +6,7 @@
 
 Legend: n images, T merged tokens of an image in raster order, D features of a token, g patches
 along a side of the image (448 pixels of 14-pixel patches: g = 32; merged 2 x 2: T = 16 x 16 = 256).
-This is the only module that imports transformers.
+Beside `language_model` the only module that imports transformers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 
 from cli import UserError
-from files import locate
+from files import locate, sha256_file
 
 Device = torch.device | str
 RESIZE_RULES = ("stretch", "pad")
@@ -319,6 +319,24 @@ def _checkpoint_folder(name: str) -> tuple[Path, str | None]:
         shards = sorted(set(_vision_files(folder).values())) if indexed else [SINGLE_SHARD]
         snapshot_download(name, revision=folder.name, allow_patterns=shards)
     return folder, folder.name  # a snapshot's folder is named after its commit
+
+
+def whole_checkpoint_folder(name: str) -> Path:
+    """The folder of a whole Qwen2.5-VL checkpoint: `name` itself, or the hub's snapshot of it."""
+    folder = Path(name)
+    if not folder.is_dir():
+        with _reading(f"{name}: no such folder, and the hub says"):
+            folder = Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth"]))
+    _vision_config(folder)
+    return folder
+
+
+def checkpoint_weights_sha256(folder: Path) -> str:
+    """sha256 (hex) over the names and hashes of a checkpoint's safetensors files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
 
 
 @contextmanager

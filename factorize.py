@@ -26,6 +26,7 @@ from model import LowRankFactorModel
 from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
 from rank_budget import error_curve, first_rank_within, nested_factors, optimum_curve
 from svd_baseline import rel_error
+from task_metric import ModelInMetric, load_metric
 
 # An error measured with float32 products may lie this much above the float64 curve that chose the
 # rank: the target is met either way.
@@ -55,6 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     what.add_argument("--overwrite", action="store_true", help="replace what is in --out")
     what.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
     cli.add_evaluation_flags(parser)
+    cli.add_metric_flag(parser)
     return parser
 
 
@@ -62,6 +64,9 @@ def main(args: argparse.Namespace) -> None:
     results, device, dataset, model, state = open_trained(args)
     arch = state["config"]["arch"]
     rank = evaluated_rank(model, args.rank)
+    metric = load_metric(args.metric, dataset).to(device) if args.metric else None
+    if metric:
+        model = ModelInMetric(model, metric)
     if args.target_error is not None:
         check_target(model, dataset, rank, args, device)
     header = {
@@ -75,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
         "num_tokens": dataset.num_tokens,
         "feature_dim": dataset.feature_dim,
         "count": len(dataset),
-    }
+    } | ({"metric_sha256": metric.sha256} if metric else {})
     folder = Path(args.out) if args.out else Path("factors") / arch
     with distributed.main_first():
         writer = FactorWriter(folder, header, args.overwrite and distributed.is_main())

@@ -29,6 +29,13 @@ METHODS: dict[str, tuple[str, str]] = {
     "randomized_svd": ("randomised SVD", "#009E73"),
     "random_sketch": ("random sketch", "#CC79A7"),
     "pca": ("PCA, one basis", "#B98700"),
+    "svd_in_metric": ("SVD in the metric", "#6699CC"),
+    "network_in_metric": ("network in the metric", "#E8935A"),
+    "network_task": ("task-trained network", "#AA4466"),
+    "svd_in_metric_refined": ("SVD in the metric, refined", "#2E8B8B"),
+    "network_task_refined": ("task-trained, refined", "#661100"),
+    "token_dropping": ("tokens dropped", "#888888"),
+    "token_averaging": ("tokens averaged", "#444444"),
 }
 NETWORK, SVD = METHODS["network"][1], METHODS["svd"][1]
 BLACK, GREY = "#222222", "#777777"

@@ -93,11 +93,13 @@ def read_json(path: str | Path, remedy: str) -> dict | list:
         raise UserError(f"{path} is damaged ({error}): {remedy}") from None
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file atomically. Raises UserError where the disk does not take it."""
     with atomic_path(path) as temporary:
         try:
-            save_file(tensors, temporary)
+            save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # what the library makes of an OSError
             raise UserError(f"{path} cannot be written ({error}): free or choose a disk") from None
 

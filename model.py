@@ -144,6 +144,7 @@ class LossTerms(NamedTuple):
     act: Tensor  # the same of row_net's output alone
     lora_ortho: Tensor  # of SVDLinear's lora_A and lora_B
     component_energy: Tensor  # [r] no gradient: cost of dropping a component, squared error
+    task: Tensor | None = None  # ½ log of a head's loss; train_real_data.py's to fill in
 
 
 class LowRankFactorModel(nn.Module):

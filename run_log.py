@@ -92,6 +92,8 @@ def print_header(
 def epoch_line(record: dict, run: TrainState) -> str:
     """One line of a history entry."""
     best = f"best epoch {run.best_epoch}" if run.best_epoch else "rank not final"
+    if run.head:
+        best = f"val_task_error {record['val_task_error']:.5f}  {best}"
     return (
         f"epoch {record['epoch']:4d}  loss {record['train_loss']:.6f}  "
         f"val_mse {record['val_mse']:.6e}  optimum {record['val_optimum_mse']:.6e}  "

@@ -50,6 +50,7 @@ from svd_baseline import (
     summarise,
     token_error,
 )
+from task_model import task_error, task_loss
 from training_state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run, start_from_data
 
 CLIP_NORM = 1.0
@@ -113,6 +114,16 @@ def get_args_parser() -> argparse.ArgumentParser:
     train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     train.add_argument("--resume", nargs="?", const="best", choices=("best", "last"),
                        help="go on from best_model.pt, or exactly from last_model.pt")  # fmt: skip
+    task = parser.add_argument_group("training for a task")
+    task.add_argument("--task_head", default=None, metavar="HEAD",
+                      help="saliency or qwen-answer: its error joins the loss")  # fmt: skip
+    task.add_argument("--lambda_task", type=number(float, above=0), default=1.0,
+                      help="weight of the mean log task error, ranks 4 to 32 in turn")  # fmt: skip
+    task.add_argument("--metric", default=None, metavar="FILE",
+                      help="of estimate_metric.py: X is factored in it; with --task_head "
+                      "the start of a learned norm")  # fmt: skip
+    task.add_argument("--head_model", default=None, metavar="NAME",
+                      help="of qwen-answer: its folder or hub id")  # fmt: skip
     alloc = parser.add_argument_group("rank allocator (AdaLoRA)")
     alloc.add_argument(
         "--use_rank_allocator", action="store_true", help="lower the rank in training"
@@ -138,11 +149,14 @@ def train_step(run: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     args = run.args
     terms = run.model.loss_terms(batch.x, batch.singular_values)
+    task = task_loss(run.model, run.head, batch, run.step) if run.head else terms.mse.new_zeros(())
+    terms = terms._replace(task=task)
     loss = (
         terms.reconstruction
         + args.lambda_B * terms.B
         + args.lambda_ortho * (terms.ortho + terms.lora_ortho)
         + args.lambda_act * terms.act
+        + args.lambda_task * terms.task
     )
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
@@ -192,6 +206,8 @@ def train(
         record = close_epoch(run, loaders, seconds, run.batches_done - first_batch)
         record = distributed.from_main(record)  # its bits decide, in all processes
         distance = record["val_mse"] - record["val_optimum_mse"]
+        if run.head:
+            distance = record["val_task_error"]
         if not math.isfinite(distance):
             raise UserError(f"validation is not finite in epoch {run.epoch}: lower --lr")
         run.history.append(record)
@@ -245,7 +261,7 @@ def validate(run: TrainState, loaders: Loaders) -> dict:
         "val_rel_error": float(metrics["rel_error"].mean()),
         "val_excess_pct": summarise(metrics["excess_pct"])["mean"],
         "effective_rank": rank,
-    }
+    } | ({"val_task_error": task_error(run.model, run.head, loaders.val)} if run.head else {})
 
 
 def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int) -> dict:
@@ -260,6 +276,8 @@ def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int)
         "loss_lora_ortho": args.lambda_ortho * mean["lora_ortho"],
         "loss_act": args.lambda_act * mean["act"],
     }
+    if run.head:
+        weighted["loss_task"] = args.lambda_task * mean["task"]
     done = min(images, batches * args.batch_size * distributed.world())
     return {
         "epoch": run.epoch,
@@ -358,6 +376,8 @@ def main(args: argparse.Namespace) -> int:
     unused = sorted(name for name in args.typed if name.startswith("allocator_"))
     if unused and not (args.use_rank_allocator or args.resume):
         raise UserError(f"--{unused[0]} does nothing without --use_rank_allocator: type both")
+    if "lambda_task" in args.typed and not (args.task_head or args.resume):
+        raise UserError("--lambda_task does nothing without --task_head: type both")
     if "seen_features" in args.typed and args.factors == "direct":
         raise UserError("--factors direct sees all features: leave --seen_features away")
     folder = Path(args.results_dir) / args.arch
@@ -392,6 +412,7 @@ def main(args: argparse.Namespace) -> int:
                 f"untrained   val_mse {initial['val_mse']:.6e}  optimum "
                 f"{initial['val_optimum_mse']:.6e}  excess "
                 + percent_text(initial["val_excess_pct"])
+                + (f"  val_task_error {initial['val_task_error']:.5f}" if run.head else "")
             )
         with distributed.Stop() as stop:
             train(run, loaders, folder, log, stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,10 +22,15 @@ from qwenvl_dataloader import BatchLoader, RealQwenVLDataset
 from rank_allocator import RankAllocator
 from subspace import pivoted_features
 from svd_baseline import second_moment
+from task_metric import check_head, load_metric
+from task_model import TaskFactorModel
+
+if TYPE_CHECKING:
+    from task_heads import TaskHead
 
 SHIFT_LR_FACTOR = 20  # a shift must move by tenths while weights move by thousandths
 # terms of the loss that are summed over an epoch (model.LossTerms)
-TERMS = ("reconstruction", "mse", "optimum_mse", "B", "ortho", "act", "lora_ortho")
+TERMS = ("reconstruction", "mse", "optimum_mse", "B", "ortho", "act", "lora_ortho", "task")
 MODEL_FLAGS = ("rank", "factors", "refine_steps", "oversample", "lambda_B", "hidden_dim",
                "num_blocks", "dropout", "precision")  # fmt: skip
 # flags that may differ from the run that is resumed; --lr wins where typed
@@ -53,6 +59,7 @@ class TrainState:
     fresh: bool = True  # nothing written yet: results of an earlier run are still in the folder
     sums: Tensor | None = None  # of the loss terms over the epoch's images so far, float64
     history: list[dict] = field(default_factory=list)
+    head: TaskHead | None = None  # frozen; what --task_head trains for
 
     progress_names = ("last_epoch", "epoch", "batches_done", "step", "best", "best_epoch",
                       "bad_epochs", "finished", "sums", "history")  # fmt: skip
@@ -111,12 +118,19 @@ def build_run(
         input_dim=dataset.feature_dim,
         num_tokens=dataset.num_tokens,
         **{name: getattr(args, name) for name in MODEL_FLAGS},
-    ).to(device)
-    named = [(n, p) for n, p in model.named_parameters() if p is not model.shift_logits]
+    )
+    head = None
+    if args.task_head or args.metric:
+        model, head = in_learned_norm(model, args, dataset, device)
+    model = model.to(device)
+    # the learned norm moves by factors, as a shift does
+    quick = [model.shift_logits, *(model.weighting.parameters() if head else [])]
+    quick_ids = {id(p) for p in quick}
+    named = [(n, p) for n, p in model.named_parameters() if id(p) not in quick_ids]
     # no decay for biases, norms and the gate: zero is no better a place for them
     undecayed = [p for n, p in named if p.ndim < 2 or n == "lora_E"]
     decayed = [p for n, p in named if p.ndim >= 2 and n != "lora_E"]
-    shifts = {"params": [model.shift_logits], "weight_decay": 0.0, "lr": args.lr * SHIFT_LR_FACTOR}
+    shifts = {"params": quick, "weight_decay": 0.0, "lr": args.lr * SHIFT_LR_FACTOR}
     groups = [
         {"params": decayed, "weight_decay": args.weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
@@ -137,8 +151,34 @@ def build_run(
     sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
     identity = cache_identity(dataset)
     return TrainState(
-        args, model, optimizer, scheduler, allocator, identity, args.epochs, sums=sums
+        args, model, optimizer, scheduler, allocator, identity, args.epochs, sums=sums, head=head
     )
+
+
+def in_learned_norm(
+    core: LowRankFactorModel,
+    args: argparse.Namespace,
+    dataset: RealQwenVLDataset,
+    device: torch.device,
+) -> tuple[TaskFactorModel, TaskHead | None]:
+    """`core` in the norm of --metric, which --task_head, frozen, goes on to train where given."""
+    if not args.metric:
+        raise UserError("--task_head needs a start: make one with estimate_metric.py and type "
+                        "--metric FILE")  # fmt: skip
+    if args.use_rank_allocator:
+        raise UserError("--metric keeps every rank: leave --use_rank_allocator away")
+    metric = load_metric(args.metric, dataset)
+    task = {key: metric.info[key] for key in ("head", "head_sha256")}
+    model = TaskFactorModel(core, task | {"metric_sha256": metric.sha256})
+    model.weighting.start_from(metric)
+    if not args.task_head:
+        model.weighting.requires_grad_(False)
+        return model, None
+    from task_heads import load_head  # a head's libraries take seconds to load
+
+    head = load_head(args.task_head, dataset, device=device, model=args.head_model)
+    check_head(metric, head)
+    return model, head
 
 
 def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset) -> TrainState:
@@ -198,8 +238,10 @@ def start_from_data(run: TrainState, dataset: RealQwenVLDataset) -> None:
     if distributed.is_main():
         size, seed = run.args.batch_size, run.args.seed
         loader = BatchLoader(dataset, dataset.split.train, size, run.sums.device, seed)
-        batches = progress.images(loader, "second moment")
-        seen = pivoted_features(second_moment(b.x for b in batches), len(model.seen))
+        batches = (b.x for b in progress.images(loader, "second moment"))
+        if isinstance(model, TaskFactorModel):  # whose sketch looks at the tokens in their norm
+            batches = (model.weighting(x)[0].detach() for x in batches)
+        seen = pivoted_features(second_moment(batches), len(model.seen))
     model.see_features(distributed.from_main(seen))
 
 

@@ -30,6 +30,7 @@ from svd_baseline import (
     token_error,
     truncated_svd,
 )
+from task_metric import in_metric, load_metric, metric_svd
 
 RANKS_SHOWN = (8, 32, 128)  # of rank_comparison, as far as the model goes
 CHANNELS = 8  # the first ones: the same in every image, so that figures can be compared
@@ -46,6 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                       help="rank to draw; default the trained (effective) rank")  # fmt: skip
     what.add_argument("--image_idx", type=cli.number(int, 0), default=0, help="row of the cache")
     cli.add_evaluation_flags(parser)
+    cli.add_metric_flag(parser)
     return parser
 
 
@@ -62,6 +64,10 @@ def main(args: argparse.Namespace) -> None:
     sigma = dataset.singular_values[[row]].to(device)
     with torch.inference_mode():
         factors = {"network": model(x, rank), "svd": truncated_svd(x, rank)}
+        if args.metric:
+            metric = load_metric(args.metric, dataset).to(device)
+            factors["network_in_metric"] = in_metric(model, metric)(x, rank)
+            factors["svd_in_metric"] = metric_svd(x, rank, metric)
     metrics = {
         name: {key: number_or_none(value) for key, value in image_metrics(x, *ab, sigma).items()}
         for name, ab in factors.items()

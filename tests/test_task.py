@@ -1,0 +1,672 @@
+"""Heads, the task's metric, and what a factorisation in it keeps of the head's output."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import numpy as np
+import onnx
+import onnxruntime
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import QWEN_PREPROCESSOR
+from test_encoders import photograph, random_image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+import cli
+import encoders
+import estimate_metric
+import extract_features
+import language_model
+import task_heads
+import task_metric
+import train_real_data
+from checkpoint import load_model
+from cli import UserError
+from model import get_model_by_name
+from qwenvl_dataloader import Batch, RealQwenVLDataset, create_data_loaders_real, denormalise
+from svd_baseline import gram_eigh, truncated_svd
+from task_model import TaskFactorModel, leading_projector
+from task_refinement import refine_factors
+from token_reduction import average_tokens, drop_tokens, tokens_kept
+
+
+@pytest.fixture(scope="module")
+def dataset(tiny_cache) -> RealQwenVLDataset:
+    return RealQwenVLDataset(tiny_cache)
+
+
+@pytest.fixture(scope="module")
+def saliency(dataset) -> task_heads.TaskHead:
+    return task_heads.load_head("saliency", dataset, device="cpu")
+
+
+# ---------------------------------------------------------------------------------------- saliency
+
+
+def test_the_saliency_head_gives_the_logits_and_the_map_of_its_onnx_graph():
+    encoder = encoders.load_encoder("demo", device="cpu", image_size=224)
+    pixels = torch.stack([encoder.preprocess(photograph()), encoder.preprocess(random_image(9, 7))])
+    graph = onnx.load(encoders.demo_onnx_path())
+    names = ["/decoder/final_conv/Conv_output_0", "output_importance"]
+    graph.graph.output.append(
+        onnx.helper.make_tensor_value_info(names[0], onnx.TensorProto.FLOAT, None)
+    )
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    expected = session.run(names, {"input_image": pixels.numpy()})
+    logits, importance = (torch.from_numpy(array)[:, 0] for array in expected)
+    head = task_heads.SaliencyHead.__new__(task_heads.SaliencyHead)
+    head.grid, head.decoder = encoder.grid, task_heads.load_saliency_decoder()
+    found = head.outputs(encoder.encode(pixels))  # merged tokens [2, 64, 1536]
+    assert found.shape == logits.shape == (2, 128, 128)
+    assert (found - logits).norm() / logits.norm() < 1e-5
+    # the graph ends in a linear resize to the image's size and a sigmoid
+    resized = torch.nn.functional.interpolate(found[:, None], (224, 224), mode="bilinear")
+    assert (resized[:, 0].sigmoid() - importance).abs().max() < 1e-4
+
+
+def test_splitting_neighbours_undoes_their_merging():
+    patches = torch.randn(2, 4 * 6, 5)
+    merged = encoders.merge_neighbours(patches, (4, 6))
+    split = task_heads.split_neighbours(merged, (2, 3))
+    assert torch.equal(split, patches.mT.reshape(2, 5, 4, 6))
+
+
+def test_the_saliency_heads_gradient_is_the_slope_of_its_loss(saliency, dataset):
+    tokens = dataset[[0]].double()
+    saliency.decoder.double()
+    try:
+        full = saliency.decoder(task_heads.split_neighbours(tokens, dataset.grid))
+
+        def loss(x):
+            patches = task_heads.split_neighbours(x, dataset.grid)
+            return saliency.loss(saliency.decoder(patches), full).sum()
+
+        start = (tokens + 0.1 * tokens.std() * torch.randn_like(tokens)).requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(start), start)
+        direction = gradient / gradient.norm()
+        step = 1e-5 * direction
+        slope = (loss(start + step) - loss(start - step)) / 2e-5
+    finally:
+        saliency.decoder.float()
+    assert slope.item() == pytest.approx(gradient.norm().item(), rel=1e-3)
+
+
+def test_a_head_agrees_with_itself_and_its_error_is_relative(saliency, dataset):
+    y = saliency.outputs(dataset[[0, 1]])
+    assert saliency.error(y, y).tolist() == [0, 0] and saliency.agreement(y, y).tolist() == [1, 1]
+    assert saliency.error(1.25 * y, y).tolist() == pytest.approx([0.25, 0.25], rel=1e-5)
+    assert saliency.agreement(-y, y).max() == 0
+
+
+def test_the_saliency_head_refuses_tokens_of_another_encoder(cache_copy):
+    path = cache_copy / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["encoder"]["id"] = "Qwen/Qwen2.5-VL-3B-Instruct"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="--head saliency reads tokens of demo-dinov2"):
+        task_heads.load_head("saliency", RealQwenVLDataset(cache_copy), device="cpu")
+
+
+def test_an_unknown_head_is_refused_with_the_list(dataset):
+    with pytest.raises(UserError, match="--head depth is unknown: type one of saliency, qwen"):
+        task_heads.load_head("depth", dataset, device="cpu")
+
+
+# ------------------------------------------------------------------------------------- qwen-answer
+
+
+@pytest.fixture(scope="module")
+def small_qwen(tiny_data, tmp_path_factory):
+    """Folder of a whole small checkpoint in the real layout: T = 16 at 112 pixels, D = 64."""
+    folder = tmp_path_factory.mktemp("qwen_head") / "small-qwen"
+    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
+    words = "system You are a helpful assistant . user Answer the question using single word or"
+    (path,) = (tiny_data / "data").glob("*.parquet")
+    rows = pq.read_table(path, columns=["question", "answer"]).to_pylist()
+    texts = [words] + [row["question"] for row in rows] + [a for r in rows for a in r["answer"]]
+    split = pre_tokenizers.Whitespace()
+    known = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    known = dict.fromkeys(special + ["[UNK]", "phrase", "assistant", *known])
+    vocabulary = {word: i for i, word in enumerate(known)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = split
+    core.add_special_tokens(special)
+    torch.manual_seed(0)
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+    vision |= {"out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 112}
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    text |= {"vocab_size": len(vocabulary), "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+    ids = {"image_token_id": 3, "vision_start_token_id": 2, "vision_end_token_id": 4}
+    config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, **ids)
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    for parameter in model.parameters():  # fresh weights are so small that every answer is alike
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(QWEN_PREPROCESSOR))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen_cache(small_qwen, tiny_data, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("qwen_cache") / "cache"
+    argv = ["--model", small_qwen, "--dataset_dir", tiny_data, "--cache_dir", cache]
+    argv += ["--image_size", "112"]
+    extract_features.main(cli.parse(extract_features.get_args_parser(), [str(a) for a in argv]))
+    return cache
+
+
+@pytest.fixture(scope="module")
+def qwen_head(small_qwen, qwen_cache):
+    dataset = RealQwenVLDataset(qwen_cache)
+    return task_heads.load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
+
+
+def test_with_unchanged_tokens_the_answers_logits_are_the_whole_qwens_bit_for_bit(
+    qwen_head, small_qwen, tiny_data
+):
+    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(small_qwen).eval()
+    encoder = encoders.load_encoder(str(small_qwen), device="cpu", image_size=112)
+    pixels = encoder.preprocess(photograph())
+    tokens = encoder.encode(pixels[None])
+    row = 1
+    answer = qwen_head.reference_answer(row)
+    text = qwen_head.prompt(row) + answer + "<|im_end|>"
+    ids = qwen_head.tokenizer(text, return_tensors="pt")["input_ids"]
+    wanted = len(qwen_head.tokenizer(answer + "<|im_end|>")["input_ids"])
+    with torch.no_grad():
+        expected = whole(
+            input_ids=ids[:, :-1],
+            pixel_values=pixels,
+            image_grid_thw=torch.tensor([[1, 8, 8]]),
+            mm_token_type_ids=(ids[:, :-1] == 3).int(),
+            logits_to_keep=wanted,
+        ).logits
+    logits = qwen_head.outputs(tokens, torch.tensor([row]))
+    assert logits.shape == (1, wanted, len(qwen_head.tokenizer))
+    assert torch.equal(logits, expected)
+    assert not torch.equal(qwen_head.outputs(tokens.flip(1), torch.tensor([row])), expected)
+
+
+def test_the_greedy_answer_is_the_argmax_of_one_forward_after_another(qwen_head, qwen_cache):
+    dataset, row = RealQwenVLDataset(qwen_cache), 4
+    tokens = dataset[[row]].float()
+    ids, end = qwen_head._ids(qwen_head.prompt(row)), qwen_head._ids("<|im_end|>")
+    new = []
+    for _ in range(4):
+        logits = qwen_head.model(**qwen_head._inputs(ids, tokens[0])).logits[0, -1]
+        ids = torch.cat([ids, logits.argmax()[None]])
+        new.append(int(ids[-1]))
+        if new[-1] == end:
+            break
+    expected = qwen_head.tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert qwen_head.generate(tokens, torch.tensor([row]), max_new_tokens=4) == [expected]
+
+
+def test_kl_and_agreement_of_the_answer_ignore_the_padding_of_shorter_answers(
+    qwen_head, qwen_cache
+):
+    dataset = RealQwenVLDataset(qwen_cache)
+    tokens = dataset[[0, 1, 2]].float()
+    rows = torch.tensor([0, 1, 2])
+    full = qwen_head.outputs(tokens, rows)
+    changed = qwen_head.outputs(tokens + 0.5 * torch.randn_like(tokens), rows)
+    together = qwen_head.loss(changed, full)
+    for i in range(3):
+        length = int((full[i] != 0).any(-1).sum())
+        p, q = full[i, :length].softmax(-1), changed[i, :length].softmax(-1)
+        by_hand = (p * (p / q).log()).sum() / length
+        assert float(together[i]) == pytest.approx(float(by_hand), rel=1e-3)
+    assert qwen_head.loss(full, full).abs().max() < 1e-6
+    assert qwen_head.agreement(full, full).tolist() == [1, 1, 1]
+
+
+def test_gradients_reach_the_tokens_through_the_frozen_language_model(qwen_head, qwen_cache):
+    tokens = RealQwenVLDataset(qwen_cache)[[0]].float().requires_grad_()
+    rows = torch.tensor([0])
+    with torch.no_grad():
+        full = qwen_head.outputs(tokens.flip(1), rows)
+    qwen_head.loss(qwen_head.outputs(tokens, rows), full).sum().backward()
+    assert tokens.grad.isfinite().all() and (tokens.grad.norm(dim=-1) > 0).all()
+    assert all(p.grad is None for p in qwen_head.model.parameters())
+
+
+def test_the_language_model_refuses_tokens_of_another_width(small_qwen, dataset):
+    with pytest.raises(UserError, match="reads tokens of 64 features.*tokens of 1536"):
+        task_heads.load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
+
+
+def test_a_checkpoint_without_its_language_model_is_refused_in_one_line(qwen_cache, tmp_path):
+    with pytest.raises(UserError, match="no-such-model") as refused:
+        dataset = RealQwenVLDataset(qwen_cache)
+        task_heads.load_head("qwen-answer", dataset, device="cpu", model="/no-such-model")
+    assert "\n" not in str(refused.value)
+
+
+def test_vqa_accuracy_counts_people_who_gave_the_answer():
+    ten = ["stop"] * 2 + ["Stop!"] + ["halt"] + ["go"] * 6
+    assert language_model.vqa_accuracy("stop.", ten) == 1
+    assert language_model.vqa_accuracy("halt", ten) == pytest.approx(1 / 3)
+    assert language_model.vqa_accuracy("halt", ["halt"]) == 1
+    assert np.isnan(language_model.vqa_accuracy("halt", []))
+
+
+# ------------------------------------------------------------------------------------------ metric
+
+
+@pytest.fixture(scope="module")
+def metric_file(tiny_cache, tmp_path_factory):
+    """The saliency head's metric of the small cache, made by estimate_metric.py itself."""
+    path = tmp_path_factory.mktemp("metric") / "saliency.safetensors"
+    argv = ["--cache_dir", str(tiny_cache), "--probes", "2", "--out", str(path)]
+    estimate_metric.main(cli.parse(estimate_metric.get_args_parser(), argv))
+    return path
+
+
+@pytest.fixture(scope="module")
+def metric(metric_file, dataset) -> task_metric.TaskMetric:
+    return task_metric.load_metric(metric_file, dataset)
+
+
+@pytest.fixture(scope="module")
+def test_batch(dataset) -> Batch:
+    return next(iter(create_data_loaders_real(dataset, 6).test))
+
+
+def random_metric(d: int, seed: int = 0) -> task_metric.TaskMetric:
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    return task_metric.TaskMetric(task_metric.shrunk(root @ root.mT, 1e-2), {"scale": 1.0})
+
+
+class LinearHead(task_heads.TaskHead):
+    """y = X L for every token: a head whose metric is known, M ∝ L Lᵀ."""
+
+    name, sha256, output = "linear", "0", "outputs"
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def outputs(self, tokens, rows):
+        return tokens @ self.weight
+
+    def loss(self, outputs, full):
+        return task_heads.squared_error(outputs, full)
+
+    def agreement(self, outputs, full):
+        return torch.ones(len(full))
+
+
+def test_no_matrix_of_its_rank_is_nearer_in_the_metric_than_the_metrics_svd(tokens):
+    metric = random_metric(40)
+
+    def distance(x_hat):
+        e = (tokens - x_hat).double()
+        return ((e @ metric.matrix) * e).sum((-2, -1))
+
+    a, b = task_metric.metric_svd(tokens, 5, metric)
+    assert torch.linalg.matrix_rank(a @ b).tolist() == [5, 5, 5]
+    # what Eckart and Young say of X M^½
+    values, vectors = torch.linalg.eigh(metric.matrix)
+    sigma = torch.linalg.svdvals(tokens.double() @ (vectors * values.sqrt()) @ vectors.mT)
+    assert torch.allclose(distance(a @ b), sigma[:, 5:].square().sum(-1), rtol=1e-4)
+    for other in (gram_eigh(tokens, 5), task_metric.in_metric(truncated_svd, metric)(tokens, 5)):
+        assert (distance(torch.matmul(*other)) >= distance(a @ b) * (1 - 1e-4)).all()
+
+
+def test_any_factorisation_in_the_metric_is_mapped_back_to_token_space(tokens):
+    metric = random_metric(40)
+    a, b = task_metric.in_metric(truncated_svd, metric)(tokens, 24)
+    assert torch.allclose(a @ b, tokens, atol=1e-3)  # full rank: nothing is lost
+    a, b = task_metric.in_metric(truncated_svd, metric)(tokens, 6)
+    best = torch.matmul(*task_metric.metric_svd(tokens, 6, metric))
+    assert torch.allclose(a @ b, best, atol=2e-3)
+
+
+def test_the_metric_of_a_linear_head_is_that_heads_own_matrix(dataset, test_batch):
+    weight = torch.randn(dataset.feature_dim, 6, generator=torch.Generator().manual_seed(0))
+    weight[:, 0] *= 5
+    batch = test_batch._replace(std=torch.ones_like(test_batch.std))
+    batches = [batch._replace(rows=batch.rows + 100 * i) for i in range(60)]
+    moment, images = task_metric.second_moment(LinearHead(weight), batches, 4, seed=1)
+    expected = (weight @ weight.mT).double()
+    assert images == 360
+    difference = moment / moment.trace() - expected / expected.trace()
+    assert difference.norm() < 0.05 * (expected / expected.trace()).norm()
+
+
+def test_in_its_own_metric_a_linear_heads_error_is_predicted_without_running_it(tokens):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 40, generator=generator) * torch.logspace(0, -1, 40)
+    head, rows = LinearHead(weight), torch.arange(3)
+    full = head.outputs(tokens, rows)
+    moment = (weight @ weight.mT).double()
+    info = {"scale": float(moment.diagonal().mean())}
+    metric = task_metric.TaskMetric(task_metric.shrunk(moment, 1e-9), info)
+    predicted = task_metric.predicted_error(tokens, metric)[:, 3]
+    measured = head.error(torch.matmul(*task_metric.metric_svd(tokens, 3, metric)) @ weight, full)
+    # predicted for gradients relative to ‖y‖, which this moment has not been divided by
+    assert torch.allclose(predicted / full.flatten(1).norm(dim=-1), measured, rtol=1e-3)
+
+
+def test_the_estimated_metric_lowers_the_task_error_of_held_out_images(
+    saliency, metric, test_batch
+):
+    full = saliency.outputs(denormalise(*test_batch[1:4]), test_batch.rows)
+
+    def error(factors):
+        tokens = denormalise(torch.matmul(*factors), test_batch.mean, test_batch.std)
+        return saliency.error(saliency.outputs(tokens, test_batch.rows), full).mean()
+
+    x = test_batch.x
+    for rank in (2, 4):
+        assert error(task_metric.metric_svd(x, rank, metric)) < 0.95 * error(gram_eigh(x, rank))
+
+
+def test_a_metric_is_stored_whole_and_refused_with_another_cache_or_head(
+    metric_file, metric, saliency, dataset, cache_copy, tmp_path
+):
+    task_metric.check_head(metric, saliency)
+    assert metric.matrix.dtype == torch.float64
+    assert float(metric.matrix.diagonal().mean()) == pytest.approx(1)
+    again = tmp_path / "again.safetensors"
+    task_metric.save_metric(again, metric)
+    assert torch.equal(task_metric.load_metric(again, dataset).matrix, metric.matrix)
+    manifest = cache_copy / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"stretch"', '"pad"'))
+    with pytest.raises(UserError, match="made from another cache.*manifest_sha256"):
+        task_metric.load_metric(metric_file, RealQwenVLDataset(cache_copy))
+    other = LinearHead(torch.eye(2))
+    with pytest.raises(UserError, match="that of the head saliency, not of --head linear"):
+        task_metric.check_head(metric, other)
+    other.name = "saliency"
+    with pytest.raises(UserError, match="other weights of the head saliency"):
+        task_metric.check_head(metric, other)
+
+
+@pytest.mark.parametrize("content", [None, b"garbage", b""])
+def test_a_missing_or_damaged_metric_is_refused(content, dataset, tmp_path):
+    path = tmp_path / "m.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match="--metric .*m.safetensors .*make it with estimate_metric"):
+        task_metric.load_metric(path, dataset)
+
+
+def test_the_metric_does_not_depend_on_how_images_are_batched(saliency, dataset):
+
+    loaders = [create_data_loaders_real(dataset, size).val for size in (2, 3)]
+    moments = [task_metric.second_moment(saliency, loader, 1, seed=3)[0] for loader in loaders]
+    assert (moments[0] - moments[1]).norm() < 1e-5 * moments[0].norm()
+
+
+# -------------------------------------------------------------------------- refinement by the head
+
+
+def test_refinement_by_the_head_lowers_every_images_task_error_and_keeps_the_rank(
+    saliency, metric, test_batch
+):
+    full = saliency.outputs(denormalise(*test_batch[1:4]), test_batch.rows)
+
+    def error(a, b):
+        tokens = denormalise(a @ b, test_batch.mean, test_batch.std)
+        return saliency.error(saliency.outputs(tokens, test_batch.rows), full)
+
+    start = task_metric.metric_svd(test_batch.x, 2, metric)
+    found = refine_factors(saliency, test_batch, *start, metric, steps=4)
+    assert [f.shape for f in found] == [s.shape for s in start]
+    assert torch.linalg.matrix_rank((found[0] @ found[1]).double(), rtol=1e-5).max() <= 2
+    assert (error(*found) < error(*start)).all()
+    assert error(*found).mean() < 0.85 * error(*start).mean()
+
+
+def test_no_steps_change_nothing(saliency, metric, test_batch):
+    start = task_metric.metric_svd(test_batch.x, 2, metric)
+    found = refine_factors(saliency, test_batch, *start, metric, steps=0)
+    assert torch.allclose(found[0] @ found[1], start[0] @ start[1], atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------ fewer tokens
+
+
+def test_dropped_tokens_are_filled_from_their_nearest_kept_neighbour():
+    x = torch.arange(9.0).reshape(1, 9, 1)
+    assert torch.equal(drop_tokens(x, 9, (3, 3)), x)
+    for keep in (1, 4):
+        filled = drop_tokens(x, keep, (3, 3), seed=2)[0, :, 0]
+        kept = filled.unique().long()
+        assert len(kept) == keep
+        for place in range(9):
+            here = torch.tensor(divmod(place, 3)).double()
+            distance = [(torch.tensor(divmod(int(k), 3)) - here).norm() for k in kept]
+            chosen = int((kept == int(filled[place])).nonzero())
+            assert distance[chosen] == min(distance)
+
+
+def test_averaged_tokens_are_the_means_of_their_blocks_also_at_the_edge():
+    x = torch.arange(9.0).reshape(1, 9, 1)
+    expected = [2, 2, 3.5, 2, 2, 3.5, 6.5, 6.5, 8]
+    assert average_tokens(x, 2, (3, 3))[0, :, 0].tolist() == expected
+    assert tokens_kept(2, (3, 3)) == 4 and tokens_kept(2, (16, 16)) == 64
+
+
+# ------------------------------------------------------------------------------------ the commands
+
+
+def test_evaluate_task_writes_every_method_with_intervals_and_a_figure(
+    metric_file, tiny_cache, script, tmp_path
+):
+    done = script(
+        "evaluate_task.py", "--cache_dir", tiny_cache, "--metric", metric_file, "--ranks", 2, 4, 8,
+        "--head_steps", 1, "--bound", 0.3, "--results_dir", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("note: no trained network")
+    results = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())
+    assert set(results["methods"]) == {
+        "svd", "svd_in_metric", "svd_in_metric_refined", "token_dropping", "token_averaging"
+    }  # fmt: skip
+    svd, found = results["methods"]["svd"], results["methods"]["svd_in_metric"]
+    assert results["split"] == "test" and results["n_groups"] == 2
+    for rank in ("2", "4", "8"):
+        low, high = found[rank]["gain_pct"]["interval_95"]
+        assert low <= found[rank]["gain_pct"]["mean"] <= high
+        means = (m[rank]["task_error"]["mean"] for m in (svd, found))
+        plain, ours = means
+        assert found[rank]["gain_pct"]["mean"] == pytest.approx(100 * (1 - ours / plain))
+        assert svd[rank]["rel_error"]["mean"] <= found[rank]["rel_error"]["mean"] * (1 + 1e-6)
+        assert found[rank]["bytes"] == 2 * int(rank) * (16 + 1536)
+    dropped = results["methods"]["token_dropping"]["4"]
+    assert dropped["bytes"] <= found["4"]["bytes"]
+    assert results["rank_per_image"]["bounds"]["0.3"]["rank"]["mean"] >= 1
+    assert (tmp_path / "ResMLP" / "task_sweep.png").stat().st_size > 20_000
+
+
+def test_every_step_runs_end_to_end_on_qwens_own_head(small_qwen, qwen_cache, script, tmp_path):
+    options = ["--cache_dir", qwen_cache, "--head", "qwen-answer", "--head_model", small_qwen]
+    path = tmp_path / "qwen.safetensors"
+    done = script("estimate_metric.py", *options, "--probes", 1, "--out", path)
+    assert done.returncode == 0, done.stderr
+    done = script(
+        "evaluate_task.py", *options, "--metric", path, "--ranks", 2, 4, "--head_steps", 1,
+        "--answers", "--results_dir", tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())
+    assert results["head"] == "qwen-answer"
+    for rank in ("2", "4"):
+        found = results["methods"]["svd_in_metric"][rank]
+        assert 0 <= found["vqa_accuracy"]["mean"] <= 1 and found["task_loss"]["mean"] >= 0
+
+
+def test_answers_of_a_head_that_gives_none_are_refused(metric_file, tiny_cache, script):
+    done = script("evaluate_task.py", "--cache_dir", tiny_cache, "--metric", metric_file,
+                  "--answers")  # fmt: skip
+    assert done.returncode == 2 and "--answers: --head saliency generates none" in done.stderr
+
+
+# ---------------------------------------------------------------------------- training for the task
+
+
+def test_the_leading_projectors_gradient_is_that_of_finite_differences():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(2, 6, 6, generator=generator, dtype=torch.float64)
+
+    def projector(y):
+        return leading_projector(y @ y.mT, 3)
+
+    assert torch.autograd.gradcheck(projector, root.requires_grad_())
+    # equal eigenvalues on one side of the cut have no say
+    equal = torch.diag(torch.tensor([3.0, 3, 3, 1, 1, 1], dtype=torch.float64)).requires_grad_()
+    leading_projector(equal, 3).square().sum().backward()
+    assert equal.grad.isfinite().all()
+    zero = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
+    leading_projector(zero, 2)[0].sum().backward()
+    assert zero.grad.isfinite().all()
+
+
+def test_an_untrained_task_network_is_the_svd_in_its_metric(metric, test_batch):
+    core = get_model_by_name("ResMLP", input_dim=1536, num_tokens=16, rank=6, lambda_B=0.0,
+                             oversample=10)  # fmt: skip
+    model = TaskFactorModel(core, {"head": "saliency"})
+    model.weighting.start_from(metric)
+    with torch.no_grad():
+        for rank in (6, 3):
+            expected = torch.matmul(*task_metric.metric_svd(test_batch.x, rank, metric))
+            found = torch.matmul(*model(test_batch.x, rank))
+            norm = expected.norm()
+            assert (found - expected).norm() < 1e-4 * norm
+            assert (model.exact_product(test_batch.x, rank) - expected).norm() < 1e-4 * norm
+
+
+def test_a_task_networks_product_has_its_rank_whatever_the_weights(metric, test_batch):
+    core = get_model_by_name("MLP", input_dim=1536, num_tokens=16, rank=5, oversample=11)
+    model = TaskFactorModel(core, {"head": "saliency"})
+    model.weighting.start_from(metric)
+    with torch.no_grad():
+        for parameter in model.weighting.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+        product = torch.matmul(*model(test_batch.x, 4)).double()
+    assert torch.linalg.matrix_rank(product, rtol=1e-5).tolist() == [4] * 6
+
+
+@pytest.fixture(scope="module")
+def task_trained(metric_file, tiny_cache, tmp_path_factory):
+    results = tmp_path_factory.mktemp("task_trained") / "results"
+    argv = ["--cache_dir", tiny_cache, "--results_dir", results, "--log_dir", results.parent]
+    argv += ["--task_head", "saliency", "--metric", metric_file, "--epochs", 3, "--rank", 4]
+    argv += ["--oversample", 2, "--hidden_dim", 16, "--lr", 5e-5]
+    args = cli.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
+    assert train_real_data.main(args) == 0
+    return results
+
+
+def test_training_for_a_task_lowers_the_task_error_and_its_checkpoint_needs_no_flag(
+    task_trained, tiny_cache, dataset, script, tmp_path
+):
+    history = json.loads((task_trained / "ResMLP" / "history.json").read_text())
+    assert history[-1]["val_task_error"] < history[0]["val_task_error"]
+    assert "loss_task" in history[-1]
+    model, state = load_model(
+        task_trained / "ResMLP" / "best_model.pt", torch.device("cpu"), dataset
+    )
+    assert isinstance(model, TaskFactorModel) and state["config"]["task"]["head"] == "saliency"
+    where = ["--results_dir", task_trained, "--cache_dir", tiny_cache]
+    assert script("compare_svd_nn.py", *where).returncode == 0
+    assert script("factorize.py", *where, "--out", tmp_path / "factors").returncode == 0
+
+
+def test_a_task_run_goes_on_from_its_checkpoint(task_trained, tiny_cache, script):
+    results = shutil.copytree(task_trained, task_trained.parent / "resumed")
+    done = script("train_real_data.py", "--resume", "--epochs", 1, "--results_dir", results,
+                  "--cache_dir", tiny_cache)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "val_task_error" in json.loads((results / "ResMLP" / "history.json").read_text())[-1]
+
+
+def test_the_task_trained_network_is_judged_beside_the_others(
+    task_trained, metric_file, tiny_cache, script, tmp_path
+):
+    done = script(
+        "evaluate_task.py", "--cache_dir", tiny_cache, "--metric", metric_file, "--ranks", 2, 4,
+        "--results_dir", tmp_path, "--task_results_dir", task_trained, "--head_steps", 1,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    methods = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())["methods"]
+    assert {"network_task", "network_task_refined"} <= set(methods)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--task_head", "saliency"], "needs a start.*--metric FILE"),
+        (["--task_head", "depth", "--metric", "FILE"], "depth is unknown"),
+        (["--task_head", "saliency", "--metric", "/none"], "--metric /none does not exist"),
+        (["--lambda_task", "2"], "does nothing without --task_head"),
+        (["--task_head", "saliency", "--metric", "FILE", "--factors", "direct"], "projected"),
+    ],
+)
+def test_flags_of_training_for_a_task_that_do_not_fit_are_refused(
+    flags, message, metric_file, tiny_cache, script, tmp_path
+):
+    flags = [str(metric_file) if flag == "FILE" else flag for flag in flags]
+    done = script("train_real_data.py", "--rank", 4, "--cache_dir", tiny_cache, *flags)
+    assert done.returncode == 2 and re.search(message, done.stderr)
+    assert not (tmp_path / "results").exists()
+
+
+def test_every_table_shows_svd_and_network_in_the_metric_beside_the_plain_ones(
+    metric_file, tiny_cache, script, tmp_path
+):
+    where = ["--results_dir", tmp_path, "--cache_dir", tiny_cache]
+    small = ["--epochs", 1, "--rank", 4, "--oversample", 2, "--hidden_dim", 16, "--log_dir", "log"]
+    assert script("train_real_data.py", *where, *small).returncode == 0
+    where += ["--metric", metric_file]
+    done = script("compare_svd_nn.py", *where)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "ResMLP" / "svd_nn_comparison.json").read_text())
+    four = {"svd", "svd_in_metric", "network", "network_in_metric"}
+    assert four <= set(results["ranks"]["4"]) and all(name in done.stdout for name in four)
+    error = {name: results["ranks"]["4"][name]["rel_error"]["mean"] for name in four}
+    assert error["svd"] < error["svd_in_metric"]  # X itself is nearer to its own SVD
+    assert error["network_in_metric"] == pytest.approx(error["svd_in_metric"], rel=0.05)
+
+    assert script("visualize_svd_nn.py", *where).returncode == 0
+    image = json.loads((tmp_path / "ResMLP" / "image_0_comparison_results.json").read_text())
+    assert four <= set(image)
+    assert script("benchmark.py", *where, "--quality", "--ranks", 4).returncode == 0
+    records = json.loads((tmp_path / "benchmark.json").read_text())["records"]
+    assert four <= {record["method"] for record in records}
+
+    factors = [tmp_path / name for name in ("plain", "metric")]
+    assert script("factorize.py", *where[:4], "--out", factors[0]).returncode == 0
+    assert script("factorize.py", *where, "--out", factors[1]).returncode == 0
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in factors]
+    assert manifests[1]["metric_sha256"] and "metric_sha256" not in manifests[0]
+    assert manifests[1]["errors"]["rel_error"]["mean"] > manifests[0]["errors"]["rel_error"]["mean"]
+
+
+def test_training_with_a_metric_alone_gives_the_network_of_that_metric(
+    metric_file, metric, dataset, tiny_cache, test_batch, script, tmp_path
+):
+    done = script("train_real_data.py", "--results_dir", tmp_path, "--cache_dir", tiny_cache,
+                  "--metric", metric_file, "--epochs", 1, "--rank", 4, "--hidden_dim", 16,
+                  "--lambda_B", 0)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model, _ = load_model(tmp_path / "ResMLP" / "best_model.pt", torch.device("cpu"), dataset)
+    with torch.no_grad():
+        found = torch.matmul(*model(test_batch.x, 4))
+    expected = torch.matmul(*task_metric.metric_svd(test_batch.x, 4, metric))
+    assert (found - expected).norm() < 1e-2 * expected.norm()
