@@ -206,7 +206,8 @@ def references(
     limit = min(dataset.num_tokens, dataset.feature_dim)
     axes = fit_pca(batch.x for batch in progress.images(loaders.train, "PCA"))
     # one with the steps and columns of each network, so that only the sketch differs
-    by_default = (DEFAULT_STEPS, tuple(columns_for(r, DEFAULT_OVERSAMPLE, limit) for r in ranks))
+    most = min(limit, max(ranks) + DEFAULT_OVERSAMPLE)
+    by_default = (DEFAULT_STEPS, tuple(columns_for(r, DEFAULT_OVERSAMPLE, most) for r in ranks))
     settings = {
         (n.steps, tuple(n.columns(r) if r <= n.max_rank else c
                         for r, c in zip(ranks, by_default[1], strict=True)))
