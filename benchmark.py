@@ -33,7 +33,7 @@ from qwenvl_dataloader import (
     create_data_loaders_real,
     normalise,
 )
-from subspace import columns_for, gram_is_cheaper, refine, start_shifts
+from subspace import columns_for, even_features, gram_is_cheaper, refine, start_shifts
 from svd_baseline import (
     Factors,
     evaluate,
@@ -182,7 +182,7 @@ def network_contender(model: LowRankFactorModel) -> Contender:
     projected = model.factors == "projected"
     return Contender(
         "network",
-        lambda x, r: model(x, r),
+        lambda x, r: model(x, r, ordered=False),
         "float64" if projected else "float32",
         max_rank=model.current_effective_rank(),
         arch=model.config["arch"],
@@ -210,7 +210,7 @@ def references(
     found = []
     for steps, columns in sorted(settings):
         of_rank = dict(zip(ranks, columns, strict=True))
-        factorise = random_sketch_method(dataset.feature_dim, steps, of_rank, device)
+        factorise = random_sketch_method(dataset, steps, of_rank, device)
         found.append(Contender("random_sketch", factorise, "float64", limit, sketch="random",
                                steps=steps, columns=of_rank.__getitem__))  # fmt: skip
     found.append(Contender("svd", truncated_svd, "float32", limit))
@@ -228,18 +228,21 @@ def references(
 
 
 def random_sketch_method(
-    feature_dim: int, steps: int, columns: dict[int, int], device: torch.device
+    dataset: RealQwenVLDataset, steps: int, columns: dict[int, int], device: torch.device
 ) -> Callable[[Tensor, int], Factors]:
     """`svd_baseline.random_sketch` with Ω and shifts made once: drawing them is no one's cost,
     as loading a network's weights is not. columns: rank → columns of the sketch."""
     shifts = start_shifts(steps).to(device)
     omegas = {
-        c: torch.randn(feature_dim, c, generator=torch.Generator().manual_seed(0)).to(device)
+        c: torch.randn(dataset.num_tokens, c, generator=torch.Generator().manual_seed(0)).to(device)
         for c in set(columns.values())
     }
+    features = even_features(dataset.feature_dim, dataset.num_tokens).to(device)
 
     def factorise(x: Tensor, rank: int) -> Factors:
-        u = refine(x @ omegas[columns[rank]], x, shifts, rank, ordered=False).u.to(x.dtype)
+        seen = x[..., features]
+        sketch = seen @ (seen.mT @ omegas[columns[rank]])
+        u = refine(sketch, x, shifts, rank, ordered=False).u.to(x.dtype)
         return u, u.mT @ x
 
     return factorise
@@ -298,8 +301,8 @@ def measure_speed(
 
 def branch_multiply_adds(model: LowRankFactorModel, columns: int) -> float:
     """Of both branches, one matrix: a weight of row_net meets T tokens, one of col_net every seen
-    feature column. Output layers count with the columns that are computed; merged LoRA weights
-    cost nothing here.
+    feature. Output layers count with the columns that are computed; merged LoRA weights cost
+    nothing here.
     """
 
     def weights(branch: torch.nn.Module) -> int:
@@ -308,7 +311,7 @@ def branch_multiply_adds(model: LowRankFactorModel, columns: int) -> float:
         last = [getattr(branch, name).weight for name in ("skip", "head") if hasattr(branch, name)]
         return body + columns * sum(weight.shape[1] for weight in last)
 
-    tokens, seen = model.num_tokens, len(range(0, model.input_dim, model.stride))
+    tokens, seen = model.num_tokens, len(model.seen)
     product = tokens * seen * columns if model.factors == "projected" else 0
     return tokens * weights(model.row_net) + seen * weights(model.col_net) + product
 
@@ -330,7 +333,8 @@ def multiply_adds(contender: Contender, t: int, d: int, r: int) -> dict[str, flo
         "pca": {"float32": t * d * r},
     }
     if contender.method == "random_sketch" or (contender.method == "network" and contender.columns):
-        sketch = contender.branches(r) if contender.branches else t * d * c
+        seen = len(even_features(d, t))
+        sketch = contender.branches(r) if contender.branches else 2 * t * seen * c
         return refine_multiply_adds(t, d, c, r, steps, sketch)
     if contender.method == "network":  # direct factors: the branches, uncut
         return {"float32": contender.branches(r)} if r == contender.max_rank else None

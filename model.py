@@ -17,13 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cli import UserError
-from subspace import NORM_FLOOR, columns_for, refine, start_shifts
+from subspace import NORM_FLOOR, columns_for, even_features, refine, start_shifts
 from svd_baseline import optimum
 
 OPTIMUM_FLOOR = 1e-6  # of ‖X‖²: below it an image is exact, and its loss is no longer magnified
-# What is costly looks at every n-th feature only, about this many: a column network on all D of
-# them took most of a factorisation's time and gained nothing that could be measured.
-FEATURES_SEEN = 256
+ROW_GAIN = 1e-4  # what row_net starts with: more of it only blurs a new column sketch
 
 
 # ---------------------------------------------------------------------------------- branches
@@ -76,7 +74,7 @@ class SVDLinear(nn.Module):
         return torch.stack([torch.linalg.matrix_norm(gap) for gap in gaps]).mean()
 
 
-class StackedBranch(nn.Module):
+class Branch(nn.Module):
     """A body and a last linear layer, of which only the first `columns` outputs are computed."""
 
     def __init__(self, body: nn.Sequential, head: nn.Linear | SVDLinear) -> None:
@@ -88,22 +86,22 @@ class StackedBranch(nn.Module):
         """The layer that sets the output's scale in a new branch."""
         return self.head
 
-    def forward(self, x: Tensor, seen: Tensor, columns: int) -> Tensor:
+    def forward(self, x: Tensor, columns: int) -> Tensor:
         hidden = self.body(x)
         return F.linear(hidden, self.head.weight[:columns], self.head.bias[:columns])
 
 
 class ResidualBranch(nn.Module):
-    """A linear sketch of the input, plus residual blocks on what is seen of it and a linear layer.
+    """A linear layer, plus residual blocks and a linear layer after them.
 
-    The last layer starts at zero: a new branch is its linear sketch. Without blocks it stays one.
+    The last layer starts at zero: a new branch is linear. Without blocks it stays so.
     """
 
-    def __init__(self, skip: nn.Linear, body: nn.Sequential, width: int) -> None:
+    def __init__(self, skip: nn.Linear, body: nn.Sequential) -> None:
         super().__init__()
         self.skip, self.body = skip, body
         if len(body):
-            self.head = nn.Linear(width, skip.out_features, bias=False)
+            self.head = nn.Linear(skip.in_features, skip.out_features, bias=False)
             nn.init.zeros_(self.head.weight)
 
     @property
@@ -111,11 +109,11 @@ class ResidualBranch(nn.Module):
         """The layer that sets the output's scale in a new branch."""
         return self.skip
 
-    def forward(self, x: Tensor, seen: Tensor, columns: int) -> Tensor:
+    def forward(self, x: Tensor, columns: int) -> Tensor:
         linear = F.linear(x, self.skip.weight[:columns], self.skip.bias[:columns])
         if not len(self.body):
             return linear
-        return linear + F.linear(self.body(seen), self.head.weight[:columns])
+        return linear + F.linear(self.body(x), self.head.weight[:columns])
 
 
 def _linear(in_features: int, out_features: int) -> nn.Linear:
@@ -195,10 +193,14 @@ class LowRankFactorModel(nn.Module):
         self.dropout = dropout
         self.precision = precision
         self.sketch_columns = rank + self.oversample
-        # B needs every column, a sketch of them does not
-        self.stride = 1 if factors == "direct" else max(1, input_dim // FEATURES_SEEN)
-        self.row_net = self.make_branch(input_dim, self.sketch_columns, self.stride)
-        self.col_net = self.make_branch(num_tokens, self.sketch_columns, 1)
+        # B needs every feature, a sketch does not
+        seen = (
+            torch.arange(input_dim) if factors == "direct" else even_features(input_dim, num_tokens)
+        )
+        self.register_buffer("seen", seen)
+        self.row_net = self.make_branch(len(seen), self.sketch_columns)
+        self.col_net = self.make_branch(num_tokens, self.sketch_columns)
+        self.row_gain = nn.Parameter(torch.tensor(ROW_GAIN))
         # sigmoid keeps a shift in (0, 1)
         self.shift_logits = nn.Parameter(start_shifts(self.refine_steps).logit().float())
         if factors == "direct":
@@ -217,7 +219,7 @@ class LowRankFactorModel(nn.Module):
             config |= {"refine_steps": self.refine_steps, "oversample": self.oversample}
         return {"arch": arch_of(self), **config}
 
-    def make_branch(self, in_features: int, out_features: int, stride: int) -> nn.Module:
+    def make_branch(self, in_features: int, out_features: int) -> nn.Module:
         raise NotImplementedError
 
     @property
@@ -260,17 +262,28 @@ class LowRankFactorModel(nn.Module):
         return columns_for(rank, self.oversample, self.sketch_columns)
 
     def sketch(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        """Y = row_net(X)/‖·‖ + X_s col_net(X_sᵀ)/‖·‖ [b, T, c], and row_net's own output [b, T, c].
+        """Y ∝ X_s col_net(X_sᵀ)/‖·‖ + g row_net(X_s)/‖·‖ [b, T, c], and row_net's own output.
 
-        X_s: every `stride`-th feature of X. c = `columns`, the first ones of the branches' outputs.
+        X_s: the features of X that are seen. c = `columns`, the first ones of the branches'
+        outputs. A linear col_net makes X_s X_sᵀ W, a power step on some features: its components
+        fall as σ², those of row_net as σ or not at all, so a new one has next to no weight g.
         """
         self._check_input(x)
-        seen = x[..., :: self.stride].contiguous()  # [b, T, D / stride]
+        seen = x[..., self.seen]  # [b, T, n]
         with self._branch_precision(x):
-            from_rows = self.row_net(x, seen, columns)  # [b, T, c]
-            from_columns = seen @ self.col_net(seen.mT, seen.mT, columns)  # [b, T, c]
-        from_rows, from_columns = from_rows.to(x.dtype), from_columns.to(x.dtype)
-        return _unit_norm(from_rows) + _unit_norm(from_columns), from_rows
+            from_rows = self.row_net(seen, columns)  # [b, T, c]
+            weights = self.col_net(seen.mT, columns)  # [b, n, c]
+        from_rows = from_rows.to(x.dtype)
+        from_columns = seen @ weights.to(x.dtype)  # [b, T, c]
+        # only the span counts: one of the two norms is enough
+        ratio = _norm(from_columns) / _norm(from_rows)
+        return torch.addcmul(from_columns, from_rows, self.row_gain * ratio), from_rows
+
+    def see_features(self, seen: Tensor) -> None:
+        """Let the branches of projected factors look at these features [n] int64 instead of evenly
+        spaced ones, n as many. Where `subspace.pivoted_features` chose them from training images,
+        the sketch of another image is half as far from the optimum, at the same cost."""
+        self.seen.copy_(seen)
 
     def loss_terms(self, x: Tensor, singular_values: Tensor) -> LossTerms:
         """All terms of the loss for x [b, T, D], given its σ [b, min(T, D)] float64."""
@@ -326,8 +339,8 @@ class LowRankFactorModel(nn.Module):
     def _direct_factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
         self._check_input(x)
         with self._branch_precision(x):
-            a = self.row_net(x, x, self.rank)  # [b, T, r]
-            b = self.col_net(x.mT, x.mT, self.rank).mT  # [b, r, D]
+            a = self.row_net(x, self.rank)  # [b, T, r]
+            b = self.col_net(x.mT, self.rank).mT  # [b, r, D]
         a, b = a.to(x.dtype), b.to(x.dtype)
         gate = self.gate()
         return (a if gate is None else a * gate), b
@@ -345,32 +358,14 @@ class LowRankFactorModel(nn.Module):
 
 
 class LowRankProjSymmetric(LowRankFactorModel):
-    """ResMLP: a linear sketch and residual blocks beside it; without blocks it is that sketch."""
+    """ResMLP: a linear layer and residual blocks beside it; without blocks it is linear."""
 
-    def make_branch(self, in_features: int, out_features: int, stride: int) -> ResidualBranch:
-        width = len(range(0, in_features, stride))
+    def make_branch(self, in_features: int, out_features: int) -> ResidualBranch:
         blocks = [
-            ResidualBlock(width, self.hidden_dim, self.dropout) for _ in range(self.num_blocks)
+            ResidualBlock(in_features, self.hidden_dim, self.dropout)
+            for _ in range(self.num_blocks)
         ]
-        skip = _linear(in_features, out_features)
-        return ResidualBranch(skip, nn.Sequential(*blocks), width)
-
-    def start_from_second_moment(self, moment: Tensor) -> None:
-        """Make row_net look where the training tokens' energy is, instead of everywhere alike.
-
-        moment: C [D, D] = Σ XᵀX over training images. The rows w of its linear sketch become
-        C^½ w, of the same total length. As far as images share their feature directions, X C^½ Ω
-        is to X Ω what a part of a power step would make of it, and it costs no more.
-        """
-        self.turn_sketch(symmetric_root(moment))
-
-    @torch.no_grad()
-    def turn_sketch(self, root: Tensor) -> None:
-        """`start_from_second_moment` with C^½ [D, D] float64 at hand."""
-        weight = self.row_net.skip.weight
-        turned = weight.double() @ root.to(weight.device)
-        size = torch.linalg.matrix_norm(turned).clamp_min(NORM_FLOOR)
-        weight.copy_(turned * (torch.linalg.matrix_norm(weight.double()) / size))
+        return ResidualBranch(_linear(in_features, out_features), nn.Sequential(*blocks))
 
 
 class LowRankProjMLP(LowRankFactorModel):
@@ -379,12 +374,12 @@ class LowRankProjMLP(LowRankFactorModel):
     hidden_layers = 2
     layer = staticmethod(_linear)
 
-    def make_branch(self, in_features: int, out_features: int, stride: int) -> StackedBranch:
+    def make_branch(self, in_features: int, out_features: int) -> Branch:
         widths = [in_features] + [self.hidden_dim] * self.num_blocks
         body: list[nn.Module] = []
         for fan_in, fan_out in zip(widths, widths[1:], strict=False):
             body += [self.layer(fan_in, fan_out), nn.GELU(), nn.Dropout(self.dropout)]
-        return StackedBranch(nn.Sequential(*body), self.layer(widths[-1], out_features))
+        return Branch(nn.Sequential(*body), self.layer(widths[-1], out_features))
 
 
 class AdaptiveLowRankProjAdaLoRA(LowRankProjMLP):
@@ -476,14 +471,8 @@ def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return q_a @ u[..., :rank], cut_b
 
 
-def symmetric_root(c: Tensor) -> Tensor:
-    """C^½ of a positive semidefinite C [D, D], float64 on its device. O(D³)."""
-    energy, axes = torch.linalg.eigh(c.double())
-    return axes * energy.clamp_min(0).sqrt() @ axes.mT
-
-
-def _unit_norm(y: Tensor) -> Tensor:
-    return y / torch.linalg.matrix_norm(y, keepdim=True).clamp_min(NORM_FLOOR)
+def _norm(y: Tensor) -> Tensor:
+    return torch.linalg.matrix_norm(y, keepdim=True).clamp_min(NORM_FLOOR)
 
 
 def _base_weight(layer: nn.Linear | SVDLinear) -> Tensor:

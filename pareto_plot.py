@@ -25,7 +25,8 @@ from figure_style import (
 
 # of the ablation: label and colour of each sketch
 SKETCHES = {
-    "random": ("random", METHODS["random_sketch"][1]),
+    "random": ("random, X Ω", "#B98700"),
+    "columns": ("random, X$_s$X$_s^T$Ω", METHODS["random_sketch"][1]),
     "linear": ("trained linear", "#0072B2"),
     "ResMLP": ("trained ResMLP", METHODS["network"][1]),
     "MLP": ("trained MLP", "#009E73"),

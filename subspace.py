@@ -95,6 +95,39 @@ def start_shifts(steps: int) -> Tensor:
     return torch.arange(1, steps + 1, dtype=torch.float64) / (steps + 1 / 3)
 
 
+FEATURES_SEEN = 256
+
+
+def even_features(features: int, tokens: int) -> Tensor:
+    """[n] int64, n of D features evenly spaced: 256, but no fewer than T, so that they span X."""
+    count = min(features, max(FEATURES_SEEN, tokens))
+    return torch.arange(count) * features // count
+
+
+def pivoted_features(moment: Tensor, count: int) -> Tensor:
+    """[n] int64 sorted: the features that leave least of the others unexplained, chosen greedily.
+
+    Pivoted Cholesky of the second moment C [D, D]: each pivot is the feature with most energy
+    outside the span of those before it (Harbrecht et al. 2012). Where C has a lower rank than
+    `count`, those with most energy of their own fill up. O(D n²), float64 on the CPU.
+    """
+    moment = moment.double().cpu()
+    left = moment.diagonal().clone()  # energy outside the span of the features chosen
+    rounding = torch.finfo(left.dtype).eps * len(left) * left.max()
+    factor = moment.new_zeros(len(left), count)
+    chosen: list[int] = []
+    while len(chosen) < count and left.max() > rounding:
+        j, k = int(left.argmax()), len(chosen)
+        row = moment[:, j] - factor[:, :k] @ factor[j, :k]
+        factor[:, k] = row / left[j].sqrt()
+        left -= factor[:, k].square()
+        chosen.append(j)
+        left[chosen] = 0
+    own = moment.diagonal().clone()
+    own[chosen] = -1
+    return torch.tensor(sorted(chosen + own.topk(count - len(chosen)).indices.tolist()))
+
+
 def columns_for(rank: int, oversample: int, limit: int) -> int:
     """Columns of the sketch for a rank: twice as many and at least `oversample` more, ≤ limit."""
     return min(limit, max(2 * rank, rank + oversample))
@@ -129,7 +162,8 @@ def gram_operator(x: Tensor, columns: int, products: int) -> Callable[[Tensor], 
     rounding is ε σ_1 σ_k in direction k, where a float32 G has ε σ_1² in every direction.
     """
     if gram_is_cheaper(*x.shape[-2:], columns, products):
-        gram = x.double() @ x.double().mT  # [b, T, T]
+        wide = x.double()
+        gram = wide @ wide.mT  # [b, T, T]
         return lambda q: gram @ q
     return lambda q: (x @ (x.mT @ q.to(x.dtype))).double()
 
@@ -181,8 +215,9 @@ def refine(sketch: Tensor, x: Tensor, shifts: Tensor, columns: int, ordered: boo
         return Subspace(orth(factor), factor.square().sum(-2))
     h = factor.mT @ factor  # [b, c, c]
     # non-finite weights are found in the loss, an eigensolver would raise instead
-    v = torch.linalg.eigh(h.detach().nan_to_num())[1].flip(-1)[..., :columns]
-    theta = ((h @ v) * v).sum(-2)  # [b, columns] squared singular values of X P
+    theta, v = (t.flip(-1)[..., :columns] for t in torch.linalg.eigh(h.detach().nan_to_num()))
+    if h.requires_grad:
+        theta = ((h @ v) * v).sum(-2)  # [b, columns] squared singular values of X P
     rounding = torch.finfo(h.dtype).eps * h.shape[-1] * theta.detach()[..., :1]
     length = torch.where(theta > rounding, theta, torch.inf).sqrt()
     return Subspace(factor @ v / length.unsqueeze(-2), theta)

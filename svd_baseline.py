@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subspace import refine, start_shifts
+from subspace import even_features, refine, start_shifts
 
 if TYPE_CHECKING:
     from qwenvl_dataloader import Batch
@@ -174,14 +174,17 @@ def randomized_svd(x: Tensor, rank: int, seed: int = 0) -> Factors:
 def random_sketch(
     x: Tensor, rank: int, steps: int, columns: int, shifts: Tensor | None = None, seed: int = 0
 ) -> Factors:
-    """The network's own refinement on X Ω, Ω Gaussian: what is left when nothing is learned.
+    """The network's own refinement on X_s X_sᵀ Ω, Ω Gaussian [T, c], X_s evenly spaced features of
+    X: what is left when nothing is learned.
 
     steps K, columns c ≥ rank of Ω; shifts [K] default to the untrained schedule.
     """
     generator = torch.Generator().manual_seed(seed)
-    omega = torch.randn(x.shape[-1], columns, generator=generator).to(x)
+    omega = torch.randn(x.shape[-2], columns, generator=generator).to(x)
+    seen = x[..., even_features(x.shape[-1], x.shape[-2]).to(x.device)]
     shifts = start_shifts(steps) if shifts is None else shifts
-    u = refine(x @ omega, x, shifts.to(x.device), rank, ordered=False).u.to(x.dtype)
+    sketch = seen @ (seen.mT @ omega)
+    u = refine(sketch, x, shifts.to(x.device), rank, ordered=False).u.to(x.dtype)
     return u, u.mT @ x
 
 

@@ -50,7 +50,7 @@ from svd_baseline import (
     summarise,
     token_error,
 )
-from training_state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run, start_from_data
+from training_state import SHIFT_LR_FACTOR, TERMS, TrainState, choose_features, open_run
 
 CLIP_NORM = 1.0
 CHECK_EVERY = 50  # steps between looks at the non-finite flag, each a wait for the device
@@ -85,10 +85,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     model.add_argument("--hidden_dim", type=number(int, 1), default=256, help="branch width")
     model.add_argument("--num_blocks", type=number(int, 0), default=None,
                        help="residual blocks (default 1) or hidden layers (2)")  # fmt: skip
-    model.add_argument("--sketch_start", choices=("second_moment", "random"),
-                       default="second_moment",
-                       help="ResMLP's first linear sketch: random directions turned towards the "
-                       "training tokens' energy, or left as they are")  # fmt: skip
+    model.add_argument("--seen_features", choices=("pivoted", "even"), default="pivoted",
+                       help="which 256 features the branches look at: chosen from the training "
+                       "tokens by pivoted Cholesky, or evenly spaced")  # fmt: skip
     model.add_argument("--dropout", type=number(float, 0, below=1), default=0.0,
                        help="dropout in the branches, 0 to 1")  # fmt: skip
     train = parser.add_argument_group("training")
@@ -358,8 +357,8 @@ def main(args: argparse.Namespace) -> int:
     unused = sorted(name for name in args.typed if name.startswith("allocator_"))
     if unused and not (args.use_rank_allocator or args.resume):
         raise UserError(f"--{unused[0]} does nothing without --use_rank_allocator: type both")
-    if "sketch_start" in args.typed and (args.arch != "ResMLP" or args.factors == "direct"):
-        raise UserError("--sketch_start is of --arch ResMLP --factors projected: leave it away")
+    if "seen_features" in args.typed and args.factors == "direct":
+        raise UserError("--factors direct sees all features: leave --seen_features away")
     folder = Path(args.results_dir) / args.arch
     dataset = RealQwenVLDataset(args.cache_dir)
     run = open_run(args, folder, dataset)
@@ -385,7 +384,7 @@ def main(args: argparse.Namespace) -> int:
             lr = run.optimizer.param_groups[0]["lr"]
             log(f"going on with epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}")
         else:
-            start_from_data(run, dataset)
+            choose_features(run, dataset)
             initial = validate(run, loaders)
             run.history.append({"epoch": 0, **initial})
             log(

@@ -16,9 +16,10 @@ import distributed
 from checkpoint import cache_identity, load_checkpoint, rng_state, set_rng_state
 from cli import UserError
 from files import read_json
-from model import LowRankFactorModel, LowRankProjSymmetric, get_model_by_name
+from model import LowRankFactorModel, get_model_by_name
 from qwenvl_dataloader import BatchLoader, RealQwenVLDataset
 from rank_allocator import RankAllocator
+from subspace import pivoted_features
 from svd_baseline import second_moment
 
 SHIFT_LR_FACTOR = 20  # a shift must move by tenths while weights move by thousandths
@@ -185,22 +186,23 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
     return run
 
 
-def start_from_data(run: TrainState, dataset: RealQwenVLDataset) -> None:
-    """Turn a new ResMLP's linear sketch towards the training tokens, unless told otherwise.
+def choose_features(run: TrainState, dataset: RealQwenVLDataset) -> None:
+    """Let a new model look at the features that tell most of the training tokens, unless told
+    otherwise.
 
     The main process sums over all processes' images, in the order of one; all of them have to call
-    this and get the same bits.
+    this and see the same features.
     """
-    linear = isinstance(run.model, LowRankProjSymmetric) and run.model.factors == "projected"
-    if not linear or run.args.sketch_start != "second_moment":
+    if run.model.factors != "projected" or run.args.seen_features != "pivoted":
         return
+    seen = None
     if distributed.is_main():
         size, seed = run.args.batch_size, run.args.seed
         loader = BatchLoader(dataset, dataset.split.train, size, run.sums.device, seed)
         batches = tqdm(loader, desc="second moment", leave=False, disable=None)
-        run.model.start_from_second_moment(second_moment(batch.x for batch in batches))
-    weight = run.model.row_net.skip.weight
-    weight.data.copy_(distributed.from_main(weight.detach().cpu()))
+        moment = second_moment(batch.x for batch in batches)
+        seen = pivoted_features(moment, len(run.model.seen))
+    run.model.see_features(distributed.from_main(seen))
 
 
 def own_batch_size(state: dict, path: Path) -> int:

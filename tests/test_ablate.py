@@ -1,0 +1,65 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from ablate import SKETCHES, gains_at_equal_time
+
+FLAGS = "--rank 4 --refine_steps 0 1 --oversample 2 --seeds 1 --epochs 1 --repeats 1 --device cpu"
+
+
+@pytest.fixture
+def ablate(tiny_cache, tmp_path, script):
+    """Run ablate.py into `tmp_path`."""
+
+    def run(*more):
+        return script("ablate.py", "--cache_dir", tiny_cache, "--results_dir", tmp_path,
+                      *FLAGS.split(), *more)  # fmt: skip
+
+    return run
+
+
+def test_every_sketch_is_measured_with_start_shifts_and_learned_ones(ablate, tmp_path):
+    done = ablate()
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "ablation_rank4.json").read_text())
+    kinds = {(r["sketch"], r["steps"], r["shifts"]) for r in found["records"]}
+    expected = {(s, 1, shifts) for s in SKETCHES for shifts in ("start", "learned")}
+    assert kinds == expected | {(s, 0, "start") for s in SKETCHES}
+    for record in found["records"]:
+        low, high = record["excess_interval"]
+        assert -1e-3 < low <= record["excess_mean"] <= high and record["ms"] > 0
+    assert "exact, by the float64 Gram matrix" in done.stdout
+    with Image.open(tmp_path / "ablation_rank4.png") as image:
+        assert min(image.size) > 300
+
+
+def test_an_interrupted_ablation_goes_on_with_what_is_missing(ablate, tmp_path):
+    few = ["--sketches", "random", "linear"]
+    assert ablate(*few).returncode == 0
+    path = tmp_path / "ablation_rank4.json"
+    whole = json.loads(path.read_text())["runs"]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "runs": whole[:4]}))
+    assert ablate(*few).returncode == 0
+    assert json.loads(path.read_text())["runs"] == whole
+    done = ablate(*few, "--lr", "0.5")
+    assert done.returncode == 2 and "'lr': 0.5" in done.stderr
+    assert json.loads(path.read_text())["runs"] == whole
+
+
+def test_a_gain_is_against_the_best_untrained_sketch_that_takes_no_longer():
+    groups = [str(i) for i in range(8)]
+
+    def record(sketch, ms, excess):
+        return {
+            "sketch": sketch, "shifts": "start", "steps": 0, "oversample": 0, "ms": ms,
+            "excess_mean": excess, "per_image": torch.full((8,), excess).tolist(),
+        }  # fmt: skip
+
+    records = [record("random", 1, 4.0), record("columns", 2, 2.0), record("random", 9, 0.1),
+               record("linear", 2, 1.0), record("MLP", 0.5, 0.5)]  # fmt: skip
+    (gain,) = gains_at_equal_time(records, groups)  # nothing untrained is as fast as the MLP
+    assert gain["sketch"] == "linear" and gain["random"]["sketch"] == "columns"
+    assert gain["gain_pct"] == pytest.approx(50)
+    assert gain["gain_interval"] == pytest.approx([50, 50])
