@@ -30,6 +30,7 @@ import cli
 from cli import UserError
 from encoders import VisionEncoder, load_encoder, resize_image
 from feature_cache import FeatureCacheWriter
+from locks import sole_writer
 from qwenvl_dataloader import RealQwenVLDataset
 from svd_baseline import optimum, report_ranks
 
@@ -78,6 +79,14 @@ def main(args: argparse.Namespace) -> None:
         image_size=args.image_size,
         resize=args.resize,
     )
+    with sole_writer(args.cache_dir, "--cache_dir"):
+        write_cache(args, rows, encoder, device)
+
+
+def write_cache(
+    args: argparse.Namespace, rows: DatasetRows, encoder: VisionEncoder, device: torch.device
+) -> None:
+    """Fill --cache_dir, from where it was left, and print what it holds."""
     writer = FeatureCacheWriter(args.cache_dir, cache_header(args, encoder, rows), args.overwrite)
     demo = "DEMO data, " if is_demo(args, rows) else ""
     print(
@@ -154,8 +163,10 @@ def _prepare_row(row_id: int, row: dict, encoder: VisionEncoder, last_done: int)
         width, height = image.size
         image = image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # what Pillow raises for damaged files; the row is listed in the manifest
-        return Sample(row_id, None, None, f"unreadable image: {error}")
+        # what Pillow raises for damaged files; the row is listed in the manifest, without the
+        # address of a buffer, which would make two manifests of the same data differ
+        reason = str(error).partition(" <_io.BytesIO")[0]
+        return Sample(row_id, None, None, f"unreadable image: {reason}")
     if row_id <= last_done:
         return Sample(row_id, None, None, None)
     sha = hashlib.sha256(data).hexdigest()

@@ -187,6 +187,9 @@ class FactorWriter:
             if name == "partial.json" and not overwrite:
                 check_same_header(f"--out {self.folder}", found, self.header)
             if name == "manifest.json" and not overwrite:
+                # a run killed after its manifest has left it behind
+                (self.folder / "partial.json").unlink(missing_ok=True)
+                sweep_temporaries(self.folder)
                 raise UserError(
                     f"--out {self.folder} holds finished factors: use them, type another --out, or "
                     "--overwrite to replace them"

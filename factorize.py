@@ -21,6 +21,7 @@ import cli
 from checkpoint import cache_identity, evaluated_rank, open_trained
 from factor_files import DTYPES, ERRORS, FactorWriter, Stored, restore, store
 from files import sha256_file
+from locks import sole_writer
 from model import LowRankFactorModel
 from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
 from rank_budget import error_curve, first_rank_within, nested_factors, optimum_curve
@@ -74,6 +75,20 @@ def main(args: argparse.Namespace) -> None:
         "count": len(dataset),
     }
     folder = Path(args.out) if args.out else Path("factors") / arch
+    with sole_writer(folder, "--out"):
+        write_factors(args, folder, header, model, dataset, device)
+
+
+def write_factors(
+    args: argparse.Namespace,
+    folder: Path,
+    header: dict,
+    model: LowRankFactorModel,
+    dataset: RealQwenVLDataset,
+    device: torch.device,
+) -> None:
+    """Fill `folder`, from where it was left, and report; `header` says what with."""
+    arch, rank = header["arch"], header["rank"] or evaluated_rank(model, None)
     writer = FactorWriter(folder, header, args.overwrite)
     how = f"rank {rank}" if args.target_error is None else f"rel_error ≤ {args.target_error:g}"
     print(f"{dataset.label}; {arch}, {how}, {args.dtype}")

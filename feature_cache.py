@@ -66,6 +66,7 @@ class FeatureCacheWriter:
         if overwrite:
             self._clear()
         if (self.cache_dir / "manifest.json").exists():
+            self._remove_leftovers()  # it may have been killed after the manifest
             raise UserError(
                 f"--cache_dir {self.cache_dir} holds a finished cache: use it, type another "
                 "--cache_dir, or --overwrite to replace it"
@@ -136,8 +137,14 @@ class FeatureCacheWriter:
             "skipped": skipped,
         }
         write_json(self.cache_dir / "manifest.json", manifest)
-        for leftover in [*self.cache_dir.glob("part-*.parquet"), self.cache_dir / "partial.json"]:
-            leftover.unlink()
+        self._remove_leftovers()
+
+    def _remove_leftovers(self) -> None:
+        # the last part goes first: what is left of a killed removal are the first ones
+        for part in sorted(self.cache_dir.glob("part-*.parquet"), reverse=True):
+            part.unlink()
+        (self.cache_dir / "partial.json").unlink(missing_ok=True)
+        sweep_temporaries(self.cache_dir)
 
     def _write_shard(self, count: int) -> None:
         features, self._features = torch.stack(self._features[:count]), self._features[count:]
@@ -167,8 +174,9 @@ class FeatureCacheWriter:
     def _clear(self) -> None:
         # the manifest goes first: a half-removed cache must not look like a whole one
         (self.cache_dir / "manifest.json").unlink(missing_ok=True)
-        patterns = ("features-*.safetensors", "part-*.parquet", "partial.json", "rows.parquet")
-        for pattern in (*patterns, "singular_values.safetensors"):
+        # then what commits the shards, before the shards
+        self._remove_leftovers()
+        for pattern in ("features-*.safetensors", "rows.parquet", "singular_values.safetensors"):
             for path in self.cache_dir.glob(pattern):
                 path.unlink()
 

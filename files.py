@@ -58,9 +58,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep_temporaries(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder`."""
-    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        leftover.unlink(missing_ok=True)
+    """Remove what a killed process left half-written in `folder`.
+
+    Only its one writer may (locks.sole_writer): another's temporary files would go too.
+    """
+    for pattern in (f".*{TEMPORARY_SUFFIX}", ".tmp??????"):  # ours, safetensors' own
+        for leftover in folder.glob(pattern):
+            leftover.unlink(missing_ok=True)
 
 
 def new_folder(path: Path) -> Path:

@@ -28,6 +28,7 @@ import plots
 from checkpoint import load_model, save_checkpoint
 from cli import UserError
 from files import new_folder, sweep_temporaries, write_json
+from locks import LOCK_NAME, sole_writer
 from model import ARCHITECTURES, LossTerms, LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset, create_data_loaders_real
 from run_log import RunLog
@@ -279,16 +280,23 @@ class Stop:
 
 
 def save(run: TrainState, path: Path, log: Callable[[str], None]) -> None:
-    """Write a checkpoint; a fresh run's first one moves the results of an earlier run aside."""
+    """Write a checkpoint; a fresh run's first one moves the results of an earlier run aside.
+
+    test_results.json marks a run as complete (`test_and_draw` writes it last), so a run that goes
+    on takes it away.
+    """
     if run.fresh:
         set_aside(path.parent, log)
         run.fresh = False
+    (path.parent / "test_results.json").unlink(missing_ok=True)
     save_checkpoint(path, run.checkpoint())
 
 
 def set_aside(folder: Path, log: Callable[[str], None]) -> None:
     """Move an earlier run's results to previous-<time>/ before a fresh run writes its own."""
-    old = [path for path in folder.glob("*") if not path.name.startswith("previous-")]
+    old = [p for p in folder.iterdir() if not p.name.startswith(("previous-", LOCK_NAME))]
+    # killed half-way, what is left must not look like a run that --resume last goes on with
+    old.sort(key=lambda path: path.name != "last_model.pt")
     if old:
         target = new_folder(folder / time.strftime("previous-%Y%m%d-%H%M%S"))
         for path in old:
@@ -313,7 +321,11 @@ def print_header(run: TrainState, dataset: RealQwenVLDataset, loaders: Loaders, 
 def test_and_draw(
     folder: Path, dataset: RealQwenVLDataset, loaders: Loaders, history: list[dict]
 ) -> dict:
-    """Test numbers and figures of the best checkpoint; returns what test_results.json holds."""
+    """Test numbers and figures of the best checkpoint; returns what test_results.json holds.
+
+    That file is written last: a run that has it has everything.
+    """
+    write_json(folder / "history.json", history)  # a run cut off after its last checkpoint has none
     device = loaders.test.device
     model, state = load_model(folder / "best_model.pt", device, dataset)
     rank = model.current_effective_rank()
@@ -330,7 +342,6 @@ def test_and_draw(
     for r in report_ranks(rank):
         metrics = evaluate(lambda x, r=r: model(x, r), loaders.test)
         results["ranks"][str(r)] = {name: summarise(v) for name, v in metrics.items()}
-    write_json(folder / "test_results.json", results)
     per_image = test_statistics(model, loaders.test)
     footer = f"{dataset.label}; rank {rank}; {results['arch']}, seed {state['args']['seed']}"
     plots.training_curves(
@@ -346,6 +357,7 @@ def test_and_draw(
     plots.b_row_norms(
         folder / "B_row_norm_hist.png", per_image["b_norms"], per_image["sigma"], footer
     )
+    write_json(folder / "test_results.json", results)
     return results
 
 
@@ -382,9 +394,8 @@ def main(args: argparse.Namespace) -> int:
     if run.allocator:
         steps = len(loaders.train)
         run.allocator.check_fits(run.step + (run.last_epoch - run.epoch + 1) * steps, steps)
-    folder.mkdir(parents=True, exist_ok=True)
-    sweep_temporaries(folder)
-    with RunLog(args) as log:
+    with sole_writer(folder, "--results_dir"), RunLog(args) as log:
+        sweep_temporaries(folder)
         print_header(run, dataset, loaders, log)
         if args.resume:
             lr = run.optimizer.param_groups[0]["lr"]
