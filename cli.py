@@ -54,8 +54,13 @@ def run(
         if error.errno not in _STORAGE_ERRORS:
             raise
         message = f"{error.filename or 'a file'}: {error.strerror}: choose another folder or disk"
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
+
+
+def one_line(message: str) -> str:
+    """A message on one line: what libraries say, and what users type, may have more."""
+    return " ".join(message.splitlines())
 
 
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
@@ -75,12 +80,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         """Print one line that names the flag, and exit with status 2."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=80)
+
+
+def refuse_beside(args: argparse.Namespace, flag: str, used: set[str]) -> None:
+    """Refuse what was typed beside --`flag` and would do nothing there; `used` would not."""
+    if others := sorted(args.typed - used - {flag}):
+        raise UserError(f"--{others[0]} does nothing beside --{flag}: leave one of them away")
 
 
 def number(

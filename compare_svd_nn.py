@@ -22,7 +22,7 @@ from tqdm import tqdm
 import cli
 import plots
 from checkpoint import evaluated_rank, open_trained
-from files import write_json
+from files import with_content_hash, write_json
 from model import LowRankFactorModel
 from qwenvl_dataloader import Loaders, create_data_loaders_real
 from rank_budget import (
@@ -119,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
         print_budget(budget)
         plots.rank_per_image(folder / "rank_per_image.png", budget_arrays, footer)
         written = written.replace(" and", ",") + " and rank_per_image.png"
-    write_json(folder / "svd_nn_comparison.json", results)
+    write_json(folder / "svd_nn_comparison.json", with_content_hash(results))
     plots.comparison(
         folder / "svd_nn_comparison.png",
         per_image[rank],

@@ -67,6 +67,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     if args.verify:
+        cli.refuse_beside(args, "verify", {"cache_dir"})
         print_summary(RealQwenVLDataset(args.cache_dir), verify=True)
         return
     if args.demo and "model" in args.typed:
@@ -195,12 +196,15 @@ class DatasetRows:
         self.files = files
         try:
             parquets = [pq.ParquetFile(f) for f in files]
-        except (pa.ArrowException, OSError) as error:
+            self.counts = [p.metadata.num_rows for p in parquets]
+            schema = parquets[0].schema_arrow
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise UserError(f"--dataset_dir: a parquet file is damaged ({error})") from None
-        self.counts = [p.metadata.num_rows for p in parquets]
-        schema = parquets[0].schema_arrow
         self.columns = schema.names
-        self.kind = (schema.metadata or {}).get(b"kind", b"real").decode()
+        kind = (schema.metadata or {}).get(b"kind", b"real")
+        if kind not in (b"real", b"demo"):
+            raise UserError(f"{files[0]} is damaged (its kind is {kind!r}): copy it again")
+        self.kind = kind.decode()
         missing = [name for name in self.needed if name not in self.columns]
         if missing:
             raise UserError(f"{files[0]} lacks the column(s) {', '.join(missing)}")
@@ -218,10 +222,20 @@ class DatasetRows:
         row_id = 0
         columns = [c for c in (*self.needed, "group") if c in self.columns]
         for path in self.files:
-            for chunk in pq.ParquetFile(path).iter_batches(batch_size, columns=columns):
-                rows = chunk.to_pylist()
+            file = pq.ParquetFile(path, page_checksum_verification=True)
+            chunks = file.iter_batches(batch_size, columns=columns)
+            while rows := _next_rows(chunks, path):
                 yield list(enumerate(rows, start=row_id))
                 row_id += len(rows)
+
+
+def _next_rows(chunks: Iterator[pa.RecordBatch], path: Path) -> list[dict]:
+    """Rows of the next chunk, none at the end. Raises UserError where the file is damaged."""
+    try:
+        chunk = next(chunks, None)
+        return [] if chunk is None else chunk.to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"--dataset_dir: {path} is damaged ({error}): copy it again") from None
 
 
 def find_parquet(args: argparse.Namespace) -> list[Path]:

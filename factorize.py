@@ -19,10 +19,19 @@ from tqdm import tqdm
 
 import cli
 from checkpoint import cache_identity, evaluated_rank, open_trained
-from factor_files import DTYPES, ERRORS, FactorWriter, Stored, restore, store
+from factor_files import (
+    DTYPES,
+    ERRORS,
+    WRITE_AGAIN,
+    FactorWriter,
+    Stored,
+    damaged_files,
+    restore,
+    store,
+)
 from files import sha256_file
 from locks import sole_writer
-from model import LowRankFactorModel
+from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
 from rank_budget import error_curve, first_rank_within, nested_factors, optimum_curve
 from svd_baseline import rel_error
@@ -51,12 +60,17 @@ def get_args_parser() -> argparse.ArgumentParser:
                              "error")  # fmt: skip
     parser.add_argument("--out", default=None, help="folder to write; default factors/<arch>")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    parser.add_argument("--verify", action="store_true",
+                        help="only check the factors in --out against their hashes")  # fmt: skip
     parser.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
     cli.add_evaluation_flags(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.verify:
+        verify(args)
+        return
     results, device, dataset, model, state = open_trained(args)
     arch = state["config"]["arch"]
     rank = evaluated_rank(model, args.rank)
@@ -77,6 +91,17 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.out) if args.out else Path("factors") / arch
     with sole_writer(folder, "--out"):
         write_factors(args, folder, header, model, dataset, device)
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Print that the factors in --out are as they were written, or raise UserError."""
+    cli.refuse_beside(args, "verify", {"out", "arch"})
+    folder = Path(args.out) if args.out else Path("factors") / canonical_arch(args.arch)
+    if damaged := damaged_files(folder):
+        raise cli.UserError(
+            f"{folder}: {', '.join(damaged)} does not match its sha256: {WRITE_AGAIN}"
+        )
+    print(f"{folder} is whole, every file matches its sha256")
 
 
 def write_factors(

@@ -7,6 +7,7 @@ committed shard, and its finished cache is byte-identical to an uninterrupted on
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ from torch import Tensor
 from cli import UserError
 from files import (
     atomic_path,
+    check_files,
     check_same_header,
     file_entry,
     read_json,
     save_tensors,
     sweep_temporaries,
+    with_content_hash,
     write_json,
 )
 from qwenvl_dataloader import FORMAT, normalise
@@ -44,6 +47,7 @@ ROW_SCHEMA = pa.schema(
         ("thumbnail", pa.binary()),  # JPEG of what the encoder saw
     ]
 )
+SHARD_ENTRY = b"shard"  # key of a part's metadata: `file_entry` of its shard, JSON
 _PART_SCHEMA = ROW_SCHEMA.append(pa.field("singular_values", pa.list_(pa.float64())))
 
 
@@ -74,7 +78,9 @@ class FeatureCacheWriter:
         sweep_temporaries(self.cache_dir)
         self._check_or_write_header()
         self.shards_done = len(list(self.cache_dir.glob("part-*.parquet")))
-        self._parts = [pq.read_table(self._part_path(s)) for s in range(self.shards_done)]
+        read = [_read_part(self._part_path(s)) for s in range(self.shards_done)]
+        self._parts = [part for part, _ in read]
+        self._entries = [entry for _, entry in read]  # of the shards, for the manifest
         self.rows_done = sum(part.num_rows for part in self._parts)
         self.last_row_id = self._parts[-1]["row_id"][-1].as_py() if self._parts else -1
 
@@ -129,14 +135,14 @@ class FeatureCacheWriter:
             "count": table.num_rows,
             "groups": len(set(table["group"].to_pylist())),
             "shards": [
-                {**file_entry(self._shard_path(s)), "rows": part.num_rows}
-                for s, part in enumerate(self._parts)
+                {**entry, "rows": part.num_rows}
+                for entry, part in zip(self._entries, self._parts, strict=True)
             ],
             "rows": file_entry(rows_path),
             "singular_values": file_entry(sigma_path),
             "skipped": skipped,
         }
-        write_json(self.cache_dir / "manifest.json", manifest)
+        write_json(self.cache_dir / "manifest.json", with_content_hash(manifest))
         self._remove_leftovers()
 
     def _remove_leftovers(self) -> None:
@@ -153,11 +159,15 @@ class FeatureCacheWriter:
         sigma = torch.cat([exact_singular_values(normalise(f)[0]) for f in features.split(16)])
         columns = {name: [row[name] for row in rows] for name in ROW_SCHEMA.names}
         columns["singular_values"] = list(sigma.numpy())
-        part = pa.table(columns, schema=_PART_SCHEMA)
+        # the hash of what was written: damage until the manifest is made must not be sealed by it
+        entry = json.dumps(file_entry(self._shard_path(self.shards_done)))
+        part = pa.table(columns, schema=_PART_SCHEMA.with_metadata({SHARD_ENTRY: entry}))
         with atomic_path(self._part_path(self.shards_done)) as temporary:
-            pq.write_table(part, temporary)
+            pq.write_table(part, temporary, write_page_checksum=True)
         # read back: rows of this process and of an interrupted one must be laid out alike
-        self._parts.append(pq.read_table(self._part_path(self.shards_done)))
+        part, entry = _read_part(self._part_path(self.shards_done))
+        self._parts.append(part)
+        self._entries.append(entry)
         self.rows_done += count
         self.shards_done += 1
 
@@ -185,3 +195,20 @@ class FeatureCacheWriter:
 
     def _part_path(self, index: int) -> Path:
         return self.cache_dir / f"part-{index:05d}.parquet"
+
+
+def _read_part(path: Path) -> tuple[pa.Table, dict]:
+    """The rows that commit a shard, and its `file_entry`. Raises UserError where one is damaged."""
+    remedy = "start again with --overwrite"
+    try:
+        part = pq.read_table(path, page_checksum_verification=True)
+        if not part.schema.equals(_PART_SCHEMA):
+            raise ValueError("other columns")
+        part.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+    entry = json.loads((part.schema.metadata or {}).get(SHARD_ENTRY, b"null"))
+    if not entry:
+        raise UserError(f"{path} is of an older version: {remedy}")
+    check_files(path, [entry], remedy)
+    return part.replace_schema_metadata(None), entry

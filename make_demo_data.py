@@ -217,7 +217,8 @@ def build_table(seed: int, rows: Iterable[int] | None = None) -> pa.Table:
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write the table atomically. Raises OSError (disk full, read-only folder)."""
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="none")  # JPEG does not shrink further
+        # no compression: JPEG does not shrink further
+        pq.write_table(table, temporary, compression="none", write_page_checksum=True)
 
 
 def describe_sources(photographs: Iterable[Photograph] = PHOTOGRAPHS) -> str:

@@ -27,7 +27,7 @@ import grid_plots
 import plots
 from checkpoint import load_model, save_checkpoint
 from cli import UserError
-from files import new_folder, sweep_temporaries, write_json
+from files import new_folder, sweep_temporaries, with_content_hash, write_json
 from locks import LOCK_NAME, sole_writer
 from model import ARCHITECTURES, LossTerms, LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset, create_data_loaders_real
@@ -357,7 +357,7 @@ def test_and_draw(
     plots.b_row_norms(
         folder / "B_row_norm_hist.png", per_image["b_norms"], per_image["sigma"], footer
     )
-    write_json(folder / "test_results.json", results)
+    write_json(folder / "test_results.json", with_content_hash(results))
     return results
 
 
