@@ -56,7 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Compare a trained network with the truncated SVD on held-out images.",
         epilog="example:\n  python compare_svd_nn.py --arch ResMLP --rank 64",
     )
-    parser.add_argument("--arch", default="ResMLP", help="architecture of the model")
+    parser.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
     ranks = parser.add_mutually_exclusive_group()
     ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
                        help="rank to evaluate; default the trained (effective) rank")  # fmt: skip
@@ -66,7 +66,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     ranks.add_argument("--mean_rank", type=cli.number(int, 1), default=None, metavar="R",
                        help="also: this rank on average, split over images for the least total "
                             "squared error")  # fmt: skip
-    parser.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
+    parser.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
+                        help="images at once")  # fmt: skip
     cli.add_evaluation_flags(parser)
     return parser
 

@@ -45,23 +45,26 @@ def get_args_parser() -> argparse.ArgumentParser:
         epilog="example:\n  python make_demo_data.py && python extract_features.py --demo",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset_dir", help="folder with *.parquet, or data/*.parquet in it")
+    data.add_argument("--dataset_dir", type=cli.folder,
+                      help="folder with *.parquet, or data/*.parquet in it")  # fmt: skip
     data.add_argument("--demo", action="store_true",
                       help=f"encode {DEMO_DATA}/ (or --dataset_dir) with a small pretrained DINOv2 "
                       "that the package index has")  # fmt: skip
-    data.add_argument("--cache_dir", default="feature_cache_real", help="folder to write")
+    data.add_argument("--cache_dir", type=cli.folder, default="feature_cache_real",
+                      help="folder to write")  # fmt: skip
     data.add_argument("--overwrite", action="store_true", help="replace a cache that is there")
     data.add_argument("--verify", action="store_true", help="only check the cache that is there "
                       "against its hashes and print what it holds")  # fmt: skip
     encoder = parser.add_argument_group("encoder")
-    encoder.add_argument("--model", default="Qwen/Qwen2.5-VL-3B-Instruct", help="hub id or folder")
+    encoder.add_argument("--model", type=cli.name, default="Qwen/Qwen2.5-VL-3B-Instruct",
+                         help="hub id or folder")  # fmt: skip
     encoder.add_argument("--image_size", type=cli.number(int, 28, 4096), default=448,
                          help="side of the square the encoder sees, pixels")  # fmt: skip
     encoder.add_argument("--resize", choices=("stretch", "pad"), default="stretch",
                          help="stretch to the square, or keep the aspect and pad")  # fmt: skip
-    encoder.add_argument("--batch_size", type=cli.number(int, 1), default=16,
+    encoder.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=16,
                          help="images encoded at once: memory against speed")  # fmt: skip
-    encoder.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    encoder.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
 

@@ -47,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         epilog="examples:\n  python factorize.py --arch ResMLP --rank 64\n"
         "  python factorize.py --arch ResMLP --target_error 0.05 --dtype int8",
     )
-    parser.add_argument("--arch", default="ResMLP", help="architecture of the model")
+    parser.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
     ranks = parser.add_mutually_exclusive_group()
     ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
                        help="of every image; default the trained (effective) rank")  # fmt: skip
@@ -58,11 +58,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, default="bf16",
                         help="of A and B on disk; int8 has half the bytes of bf16 and the larger "
                              "error")  # fmt: skip
-    parser.add_argument("--out", default=None, help="folder to write; default factors/<arch>")
+    parser.add_argument("--out", type=cli.folder, default=None,
+                        help="folder to write; default factors/<arch>")  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
     parser.add_argument("--verify", action="store_true",
                         help="only check the factors in --out against their hashes")  # fmt: skip
-    parser.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
+    parser.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
+                        help="images at once")  # fmt: skip
     cli.add_evaluation_flags(parser)
     return parser
 

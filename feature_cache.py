@@ -29,7 +29,7 @@ from files import (
     with_content_hash,
     write_json,
 )
-from qwenvl_dataloader import FORMAT, normalise
+from qwenvl_dataloader import FORMAT, LARGEST_FEATURE, normalise, usable_features
 from svd_baseline import exact_singular_values
 
 ROWS_PER_SHARD = 128
@@ -90,10 +90,13 @@ class FeatureCacheWriter:
         Raises UserError on NaN or Inf, naming the data set's row.
         """
         features = features.to("cpu", torch.bfloat16)
-        finite = features.isfinite().all(dim=(1, 2)) if len(features) else torch.ones(0)
-        if not finite.all():
-            bad = rows[int((~finite).nonzero()[0])]["row_id"]
-            raise UserError(f"features of data set row {bad} are not finite: check the encoder")
+        usable = usable_features(features) if len(features) else torch.ones(0)
+        if not usable.all():
+            bad = rows[int((~usable).nonzero()[0])]["row_id"]
+            raise UserError(
+                f"features of data set row {bad} are not finite, or above {LARGEST_FEATURE:.0e}: "
+                "check the encoder"
+            )
         self._features.extend(features)
         self._rows.extend(rows)
         while len(self._rows) >= ROWS_PER_SHARD:

@@ -278,10 +278,10 @@ def get_args_parser() -> cli.Parser:
         description="Make the demo data set: photographs from PyPI packages with rendered signs.",
         epilog="example:\n  python make_demo_data.py && python extract_features.py --demo",
     )
-    parser.add_argument("--out", default="demo_data", help="folder to write to")
+    parser.add_argument("--out", type=cli.folder, default="demo_data", help="folder to write to")
     parser.add_argument(
         "--seed",
-        type=cli.number(int, at_least=0),
+        type=cli.number(int, 0, 2**63 - 1),
         default=42,
         help="crops, texts and signs follow from it",
     )

@@ -34,7 +34,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Set all trained architectures side by side, in one table and one figure.",
         epilog="example:\n  python make_report.py --results_dir results",
     )
-    parser.add_argument("--results_dir", default="results", help="where the folders <arch>/ are")
+    parser.add_argument("--results_dir", type=cli.folder, default="results",
+                        help="where the folders <arch>/ are")  # fmt: skip
     return parser
 
 

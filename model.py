@@ -254,7 +254,9 @@ class LowRankFactorModel(nn.Module):
             b_squared = component.sum(-1)
         size = x.shape[-2] * x.shape[-1]
         best = optimum(singular_values, self.current_effective_rank()).square() * energy.detach()
-        floor = best.maximum(OPTIMUM_FLOOR * energy.detach()).clamp_min(NORM_FLOOR)
+        # LayerNorm makes constant tokens zero: an image of them weighs as any other exact one does
+        scale = torch.where(energy.detach() > OPTIMUM_FLOOR * size, energy.detach(), size)
+        floor = best.maximum(OPTIMUM_FLOOR * scale)
         return LossTerms(
             reconstruction=(error / floor).mean(),
             mse=error.mean() / size,

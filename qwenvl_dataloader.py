@@ -44,6 +44,7 @@ from files import (
 
 FORMAT = 1
 LAYER_NORM_EPS = 1e-6
+LARGEST_FEATURE = 1e15  # the square of a larger one is beyond float32, in which tokens are normalised
 # A constant, not --seed: every script and every run must hold out the same images.
 SPLIT_SEED = 42
 MIN_HELD_OUT_GROUPS = 8
@@ -67,6 +68,13 @@ def normalise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     centred = features - mean
     std = (centred.square().mean(dim=-1, keepdim=True) + LAYER_NORM_EPS).sqrt()
     return centred / std, mean, std
+
+
+def usable_features(features: Tensor) -> Tensor:
+    """Which images of features [n, T, D] have finite numbers within ±LARGEST_FEATURE: [n] bool."""
+    # by the extremes, which are NaN or infinite with any number: cheaper than isfinite of all
+    flat = features.flatten(1)
+    return (flat.amax(1) <= LARGEST_FEATURE) & (flat.amin(1) >= -LARGEST_FEATURE)
 
 
 def denormalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -222,14 +230,13 @@ class RealQwenVLDataset(Dataset):
         return features
 
     def _check_finite(self, features: Tensor, first: int) -> None:
-        """Refuse NaN and infinities in features [n, T, D] of the rows from `first` on."""
-        # the largest magnitude of each image is NaN or infinite with any of its numbers: one pass
-        largest = features.flatten(1).abs().amax(1)
-        if not (finite := largest.isfinite()).all():
-            row = first + int((~finite).nonzero()[0])
+        """Refuse features [n, T, D] of the rows from `first` on that are not usable."""
+        if not (usable := usable_features(features)).all():
+            row = first + int((~usable).nonzero()[0])
             raise UserError(
-                f"{self.cache_dir}: the features of row {row} are not finite: look for damage with "
-                f"extract_features.py --verify --cache_dir {self.cache_dir}"
+                f"{self.cache_dir}: the features of row {row} are not finite, or above "
+                f"{LARGEST_FEATURE:.0e}: look for damage with extract_features.py --verify "
+                f"--cache_dir {self.cache_dir}"
             )
 
     def _shard(self, index: int):

@@ -56,47 +56,53 @@ def get_args_parser() -> argparse.ArgumentParser:
         "  python train_real_data.py --arch ResMLP --resume --epochs 100",
     )
     where = parser.add_argument_group("files")
-    where.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
-    where.add_argument("--results_dir", default="results", help="results go to its <arch>/ folder")
-    where.add_argument("--log_dir", default="log", help="logs go to its logs_<timestamp>/ folder")
+    where.add_argument("--cache_dir", type=cli.folder, default="feature_cache_real",
+                       help="feature cache to read")  # fmt: skip
+    where.add_argument("--results_dir", type=cli.folder, default="results",
+                       help="results go to its <arch>/ folder")  # fmt: skip
+    where.add_argument("--log_dir", type=cli.folder, default="log",
+                       help="logs go to its logs_<timestamp>/ folder")  # fmt: skip
     where.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too")
     model = parser.add_argument_group("model")
-    model.add_argument("--arch", default="ResMLP",
+    model.add_argument("--arch", type=cli.name, default="ResMLP",
                        help=f"{', '.join(ARCHITECTURES)}, or an alias of one")  # fmt: skip
     model.add_argument("--rank", type=number(int, 1), default=128,
                        help="r, columns of A: error against r (T + D) stored numbers")  # fmt: skip
     model.add_argument("--factors", choices=("projected", "direct"), default="projected",
                        help="projected: branches propose a subspace, X is projected on it; "
                        "direct: branches predict A and B outright")  # fmt: skip
-    model.add_argument("--refine_steps", type=number(int, 0), default=None,
+    model.add_argument("--refine_steps", type=number(int, 0, 1000), default=None,
                        help="K, refinement steps, default 2: error against time")  # fmt: skip
     model.add_argument("--oversample", type=number(int, 0), default=None,
                        help="p, extra sketch columns, default 32: error against time")  # fmt: skip
-    model.add_argument("--hidden_dim", type=number(int, 1), default=256, help="branch width")
-    model.add_argument("--num_blocks", type=number(int, 0), default=None,
+    model.add_argument("--hidden_dim", type=number(int, 1, 65536), default=256,
+                       help="branch width")  # fmt: skip
+    model.add_argument("--num_blocks", type=number(int, 0, 1000), default=None,
                        help="residual blocks (default 1) or hidden layers (2)")  # fmt: skip
     model.add_argument("--dropout", type=number(float, 0, below=1), default=0.0,
                        help="dropout in the branches, 0 to 1")  # fmt: skip
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=number(int, 1), default=20,
                        help="epochs, or epochs to add with --resume")  # fmt: skip
-    train.add_argument("--batch_size", type=number(int, 1), default=8, help="images a step")
+    train.add_argument("--batch_size", type=number(int, 1, 65536), default=8,
+                       help="images a step")  # fmt: skip
     train.add_argument("--lr", type=number(float, above=0), default=1e-4,
                        help=f"AdamW's; shifts get {SHIFT_LR_FACTOR} times it")  # fmt: skip
-    train.add_argument("--weight_decay", type=number(float, 0), default=1e-5, help="AdamW's")
+    train.add_argument("--weight_decay", type=number(float, 0, 1e6), default=1e-5,
+                       help="AdamW's")  # fmt: skip
     train.add_argument("--patience", type=number(int, 1), default=10,
                        help="epochs without improvement before stopping")  # fmt: skip
-    train.add_argument("--lambda_B", type=number(float, 0), default=1e-4,
+    train.add_argument("--lambda_B", type=number(float, 0, 1e6), default=1e-4,
                        help="ridge of B, and weight of ‖B‖²/(TD)")  # fmt: skip
-    train.add_argument("--lambda_ortho", type=number(float, 0), default=1e-3,
+    train.add_argument("--lambda_ortho", type=number(float, 0, 1e6), default=1e-3,
                        help="weight of the sketch's (and SVDLinear's) orthogonality")  # fmt: skip
-    train.add_argument("--lambda_act", type=number(float, 0), default=0.0,
+    train.add_argument("--lambda_act", type=number(float, 0, 1e6), default=0.0,
                        help="weight of the orthogonality of row_net's output")  # fmt: skip
     train.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42,
                        help="of weights, order and dropout; the split has its own")  # fmt: skip
     train.add_argument("--precision", choices=("float32", "bf16"), default="float32",
                        help="of the branches; the linear algebra is float64")  # fmt: skip
-    train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    train.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
     train.add_argument("--resume", nargs="?", const="best", choices=("best", "last"),
                        help="go on from best_model.pt, or exactly from last_model.pt")  # fmt: skip
     alloc = parser.add_argument_group("rank allocator (AdaLoRA)")
@@ -210,6 +216,7 @@ def validate(run: TrainState, loaders: Loaders) -> dict:
     metrics = evaluate(lambda x: run.model(x), loaders.val, rank)
     sigma = loaders.val.singular_values[loaders.val.sampler.rows.to(run.sums.device)].cpu()
     mean_square = sigma.square().sum(-1) / (run.model.num_tokens * run.model.input_dim)
+    mean_square = torch.where(mean_square > 0, mean_square, 1)  # what rel_error of X = 0 is of
     return {
         "val_mse": float((metrics["rel_error"].square() * mean_square).mean()),
         "val_optimum_mse": float((optimum(sigma, rank).square() * mean_square).mean()),
