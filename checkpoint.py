@@ -7,6 +7,7 @@ One file format for `best_model.pt` and `last_model.pt`: tensors and plain value
 from __future__ import annotations
 
 import argparse
+import io
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -55,11 +56,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
     """Write `state` atomically, with the format's number and the shifts' estimator."""
     state = {"format": FORMAT, "shift_estimator": SHIFT_ESTIMATOR, **state}
     with atomic_path(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # what torch makes of a full disk
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} cannot be written ({reason}): free or choose a disk") from None
+        # by way of memory: what torch says of a full disk does not say that it is full
+        records = io.BytesIO()
+        torch.save(state, records)
+        temporary.write_bytes(records.getbuffer())
 
 
 def load_checkpoint(path: Path, dataset: RealQwenVLDataset | None = None) -> dict:
@@ -105,7 +105,9 @@ def load_model(
         model.load_state_dict(state["model"])
     except (TypeError, RuntimeError, UserError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{path} describes another model than it holds ({reason}): train again") from None
+        raise UserError(
+            f"{path} describes another model than it holds ({reason}): train again"
+        ) from None
     return model.to(device).eval(), state
 
 

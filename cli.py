@@ -156,7 +156,9 @@ def number(
 def name(text: str) -> str:
     """The type of a flag that is a name: text, not empty."""
     if not text.strip():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a name: leave the flag away, or type one")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a name: leave the flag away, or type one"
+        )
     return text
 
 

@@ -64,7 +64,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                          help="stretch to the square, or keep the aspect and pad")  # fmt: skip
     encoder.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=16,
                          help="images encoded at once: memory against speed")  # fmt: skip
-    encoder.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
+    encoder.add_argument(
+        "--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N"
+    )
     return parser
 
 
@@ -76,6 +78,9 @@ def main(args: argparse.Namespace) -> None:
     if args.demo and "model" in args.typed:
         raise UserError("--demo brings its own encoder: leave --model or --demo away")
     rows = DatasetRows(find_parquet(args))
+    if len(rows) < 3:
+        raise UserError(f"--dataset_dir has {len(rows)} image(s): training, validation and test need "
+                        "at least 3 different ones")  # fmt: skip
     device = cli.pick_device(args.device)
     encoder = load_encoder(
         DEMO_ENCODER if args.demo else args.model,

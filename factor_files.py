@@ -289,7 +289,9 @@ def damaged_files(folder: str | Path) -> list[str]:
     Errors as `read_manifest`.
     """
     manifest = read_manifest(folder)
-    bad = [s["file"] for s in manifest["shards"] if sha256_file(Path(folder, s["file"])) != s["sha256"]]
+    bad = [
+        s["file"] for s in manifest["shards"] if sha256_file(Path(folder, s["file"])) != s["sha256"]
+    ]
     return bad + ["manifest.json"] * (not content_hash_fits(manifest))
 
 
@@ -378,7 +380,9 @@ def _checked_shard(path: Path, manifest: dict, rows: int) -> tuple[object, Tenso
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): {WRITE_AGAIN}") from None
     dtypes = dict.fromkeys(expected, "F32") | {"ranks": "I64"}
-    dtypes |= dict.fromkeys(("A", "B", "A_columns", "B_rows"), SAFETENSORS_DTYPES[manifest["dtype"]])
+    dtypes |= dict.fromkeys(
+        ("A", "B", "A_columns", "B_rows"), SAFETENSORS_DTYPES[manifest["dtype"]]
+    )
     for name in expected:
         if (dtype := shard.get_slice(name).get_dtype()) != dtypes[name]:
             raise UserError(

@@ -142,8 +142,9 @@ def tick_label(value: float, _position: int | None = None) -> str:
 def log_scale(ax: Axes, which: str = "y") -> None:
     """Logarithmic axis with readable ticks, whether it spans a few per cent or ten decades."""
     axis = getattr(ax, f"{which}axis")
-    if not np.isfinite(axis.get_data_interval()).all():
-        return  # an empty panel has no scale
+    interval = axis.get_data_interval()
+    if not np.isfinite(interval).all() or interval[1] <= 0:
+        return  # an empty panel has no scale, nor has one of zeros
     ax.set(**{f"{which}scale": "log"})
     decades = np.ptp(np.log10(axis.get_view_interval()))
     subs = (1, 2, 5) if decades < 2 else (1,)

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -39,8 +39,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        error.filename = str(path)  # a write that fails does not say where
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk there is none, and it cannot be removed
+            temporary.unlink()
 
 
 def _umask() -> int:
@@ -179,7 +183,7 @@ def check_files(manifest_path: Path, entries: list[dict], remedy: str) -> None:
 
 
 def check_hash(path: Path, entry: dict, remedy: str) -> None:
-    """Refuse a file that is not as it was when its manifest's `entry` was made: it is read whole."""
+    """Refuse a file that is another than its manifest's `entry` says: it is read whole."""
     if sha256_file(path) != entry["sha256"]:
         raise UserError(f"{path} is damaged (its sha256 is another than its manifest's): {remedy}")
 

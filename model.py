@@ -228,6 +228,8 @@ class LowRankFactorModel(nn.Module):
             from_rows = self.row_net(x, columns)  # [b, T, c]
             from_columns = x @ self.col_net(x.mT, columns)  # [b, T, c]
         from_rows, from_columns = from_rows.to(x.dtype), from_columns.to(x.dtype)
+        if self.num_tokens == 1:  # both are parallel, so their sum could be zero
+            return _unit_norm(from_rows), from_rows
         return _unit_norm(from_rows) + _unit_norm(from_columns), from_rows
 
     def loss_terms(self, x: Tensor, singular_values: Tensor) -> LossTerms:

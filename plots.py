@@ -68,6 +68,8 @@ def _line(ax: Axes, x: ArrayLike, y: ArrayLike, colour: str, wide: bool = False,
 def _band(ax: Axes, values: np.ndarray, colour: str, wide: bool = False) -> None:
     """Median and 10–90 % of positive values [n, k] over the index 1 … k."""
     index = np.flatnonzero((values > 0).any(0))
+    if not index.size:
+        return
     values = np.where(values > 0, values, np.nan)[:, index]
     low, middle, high = np.nanpercentile(values, (10, 50, 90), axis=0)
     ax.fill_between(index + 1, low, high, color=colour, alpha=0.13, lw=0)
@@ -175,6 +177,9 @@ def b_row_norms(
     figure = new_figure(12, 5.2)
     left, right = figure.subplots(1, 2)
     positive = np.concatenate([norms[norms > 0], sigma[sigma > 0]])
+    if not positive.size:  # every token is constant
+        positive = np.ones(1)
+        note(left, 0.5, 0.5, "all of them are zero", ha="center")
     bins = np.geomspace(positive.min(), positive.max() * 1.001, 50)
     left.hist(sigma[sigma > 0], bins, color=SVD, alpha=0.35)
     left.hist(norms[norms > 0], bins, color=NETWORK, histtype="step", lw=1.8)
@@ -187,7 +192,8 @@ def b_row_norms(
     note(right, 0.97, 0.93, "rows of the network's B", NETWORK, ha="right")
     note(right, 0.97, 0.86, "singular values of X (SVD)", SVD, ha="right")
     on = norms > 0
-    apart = 100 * np.median(np.abs(norms - sigma)[on] / np.maximum(sigma[on], 1e-12))
+    differences = np.abs(norms - sigma)[on] / np.maximum(sigma[on], 1e-12)
+    apart = 100 * np.median(differences) if on.any() else np.nan
     title = f"Row norms of B differ from the singular values by {percent(apart)} (median)"
     off = int((~on).all(0).sum())
     save(figure, path, title + (f"; {off} components are off" if off else ""), footer)

@@ -44,7 +44,9 @@ from files import (
 
 FORMAT = 1
 LAYER_NORM_EPS = 1e-6
-LARGEST_FEATURE = 1e15  # the square of a larger one is beyond float32, in which tokens are normalised
+LARGEST_FEATURE = (
+    1e15  # the square of a larger one is beyond float32, in which tokens are normalised
+)
 # A constant, not --seed: every script and every run must hold out the same images.
 SPLIT_SEED = 42
 MIN_HELD_OUT_GROUPS = 8

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import tiny
 import torch
 
 import checkpoint
@@ -25,7 +26,6 @@ import factor_files
 import factorize
 import feature_cache
 import make_report
-import tiny
 import train_real_data
 from qwenvl_dataloader import RealQwenVLDataset
 
@@ -137,8 +137,12 @@ def build(work: Path) -> dict[str, Kind]:
 
     kinds = {
         name: Kind(cache, name, read_cache, verify_cache)
-        for name in ("manifest.json", "features-00000.safetensors", "rows.parquet",
-                     "singular_values.safetensors")  # fmt: skip
+        for name in (
+            "manifest.json",
+            "features-00000.safetensors",
+            "rows.parquet",
+            "singular_values.safetensors",
+        )  # fmt: skip
     }
     kinds |= {
         name: Kind(results / "ResMLP", name, read_results)
