@@ -79,8 +79,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--demo brings its own encoder: leave --model or --demo away")
     rows = DatasetRows(find_parquet(args))
     if len(rows) < 3:
-        raise UserError(f"--dataset_dir has {len(rows)} image(s): training, validation and test need "
-                        "at least 3 different ones")  # fmt: skip
+        raise UserError(f"--dataset_dir has {len(rows)} image(s): training, validation and test "
+                        "need at least 3 different ones")  # fmt: skip
     device = cli.pick_device(args.device)
     encoder = load_encoder(
         DEMO_ENCODER if args.demo else args.model,

@@ -13,6 +13,7 @@ import pydoc  # noqa: F401  # torch imports it late, and a user without rights m
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -45,14 +46,16 @@ def in_process(run: Callable[[], None]) -> Outcome:
     if not pid:
         os.dup2(write, 1)
         os.dup2(write, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
         status = 70
         try:
             run()
         except SystemExit as end:
             status = int(end.code or 0)
         except BaseException as error:
-            os.write(2, f"Traceback: {type(error).__name__}: {error}\n".encode())
+            sys.stderr.write(f"Traceback: {type(error).__name__}: {error}\n")
         finally:
+            sys.stdout.flush(), sys.stderr.flush()
             os._exit(status)
     os.close(write)
     with os.fdopen(read, errors="replace") as pipe:

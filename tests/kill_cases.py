@@ -81,6 +81,7 @@ def train_scenario(work: Path, arch: str, old: Path | None, log: Path) -> Scenar
         computing,
         26,
         expected,
+        {"validation": 9, "epoch, in a step": 90},
     )
 
 
@@ -200,7 +201,7 @@ def kill_extract(work: Path, count: int, rng: random.Random, log: Path) -> Tally
     # the same over a finished cache of other images, replaced by --overwrite
     other = tiny.write_data_set(work / "others", images[::-1])
     spare = work / "spare"
-    in_child(command(extract_features, *argv[:1], other, *argv[2:3], spare, *argv[4:]))
+    unbroken(command(extract_features, *argv[:1], other, *argv[2:3], spare, *argv[4:]), log, "-")
     replace = command(extract_features, *argv, "--overwrite")
 
     def over() -> None:

@@ -17,6 +17,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -56,15 +57,17 @@ class Board:
 
 
 class Kill(NamedTuple):
-    """Where a run kills itself: in its n-th atomic write, at one of POINTS."""
+    """Where a run kills itself: in its n-th atomic write, at one of POINTS, or `delay` seconds
+    after it has begun a phase for the n-th time."""
 
-    write: int
+    nth: int
     point: str
+    delay: float = 0
 
 
 def trace(board: Board, kill: Kill | None) -> None:
     """In the child: have every phase noted, and the process killed where `kill` says."""
-    writes = 0
+    writes, begun = 0, collections.Counter()
 
     def phase(module: object, name: str, words: str) -> None:
         original = getattr(module, name)
@@ -72,6 +75,9 @@ def trace(board: Board, kill: Kill | None) -> None:
         def noted(*args, **options):
             before = board.read()
             board.note(words)
+            begun[words] += 1
+            if kill and (kill.point, kill.nth) == (words, begun[words]):
+                threading.Timer(kill.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
             result = original(*args, **options)
             board.note(before)
             return result
@@ -93,7 +99,7 @@ def trace(board: Board, kill: Kill | None) -> None:
 
     def reach(name: str, point: str) -> None:
         board.note(f"{point} {name}")
-        if kill and writes == kill.write and point == kill.point:
+        if kill and writes == kill.nth and point == kill.point:
             os.kill(os.getpid(), signal.SIGKILL)
 
     @contextmanager
@@ -103,7 +109,7 @@ def trace(board: Board, kill: Kill | None) -> None:
         board.note(f"writing {name}")
         with original(path) as temporary:
             yield temporary
-            if kill and writes == kill.write and kill.point == "half written":
+            if kill and writes == kill.nth and kill.point == "half written":
                 os.truncate(temporary, temporary.stat().st_size // 2)
             reach(name, "half written")
             reach(name, "before rename")
@@ -202,8 +208,9 @@ class Scenario(NamedTuple):
     outcome: Callable[[Path], object]  # of a finished run: to be equal to the unbroken run's
     seconds: float  # of the unbroken run, and of its part that computes
     computing: float
-    writes: int
+    writes: int  # of which a random one is cut off
     expected: object
+    phases: dict[str, int] = {}  # that a run is killed in, and how often it goes through each
 
 
 class Tally:
@@ -248,8 +255,12 @@ def one_kill(
     run: Callable[[], None], scenario: Scenario, rng: random.Random, log: Path, board: Board
 ) -> tuple[str | None, int]:
     """Start a run and kill it somewhere: (what it was doing or None, exit status)."""
-    if rng.random() < 0.5:
+    way = rng.random()
+    if way < 0.7:
         kill = Kill(rng.randint(1, scenario.writes), rng.choice(POINTS))
+        if way < 0.35 and scenario.phases:
+            point = rng.choice(list(scenario.phases))
+            kill = Kill(rng.randint(1, scenario.phases[point]), point, rng.uniform(0, 0.01))
         status = finish(start(run, log, board, kill))
         return (board.read() if status == -signal.SIGKILL else None), status
     most = scenario.computing if rng.random() < 0.9 else scenario.seconds

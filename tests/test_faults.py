@@ -1,10 +1,10 @@
-"""Nothing lost, nothing silent, nothing executed: the quick part; tests/faults.py has the long one."""
+"""Nothing lost, nothing silent, nothing executed: the quick part; the long is tests/faults.py."""
 
 import ast
+import contextlib
 import copy
 import io
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 
 import damage
+import full_disk
 import pytest
 import tiny
 import torch
@@ -270,34 +271,32 @@ def test_no_source_can_run_code_from_a_file():
 # ----------------------------------------------------------------------------------------- locks
 
 
-def hold(folder, ready, leave):
-    with sole_writer(folder, "--out"):
-        ready.set()
-        leave.wait(30)
-
-
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the lock of tmp_path/folder."""
-    context = multiprocessing.get_context("fork")
-    ready, leave = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(tmp_path / "folder", ready, leave))
-    process.start()
-    assert ready.wait(30)
-    yield process
-    leave.set()
-    process.join()
+    """The id of another process, that holds the lock of tmp_path/folder."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        with sole_writer(tmp_path / "folder", "--out"):
+            os.write(write, b"held")
+            signal.pause()
+        os._exit(0)
+    assert os.read(read, 4) == b"held"
+    yield pid
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def test_a_second_writer_is_refused_with_process_and_host_until_the_first_has_ended(
     holder, tmp_path
 ):
     folder = tmp_path / "folder"
-    with pytest.raises(UserError, match=f"--out: .*process {holder.pid} on {os.uname().nodename}"):
+    with pytest.raises(UserError, match=f"--out: .*process {holder} on {os.uname().nodename}"):
         with sole_writer(folder, "--out"):
             pass
-    holder.kill()  # no chance to clean up
-    holder.join()
+    os.kill(holder, signal.SIGKILL)  # no chance to clean up
+    os.waitpid(holder, 0)
     assert (folder / LOCK_NAME).exists()
     with sole_writer(folder, "--out"):
         assert str(os.getpid()) in (folder / LOCK_NAME).read_text()
@@ -329,7 +328,8 @@ def test_readers_are_not_kept_out(made, tmp_path, script):
     cache = Path(shutil.copytree(made["manifest.json"].folder, tmp_path / "cache"))
     where = ["--cache_dir", cache, "--results_dir", results]
     with sole_writer(results / "ResMLP", "--results_dir"), sole_writer(cache, "--cache_dir"):
-        assert script("visualize_svd_nn.py", *where).returncode == 0
+        done = script("factorize.py", *where, "--rank", 2)
+        assert done.returncode == 0, done.stderr
 
 
 # ------------------------------------------------------------------------------- kills, full disks
@@ -397,7 +397,7 @@ def test_an_overwrite_that_was_cut_off_leaves_no_part_without_its_shard(tmp_path
         return writer
 
     original = Path.unlink
-    for removals in range(1, 7):
+    for removals in range(5):  # of five files
         begin(overwrite=True)
         left = [removals]
 
@@ -419,19 +419,16 @@ def test_an_overwrite_that_was_cut_off_leaves_no_part_without_its_shard(tmp_path
 
 
 def test_a_disk_that_is_full_is_one_line_and_leaves_every_file_as_it_was(made, tmp_path):
-    """Where files may not grow beyond a limit; in a process of its own, which the limit ends with."""
-    import full_disk
-
     place = tmp_path / "place"
     shutil.copytree(made["best_model.pt"].folder.parent, place / "results")
     shutil.copytree(made["manifest.json"].folder, place / "cache")
     data = made["data set *.parquet"].folder
-    for name in ("train --resume", "compare", "factorize", "report"):
+    for name in ("train --resume", "factorize", "compare"):
         before = full_disk.contents(place)
         run = full_disk.limited(full_disk.command(*full_disk.scripts(place, data)[name]), 3000)
         outcome = full_disk.in_process(run)
         assert full_disk.judge(name, before, place, outcome) == "refused", outcome
-        assert "File too large" in outcome.output
+        assert "File too large" in outcome.output or "(os error 27)" in outcome.output
 
 
 def test_a_write_that_fails_names_the_file_and_keeps_the_old_one(tmp_path):
@@ -503,9 +500,7 @@ def test_odd_tokens_give_finite_losses_gradients_and_honest_excess(name, options
             assert (metrics["rel_error"] < 1.01).all()
 
 
-@pytest.mark.parametrize(
-    "name", ["all zero", "some images zero", "one token", "fewer independent tokens than r"]
-)
+@pytest.mark.parametrize("name", ["all zero", "some images zero", "one token"])
 def test_odd_tokens_go_through_every_script(name, tmp_path, script, train):
     tokens = odd_tokens()[name]
     cache = tiny.write_cache(tmp_path / "cache", tokens)
@@ -540,7 +535,7 @@ def test_too_few_images_are_refused_before_anything_is_encoded(tmp_path, script)
 # --------------------------------------------------------------------------------- reproducible
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", ["ResMLP", "AdaLoRA"])
 def test_the_same_seed_twice_gives_the_same_checkpoints_and_json(arch, tmp_path, script, train):
     cache = tiny.write_cache(tmp_path / "cache", tiny.steep_tokens(12))
     found = []
