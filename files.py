@@ -40,7 +40,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        error.filename = str(path)  # a write that fails does not say where
+        if error.errno:
+            error.filename = str(path)  # a write that fails does not say where
         raise
     finally:
         with suppress(OSError):  # on a read-only disk there is none, and it cannot be removed
