@@ -16,8 +16,9 @@ from pathlib import Path
 
 import cli
 import plots
+from checkpoint import load_checkpoint
 from cli import UserError
-from files import read_json, write_json
+from files import content_hash_fits, read_json, write_json
 from model import ARCHITECTURES
 from svd_baseline import percent_text
 
@@ -33,7 +34,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Set all trained architectures side by side, in one table and one figure.",
         epilog="example:\n  python make_report.py --results_dir results",
     )
-    parser.add_argument("--results_dir", default="results", help="where the folders <arch>/ are")
+    parser.add_argument("--results_dir", type=cli.folder, default="results",
+                        help="where the folders <arch>/ are")  # fmt: skip
     return parser
 
 
@@ -78,11 +80,28 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
         read_json(folder / name, f"run python {script} --arch {arch} again")
         for name, script in MADE_BY.items()
     )
+    check_results(folder, history, test, comparison)
     if comparison["rank"] != test["effective_rank"]:
         print(f"note: {arch} is left out: compared at rank {comparison['rank']}, trained to rank "
               f"{test['effective_rank']} (python compare_svd_nn.py --arch {arch})")  # fmt: skip
         return None
     return history, test, comparison
+
+
+def check_results(folder: Path, history: object, test: object, comparison: object) -> None:
+    """Refuse results that are not as they were written: a flipped digit is no result."""
+    again = f"run python {{}} --arch {folder.name} again"
+    for name, found in (("test_results.json", test), ("svd_nn_comparison.json", comparison)):
+        if not isinstance(found, dict) or not content_hash_fits(found):
+            raise UserError(
+                f"{folder / name} is not as it was written: {again.format(MADE_BY[name])}"
+            )
+    last = folder / "last_model.pt"
+    if last.exists() and load_checkpoint(last)["progress"]["history"] != history:
+        raise UserError(
+            f"{folder}/history.json is not that of last_model.pt: go on with python "
+            f"train_real_data.py --arch {folder.name} --resume last"
+        )
 
 
 def of_newest_data(found: dict[str, tuple], results_dir: Path) -> dict[str, tuple]:
