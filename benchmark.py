@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cli
 import pareto_plot
+import progress
 from checkpoint import load_model
 from cli import UserError
 from files import write_json
@@ -55,17 +55,18 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Measure cost and error of every factorisation: networks and references.",
         epilog="example:\n  python benchmark.py --ranks 32 128 --batch_size 8 --threads 1",
     )
-    parser.add_argument("--quality", action="store_true",
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--quality", action="store_true",
                         help="only the error, on all test images (neither flag: both)")  # fmt: skip
-    parser.add_argument("--speed", action="store_true",
+    what.add_argument("--speed", action="store_true",
                         help="only the time (neither flag: both)")  # fmt: skip
-    parser.add_argument("--ranks", type=cli.number(int, 1), nargs="+", default=[8, 16, 32, 64, 128],
+    what.add_argument("--ranks", type=cli.number(int, 1), nargs="+", default=[8, 16, 32, 64, 128],
                         help="ranks of A·B")  # fmt: skip
-    parser.add_argument("--batch_size", dest="batch_sizes", nargs="+",
+    what.add_argument("--batch_size", dest="batch_sizes", nargs="+",
                         type=cli.number(int, 1, 65536), default=[8], metavar="BATCH_SIZE",
                         help="matrices of a timed call; several are measured in turn")  # fmt: skip
-    parser.add_argument("--threads", type=cli.number(int, 1, 1024), default=1, help="CPU threads")
-    parser.add_argument("--repeats", type=cli.number(int, 1), default=7,
+    what.add_argument("--threads", type=cli.number(int, 1, 1024), default=1, help="CPU threads")
+    what.add_argument("--repeats", type=cli.number(int, 1), default=7,
                         help="timed calls of each method, after a warm-up")  # fmt: skip
     cli.add_evaluation_flags(parser)
     return parser
@@ -109,11 +110,11 @@ def main(args: argparse.Namespace) -> None:
     if quality and speed:
         timed = f"time: median of {args.repeats} calls on one batch of them, all methods in turn"
         pareto_plot.pareto(results_dir / "benchmark.png", records, f"{footer}; {timed}")
-        written += " and benchmark.png"
+        written += f" and benchmark.png: look at {results_dir}/benchmark.png"
     else:
         print("note: benchmark.png is not drawn, it needs both --quality and --speed")
-    print(f"wrote {written}")
     print(HOW_TO_READ)
+    print(f"wrote {written}")
 
 
 HOW_TO_READ = """how to read it: of the methods at one rank and batch, take the fastest whose excess
@@ -199,7 +200,7 @@ def references(
     """What networks are held against; each computes at every rank."""
     dataset = loaders.train.dataset
     limit = min(dataset.num_tokens, dataset.feature_dim)
-    axes = fit_pca(batch.x for batch in tqdm(loaders.train, desc="PCA", disable=None, leave=False))
+    axes = fit_pca(batch.x for batch in progress.images(loaders.train, "PCA"))
     # one with the steps and columns of each network, so that only the sketch differs
     by_default = (DEFAULT_STEPS, tuple(columns_for(r, DEFAULT_OVERSAMPLE, limit) for r in ranks))
     settings = {
@@ -266,7 +267,7 @@ def measure_quality(
         (i, r): summarise(
             evaluate(lambda x, i=i, r=r: contenders[i].factorise(x, r), test)["excess_pct"]
         )
-        for i, r in tqdm(pairs, desc="quality", disable=None, leave=False)
+        for i, r in progress.over(pairs, "quality", "methods and ranks")
     }
 
 
@@ -283,7 +284,7 @@ def measure_speed(
             print(f"note: the batch of {batch} repeats the {len(rows)} test images")
         try:
             x = normalise(test.dataset[taken].to(test.device))[0]
-            for r in tqdm(ranks, desc=f"speed, batch {batch}", disable=None, leave=False):
+            for r in progress.over(ranks, f"speed, batch {batch}", "ranks"):
                 active = [i for i, c in enumerate(contenders) if r <= c.max_rank]
                 calls = [lambda i=i, x=x, r=r: contenders[i].factorise(x, r) for i in active]
                 timings = time_in_turn(calls, repeats, test.device)

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -185,11 +186,18 @@ def folder(text: str) -> str:
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that judges or uses a trained network."""
-    parser.add_argument("--results_dir", type=folder, default="results",
-                        help="where <arch>/best_model.pt is")  # fmt: skip
-    parser.add_argument("--cache_dir", type=folder, default="feature_cache_real",
-                        help="feature cache to read")  # fmt: skip
-    parser.add_argument("--device", type=name, default="auto", help="auto, cpu, cuda or cuda:N")
+    where = parser.add_argument_group("files and device")
+    where.add_argument("--results_dir", type=folder, default="results",
+                       help="where <arch>/best_model.pt is")  # fmt: skip
+    where.add_argument("--cache_dir", type=folder, default="feature_cache_real",
+                       help="feature cache to read")  # fmt: skip
+    where.add_argument("--device", type=name, default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def flags_again(args: argparse.Namespace, *names: str) -> str:
+    """Those of the flags that the user typed, as the next command needs them: " --name value"."""
+    typed = (name for name in names if name in args.typed)
+    return "".join(f" --{name} {shlex.quote(str(getattr(args, name)))}" for name in typed)
 
 
 def pick_device(name: str) -> torch.device:

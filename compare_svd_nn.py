@@ -17,10 +17,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cli
 import comparison_plots
+import progress
 from box_error import PARTS, box_report, part_errors, tokens_in_box
 from checkpoint import evaluated_rank, open_trained
 from files import with_content_hash, write_json
@@ -57,8 +57,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Compare a trained network with the truncated SVD on held-out images.",
         epilog="example:\n  python compare_svd_nn.py --arch ResMLP --rank 64",
     )
-    parser.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
-    ranks = parser.add_mutually_exclusive_group()
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
+    ranks = what.add_mutually_exclusive_group()
     ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
                        help="rank to evaluate; default the trained (effective) rank")  # fmt: skip
     ranks.add_argument("--target_error", type=cli.number(float, above=0, below=1), default=None,
@@ -67,8 +68,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     ranks.add_argument("--mean_rank", type=cli.number(int, 1), default=None, metavar="R",
                        help="also: this rank on average, split over images for the least total "
                             "squared error")  # fmt: skip
-    parser.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
-                        help="images at once")  # fmt: skip
+    what.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
+                      help="images at once")  # fmt: skip
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -89,9 +90,12 @@ def main(args: argparse.Namespace) -> None:
     ranks = report_ranks(rank)
     per_image = {
         r: {
-            name: evaluate(lambda x, f=f, r=r: f(x, r), loaders.test) for name, f in methods.items()
+            name: evaluate(
+                lambda x, f=f, r=r: f(x, r), progress.images(loaders.test, f"{name}, rank {r}")
+            )
+            for name, f in methods.items()
         }
-        for r in tqdm(ranks, desc="ranks", disable=None)
+        for r in ranks
     }
     groups = dataset.rows["group"].take(loaders.test.sampler.rows.tolist()).to_pylist()
     results = {
@@ -135,13 +139,14 @@ def main(args: argparse.Namespace) -> None:
     comparison_plots.rank_sweep(
         folder / "rank_sweep.png", results["ranks"], dataset.num_tokens, dataset.feature_dim, footer
     )
-    print(f"wrote {folder}/{written}")
-    print(f"next: python visualize_svd_nn.py --arch {results['arch']} --image_idx 0")
+    print(f"wrote {folder}/{written}: look at svd_nn_comparison.png")
+    again = cli.flags_again(args, "results_dir", "cache_dir")
+    print(f"next: python visualize_svd_nn.py --arch {results['arch']} --image_idx 0{again}")
 
 
 def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, Method]:
     """The network and what it is held against, each a function of (x, rank)."""
-    axes = fit_pca(batch.x for batch in tqdm(loaders.train, desc="PCA", disable=None, leave=False))
+    axes = fit_pca(batch.x for batch in progress.images(loaders.train, "PCA"))
     methods: dict[str, Method] = {
         "network": lambda x, r: model(x, r),
         "svd": truncated_svd,
@@ -176,7 +181,7 @@ def error_by_box(
     errors = {}
     for name in ("network", "svd"):
         parts, first = [], 0
-        for batch in loaders.test:
+        for batch in progress.images(loaders.test, f"box, {name}"):
             masks = inside[first : first + len(batch.rows)]
             parts.append(part_errors(batch.x, *methods[name](batch.x, rank), masks))
             first += len(batch.rows)
@@ -188,7 +193,7 @@ def spectra(model: LowRankFactorModel, loaders: Loaders, rank: int) -> dict[str,
     """Singular values [n, min(T, D)] of X and of X_hat on the test images."""
     with torch.inference_mode():
         hats = []
-        for batch in loaders.test:
+        for batch in progress.images(loaders.test, "spectra"):
             a, b = model(batch.x, rank)
             hats.append(exact_singular_values(a.double() @ b.double()).cpu())
     rows = loaders.test.sampler.rows
@@ -205,7 +210,8 @@ def rank_per_image(
     is met by the measured error of each method; a budget is split by σ of X, alike for both.
     """
     sigma = loaders.test.dataset.singular_values[loaders.test.sampler.rows]
-    network = [error_curve(b.x, *nested_factors(model, b.x, rank)).cpu() for b in loaders.test]
+    batches = progress.images(loaders.test, "error over rank")
+    network = [error_curve(b.x, *nested_factors(model, b.x, rank)).cpu() for b in batches]
     curves = {"network": torch.cat(network), "svd": optimum_curve(sigma, rank)}
     if args.target_error is None:
         entry = {"mode": "mean_rank", "mean_rank": args.mean_rank}

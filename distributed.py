@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import cli
 import locks
+import progress
 from cli import UserError
 
 # Waits have no limit of their own: a process may encode for an hour while others are done, and one
@@ -198,11 +199,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def hide_bar() -> bool | None:
-    """tqdm's `disable`: one bar for all, and none (None) where stderr is no terminal."""
-    return None if is_main() else True
-
-
 # ------------------------------------------------------------------------------------- collectives
 
 
@@ -339,11 +335,10 @@ def deal(items: list[T]) -> Iterator[T]:
 
 
 class Progress:
-    """One tqdm bar for what all processes do; leaving its `with` waits for all of them."""
+    """One `progress.bar` for what all processes do; leaving its `with` waits for all of them."""
 
-    def __init__(self, total: int, initial: int = 0, **options) -> None:
-        options = {"disable": hide_bar(), **options}
-        self.bar = tqdm(total=total, initial=initial, **options)
+    def __init__(self, total: int, desc: str, initial: int = 0) -> None:
+        self.bar = progress.bar(total, desc, initial=initial, show=is_main())
         self.initial = initial
 
     def update(self, count: int) -> None:

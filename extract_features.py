@@ -31,6 +31,7 @@ from PIL import Image
 
 import cli
 import distributed
+import progress
 from cli import UserError
 from encoders import VisionEncoder, load_encoder, resize_image
 from feature_cache import ROWS_PER_SHARD, FeatureCacheWriter
@@ -177,8 +178,7 @@ def write_imported(args: argparse.Namespace, features: PtFeatures) -> list[dict]
         f"{len(features)} files ({kinds}): {features.num_tokens} tokens × {features.feature_dim} "
         "an image, stored in bfloat16"
     )
-    options = {"unit": "image", "desc": "import"}
-    with distributed.Progress(len(features), writer.rows_done, **options) as bar:
+    with distributed.Progress(len(features), "import", writer.rows_done) as bar:
         for shard in distributed.deal(writer.shards_to_do()):
             row_ids = [features.row_ids[i] for i in writer.rows_of(shard)]
             tokens = torch.stack([features[i].to(torch.bfloat16) for i in row_ids])
@@ -198,11 +198,9 @@ def extract(
     """
     hashes = image_hashes(rows)
     to_do = batches_to_do(rows, writer, batch_size)
-    options = {"unit": "image", "desc": "encode", "mininterval": 1}
-    options["disable"] = not distributed.is_main()
     samples: list[Sample] = []  # of the shard that is being made
     encoded: dict[int, torch.Tensor] = {}  # row → its features [T, D]
-    with distributed.Progress(len(rows), writer.rows_done, **options) as bar:
+    with distributed.Progress(len(rows), "encode", writer.rows_done) as bar:
         for shard, batch in prepared(to_do, encoder, hashes):
             samples += batch
             if fresh := [s for s in batch if s.pixels is not None]:
@@ -217,7 +215,10 @@ def extract(
 
 def image_hashes(rows: ImageSource) -> list[str | None]:
     """SHA-256 of each row's image file; None where there is none."""
-    return [_sha256(row["image"]) for batch in rows.batches(ROWS_PER_SHARD) for _, row in batch]
+    found = (row for batch in rows.batches(ROWS_PER_SHARD) for _, row in batch)
+    show = distributed.is_main()
+    found = progress.over(found, "hash", "images", total=len(rows), show=show)
+    return [_sha256(row["image"]) for row in found]
 
 
 def _sha256(cell: ImageCell) -> str | None:

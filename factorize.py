@@ -48,24 +48,25 @@ def get_args_parser() -> argparse.ArgumentParser:
         "  python factorize.py --arch ResMLP --target_error 0.05 --dtype int8\n"
         "  torchrun --nproc_per_node 2 factorize.py --arch ResMLP   # two processes",
     )
-    parser.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
-    ranks = parser.add_mutually_exclusive_group()
+    what = parser.add_argument_group("factors")
+    what.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
+    ranks = what.add_mutually_exclusive_group()
     ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
                        help="of every image; default the trained (effective) rank")  # fmt: skip
     ranks.add_argument("--target_error", type=cli.number(float, above=0, below=1), default=None,
                        metavar="E",
                        help="rel_error that each image has to meet, as stored, at its own "
                             "smallest rank")  # fmt: skip
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16",
-                        help="of A and B on disk; int8 has half the bytes of bf16 and the larger "
+    what.add_argument("--dtype", choices=DTYPES, default="bf16",
+                      help="of A and B on disk; int8 has half the bytes of bf16 and the larger "
                              "error")  # fmt: skip
-    parser.add_argument("--out", type=cli.folder, default=None,
-                        help="folder to write; default factors/<arch>")  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --out")
-    parser.add_argument("--verify", action="store_true",
-                        help="only check the factors in --out against their hashes")  # fmt: skip
-    parser.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
-                        help="images at once")  # fmt: skip
+    what.add_argument("--out", type=cli.folder, default=None,
+                      help="folder to write; default factors/<arch>")  # fmt: skip
+    what.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    what.add_argument("--verify", action="store_true",
+                      help="only check the factors in --out against their hashes")  # fmt: skip
+    what.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
+                      help="images at once")  # fmt: skip
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -128,7 +129,7 @@ def write_factors(
         print(f"{done} images are already there, {to_do} to do")
 
     start = time.perf_counter()
-    with distributed.Progress(len(dataset), done, unit="image") as bar:
+    with distributed.Progress(len(dataset), "factors", done) as bar:
         for shard in distributed.deal(writer.shards_to_do()):
             # batches begin anew with each shard: bits do not depend on where a run was interrupted,
             # nor on the number of processes

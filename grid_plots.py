@@ -192,6 +192,53 @@ def spatial_error(
     save(figure, path, info["title"], info["footer"])
 
 
+@rc_context(STYLE)
+def rank_comparison(
+    path: str | Path, photo: Image | None, box: Box, maps: dict[str, list[ArrayLike]],
+    rel_error: dict[str, list[float]], ranks: list[int], blocks: list[range], grid: Grid,
+    info: dict[str, str],
+) -> None:  # fmt: skip
+    """Three principal components of X as red, green and blue, beside those of X_hat at `ranks`.
+
+    maps: original → one array, network and svd → one a rank: coordinates [T, c] on the components
+    of X (`svd_baseline.principal_coordinates`). blocks: three of those c for each block of rows,
+    counted from 0. rel_error: network, svd → one a rank. Colours are scaled by X's 2nd and 98th
+    percentile and clipped, the same for all maps of a block; info: title and footer.
+    """
+    wide = len(ranks) + 1
+    figure = new_figure(3.4 + 2.2 * wide, 1.3 + 4.7 * len(blocks))
+    columns = figure.add_gridspec(1, 2, width_ratios=[3.2, 2.2 * wide])
+    picture = figure.add_subplot(columns[0], anchor="N")
+    _photograph(picture, photo, box, title=_caption(box))
+    cells = columns[1].subgridspec(2 * len(blocks), wide)
+    original = as_array(maps["original"][0])
+    for top, block in zip(range(0, 2 * len(blocks), 2), blocks, strict=True):
+        low, high = np.percentile(original[:, block], (2, 98), axis=0)
+        scale = (low, np.maximum(high - low, 1e-12))
+        ax = figure.add_subplot(cells[top, 0])
+        ax.set_title(f"components {block[0] + 1}–{block[-1] + 1}", loc="center")
+        ax.set_ylabel("original X")
+        _colour_map(ax, original[:, block], scale, grid)
+        for row, name in ((top, "network"), (top + 1, "svd")):
+            for place, (values, r) in enumerate(zip(maps[name], ranks, strict=True), 1):
+                ax = figure.add_subplot(cells[row, place])
+                _colour_map(ax, as_array(values)[:, block], scale, grid)
+                if row == top:
+                    ax.set_title(f"rank {r}", loc="center")
+                ax.set_xlabel(f"rel_error {rel_error[name][place - 1]:.4g}")
+                if place == 1:
+                    ax.set_ylabel(METHODS[name][0], color=METHODS[name][1])
+    save(figure, path, info["title"], info["footer"])
+
+
+def _colour_map(ax: Axes, values: np.ndarray, scale: tuple, grid: Grid) -> None:
+    """[T, 3] as colours of the tokens."""
+    low, reach = scale
+    ax.imshow(np.clip((values - low) / reach, 0, 1).reshape(*grid, 3))
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+
+
 def _inside_outside(ax: Axes, errors: dict[str, np.ndarray], box: Box, grid: Grid) -> None:
     """Mean and 10–90 % of the tokens' errors, in the box and outside it."""
     inside = tokens_in_box(box, grid).numpy()

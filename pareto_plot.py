@@ -220,10 +220,10 @@ def ablation(
                 if not curve:
                     continue
                 ms = as_array([r["ms"] for r in curve])
-                low, high = as_array([r["excess_interval"] for r in curve]).T
+                low, high = np.fmax(as_array([r["excess_interval"] for r in curve]).T, ROUNDING_PCT)
                 mean = np.fmax(as_array([r["excess_mean"] for r in curve]), ROUNDING_PCT)
                 ax.plot(ms, mean, line, marker="o", ms=4, color=colour)
-                ax.vlines(ms, np.fmax(low, ROUNDING_PCT), high, color=colour, lw=0.8)
+                ax.vlines(ms, low, high, color=colour, lw=0.8)
                 if shifts == "learned":
                     ends.setdefault(ax, []).append((mean[-1], label, colour))
         ax.axvline(exact_ms, color=GREY, lw=0.9, ls="--")
@@ -233,9 +233,10 @@ def ablation(
         ax.set_xlabel("ms per matrix, median")
     axes[0].set_ylabel("error above the optimum (%), mean")
     log_scale(axes[0])
-    note(axes[0], 0.02, 0.02, "K = 0, 1, … from left to right; solid: learned shifts, dotted: "
-         "start shifts\nbars: 95 % interval over groups", va="bottom")  # fmt: skip
-    title = f"Rank {rank}: at equal time no trained sketch comes nearer than a random one"
+    note(axes[0], 0.02, 0.03, "K = 0, 1, … from left to right\nsolid: learned shifts, dotted: "
+         "start shifts\nbars: 95 % interval over groups\n"
+         f"{ROUNDING} % and less is rounding", va="bottom")  # fmt: skip
+    title = f"Rank {rank}: at equal time no trained sketch comes nearer than an untrained one"
     if gains and gains[0]["gain_interval"][0] > 0:
         best = gains[0]
         title = (f"Rank {rank}: at equal time training saves up to {best['gain_pct']:.0f} % of the "

@@ -58,20 +58,28 @@ def _epoch_axis(ax: Axes, epochs: list[int]) -> None:
 
 @rc_context(STYLE)
 def training_curves(path: str | Path, history: list[dict], best_epoch: int, footer: str) -> None:
-    """Training and validation mse with their optima as floors; below, the validation excess.
+    """Training and validation mse with their optima as floors; below, the validation excess, the
+    learning rate and the effective rank; the best epoch is marked in all of them.
 
     history: the entries of history.json; a first one without `train_mse` is the untrained model.
     best_epoch: the epoch of best_model.pt.
     """
-    figure = new_figure(10, 7.6)
-    top, bottom = figure.subplots(2, 1, sharex=True)
+    figure = new_figure(10, 9.8)
+    axes = top, above, lr, rank = figure.subplots(4, 1, sharex=True, height_ratios=[3, 3, 1.2, 1.2])
     epochs = [record["epoch"] for record in history]
     columns = {key: column(history, key) for key in CURVES}
     for key, (_, colour, dashes) in CURVES.items():
         curve(top, epochs, columns[key], colour, ls=dashes)
     top.set_ylabel("mean squared error\nper entry of X")
     log_scale(top)
-    _epoch_axis(bottom, epochs)
+    curve(lr, epochs, column(history, "lr"), BLACK, drawstyle="steps-mid")
+    lr.set_ylabel("learning\nrate")
+    log_scale(lr)
+    ranks = column(history, "effective_rank")
+    curve(rank, epochs, ranks, BLACK, drawstyle="steps-mid")
+    rank.set_ylabel("effective\nrank")
+    rank.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    _epoch_axis(rank, epochs)
     untrained = "train_mse" not in history[0]
     best = epochs.index(best_epoch)
     excess = column(history, "val_excess_pct")
@@ -82,13 +90,23 @@ def training_curves(path: str | Path, history: list[dict], best_epoch: int, foot
         )
     elif untrained and history[0]["effective_rank"] == history[best]["effective_rank"]:
         title += f" of {epochs[-1]}; untrained {percent(excess[0])}"
-    _excess_panel(bottom, epochs, excess, best, untrained)
+    # at other ranks the optimum is another one: the best epoch is not the lowest point there
+    mark = "best" if np.ptp(ranks) == 0 else f"best at rank {ranks[best]:.0f}:"
+    _excess_panel(above, epochs, excess, best, untrained, mark)
+    for ax in axes:
+        if ax.lines:
+            ax.axvline(best_epoch, color=GREY, lw=1, ls=":", zorder=1)
     ends = [(columns[key][-1], label, colour) for key, (label, colour, _) in CURVES.items()]
     save(figure, path, title, footer, {top: ends})
 
 
-def _excess_panel(ax: Axes, epochs: list[int], excess: np.ndarray, best: int, untrained: bool):
-    """Validation excess over epochs; the untrained start is an open circle, the best a full one."""
+def _excess_panel(
+    ax: Axes, epochs: list[int], excess: np.ndarray, best: int, untrained: bool, mark: str
+) -> None:
+    """Validation excess over epochs; the untrained start is an open circle, the best a full one.
+
+    mark: the words before the best one's value.
+    """
     ax.set_ylabel("validation error\nabove the optimum (%)")
     if np.isnan(excess).all():
         note_undefined(ax)
@@ -97,25 +115,26 @@ def _excess_panel(ax: Axes, epochs: list[int], excess: np.ndarray, best: int, un
     ax.margins(y=0.25)
     if np.nanmin(excess) > 0 and np.nanmax(excess) > 20 * np.nanmin(excess):
         log_scale(ax)
-    style = {"textcoords": "offset points", "color": NETWORK}
+    paper = {"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1}  # readable on a curve
+    style = {"textcoords": "offset points", "color": NETWORK, "bbox": paper}
     if untrained:
         ax.plot(epochs[0], excess[0], "o", ms=9, mfc="white", mec=NETWORK, mew=1.8)
         ax.annotate(f"untrained {percent(excess[0])}", (epochs[0], excess[0]), (10, 8), **style)
     ax.plot(epochs[best], excess[best], "o", ms=8, color=NETWORK)
     side = "right" if 2 * epochs[best] > epochs[0] + epochs[-1] else "left"
-    ax.annotate(f"best {percent(excess[best])}", (epochs[best], excess[best]), (0, -10), ha=side,
+    ax.annotate(f"{mark} {percent(excess[best])}", (epochs[best], excess[best]), (0, -10), ha=side,
                 va="top", **style)  # fmt: skip
 
 
 @rc_context(STYLE)
 def loss_terms(path: str | Path, history: list[dict], footer: str) -> None:
-    """Weighted loss terms, learning rate, effective rank and, where there are any, the shifts."""
+    """Weighted loss terms and, where there are any, the shifts."""
     history = [record for record in history if "train_loss" in record]
     epochs = [record["epoch"] for record in history]
     shifts = as_array([record["shifts"] for record in history])  # [epochs, K]
-    heights = [3, 1.2, 1.2] + [1.7] * bool(shifts.size)
+    heights = [3.4] + [1.7] * bool(shifts.size)
     figure = new_figure(10, 1.3 + 1.3 * sum(heights))
-    axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     ends: dict[Axes, list] = {axes[0]: []}
     for key, (label, colour) in TERMS.items():
         values = column(history, key)
@@ -125,19 +144,13 @@ def loss_terms(path: str | Path, history: list[dict], footer: str) -> None:
             )
             ends[axes[0]].append((values[-1], label, colour))
     axes[0].set_ylabel("weighted loss term (reconstruction:\nsquared error over its optimum)")
-    curve(axes[1], epochs, column(history, "lr"), BLACK, drawstyle="steps-mid")
-    axes[1].set_ylabel("learning\nrate")
-    curve(axes[2], epochs, column(history, "effective_rank"), BLACK, drawstyle="steps-mid")
-    axes[2].set_ylabel("effective\nrank")
-    axes[2].yaxis.set_major_locator(MaxNLocator(4, integer=True))
     log_scale(axes[0])
-    log_scale(axes[1])
     if shifts.size:
-        curve(axes[3], epochs, shifts, BLACK)
-        axes[3].set(ylabel="shift / smallest\nRitz value", ylim=(0, 1))
-        ends[axes[3]] = [(s, f"step {k}", BLACK) for k, s in enumerate(shifts[-1], 1)]
+        curve(axes[1], epochs, shifts, BLACK)
+        axes[1].set(ylabel="shift / smallest\nRitz value", ylim=(0, 1))
+        ends[axes[1]] = [(s, f"step {k}", BLACK) for k, s in enumerate(shifts[-1], 1)]
     _epoch_axis(axes[-1], epochs)
-    first, last = (f"{history[i]['loss_reconstruction']:.5g}" for i in (0, -1))
+    first, last = (f"{history[i]['loss_reconstruction']:#.5g}" for i in (0, -1))
     title = f"Training: squared error over its optimum {first} in epoch {epochs[0]}"
     title += f", {last} in epoch {epochs[-1]}" if len(epochs) > 1 else ""
     save(figure, path, title, footer, ends)

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import distributed
+import progress
 from cli import UserError
 from qwenvl_dataloader import LARGEST_FEATURE, usable_features
 
@@ -53,8 +53,8 @@ class PtFeatures:
         self._paths = _numbered_files(self.folder)
         self.skipped = _gaps(sorted(self._paths))
         seen: dict[int, _Seen] = {}
-        hidden = distributed.hide_bar()
-        for row_id in tqdm(sorted(self._paths), unit="file", desc="check", disable=hidden):
+        show = distributed.is_main()
+        for row_id in progress.over(sorted(self._paths), "check", "files", show=show):
             try:
                 seen[row_id] = _examine(read_pt(self._paths[row_id]))
             except DamagedFile as error:

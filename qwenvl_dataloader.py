@@ -32,6 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+import progress
 from cli import UserError
 from files import (
     check_files,
@@ -229,7 +230,7 @@ class RealQwenVLDataset(Dataset):
         """
         files = [*self.manifest["shards"], self.manifest["rows"], self.manifest["singular_values"]]
         damaged = {}
-        for index, entry in enumerate(files):
+        for index, entry in enumerate(progress.over(files, "verify", "files")):
             name = entry["file"]
             if sha256_file(self.cache_dir / name) != entry["sha256"]:
                 damaged[name] = "does not match its sha256"

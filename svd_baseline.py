@@ -220,3 +220,15 @@ def pca(x: Tensor, rank: int, axes: Tensor) -> Factors:
     """One basis for all images: A = X V_r, B = V_rᵀ, V the axes of `fit_pca`."""
     basis = axes[:, :rank]
     return x @ basis, basis.mT.expand(*x.shape[:-2], rank, x.shape[-1])
+
+
+def principal_coordinates(x: Tensor, others: Iterable[Tensor], count: int) -> list[Tensor]:
+    """Coordinates on the first principal components of X's tokens: of X, then of each of `others`.
+
+    x and others: [T, D]; of each [T, count] float64 on the CPU. Components and centre are X's alone
+    (mean token removed), so that what an X_hat has lost of X is seen as flat, not rescaled.
+    """
+    x = x.double()
+    centre = x.mean(0)
+    axes = torch.linalg.svd(x - centre, full_matrices=False).Vh[:count].mT  # [D, count]
+    return [((y.double() - centre) @ axes).cpu() for y in (x, *others)]

@@ -36,14 +36,14 @@ fi
 
 # flags that the comparison and the figures share with the training
 shared=()
-results_dir=results cache_dir=feature_cache_real
+results_dir=results cache_dir=feature_cache_real log_dir=log
 arguments=("$@")
 for ((i = 0; i < $#; i++)); do
     flag=${arguments[i]%%=*}
     case $flag in
-    --results_dir | --cache_dir | --device)
+    --results_dir | --cache_dir | --device | --log_dir)
         if [[ ${arguments[i]} == *=* ]]; then value=${arguments[i]#*=}; else value=${arguments[i + 1]:-}; fi
-        shared+=("$flag" "$value")
+        [[ $flag == --log_dir ]] && log_dir=$value || shared+=("$flag" "$value")
         [[ $flag == --results_dir ]] && results_dir=$value
         [[ $flag == --cache_dir ]] && cache_dir=$value
         ;;
@@ -82,7 +82,8 @@ for arch in $archs; do
     "$python" visualize_svd_nn.py --arch "$arch" --image_idx 0 "${shared[@]}"
 done
 
-"$python" make_report.py --results_dir "$results_dir"
+"$python" make_report.py --results_dir "$results_dir" --log_dir "$log_dir"
 
 echo "figures:"
 find "$results_dir" -maxdepth 2 -name '*.png' | sort # an earlier run's previous-* lie deeper
+echo "look at $results_dir/index.html in a browser: every run with its figures, on one page each"

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cli
 import distributed
 import grid_plots
 import plots
+import progress
 from checkpoint import load_model, save_checkpoint
 from cli import UserError
 from files import new_folder, sweep_temporaries, with_content_hash, write_json
@@ -51,7 +51,7 @@ from svd_baseline import (
     summarise,
     token_error,
 )
-from training_state import SHIFT_LR_FACTOR, TERMS, TrainState, choose_features, open_run
+from training_state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run, start_from_data
 
 CLIP_NORM = 1.0
 CHECK_EVERY = 50  # steps between looks at the non-finite flag, each a wait for the device
@@ -180,8 +180,7 @@ def train(
         run.model.train()
         loaders.train.set_epoch(run.epoch, start=run.batches_done)
         label = f"epoch {run.epoch}/{run.last_epoch}"
-        hidden = distributed.hide_bar()
-        for batch in tqdm(loaders.train, desc=label, unit="batch", leave=False, disable=hidden):
+        for batch in progress.images(loaders.train, label, show=distributed.is_main()):
             means, bad = train_step(run, batch)
             run.sums += means * batch.images
             run.batches_done += 1
@@ -240,7 +239,8 @@ def validate(run: TrainState, loaders: Loaders) -> dict:
     """
     run.model.eval()
     rank = run.model.current_effective_rank()
-    own = evaluate(lambda x: run.model(x), loaders.val, rank)
+    batches = progress.images(loaders.val, "validation", show=distributed.is_main())
+    own = evaluate(lambda x: run.model(x), batches, rank)
     metrics = distributed.gather_columns(own)
     dataset = loaders.val.dataset
     sigma = dataset.singular_values[dataset.split.val]
@@ -331,7 +331,8 @@ def test_and_draw(
         "ranks": {},
     }
     for r in report_ranks(rank):
-        metrics = evaluate(lambda x, r=r: model(x, r), loaders.test)
+        batches = progress.images(loaders.test, f"test, rank {r}")
+        metrics = evaluate(lambda x, r=r: model(x, r), batches)
         results["ranks"][str(r)] = {name: summarise(v) for name, v in metrics.items()}
     per_image = test_statistics(model, loaders.test)
     footer = f"{dataset.label}; rank {rank}; {results['arch']}, seed {state['args']['seed']}"
@@ -357,7 +358,7 @@ def test_statistics(model: LowRankFactorModel, loader: BatchLoader) -> dict[str,
     """Mean error of each token, network and svd [T]; row norms of B and σ of each image [n, r]."""
     rank = model.current_effective_rank()
     parts: dict[str, list[Tensor]] = {"network": [], "svd": [], "b_norms": [], "sigma": []}
-    for batch in loader:
+    for batch in progress.images(loader, "error of tokens"):
         a, b = model(batch.x, rank)
         parts["network"].append(token_error(batch.x, a, b))
         parts["svd"].append(token_error(batch.x, *gram_eigh(batch.x, rank)))
@@ -401,7 +402,7 @@ def main(args: argparse.Namespace) -> int:
             lr = run.optimizer.param_groups[0]["lr"]
             log(f"going on with epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}")
         else:
-            choose_features(run, dataset)
+            start_from_data(run, dataset)
             initial = validate(run, loaders)
             run.history.append({"epoch": 0, **initial})
             log(

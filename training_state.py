@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cli
 import distributed
+import progress
 from checkpoint import cache_identity, load_checkpoint, rng_state, set_rng_state
 from cli import UserError
 from files import read_json
@@ -186,23 +186,21 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
     return run
 
 
-def choose_features(run: TrainState, dataset: RealQwenVLDataset) -> None:
-    """Let a new model look at the features that tell most of the training tokens, unless told
-    otherwise.
+def start_from_data(run: TrainState, dataset: RealQwenVLDataset) -> None:
+    """Choose the features that a new model's branches look at from the training tokens.
 
-    The main process sums over all processes' images, in the order of one; all of them have to call
-    this and see the same features.
+    The main process looks at all processes' images; all of them have to call this and get the same.
     """
-    if run.model.factors != "projected" or run.args.seen_features != "pivoted":
+    model = run.model
+    if model.factors != "projected" or run.args.seen_features != "pivoted":
         return
     seen = None
     if distributed.is_main():
         size, seed = run.args.batch_size, run.args.seed
         loader = BatchLoader(dataset, dataset.split.train, size, run.sums.device, seed)
-        batches = tqdm(loader, desc="second moment", leave=False, disable=None)
-        moment = second_moment(batch.x for batch in batches)
-        seen = pivoted_features(moment, len(run.model.seen))
-    run.model.see_features(distributed.from_main(seen))
+        batches = progress.images(loader, "second moment")
+        seen = pivoted_features(second_moment(b.x for b in batches), len(model.seen))
+    model.see_features(distributed.from_main(seen))
 
 
 def own_batch_size(state: dict, path: Path) -> int:

@@ -3,8 +3,9 @@
     python visualize_svd_nn.py --arch ResMLP --image_idx 0
 
 Writes into results/<arch>/: image_<i>_spatial_channel_comparison.png,
-image_<i>_spatial_error_comparison.png and image_<i>_comparison_results.json; i is a row of the
-cache, in whichever part of the split.
+image_<i>_spatial_error_comparison.png, image_<i>_rank_comparison.png (where the tokens form a
+square) and image_<i>_comparison_results.json; i is a row of the cache, in whichever part of the
+split.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 import cli
@@ -19,9 +21,17 @@ import grid_plots
 from checkpoint import evaluated_rank, open_trained
 from cli import UserError
 from files import write_json
+from model import LowRankFactorModel
 from qwenvl_dataloader import box_in_view, normalise
-from svd_baseline import image_metrics, token_error, truncated_svd
+from svd_baseline import (
+    image_metrics,
+    principal_coordinates,
+    rel_error,
+    token_error,
+    truncated_svd,
+)
 
+RANKS_SHOWN = (8, 32, 128)  # of rank_comparison, as far as the model goes
 CHANNELS = 8  # the first ones: the same in every image, so that figures can be compared
 
 
@@ -30,11 +40,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Draw what network and SVD keep of one image on the grid of its tokens.",
         epilog="example:\n  python visualize_svd_nn.py --arch ResMLP --rank 32 --image_idx 0",
     )
-    parser.add_argument("--arch", type=cli.name, default="ResMLP",
-                        help="architecture whose best model is drawn")  # fmt: skip
-    parser.add_argument("--rank", type=cli.number(int, 1), default=None,
-                        help="rank to draw; default the trained (effective) rank")  # fmt: skip
-    parser.add_argument("--image_idx", type=cli.number(int, 0), default=0, help="row of the cache")
+    what = parser.add_argument_group("what is drawn")
+    what.add_argument("--arch", type=cli.name, default="ResMLP",
+                      help="architecture whose best model is drawn")  # fmt: skip
+    what.add_argument("--rank", type=cli.number(int, 1), default=None,
+                      help="rank to draw; default the trained (effective) rank")  # fmt: skip
+    what.add_argument("--image_idx", type=cli.number(int, 0), default=0, help="row of the cache")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -77,6 +88,11 @@ def main(args: argparse.Namespace) -> None:
                                   channels, dataset.grid, info)  # fmt: skip
     grid_plots.spatial_error(f"{stem}_spatial_error_comparison.png", photo, box, errors,
                              dataset.grid, info)  # fmt: skip
+    written = [f"{stem}_spatial_channel_comparison.png", f"{stem}_spatial_error_comparison.png"]
+    if dataset.grid[0] == dataset.grid[1] > 1:
+        where = f"Image {row} ({part}), {arch}"
+        written.append(f"{stem}_rank_comparison.png")
+        draw_ranks(written[-1], model, x, photo, box, dataset.grid, where, info["footer"])
     results = {
         "arch": arch,
         "image_idx": row,
@@ -91,8 +107,36 @@ def main(args: argparse.Namespace) -> None:
     }
     write_json(f"{stem}_comparison_results.json", results)
     print(f"{dataset.label}\n{info['title']}")
-    print(f"wrote {stem}_spatial_channel_comparison.png, {stem}_spatial_error_comparison.png and "
-          f"{stem}_comparison_results.json")  # fmt: skip
+    print(f"wrote {', '.join(written)} and {stem}_comparison_results.json: look at {written[-1]}")
+    again = cli.flags_again(args, "results_dir")
+    print(f"next, for a page of all results: python make_report.py{again}")
+
+
+@torch.inference_mode()
+def draw_ranks(
+    path: str, model: LowRankFactorModel, x: Tensor, photo: Image | None, box: grid_plots.Box,
+    grid: grid_plots.Grid, where: str, footer: str,
+) -> None:  # fmt: skip
+    """Figure of what network and SVD keep of x [1, T, D] at rising ranks."""
+    effective = model.current_effective_rank()
+    ranks = sorted({r for r in RANKS_SHOWN if r < effective} | {min(effective, RANKS_SHOWN[-1])})
+    factors = {
+        "network": [model(x, r) for r in ranks],
+        "svd": [truncated_svd(x, r) for r in ranks],
+    }
+    # below the three components that every rank keeps, three that the lowest rank has lost
+    first = ranks[0]
+    blocks = [range(3)] + [range(first, first + 3)] * (len(ranks) > 1)
+    hats = [(a @ b)[0] for pairs in factors.values() for a, b in pairs]
+    original, *coordinates = principal_coordinates(x[0], hats, blocks[-1][-1] + 1)
+    errors = {n: [float(rel_error(x, *ab)) for ab in pairs] for n, pairs in factors.items()}
+    maps = {"original": [original], "network": coordinates[: len(ranks)],
+            "svd": coordinates[len(ranks) :]}  # fmt: skip
+    energy = [f"{100 * (1 - e**2):.2f} %" for e in errors["network"]]
+    energy = [f"{e} at rank {r}" for e, r in zip(energy, ranks, strict=True)]
+    energy[0] = energy[0].replace(" at", " of the energy at")
+    info = {"title": f"{where} keeps {', '.join(energy)}", "footer": footer}
+    grid_plots.rank_comparison(path, photo, box, maps, errors, ranks, blocks, grid, info)
 
 
 def number_or_none(value: Tensor) -> float | None:

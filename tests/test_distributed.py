@@ -187,14 +187,17 @@ def test_two_processes_with_half_the_batch_train_the_network_of_one(alone, tiny_
     assert stdout.count("epoch    8 ") == stdout.count("2 processes, 5 images a step each") == 1
 
 
-def test_two_processes_see_the_features_that_one_chooses_of_all_images(tiny_cache, tmp_path):
+def test_two_processes_choose_the_features_of_one(tiny_cache, tmp_path):
     small = "--epochs 1 --rank 4 --oversample 2 --refine_steps 0 --hidden_dim 16".split()
     one, two = tmp_path / "one", tmp_path / "two"
     in_process(train_real_data, *files(tiny_cache, one), *small, "--batch_size", "8")
     finished(torchrun("train_real_data.py", *files(tiny_cache, two), *small, "--batch_size", "4"))
-    paths = [folder / "results" / "ResMLP" / "last_model.pt" for folder in (one, two)]
-    first, second = (load_checkpoint(path)["model"]["seen"] for path in paths)
-    assert torch.equal(first, second) and not torch.equal(first, even_features(1536, 16))
+    seen = [
+        load_checkpoint(folder / "results" / "ResMLP" / "last_model.pt")["model"]["seen"]
+        for folder in (one, two)
+    ]
+    assert torch.equal(*seen)
+    assert not torch.equal(seen[0], even_features(1536, 16))
     close(history_of(two, "ResMLP"), history_of(one, "ResMLP"))
 
 

@@ -21,6 +21,7 @@ import figure_style
 import files
 import grid_plots
 import plots
+import svd_baseline
 
 FOOTER = "DEMO data, some-encoder, 36 images, T=16, D=40; rank 4, seed 42"
 INFO = {"title": "Image 3 (test) at rank 4", "footer": f"{FOOTER}; question: is it $5 or $6?"}
@@ -269,10 +270,10 @@ def test_an_untrained_start_at_another_rank_is_not_compared(tmp_path, drawn):
 def test_one_epoch_and_five_hundred_are_drawn_at_any_excess(tmp_path, drawn, epochs, excess):
     plots.training_curves(tmp_path / "t.png", history(epochs, excess), epochs, FOOTER)
     plots.loss_terms(tmp_path / "l.png", history(epochs, excess), FOOTER)
-    mse, above = drawn[0].axes
+    mse, above, lr, rank = drawn[0].axes
     assert mse.get_yscale() == "log"
-    for ax in (mse, above):
-        for line in ax.lines:
+    for ax in (mse, above, lr, rank):
+        for line in ax.lines[:-1]:  # the last one marks the best epoch
             y = np.asarray(line.get_ydata(), float)
             y = y[np.isfinite(y)]
             assert ax.get_ylim()[0] < y.min() <= y.max() < ax.get_ylim()[1]
@@ -307,7 +308,7 @@ def test_loss_terms_that_are_zero_throughout_are_left_out(tmp_path, drawn):
 
 def test_without_shifts_there_is_no_panel_for_them(tmp_path, drawn):
     plots.loss_terms(tmp_path / "l.png", [e | {"shifts": []} for e in history(5)], FOOTER)
-    assert len(drawn[0].axes) == 3
+    assert len(drawn[0].axes) == 1
 
 
 def test_comparison_states_the_mean_excess_and_treats_the_svds_as_rounding(tmp_path, drawn):
@@ -451,3 +452,41 @@ def test_plots_never_touch_pyplot_and_leave_matplotlibs_settings_alone(tmp_path)
     command = [sys.executable, "-c", check, str(tmp_path / "b.png")]
     subprocess.run(command, check=True, cwd=Path(plots.__file__).parent)
     assert (tmp_path / "b.png").exists()
+
+
+def test_training_curves_show_learning_rate_and_rank_and_mark_the_best_epoch_everywhere(
+    tmp_path, drawn
+):
+    entries = history(6)
+    for entry in entries[:4]:
+        entry["effective_rank"] = 8
+    plots.training_curves(tmp_path / "t.png", entries, 6, FOOTER)
+    lr, rank = drawn[0].axes[2:]
+    np.testing.assert_array_equal(
+        lr.lines[0].get_ydata(), [entry.get("lr", np.nan) for entry in entries]
+    )
+    assert list(rank.lines[0].get_ydata()) == [entry["effective_rank"] for entry in entries]
+    assert all(list(ax.lines[-1].get_xdata()) == [6, 6] for ax in drawn[0].axes)
+    assert any(text.startswith("best at rank 4: ") for text in texts(drawn[0]))
+
+
+def test_rank_comparison_scales_all_maps_of_a_block_by_x_and_shows_what_is_lost_as_flat(
+    tmp_path, drawn
+):
+    x = torch.randn(16, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, sigma, right = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    hats = [x.mean(0) + left[:, :r] * sigma[:r] @ right[:r] for r in (3, 6)]
+    original, *others = svd_baseline.principal_coordinates(x, hats, 6)
+    torch.testing.assert_close(original, left[:, :6] * sigma[:6], check_dtype=False)
+    maps = {"original": [original], "network": others, "svd": others}
+    errors = {"network": [0.5, 0.2], "svd": [0.4, 0.1]}
+    blocks = [range(3), range(3, 6)]
+    grid_plots.rank_comparison(tmp_path / "r.png", PHOTO, BOX, maps, errors, [3, 6], blocks, GRID,
+                               INFO)  # fmt: skip
+    images = [np.asarray(ax.images[0].get_array()) for ax in drawn[0].axes[1:]]
+    first, second = images[:5], images[5:]  # X, network at both ranks, SVD at both
+    for shown in first[1:]:
+        np.testing.assert_allclose(shown, first[0], atol=1e-9)
+    np.testing.assert_allclose(second[2], second[0], atol=1e-9)
+    assert np.ptp(second[1].reshape(16, 3), axis=0).max() < 1e-9 < second[0].std()
+    assert {"rel_error 0.5", "rel_error 0.1", "components 4–6"} <= set(texts(drawn[0]))

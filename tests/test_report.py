@@ -1,0 +1,194 @@
+"""report.html and index.html: whole in themselves, complete, safe; made of whatever is there."""
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import html_page
+import make_report
+import report_page
+
+HOSTILE = '<script>alert("x")</script><img src="http://example.org/x.png">&\'"'
+FIGURES = ["svd_nn_comparison.png", "rank_sweep.png", "error_heatmap.png", "loss_curves.png",
+           "train_val_loss_comparison.png", "image_10_rank_comparison.png",
+           "image_9_rank_comparison.png"]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a page refers to, shows and says."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.images, self.words, self.inside = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append(tag)
+        self.inside.append(tag)
+        assert not [name for name in attributes if name.startswith("on")]
+        assert tag == "img" or "src" not in attributes
+        if tag == "img":
+            kind, data = attributes["src"].split(",", 1)
+            assert kind == "data:image/png;base64" and attributes["alt"]
+            self.images.append(base64.b64decode(data))
+        if "href" in attributes:
+            assert tag == "a"
+            self.links.append(attributes["href"])
+
+    def handle_data(self, data):
+        if self.inside[-1:] == ["style"]:
+            assert "url(" not in data and "@import" not in data
+        elif data.strip():
+            self.words.append(data.strip())
+
+    def handle_endtag(self, tag):
+        if tag in self.inside:
+            while self.inside.pop() != tag:
+                pass
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def metrics(error, excess):
+    both = {"rel_error": error, "excess_pct": excess, "cosine": 1 - error}
+    return {name: {"mean": v, "p90": 1.5 * v} for name, v in both.items()}
+
+
+@pytest.fixture
+def results(tmp_path):
+    """results/ResMLP with everything but a checkpoint, results/MLP with test numbers only."""
+    folder, data = tmp_path / "results" / "ResMLP", f"DEMO data, {HOSTILE}"
+    methods = {"network": metrics(0.2, 1.25), "svd": metrics(0.19, 0.0), "pca": metrics(0.4, 99.5)}
+    of_box = {"inside": {"mean": 0.0123, "p90": 0.02}, "outside": {"mean": 0.0456, "p90": 0.05},
+              "inside_minus_outside": {"mean": -0.03, "interval_95": None}}  # fmt: skip
+    box = {"rank": 4, "n_images": 6, "tokens_inside_pct": 10.0, "network": of_box, "svd": of_box}
+    test = {"data": data, "effective_rank": 4, "n_images": 6, "best_epoch": 1, "epochs": 2,
+            "ranks": {"4": metrics(0.2, 1.25)}}  # fmt: skip
+    write(folder / "svd_nn_comparison.json",
+          {"data": data, "factors": "projected", "rank": 4, "split": "test", "n_images": 6,
+           "n_groups": 2, "ranks": {"4": methods}, "network_excess_pct_95": {"4": [1.0, 1.5]},
+           "box": box})  # fmt: skip
+    write(folder / "test_results.json", test)
+    epochs = [{"epoch": n, "train_loss": 1.5, "val_mse": 0.1, "samples_per_s": 7.0} for n in (1, 2)]
+    write(folder / "history.json", epochs)
+    write(folder / "image_9_comparison_results.json",
+          {"image_idx": 9, "split": "val", "rank": 4, "question": HOSTILE, "answers": [HOSTILE],
+           "network": {"rel_error": 0.3, "excess_pct": None},
+           "svd": {"rel_error": 0.29}})  # fmt: skip
+    record = {"arch": "ResMLP", "rank": 4, "K": 1, "p": 2, "batch": 8, "ms_median": 1.2345}
+    write(folder.parent / "benchmark.json",
+          {"environment": {"device": HOSTILE},
+           "records": [record, record | {"arch": "MLP", "ms_median": 9.8765}]})  # fmt: skip
+    for seed, name in enumerate(FIGURES):
+        pixels = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    write(folder.parent / "MLP" / "test_results.json", test)
+    log = tmp_path / "log" / "logs_20260102_000000"
+    write(log / "config.json", {"arch": "ResMLP", "results_dir": str(folder.parent),
+                                "processes": 1, "environment": {"torch": "2.13.0"}})  # fmt: skip
+    (log / "training.log").write_text("".join(f"line {n} {HOSTILE}\n" for n in range(100)))
+    return folder.parent
+
+
+def run_page(results, arch="ResMLP"):
+    return report_page.run_page(results / arch, results.parent / "log")
+
+
+def test_a_runs_page_embeds_every_figure_and_needs_no_network_and_no_script(results):
+    page = Page(run_page(results))
+    shown = [
+        path for name in report_page.FIGURES for path in sorted((results / "ResMLP").glob(name))
+    ]
+    assert len(page.images) == len(FIGURES) == len(shown)
+    assert set(page.images) == {path.read_bytes() for path in shown}
+    assert page.links == [] and not {"script", "link", "iframe", "object"} & set(page.tags)
+    # 9 before 10
+    images = [(results / "ResMLP" / f"image_{i}_rank_comparison.png").read_bytes() for i in (9, 10)]
+    assert page.images.index(images[0]) == page.images.index(images[1]) - 1
+
+
+def test_a_runs_page_shows_the_numbers_of_its_files_and_demo_first(results):
+    page = Page(run_page(results))
+    body = page.words[page.words.index(next(w for w in page.words if w.startswith("DEMO data"))) :]
+    assert body[1] == "ResMLP, rank 4" and page.words[0].startswith("DEMO – ResMLP")
+    for cell in ("1.2500 %", "0.19000", "99.5000 %", "0.01230", "0.04560", "1.2345", "2.13.0"):
+        assert cell in page.words
+    text = " ".join(page.words)
+    assert "1.2500 % above the SVD's" in text and "interval of the mean 1.0000 to 1.5000 %" in text
+    assert "9.8765" not in text  # another network's
+    assert "line 99" in text and "line 60" in text and "line 59" not in text
+
+
+def test_text_from_files_is_escaped_everywhere(results):
+    text = run_page(results) + report_page.index_page(results, [results / "MLP"], [])
+    assert "<script" not in text and "alert(" in text
+    assert html_page.table(["a"], [[HOSTILE]]).count("<") == html_page.table(["a"], [["b"]]).count(
+        "<"
+    )
+    hostile = Page(html_page.link('"><script>', HOSTILE) + html_page.preformatted(HOSTILE))
+    assert hostile.tags == ["a", "pre"] and HOSTILE in hostile.words
+
+
+@pytest.mark.parametrize("missing", ["svd_nn_comparison.json", "test_results.json", "history.json",
+                                     "../benchmark.json", "../../log", "*.png"])  # fmt: skip
+def test_a_missing_piece_is_left_out_and_the_rest_is_shown(results, missing):
+    whole = Page(run_page(results))
+    folder = results / "ResMLP"
+    for path in list(folder.glob(missing)) if "*" in missing else [folder / missing]:
+        path.rename(results.parent / f"elsewhere {path.name}")
+    page = Page(run_page(results))
+    assert 0 < len(page.words) < len(whole.words)
+    assert page.images == ([] if "*" in missing else whole.images)
+    assert "None" not in page.words and not {"nan", "NaN"} & set(page.words)
+
+
+def test_a_run_with_test_numbers_only_has_a_page(results):
+    page = Page(run_page(results, "MLP"))
+    assert "1.2500 %" in page.words and page.images == []
+
+
+def test_the_index_links_every_run_with_its_numbers_and_shows_the_overview(results, script):
+    older = results / "ResMLP" / "previous-20260101-000000"
+    older.mkdir()
+    (older / "report.html").write_text("an earlier run's")
+    done = script("make_report.py", "--results_dir", results, "--log_dir", results.parent / "log")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith("index.html: open that one in a browser")
+    page = Page((results / "index.html").read_text())
+    assert page.links == ["ResMLP/report.html", "MLP/report.html",
+                          "ResMLP/previous-20260101-000000/report.html"]  # fmt: skip
+    assert all((results / link).exists() for link in page.links)
+    assert page.images == [(results / "overview.png").read_bytes()]
+    assert {"0.20000", "0.19000", "1.2500 %", "7.0", "1 of 2"} <= set(page.words)
+    assert page.words[0].startswith("DEMO – ")
+
+
+def test_the_newest_log_of_the_same_architecture_and_folder_is_taken(results):
+    log = results.parent / "log"
+    for day, config in (
+        ("03", {"arch": "MLP", "results_dir": str(results)}),
+        ("04", {"arch": "ResMLP", "results_dir": str(results.parent / "other")}),
+        ("01", {"arch": "ResMLP", "results_dir": str(results)}),
+    ):
+        write(log / f"logs_202601{day}_000000" / "config.json", config)
+    found = report_page.newest_log(log, results / "ResMLP")
+    assert found.name == "logs_20260102_000000"
+
+
+def test_every_figure_that_a_script_names_for_an_architecture_has_a_place_in_the_page():
+    scripts = [make_report.__file__.replace("make_report", name) for name in
+               ("train_real_data", "compare_svd_nn", "visualize_svd_nn")]  # fmt: skip
+    written = set()
+    for script in scripts:
+        with open(script, encoding="utf-8") as text:
+            written |= set(re.findall(r'folder / "(\w+\.png)"', text.read()))
+    assert {"loss_curves.png", "rank_sweep.png"} <= written <= set(report_page.FIGURES)
