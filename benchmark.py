@@ -63,10 +63,10 @@ def get_args_parser() -> argparse.ArgumentParser:
                         help="only the time (neither flag: both)")  # fmt: skip
     what.add_argument("--ranks", type=cli.number(int, 1), nargs="+", default=[8, 16, 32, 64, 128],
                         help="ranks of A·B")  # fmt: skip
-    what.add_argument("--batch_size", dest="batch_sizes", type=cli.number(int, 1), nargs="+",
-                        default=[8], metavar="BATCH_SIZE",
+    what.add_argument("--batch_size", dest="batch_sizes", nargs="+",
+                        type=cli.number(int, 1, 65536), default=[8], metavar="BATCH_SIZE",
                         help="matrices of a timed call; several are measured in turn")  # fmt: skip
-    what.add_argument("--threads", type=cli.number(int, 1), default=1, help="CPU threads")
+    what.add_argument("--threads", type=cli.number(int, 1, 1024), default=1, help="CPU threads")
     what.add_argument("--repeats", type=cli.number(int, 1), default=7,
                         help="timed calls of each method, after a warm-up")  # fmt: skip
     cli.add_evaluation_flags(parser)

@@ -7,6 +7,8 @@ One file format for `best_model.pt` and `last_model.pt`: tensors and plain value
 from __future__ import annotations
 
 import argparse
+import io
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,8 @@ from qwenvl_dataloader import RealQwenVLDataset
 from task_model import build_model
 
 FORMAT = 2
+CHECKPOINT_KEYS = ("shift_estimator", "config", "model", "optimizer", "scheduler", "allocator",
+                   "rng", "progress", "args", "cache")  # fmt: skip
 # The shifts were learned as fractions of this estimate (subspace.smallest_ritz_estimate).
 SHIFT_ESTIMATOR = "min_cholesky_pivot"
 
@@ -53,11 +57,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
     """Write `state` atomically, with the format's number and the shifts' estimator."""
     state = {"format": FORMAT, "shift_estimator": SHIFT_ESTIMATOR, **state}
     with atomic_path(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # what torch makes of a full disk
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{path} cannot be written ({reason}): free or choose a disk") from None
+        # by way of memory: what torch says of a full disk does not say that it is full
+        records = io.BytesIO()
+        torch.save(state, records)
+        temporary.write_bytes(records.getbuffer())
 
 
 def load_checkpoint(path: Path, dataset: RealQwenVLDataset | None = None) -> dict:
@@ -65,6 +68,10 @@ def load_checkpoint(path: Path, dataset: RealQwenVLDataset | None = None) -> dic
     another cache than `dataset`."""
     arch = path.parent.name
     try:
+        # torch does not look at the checksums of the zip file that it reads
+        with zipfile.ZipFile(path) as records:
+            if damaged := records.testzip():
+                raise ValueError(f"checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(
@@ -77,6 +84,8 @@ def load_checkpoint(path: Path, dataset: RealQwenVLDataset | None = None) -> dic
         raise UserError(f"{path} is damaged ({reason}): train again") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of format {FORMAT}: train again")
+    if missing := [key for key in CHECKPOINT_KEYS if key not in state]:
+        raise UserError(f"{path} lacks {', '.join(missing)}: train again")
     if state["shift_estimator"] != SHIFT_ESTIMATOR:
         raise UserError(
             f"{path} learned its shifts with {state['shift_estimator']}, this version uses "
@@ -92,8 +101,14 @@ def load_model(
 ) -> tuple[LowRankFactorModel, dict]:
     """The trained model in evaluation mode, and its checkpoint; no flag is needed to rebuild it."""
     state = load_checkpoint(path, dataset)
-    model = build_model(state["config"])
-    model.load_state_dict(state["model"])
+    try:
+        model = build_model(state["config"])
+        model.load_state_dict(state["model"])
+    except (TypeError, RuntimeError, UserError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{path} describes another model than it holds ({reason}): train again"
+        ) from None
     return model.to(device).eval(), state
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -50,7 +54,7 @@ def run(
         message = mistake(error, args)
         if message is None:
             raise
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -70,6 +74,11 @@ def mistake(error: Exception, args: argparse.Namespace) -> str | None:
     return None
 
 
+def one_line(message: str) -> str:
+    """A message on one line: what libraries say, and what users type, may have more."""
+    return " ".join(message.splitlines())
+
+
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 _STORAGE_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # a file where a folder must be
 
@@ -86,13 +95,62 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> None:
-        """Print one line that names the flag, and exit with status 2."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        """Print one line that names the flag and what it accepts, and exit with status 2."""
+        # argparse takes -1e-9 or -inf for a flag, and says only that a value is missing
+        lacking = re.match(r"argument (--\w+): expected", message)
+        action = self._option_string_actions.get(lacking[1]) if lacking else None
+        if action and isinstance(action.type, Number):
+            message += f", {action.type.accepted}"
+        self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=80)
+
+
+def refuse_beside(args: argparse.Namespace, flag: str, used: set[str]) -> None:
+    """Refuse what was typed beside --`flag` and would do nothing there; `used` would not."""
+    if others := sorted(args.typed - used - {flag}):
+        names = ", ".join(f"--{name}" for name in others)
+        raise UserError(f"--{others[0]} does nothing beside --{flag}: leave {names} away")
+
+
+LARGEST_INT = 10**9  # of a flag without a limit of its own: more is a slip of the finger
+
+
+@dataclass(frozen=True)
+class Number:
+    """An argparse type: a finite `kind` within bounds, refused with the accepted range in words."""
+
+    kind: type[int] | type[float]
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    @property
+    def accepted(self) -> str:
+        """The range in words."""
+        bounds = (("at least", self.at_least), ("above", self.above),
+                  ("at most", self.at_most), ("below", self.below))  # fmt: skip
+        words = " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
+        return f"{'a whole number' if self.kind is int else 'a number'} {words}".strip()
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        if not (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        ):
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {self.accepted}")
+        return value
 
 
 def number(
@@ -101,40 +159,39 @@ def number(
     at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
-) -> Callable[[str], float]:
-    """An argparse type: a finite `kind` within bounds, refused with the accepted range in words."""
-    bounds = [
-        (at_least, "at least", lambda v, b: v >= b),
-        (above, "above", lambda v, b: v > b),
-        (at_most, "at most", lambda v, b: v <= b),
-        (below, "below", lambda v, b: v < b),
-    ]
-    words = " and ".join(f"{word} {bound}" for bound, word, _ in bounds if bound is not None)
-    noun = "a whole number" if kind is int else "a number"
-    accepted = f"{noun} {words}".strip()
+) -> Number:
+    """The type of a flag that is a number; whole ones have a limit even where none is given."""
+    if kind is int and at_most is None and below is None:
+        at_most = LARGEST_INT
+    return Number(kind, at_least, at_most, above, below)
 
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if (
-            value is None
-            or value - value != 0  # NaN and infinities
-            or not all(test(value, bound) for bound, _, test in bounds if bound is not None)
-        ):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {accepted}")
-        return value
 
-    return parse
+def name(text: str) -> str:
+    """The type of a flag that is a name: text, not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a name: leave the flag away, or type one"
+        )
+    return text
+
+
+def folder(text: str) -> str:
+    """The type of a flag that names a folder, which may be missing: not empty, and no file."""
+    path = Path(name(text))
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is not a folder: {part} is a file")
+    return text
 
 
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that judges or uses a trained network."""
     where = parser.add_argument_group("files and device")
-    where.add_argument("--results_dir", default="results", help="where <arch>/best_model.pt is")
-    where.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
-    where.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    where.add_argument("--results_dir", type=folder, default="results",
+                       help="where <arch>/best_model.pt is")  # fmt: skip
+    where.add_argument("--cache_dir", type=folder, default="feature_cache_real",
+                       help="feature cache to read")  # fmt: skip
+    where.add_argument("--device", type=name, default="auto", help="auto, cpu, cuda or cuda:N")
 
 
 def flags_again(args: argparse.Namespace, *names: str) -> str:
@@ -162,7 +219,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: type auto, cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise UserError(f"--device {name}: type auto, cpu, cuda or cuda:N")
     return device
 

@@ -23,7 +23,7 @@ import comparison_plots
 import progress
 from box_error import PARTS, box_report, part_errors, tokens_in_box
 from checkpoint import evaluated_rank, open_trained
-from files import write_json
+from files import with_content_hash, write_json
 from model import LowRankFactorModel
 from qwenvl_dataloader import Loaders, box_in_view, create_data_loaders_real
 from rank_budget import (
@@ -59,7 +59,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         epilog="example:\n  python compare_svd_nn.py --arch ResMLP --rank 64",
     )
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--arch", default="ResMLP", help="architecture of the model")
+    what.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
     ranks = what.add_mutually_exclusive_group()
     ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
                        help="rank to evaluate; default the trained (effective) rank")  # fmt: skip
@@ -69,7 +69,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     ranks.add_argument("--mean_rank", type=cli.number(int, 1), default=None, metavar="R",
                        help="also: this rank on average, split over images for the least total "
                             "squared error")  # fmt: skip
-    what.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
+    what.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
+                      help="images at once")  # fmt: skip
     cli.add_evaluation_flags(parser)
     cli.add_metric_flag(parser)
     return parser
@@ -132,7 +133,7 @@ def main(args: argparse.Namespace) -> None:
         print_budget(budget)
         comparison_plots.rank_per_image(folder / "rank_per_image.png", budget_arrays, footer)
         written = written.replace(" and", ",") + " and rank_per_image.png"
-    write_json(folder / "svd_nn_comparison.json", results)
+    write_json(folder / "svd_nn_comparison.json", with_content_hash(results))
     comparison_plots.comparison(
         folder / "svd_nn_comparison.png",
         per_image[rank],

@@ -26,6 +26,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
@@ -34,6 +35,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
+import locks
 import progress
 from cli import UserError
 
@@ -84,7 +86,7 @@ def run(
         if message is None:
             traceback.print_exc()
             _end_all(1)
-        _end_all(2, f"error: {message}")
+        _end_all(2, f"error: {cli.one_line(message)}")
     _leaving.set()
     dist.destroy_process_group()
     sys.exit(0)
@@ -298,6 +300,13 @@ class Stop:
 
 
 # ------------------------------------------------------------------------------------ dealing work
+
+
+@contextlib.contextmanager
+def sole_writer(folder: str | Path, flag: str) -> Iterator[None]:
+    """`locks.sole_writer` for all processes together: the main one holds the lock."""
+    with locks.sole_writer(folder, flag) if is_main() else contextlib.nullcontext():
+        yield
 
 
 @contextlib.contextmanager

@@ -62,26 +62,30 @@ def get_args_parser() -> argparse.ArgumentParser:
         "  torchrun --nproc_per_node 2 extract_features.py --demo   # two processes",
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset_dir", help="folder with *.parquet, with data/*.parquet in it, or "
-                      "with images in it and below")  # fmt: skip
-    data.add_argument("--import_pt", metavar="DIR", help="take the features of an older cache, "
-                      "features_<i>.pt files, instead of encoding images")  # fmt: skip
+    data.add_argument("--dataset_dir", type=cli.folder, help="folder with *.parquet, with "
+                      "data/*.parquet in it, or with images in it and below")  # fmt: skip
+    data.add_argument("--import_pt", type=cli.folder, metavar="DIR", help="take the features of an "
+                      "older cache, features_<i>.pt files, instead of encoding images")  # fmt: skip
     data.add_argument("--demo", action="store_true",
                       help=f"encode {DEMO_DATA}/ (or --dataset_dir) with a small pretrained DINOv2 "
                       "that the package index has")  # fmt: skip
-    data.add_argument("--cache_dir", default="feature_cache_real", help="folder to write")
+    data.add_argument("--cache_dir", type=cli.folder, default="feature_cache_real",
+                      help="folder to write")  # fmt: skip
     data.add_argument("--overwrite", action="store_true", help="replace a cache that is there")
     data.add_argument("--verify", action="store_true", help="only check the cache that is there "
                       "against its hashes and print what it holds")  # fmt: skip
     encoder = parser.add_argument_group("encoder")
-    encoder.add_argument("--model", default="Qwen/Qwen2.5-VL-3B-Instruct", help="hub id or folder")
+    encoder.add_argument("--model", type=cli.name, default="Qwen/Qwen2.5-VL-3B-Instruct",
+                         help="hub id or folder")  # fmt: skip
     encoder.add_argument("--image_size", type=cli.number(int, 28, 4096), default=448,
                          help="side of the square the encoder sees, pixels")  # fmt: skip
     encoder.add_argument("--resize", choices=("stretch", "pad"), default="stretch",
                          help="stretch to the square, or keep the aspect and pad")  # fmt: skip
-    encoder.add_argument("--batch_size", type=cli.number(int, 1), default=16,
+    encoder.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=16,
                          help="images encoded at once: memory against speed")  # fmt: skip
-    encoder.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    encoder.add_argument(
+        "--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N"
+    )
     return parser
 
 
@@ -91,10 +95,7 @@ def main(args: argparse.Namespace) -> None:
         if distributed.is_main():
             print_summary(RealQwenVLDataset(args.cache_dir), verify=True)
         return
-    if args.import_pt:
-        skipped = import_features(args)
-    else:
-        skipped = encode_images(args)
+    skipped = import_features(args) if args.import_pt else encode_images(args)
     if not distributed.is_main():
         return
     print_skipped(skipped)
@@ -106,22 +107,17 @@ def main(args: argparse.Namespace) -> None:
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, by name."""
     if args.verify:
-        _refuse_beside("--verify only reads --cache_dir", args, {"verify", "cache_dir"})
+        cli.refuse_beside(args, "verify", {"cache_dir"})
     if args.import_pt:
-        wanted = {"import_pt", "cache_dir", "overwrite"}
-        _refuse_beside("--import_pt takes features as they are", args, wanted)
-    if args.demo:
-        _refuse_beside("--demo brings its own encoder", args, args.typed - {"model"})
-
-
-def _refuse_beside(reason: str, args: argparse.Namespace, wanted: set[str]) -> None:
-    if others := sorted(args.typed - wanted):
-        raise UserError(f"{reason}: leave {', '.join(f'--{name}' for name in others)} away")
+        cli.refuse_beside(args, "import_pt", {"cache_dir", "overwrite"})
+    if args.demo and "model" in args.typed:
+        raise UserError("--demo brings its own encoder: leave --model away")
 
 
 def encode_images(args: argparse.Namespace) -> list[dict]:
     """Make the cache from images; returns the rows that cannot be read."""
     rows = find_rows(args)
+    check_enough("--dataset_dir", len(rows))
     device = cli.pick_device(args.device)
     encoder = load_encoder(
         DEMO_ENCODER if args.demo else args.model,
@@ -129,6 +125,23 @@ def encode_images(args: argparse.Namespace) -> list[dict]:
         image_size=args.image_size,
         resize=args.resize,
     )
+    with distributed.sole_writer(args.cache_dir, "--cache_dir"):
+        return write_cache(args, rows, encoder, device)
+
+
+def check_enough(flag: str, images: int) -> None:
+    """Refuse what cannot be split, before the work is done."""
+    if images < 3:
+        raise UserError(
+            f"{flag} has {images} image(s): training, validation and test need at least 3 "
+            "different ones"
+        )
+
+
+def write_cache(
+    args: argparse.Namespace, rows: ImageSource, encoder: VisionEncoder, device: torch.device
+) -> list[dict]:
+    """Fill --cache_dir, from where it was left; returns the rows that cannot be read."""
     with distributed.main_first():
         overwrite = args.overwrite and distributed.is_main()
         header = cache_header(args, encoder, rows)
@@ -149,6 +162,13 @@ def encode_images(args: argparse.Namespace) -> list[dict]:
 def import_features(args: argparse.Namespace) -> list[dict]:
     """Make the cache from --import_pt's files; returns what is missing or damaged."""
     features = PtFeatures(args.import_pt)
+    check_enough("--import_pt", len(features))
+    with distributed.sole_writer(args.cache_dir, "--cache_dir"):
+        return write_imported(args, features)
+
+
+def write_imported(args: argparse.Namespace, features: PtFeatures) -> list[dict]:
+    """Fill --cache_dir, from where it was left; returns what is missing or damaged."""
     with distributed.main_first():
         overwrite = args.overwrite and distributed.is_main()
         header = import_header(features)

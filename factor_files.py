@@ -41,10 +41,13 @@ from files import (
     check_files,
     check_keys,
     check_same_header,
+    content_hash_fits,
     file_entry,
     read_json,
     save_tensors,
+    sha256_file,
     sweep_temporaries,
+    with_content_hash,
     write_json,
 )
 from qwenvl_dataloader import denormalise
@@ -55,6 +58,11 @@ KIND = "factors"
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 ERRORS = ("rel_error", "rel_error_float32", "rel_error_original")
 WRITE_AGAIN = "write the factors again with factorize.py --overwrite"
+MANIFEST_KEYS = {
+    **{"format": int, "dtype": str, "rank": (int, type(None)), "num_tokens": int},
+    **{"feature_dim": int, "count": int, "shards": list},
+}
+SAFETENSORS_DTYPES = {"bf16": "BF16", "float32": "F32", "int8": "I8"}
 
 
 # ------------------------------------------------------------------------------------------ values
@@ -176,6 +184,7 @@ class FactorWriter:
             },
             "errors": {name: summarise(torch.cat(values)) for name, values in errors.items()},
         }
+        manifest = with_content_hash(manifest)
         write_json(self.folder / "manifest.json", manifest)
         (self.folder / "partial.json").unlink()
         return manifest
@@ -193,6 +202,9 @@ class FactorWriter:
             if name == "partial.json" and not overwrite:
                 check_same_header(f"--out {self.folder}", found, self.header)
             if name == "manifest.json" and not overwrite:
+                # a run killed after its manifest has left it behind
+                (self.folder / "partial.json").unlink(missing_ok=True)
+                sweep_temporaries(self.folder)
                 raise UserError(
                     f"--out {self.folder} holds finished factors: use them, type another --out, or "
                     "--overwrite to replace them"
@@ -263,17 +275,30 @@ def read_manifest(folder: str | Path) -> dict:
     )
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise UserError(f"{path} is not of factors: name a folder that factorize.py wrote")
-    needed = ("format", "dtype", "rank", "num_tokens", "feature_dim", "count", "shards")
-    check_keys(path, manifest, needed, WRITE_AGAIN)
+    check_keys(path, manifest, MANIFEST_KEYS, WRITE_AGAIN)
     if manifest["format"] != FORMAT or manifest["dtype"] not in DTYPES:
         raise UserError(
             f"{path} has format {manifest['format']} and dtype {manifest['dtype']}, this version "
             f"reads format {FORMAT} and {', '.join(DTYPES)}: {WRITE_AGAIN}"
         )
     check_files(path, manifest["shards"], WRITE_AGAIN)
+    for shard in manifest["shards"]:
+        check_keys(path, shard, {"rows": int}, WRITE_AGAIN)
     if sum(shard["rows"] for shard in manifest["shards"]) != manifest["count"]:
         raise UserError(f"{path}: the shards' rows do not add up to its count: {WRITE_AGAIN}")
     return manifest
+
+
+def damaged_files(folder: str | Path) -> list[str]:
+    """Names of the files that are not as they were written, by their sha256; all are read whole.
+
+    Errors as `read_manifest`.
+    """
+    manifest = read_manifest(folder)
+    bad = [
+        s["file"] for s in manifest["shards"] if sha256_file(Path(folder, s["file"])) != s["sha256"]
+    ]
+    return bad + ["manifest.json"] * (not content_hash_fits(manifest))
 
 
 def read_factors(folder: str | Path, rows: list[int] | range | None = None) -> StoredImages:
@@ -360,7 +385,15 @@ def _checked_shard(path: Path, manifest: dict, rows: int) -> tuple[object, Tenso
         found = {name: shard.get_slice(name).get_shape() for name in expected}
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): {WRITE_AGAIN}") from None
+    dtypes = dict.fromkeys(expected, "F32") | {"ranks": "I64"}
+    dtypes |= dict.fromkeys(
+        ("A", "B", "A_columns", "B_rows"), SAFETENSORS_DTYPES[manifest["dtype"]]
+    )
     for name in expected:
+        if (dtype := shard.get_slice(name).get_dtype()) != dtypes[name]:
+            raise UserError(
+                f"{path} holds {name} as {dtype}, its manifest says {dtypes[name]}: {WRITE_AGAIN}"
+            )
         if found[name] != expected[name]:
             raise UserError(
                 f"{path} holds {name} {found[name]}, its manifest says {expected[name]}: "

@@ -20,9 +20,18 @@ import torch
 import cli
 import distributed
 from checkpoint import cache_identity, evaluated_rank, open_trained
-from factor_files import DTYPES, ERRORS, FactorWriter, Stored, restore, store
+from factor_files import (
+    DTYPES,
+    ERRORS,
+    WRITE_AGAIN,
+    FactorWriter,
+    Stored,
+    damaged_files,
+    restore,
+    store,
+)
 from files import sha256_file
-from model import LowRankFactorModel
+from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
 from rank_budget import error_curve, first_rank_within, nested_factors, optimum_curve
 from svd_baseline import rel_error
@@ -41,7 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "  torchrun --nproc_per_node 2 factorize.py --arch ResMLP   # two processes",
     )
     what = parser.add_argument_group("factors")
-    what.add_argument("--arch", default="ResMLP", help="architecture of the model")
+    what.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
     ranks = what.add_mutually_exclusive_group()
     ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
                        help="of every image; default the trained (effective) rank")  # fmt: skip
@@ -52,15 +61,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     what.add_argument("--dtype", choices=DTYPES, default="bf16",
                       help="of A and B on disk; int8 has half the bytes of bf16 and the larger "
                              "error")  # fmt: skip
-    what.add_argument("--out", default=None, help="folder to write; default factors/<arch>")
+    what.add_argument("--out", type=cli.folder, default=None,
+                      help="folder to write; default factors/<arch>")  # fmt: skip
     what.add_argument("--overwrite", action="store_true", help="replace what is in --out")
-    what.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
+    what.add_argument("--verify", action="store_true",
+                      help="only check the factors in --out against their hashes")  # fmt: skip
+    what.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
+                      help="images at once")  # fmt: skip
     cli.add_evaluation_flags(parser)
     cli.add_metric_flag(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.verify:
+        if distributed.is_main():
+            verify(args)
+        return
     results, device, dataset, model, state = open_trained(args)
     arch = state["config"]["arch"]
     rank = evaluated_rank(model, args.rank)
@@ -82,6 +99,31 @@ def main(args: argparse.Namespace) -> None:
         "count": len(dataset),
     } | ({"metric_sha256": metric.sha256} if metric else {})
     folder = Path(args.out) if args.out else Path("factors") / arch
+    with distributed.sole_writer(folder, "--out"):
+        write_factors(args, folder, header, model, dataset, device)
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Print that the factors in --out are as they were written, or raise UserError."""
+    cli.refuse_beside(args, "verify", {"out", "arch"})
+    folder = Path(args.out) if args.out else Path("factors") / canonical_arch(args.arch)
+    if damaged := damaged_files(folder):
+        raise cli.UserError(
+            f"{folder}: {', '.join(damaged)} does not match its sha256: {WRITE_AGAIN}"
+        )
+    print(f"{folder} is whole, every file matches its sha256")
+
+
+def write_factors(
+    args: argparse.Namespace,
+    folder: Path,
+    header: dict,
+    model: LowRankFactorModel,
+    dataset: RealQwenVLDataset,
+    device: torch.device,
+) -> None:
+    """Fill `folder`, from where it was left, and report; `header` says what with."""
+    arch, rank = header["arch"], header["rank"] or evaluated_rank(model, None)
     with distributed.main_first():
         writer = FactorWriter(folder, header, args.overwrite and distributed.is_main())
     how = f"rank {rank}" if args.target_error is None else f"rel_error ≤ {args.target_error:g}"

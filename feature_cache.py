@@ -24,15 +24,17 @@ from torch import Tensor
 from cli import UserError
 from files import (
     atomic_path,
+    check_files,
     check_keys,
     check_same_header,
     file_entry,
     read_json,
     save_tensors,
     sweep_temporaries,
+    with_content_hash,
     write_json,
 )
-from qwenvl_dataloader import FORMAT, finite_images, normalise
+from qwenvl_dataloader import FORMAT, LARGEST_FEATURE, normalise, usable_features
 from svd_baseline import exact_singular_values
 
 ROWS_PER_SHARD = 128
@@ -51,6 +53,9 @@ ROW_SCHEMA = pa.schema(
         ("thumbnail", pa.binary()),  # JPEG of what the encoder saw
     ]
 )
+# keys of a part's metadata, JSON
+SHARD_ENTRY = b"shard"  # `file_entry` of its shard, null where no image is readable
+SKIPPED = b"skipped"  # {"row_id", "reason"} of the rows that are not
 _PART_SCHEMA = ROW_SCHEMA.append(pa.field("singular_values", pa.list_(pa.float64())))
 
 
@@ -76,11 +81,13 @@ class FeatureCacheWriter:
             self._clear()
         manifest = self.cache_dir / "manifest.json"
         if manifest.exists():
-            finished = read_json(manifest, "replace it with --overwrite")
-            check_keys(manifest, finished, ("format", "encoder"), "replace it with --overwrite")
+            remedy = "replace it with --overwrite"
+            finished = read_json(manifest, remedy)
+            check_keys(manifest, finished, {"format": int, "encoder": dict}, remedy)
             # what a manifest says beyond its header is no difference
             finished = {key: finished.get(key) for key in self.header}
             check_same_header(f"--cache_dir {self.cache_dir}", finished, self.header)
+            self._remove_leftovers()  # it may have been killed after the manifest
             raise UserError(
                 f"--cache_dir {self.cache_dir} holds a finished cache: use it, type another "
                 "--cache_dir, or --overwrite to replace it"
@@ -119,17 +126,23 @@ class FeatureCacheWriter:
         sigma: list[np.ndarray] = []
         if rows:
             features = features.to("cpu", torch.bfloat16)
-            finite = finite_images(features)
-            if not finite.all():
-                bad = rows[int((~finite).nonzero()[0])]["row_id"]
-                raise UserError(f"features of data set row {bad} are not finite: check the encoder")
+            usable = usable_features(features)
+            if not usable.all():
+                bad = rows[int((~usable).nonzero()[0])]["row_id"]
+                raise UserError(
+                    f"features of data set row {bad} are not finite, or above "
+                    f"{LARGEST_FEATURE:.0e}: check the encoder"
+                )
             save_tensors(self._shard_path(shard), {"features": features.contiguous()})
             for batch in features.split(16):
                 sigma += list(exact_singular_values(normalise(batch)[0]).numpy())
         columns["singular_values"] = sigma
-        schema = _PART_SCHEMA.with_metadata({"skipped": json.dumps(skipped)})
+        # the hash of what was written: damage until the manifest is made must not be sealed by it
+        entry = file_entry(self._shard_path(shard)) if rows else None
+        metadata = {SHARD_ENTRY: json.dumps(entry), SKIPPED: json.dumps(skipped)}
+        part = pa.table(columns, schema=_PART_SCHEMA.with_metadata(metadata))
         with atomic_path(self._part_path(shard)) as temporary:
-            pq.write_table(pa.table(columns, schema=schema), temporary)
+            pq.write_table(part, temporary, write_page_checksum=True)
 
     def features_of(self, row_id: int) -> Tensor:
         """Features [T, D] bfloat16 of a readable row of another shard.
@@ -151,12 +164,11 @@ class FeatureCacheWriter:
         missing: {"row_id", "reason"} of what no shard counts among its rows. Returns all that was
         skipped, these first.
         """
-        parts, skipped = [], list(missing)
-        for shard in range(-(-self.num_rows // ROWS_PER_SHARD)):
-            part = pq.read_table(self._part_path(shard))
-            skipped += json.loads(part.schema.metadata[b"skipped"])
-            parts.append(part.replace_schema_metadata(None))
-        if not any(part.num_rows for part in parts):
+        every = range(-(-self.num_rows // ROWS_PER_SHARD))
+        read = [_read_part(self._part_path(shard)) for shard in every]
+        parts, entries, unreadable = zip(*read, strict=True)
+        skipped = sum(unreadable, list(missing))
+        if not any(entries):
             raise UserError("the data set has no readable image: no cache was made of it")
         table = pa.concat_tables(parts)
         sigma = torch.from_numpy(np.stack(table["singular_values"].to_numpy()))
@@ -171,18 +183,24 @@ class FeatureCacheWriter:
             "count": table.num_rows,
             "groups": len(set(table["group"].to_pylist())),
             "shards": [
-                {**file_entry(self._shard_path(shard)), "rows": part.num_rows}
-                for shard, part in enumerate(parts)
-                if part.num_rows
+                {**entry, "rows": part.num_rows}
+                for part, entry in zip(parts, entries, strict=True)
+                if entry
             ],
             "rows": file_entry(rows_path),
             "singular_values": file_entry(sigma_path),
             "skipped": skipped,
         }
-        write_json(self.cache_dir / "manifest.json", manifest)
-        for leftover in [*self.cache_dir.glob("part-*.parquet"), self.cache_dir / "partial.json"]:
-            leftover.unlink()
+        write_json(self.cache_dir / "manifest.json", with_content_hash(manifest))
+        self._remove_leftovers()
         return skipped
+
+    def _remove_leftovers(self) -> None:
+        # the last part goes first: what is left of a killed removal are the first ones
+        for part in sorted(self.cache_dir.glob("part-*.parquet"), reverse=True):
+            part.unlink()
+        (self.cache_dir / "partial.json").unlink(missing_ok=True)
+        sweep_temporaries(self.cache_dir)
 
     def _check_or_write_header(self) -> None:
         path = self.cache_dir / "partial.json"
@@ -193,16 +211,15 @@ class FeatureCacheWriter:
             return
         started = read_json(path, "start again with --overwrite")
         check_same_header(f"--cache_dir {self.cache_dir}", started, self.header)
-        for part in self.cache_dir.glob("part-*.parquet"):
-            # where an older version found unreadable images, its shards end at other rows
-            if b"skipped" not in (pq.read_schema(part).metadata or {}):
-                raise UserError(f"{part} is of an older version: start again with --overwrite")
+        for part in sorted(self.cache_dir.glob("part-*.parquet")):
+            _read_part(part)
 
     def _clear(self) -> None:
         # the manifest goes first: a half-removed cache must not look like a whole one
         (self.cache_dir / "manifest.json").unlink(missing_ok=True)
-        patterns = ("features-*.safetensors", "part-*.parquet", "partial.json", "rows.parquet")
-        for pattern in (*patterns, "singular_values.safetensors"):
+        # then what commits the shards, before the shards
+        self._remove_leftovers()
+        for pattern in ("features-*.safetensors", "rows.parquet", "singular_values.safetensors"):
             for path in self.cache_dir.glob(pattern):
                 path.unlink()
 
@@ -211,3 +228,24 @@ class FeatureCacheWriter:
 
     def _part_path(self, index: int) -> Path:
         return self.cache_dir / f"part-{index:05d}.parquet"
+
+
+def _read_part(path: Path) -> tuple[pa.Table, dict | None, list[dict]]:
+    """The rows that commit a shard, its `file_entry` (None without readable images), and its
+    skipped rows. Raises UserError where the part or the shard is damaged."""
+    remedy = "start again with --overwrite"
+    try:
+        part = pq.read_table(path, page_checksum_verification=True)
+        if not part.schema.equals(_PART_SCHEMA):
+            raise ValueError("other columns")
+        part.validate(full=True)
+        found = part.schema.metadata or {}
+        entry = json.loads(found.get(SHARD_ENTRY, b"null"))
+        skipped = json.loads(found.get(SKIPPED, b"null"))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+    # an older version's shards end at other rows
+    if skipped is None or (entry is None and part.num_rows):
+        raise UserError(f"{path} is of an older version: {remedy}")
+    check_files(path, [entry] if entry else [], remedy)
+    return part.replace_schema_metadata(None), entry, skipped

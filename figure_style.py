@@ -117,6 +117,8 @@ def curve(ax: Axes, x: ArrayLike, y: ArrayLike, colour: str, wide: bool = False,
 def band(ax: Axes, values: np.ndarray, colour: str, wide: bool = False) -> None:
     """Median and 10–90 % of positive values [n, k] over the index 1 … k."""
     index = np.flatnonzero((values > 0).any(0))
+    if not index.size:
+        return
     values = np.where(values > 0, values, np.nan)[:, index]
     low, middle, high = np.nanpercentile(values, (10, 50, 90), axis=0)
     ax.fill_between(index + 1, low, high, color=colour, alpha=0.13, lw=0)
@@ -180,8 +182,9 @@ def tick_label(value: float, _position: int | None = None) -> str:
 def log_scale(ax: Axes, which: str = "y") -> None:
     """Logarithmic axis with readable ticks, whether it spans a few per cent or ten decades."""
     axis = getattr(ax, f"{which}axis")
-    if not np.isfinite(axis.get_data_interval()).all():
-        return  # an empty panel has no scale
+    interval = axis.get_data_interval()
+    if not np.isfinite(interval).all() or interval[1] <= 0:
+        return  # an empty panel has no scale, nor has one of zeros
     ax.set(**{f"{which}scale": "log"})
     decades = np.ptp(np.log10(axis.get_view_interval()))
     subs = (1, 2, 5) if decades < 2 else (1,)

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from cli import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
+CONTENT_HASH = "content_sha256"
 
 
 @contextmanager
@@ -38,8 +39,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.errno:
+            error.filename = str(path)  # a write that fails does not say where
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # on a read-only disk there is none, and it cannot be removed
+            temporary.unlink()
 
 
 def _umask() -> int:
@@ -58,9 +64,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep_temporaries(folder: Path) -> None:
-    """Remove what a killed process left half-written in `folder`."""
-    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        leftover.unlink(missing_ok=True)
+    """Remove what a killed process left half-written in `folder`.
+
+    Only its one writer may (locks.sole_writer): another's temporary files would go too.
+    """
+    for pattern in (f".*{TEMPORARY_SUFFIX}", ".tmp??????"):  # ours, safetensors' own
+        for leftover in folder.glob(pattern):
+            leftover.unlink(missing_ok=True)
 
 
 def new_folder(path: Path) -> Path:
@@ -84,13 +94,38 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def read_json(path: str | Path, remedy: str) -> dict | list:
-    """Read JSON. Raises UserError, ending in `remedy`, where it is missing or damaged."""
+    """Read JSON. Raises UserError, ending in `remedy`, where it is missing or damaged.
+
+    NaN and infinities, which `write_json` does not write, are damage too.
+    """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {remedy}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"it holds {name}")
+
+
+def with_content_hash(value: dict) -> dict:
+    """`value` with a hash of itself, by which `content_hash_fits` finds a flipped digit."""
+    return {**value, CONTENT_HASH: _content_hash(value)}
+
+
+def content_hash_fits(value: dict) -> bool:
+    """Whether `value` is as it was written; true of files of older versions, without a hash."""
+    if CONTENT_HASH in value:
+        return value[CONTENT_HASH] == _content_hash(value)
+    last = next(reversed(value.values()), None)  # a hash there has lost its key to damage
+    return not (isinstance(last, str) and len(last) == 64)
+
+
+def _content_hash(value: dict) -> str:
+    content = {key: item for key, item in value.items() if key != CONTENT_HASH}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def save_tensors(
@@ -115,14 +150,31 @@ def file_entry(path: Path) -> dict[str, str | int]:
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
-def check_keys(manifest_path: Path, manifest: dict, needed: tuple[str, ...], remedy: str) -> None:
-    """Refuse a manifest that lacks entries, and name them."""
-    if missing := [key for key in needed if key not in manifest]:
-        raise UserError(f"{manifest_path} lacks {', '.join(missing)}: {remedy}")
+def check_keys(path: Path, found: object, needed: dict[str, object], remedy: str) -> None:
+    """Refuse a JSON object that lacks entries or has them of another type, and name them.
+
+    needed: key → type or tuple of types; whole numbers have to be at least 0.
+    """
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (a {type(found).__name__}, no object): {remedy}")
+    if missing := [key for key in needed if key not in found]:
+        raise UserError(f"{path} lacks {', '.join(missing)}: {remedy}")
+    for key, kind in needed.items():
+        value = found[key]
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise UserError(f"{path} is damaged ({key} is {json.dumps(value)[:60]}): {remedy}")
+        if isinstance(value, int) and value < 0:
+            raise UserError(f"{path} is damaged ({key} is {value}): {remedy}")
 
 
 def check_files(manifest_path: Path, entries: list[dict], remedy: str) -> None:
-    """Refuse a manifest whose files (`file_entry`) are missing, of another size, or elsewhere."""
+    """Refuse a manifest whose files (`file_entry`) are missing, of another size, named twice, or
+    elsewhere."""
+    for entry in entries:
+        check_keys(manifest_path, entry, {"file": str, "bytes": int, "sha256": str}, remedy)
+    names = [entry["file"] for entry in entries]
+    if len(set(names)) < len(names):
+        raise UserError(f"{manifest_path} is damaged (it names a file twice): {remedy}")
     for entry in entries:
         if Path(entry["file"]).name != entry["file"]:
             raise UserError(f"{manifest_path} names a file outside its folder: {entry['file']}")
@@ -131,6 +183,12 @@ def check_files(manifest_path: Path, entries: list[dict], remedy: str) -> None:
         if size != entry["bytes"]:
             state = "is missing" if size is None else f"has {size} bytes, not {entry['bytes']}"
             raise UserError(f"{found} {state}: {remedy}")
+
+
+def check_hash(path: Path, entry: dict, remedy: str) -> None:
+    """Refuse a file that is another than its manifest's `entry` says: it is read whole."""
+    if sha256_file(path) != entry["sha256"]:
+        raise UserError(f"{path} is damaged (its sha256 is another than its manifest's): {remedy}")
 
 
 def check_same_header(folder: str, started: dict, header: dict) -> None:

@@ -176,7 +176,10 @@ class ParquetSource(ImageSource):
                     f"{', '.join(first)}: keep files of one data set in a folder"
                 )
         self.columns = _columns(schema)
-        self.kind = (schema.metadata or {}).get(b"kind", b"real").decode()
+        kind = (schema.metadata or {}).get(b"kind", b"real")
+        if kind not in (b"real", b"demo"):
+            raise UserError(f"{files[0]} is damaged (its kind is {kind!r}): download it again")
+        self.kind = kind.decode()
         self.split_by = "group" if "group" in self.columns else "image"
         digest = hashlib.sha256()
         for path in files:
@@ -207,8 +210,10 @@ class ParquetSource(ImageSource):
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        _ = file.schema_arrow  # read here, where damage is looked for
+        return file
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({_first_line(error)}): download it again") from None
 
 
@@ -217,7 +222,7 @@ def _next_chunk(path: Path, chunks: Iterator[pa.RecordBatch]) -> list[dict] | No
         return next(chunks).to_pylist()
     except StopIteration:
         return None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({_first_line(error)}): download it again") from None
 
 

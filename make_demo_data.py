@@ -217,7 +217,8 @@ def build_table(seed: int, rows: Iterable[int] | None = None) -> pa.Table:
 def write_parquet(table: pa.Table, path: Path) -> None:
     """Write the table atomically. Raises OSError (disk full, read-only folder)."""
     with atomic_path(path) as temporary:
-        pq.write_table(table, temporary, compression="none")  # JPEG does not shrink further
+        # no compression: JPEG does not shrink further
+        pq.write_table(table, temporary, compression="none", write_page_checksum=True)
 
 
 def describe_sources(photographs: Iterable[Photograph] = PHOTOGRAPHS) -> str:
@@ -278,10 +279,10 @@ def get_args_parser() -> cli.Parser:
         epilog="example:\n  python make_demo_data.py && python extract_features.py --demo",
     )
     what = parser.add_argument_group("data set")
-    what.add_argument("--out", default="demo_data", help="folder to write to")
+    what.add_argument("--out", type=cli.folder, default="demo_data", help="folder to write to")
     what.add_argument(
         "--seed",
-        type=cli.number(int, at_least=0),
+        type=cli.number(int, 0, 2**63 - 1),
         default=42,
         help="crops, texts and signs follow from it",
     )

@@ -18,8 +18,9 @@ from pathlib import Path
 import cli
 import plots
 import report_page
+from checkpoint import load_checkpoint
 from cli import UserError
-from files import atomic_path, read_json, write_json
+from files import atomic_path, content_hash_fits, read_json, write_json
 from model import ARCHITECTURES
 from svd_baseline import percent_text
 
@@ -36,8 +37,10 @@ def get_args_parser() -> argparse.ArgumentParser:
         epilog="example:\n  python make_report.py --results_dir results",
     )
     where = parser.add_argument_group("files")
-    where.add_argument("--results_dir", default="results", help="where the folders <arch>/ are")
-    where.add_argument("--log_dir", default="log", help="where the logs_<timestamp>/ are")
+    where.add_argument("--results_dir", type=cli.folder, default="results",
+                       help="where the folders <arch>/ are")  # fmt: skip
+    where.add_argument("--log_dir", type=cli.folder, default="log",
+                       help="where the logs_<timestamp>/ are")  # fmt: skip
     return parser
 
 
@@ -94,12 +97,29 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
         read_json(folder / name, f"run python {script} --arch {arch} again")
         for name, script in MADE_BY.items()
     )
+    check_results(folder, history, test, comparison)
     if comparison["rank"] != test["effective_rank"]:
         print(f"note: {arch} is not in the overview: compared at rank {comparison['rank']}, "
               f"trained to rank {test['effective_rank']} (python compare_svd_nn.py --arch "
               f"{arch})")  # fmt: skip
         return None
     return history, test, comparison
+
+
+def check_results(folder: Path, history: object, test: object, comparison: object) -> None:
+    """Refuse results that are not as they were written: a flipped digit is no result."""
+    again = f"run python {{}} --arch {folder.name} again"
+    for name, found in (("test_results.json", test), ("svd_nn_comparison.json", comparison)):
+        if not isinstance(found, dict) or not content_hash_fits(found):
+            raise UserError(
+                f"{folder / name} is not as it was written: {again.format(MADE_BY[name])}"
+            )
+    last = folder / "last_model.pt"
+    if last.exists() and load_checkpoint(last)["progress"]["history"] != history:
+        raise UserError(
+            f"{folder}/history.json is not that of last_model.pt: go on with python "
+            f"train_real_data.py --arch {folder.name} --resume last"
+        )
 
 
 def of_newest_data(found: dict[str, tuple], results_dir: Path) -> dict[str, tuple]:

@@ -315,7 +315,9 @@ class LowRankFactorModel(nn.Module):
                 component = component / ridge**2
         size = x.shape[-2] * x.shape[-1]
         best = optimum(singular_values, self.current_effective_rank()).square() * energy
-        floor = best.maximum(OPTIMUM_FLOOR * energy).clamp_min(NORM_FLOOR)
+        # LayerNorm makes constant tokens zero: an image of them weighs as any other exact one does
+        scale = torch.where(energy > OPTIMUM_FLOOR * size, energy, size)
+        floor = best.maximum(OPTIMUM_FLOOR * scale)
         return LossTerms(
             reconstruction=(bound / floor).mean(),
             mse=error.mean() / size,

@@ -169,6 +169,9 @@ def b_row_norms(
     figure = new_figure(12, 5.2)
     left, right = figure.subplots(1, 2)
     positive = np.concatenate([norms[norms > 0], sigma[sigma > 0]])
+    if not positive.size:  # every token is constant
+        positive = np.ones(1)
+        note(left, 0.5, 0.5, "all of them are zero", ha="center")
     bins = np.geomspace(positive.min(), positive.max() * 1.001, 50)
     left.hist(sigma[sigma > 0], bins, color=SVD, alpha=0.35)
     left.hist(norms[norms > 0], bins, color=NETWORK, histtype="step", lw=1.8)
@@ -181,7 +184,8 @@ def b_row_norms(
     note(right, 0.97, 0.93, "rows of the network's B", NETWORK, ha="right")
     note(right, 0.97, 0.86, "singular values of X (SVD)", SVD, ha="right")
     on = norms > 0
-    apart = 100 * np.median(np.abs(norms - sigma)[on] / np.maximum(sigma[on], 1e-12))
+    differences = np.abs(norms - sigma)[on] / np.maximum(sigma[on], 1e-12)
+    apart = 100 * np.median(differences) if on.any() else np.nan
     title = f"Row norms of B differ from the singular values by {percent(apart)} (median)"
     off = int((~on).all(0).sum())
     save(figure, path, title + (f"; {off} components are off" if off else ""), footer)

@@ -11,11 +11,11 @@ cannot run code, and one file at a time is in memory.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 import zipfile
 from collections import Counter
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 import distributed
 import progress
 from cli import UserError
-from qwenvl_dataloader import finite_images
+from qwenvl_dataloader import LARGEST_FEATURE, usable_features
 
 
 class DamagedFile(Exception):
@@ -120,7 +120,7 @@ def read_pt(path: Path) -> Tensor:
         value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
-    except pickle.UnpicklingError:
+    except UnpicklingError:
         raise DamagedFile("is damaged, or holds objects beside tensors") from None
     except Exception as error:
         # damaged bytes make zip, pickle and torch raise nearly anything; all of it means one thing
@@ -140,8 +140,8 @@ def read_pt(path: Path) -> Tensor:
 
 def _examine(tokens: Tensor) -> _Seen:
     stored = tokens.to(torch.bfloat16)
-    if not finite_images(stored.unsqueeze(0)):
-        raise DamagedFile("holds NaN or Inf")
+    if not usable_features(stored.unsqueeze(0)):
+        raise DamagedFile(f"holds NaN or Inf, or features above {LARGEST_FEATURE:.0e}")
     digest = hashlib.sha256(stored.contiguous().view(torch.int16).numpy())
     name = str(tokens.dtype).removeprefix("torch.")
     return _Seen(tuple(tokens.shape), name, digest.hexdigest())

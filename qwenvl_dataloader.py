@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 import os
 from collections.abc import Iterator
@@ -33,14 +34,29 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 import progress
 from cli import UserError
-from files import check_files, check_keys, read_json, sha256_file
+from files import (
+    check_files,
+    check_hash,
+    check_keys,
+    content_hash_fits,
+    read_json,
+    sha256_file,
+)
 
 FORMAT = 1
 LAYER_NORM_EPS = 1e-6
+LARGEST_FEATURE = (
+    1e15  # the square of a larger one is beyond float32, in which tokens are normalised
+)
 # A constant, not --seed: every script and every run must hold out the same images.
 SPLIT_SEED = 42
 MIN_HELD_OUT_GROUPS = 8
 BUILD_CACHE = "build the cache again with extract_features.py --overwrite"
+MANIFEST_KEYS = {
+    **{"format": int, "kind": str, "encoder": dict, "resize": (str, type(None)), "grid": list},
+    **{"num_tokens": int, "feature_dim": int, "count": int, "shards": list, "skipped": list},
+    **{"rows": dict, "singular_values": dict, "dtype": str, "split_by": str},
+}
 
 
 def normalise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,10 +73,11 @@ def normalise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return centred / std, mean, std
 
 
-def finite_images(features: Tensor) -> Tensor:
-    """Which images [n, T, D] hold neither NaN nor Inf: [n] bool."""
-    # a twentieth of isfinite's time on bfloat16 on a CPU: extremes are infinite, or NaN, if any is
-    return torch.stack(features.flatten(1).aminmax(dim=1)).isfinite().all(0)
+def usable_features(features: Tensor) -> Tensor:
+    """Which images of features [n, T, D] have finite numbers within ±LARGEST_FEATURE: [n] bool."""
+    # by the extremes, infinite or NaN if any number is: a twentieth of isfinite's time on bfloat16
+    low, high = features.flatten(1).aminmax(dim=1)
+    return (low >= -LARGEST_FEATURE) & (high <= LARGEST_FEATURE)
 
 
 def denormalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -201,11 +218,12 @@ class RealQwenVLDataset(Dataset):
         ends = self._shard_ends.tolist()
         for index, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
             resident[first:end].copy_(self._shard(index).get_tensor("features"))
+            self._check_finite(resident[first:end], first)
         self._resident = resident
         return True
 
     def verify(self) -> dict[str, str]:
-        """Re-read every file: its sha256; of shards also dtype, shape and finiteness.
+        """Re-read every file: its sha256, of shards also finiteness; the manifest's own hash.
 
         Returns damaged file → what is wrong, empty where all is well. One shard at a time is in
         memory.
@@ -217,33 +235,42 @@ class RealQwenVLDataset(Dataset):
             if sha256_file(self.cache_dir / name) != entry["sha256"]:
                 damaged[name] = "does not match its sha256"
             elif index < len(self.manifest["shards"]):
-                features = self._shard(index).get_tensor("features")
-                if features.dtype != torch.bfloat16:
-                    damaged[name] = f"holds {features.dtype}, not torch.bfloat16"
-                elif not finite_images(features).all():
-                    damaged[name] = "holds NaN or Inf"
+                if not usable_features(self._shard(index).get_tensor("features")).all():
+                    damaged[name] = f"holds NaN or Inf, or features above {LARGEST_FEATURE:.0e}"
         if not self.singular_values.isfinite().all():
             damaged["singular_values.safetensors"] = "holds NaN or Inf"
+        if not content_hash_fits(self.manifest):
+            damaged["manifest.json"] = "is not as it was written"
         return damaged
 
     def _read_row(self, row: int) -> Tensor:
         shard = int(np.searchsorted(self._shard_ends, row, side="right"))
         first = int(self._shard_ends[shard]) - self.manifest["shards"][shard]["rows"]
-        return self._shard(shard).get_slice("features")[row - first]
+        features = self._shard(shard).get_slice("features")[row - first]
+        self._check_finite(features[None], row)
+        return features
+
+    def _check_finite(self, features: Tensor, first: int) -> None:
+        """Refuse features [n, T, D] of the rows from `first` on that are not usable."""
+        if not (usable := usable_features(features)).all():
+            row = first + int((~usable).nonzero()[0])
+            raise UserError(
+                f"{self.cache_dir}: the features of row {row} are not finite, or above "
+                f"{LARGEST_FEATURE:.0e}: look for damage with extract_features.py --verify "
+                f"--cache_dir {self.cache_dir}"
+            )
 
     def _shard(self, index: int):
         if index not in self._shards:
             path = self.cache_dir / self.manifest["shards"][index]["file"]
             try:
                 shard = safe_open(path, framework="pt")
-                found = shard.get_slice("features").get_shape()
+                features = shard.get_slice("features")
+                found = features.get_shape(), features.get_dtype()
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is damaged ({error}): {BUILD_CACHE}") from None
-            expected = [
-                self.manifest["shards"][index]["rows"],
-                self.num_tokens,
-                self.feature_dim,
-            ]
+            rows = self.manifest["shards"][index]["rows"]
+            expected = [rows, self.num_tokens, self.feature_dim], "BF16"
             if found != expected:
                 raise UserError(
                     f"{path} holds {found}, its manifest says {expected}: {BUILD_CACHE}"
@@ -253,6 +280,7 @@ class RealQwenVLDataset(Dataset):
 
     def _read_singular_values(self) -> Tensor:
         path = self.cache_dir / "singular_values.safetensors"
+        check_hash(path, self.manifest["singular_values"], BUILD_CACHE)
         try:
             with safe_open(path, framework="pt") as file:
                 values = file.get_tensor("singular_values")
@@ -267,6 +295,7 @@ class RealQwenVLDataset(Dataset):
 
     def _read_rows(self) -> pa.Table:
         path = self.cache_dir / "rows.parquet"
+        check_hash(path, self.manifest["rows"], BUILD_CACHE)
         try:
             names = [n for n in pq.read_schema(path).names if n != "thumbnail"]
             rows = pq.read_table(path, columns=names)
@@ -276,6 +305,8 @@ class RealQwenVLDataset(Dataset):
             raise UserError(
                 f"{path} has {rows.num_rows} rows, its manifest says {len(self)}: {BUILD_CACHE}"
             )
+        if "group" not in rows.column_names:
+            raise UserError(f"{path} has no column group: {BUILD_CACHE}")
         return rows
 
     # safetensors handles do not pickle: a loader's worker process maps the shards for itself
@@ -297,13 +328,26 @@ def _read_manifest(cache_dir: Path) -> dict:
         if unfinished
         else BUILD_CACHE,
     )
-    needed = ("format", "kind", "encoder", "num_tokens", "feature_dim", "grid", "count", "shards")
-    needed += ("dtype", "split_by", "skipped", "rows", "singular_values")
-    check_keys(path, manifest, needed, BUILD_CACHE)
+    check_keys(path, manifest, MANIFEST_KEYS, BUILD_CACHE)
     if manifest["format"] != FORMAT:
         raise UserError(f"{path} has format {manifest['format']}, not {FORMAT}: {BUILD_CACHE}")
     files = [*manifest["shards"], manifest["rows"], manifest["singular_values"]]
     check_files(path, files, BUILD_CACHE)
+    check_keys(path, manifest["encoder"], {"id": str}, BUILD_CACHE)
+    for shard in manifest["shards"]:
+        check_keys(path, shard, {"rows": int}, BUILD_CACHE)
+    wrong = {
+        "kind": manifest["kind"] not in ("real", "demo", "imported"),
+        "resize": manifest["resize"] not in ("stretch", "pad", None),  # None: imported, not known
+        "grid": [type(side) for side in manifest["grid"]] != [int, int]
+        or math.prod(manifest["grid"]) != manifest["num_tokens"],
+        "feature_dim": manifest["feature_dim"] < 1,
+        "rows": manifest["rows"]["file"] != "rows.parquet",
+        "singular_values": manifest["singular_values"]["file"] != "singular_values.safetensors",
+    }
+    for key in [key for key, is_wrong in wrong.items() if is_wrong]:
+        value = json.dumps(manifest[key])[:60]
+        raise UserError(f"{path} is damaged ({key} is {value}): {BUILD_CACHE}")
     if sum(shard["rows"] for shard in manifest["shards"]) != manifest["count"]:
         raise UserError(f"{path}: the shards' rows do not add up to its count: {BUILD_CACHE}")
     return manifest

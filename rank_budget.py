@@ -82,10 +82,11 @@ def first_rank_within(curve: Tensor, target_error: float) -> Tensor:
         worst = float(curve.amin(-1).max())
         unit = 10.0 ** (math.floor(math.log10(worst)) - 3)
         reachable = math.ceil(worst / unit * (1 + 1e-5)) * unit
+        remedy = f"type --target_error {reachable:.4g} or more, or " if reachable < 1 else ""
         raise UserError(
             f"--target_error {target_error:g} is out of reach at rank {curve.shape[-1] - 1}: "
-            f"{missed} of {len(curve)} images stay above it; type --target_error {reachable:.4g} "
-            "or more, or train at a higher --rank"
+            f"{missed} of {len(curve)} images stay above it; {remedy}train longer or at a higher "
+            "--rank"
         )
     return within.long().argmax(-1)  # the first True
 

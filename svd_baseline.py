@@ -6,6 +6,7 @@ Every reference returns (A, B) with A·B of rank ≤ r, float32, whatever it com
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -53,11 +54,15 @@ def optimum(singular_values: Tensor, rank: int) -> Tensor:
 
 
 def rel_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """‖X − A·B‖_F / ‖X‖_F of each whole matrix, [...] float64; 0 where X = 0 = A·B."""
+    """‖X − A·B‖_F / ‖X‖_F of each whole matrix, [...] float64.
+
+    Where X = 0 (an image of constant tokens) ‖A·B‖_F / (T D)^½: (T D)^½ is the norm of every other
+    normalised X.
+    """
     # float32 norms alone would be wrong by 1e-6, a visible part of a small excess
     residual = torch.linalg.matrix_norm((x - a @ b).double())
     norm = torch.linalg.matrix_norm(x.double())
-    return residual / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return residual / torch.where(norm > 0, norm, math.sqrt(x.shape[-2] * x.shape[-1]))
 
 
 def excess_pct(error: Tensor, best: Tensor) -> Tensor:

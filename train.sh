@@ -51,7 +51,8 @@ for ((i = 0; i < $#; i++)); do
 done
 
 if [[ ! -e $cache_dir/manifest.json ]]; then
-    if [[ -e $cache_dir && ! -e $cache_dir/partial.json ]]; then
+    # an extraction killed at once leaves a folder with nothing but a hidden .lock
+    if [[ -e $cache_dir && ! -e $cache_dir/partial.json && -n $(ls "$cache_dir") ]]; then
         echo "error: $cache_dir has no manifest.json: it is no feature cache; name one with --cache_dir" >&2
         exit 2
     fi

@@ -31,7 +31,8 @@ import plots
 import progress
 from checkpoint import load_model, save_checkpoint
 from cli import UserError
-from files import new_folder, sweep_temporaries, write_json
+from files import new_folder, sweep_temporaries, with_content_hash, write_json
+from locks import LOCK_NAME
 from model import ARCHITECTURES, LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import (
     Batch,
@@ -67,24 +68,28 @@ def get_args_parser() -> argparse.ArgumentParser:
         "  torchrun --nproc_per_node 2 train_real_data.py --batch_size 4   # 8 a step",
     )
     where = parser.add_argument_group("files")
-    where.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
-    where.add_argument("--results_dir", default="results", help="results go to its <arch>/ folder")
-    where.add_argument("--log_dir", default="log", help="logs go to its logs_<timestamp>/ folder")
+    where.add_argument("--cache_dir", type=cli.folder, default="feature_cache_real",
+                       help="feature cache to read")  # fmt: skip
+    where.add_argument("--results_dir", type=cli.folder, default="results",
+                       help="results go to its <arch>/ folder")  # fmt: skip
+    where.add_argument("--log_dir", type=cli.folder, default="log",
+                       help="logs go to its logs_<timestamp>/ folder")  # fmt: skip
     where.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too")
     model = parser.add_argument_group("model")
-    model.add_argument("--arch", default="ResMLP",
+    model.add_argument("--arch", type=cli.name, default="ResMLP",
                        help=f"{', '.join(ARCHITECTURES)}, or an alias of one")  # fmt: skip
     model.add_argument("--rank", type=number(int, 1), default=128,
                        help="r, columns of A: error against r (T + D) stored numbers")  # fmt: skip
     model.add_argument("--factors", choices=("projected", "direct"), default="projected",
                        help="projected: branches propose a subspace, X is projected on it; "
                        "direct: branches predict A and B outright")  # fmt: skip
-    model.add_argument("--refine_steps", type=number(int, 0), default=None,
+    model.add_argument("--refine_steps", type=number(int, 0, 1000), default=None,
                        help="K, refinement steps, default 1: error against time")  # fmt: skip
     model.add_argument("--oversample", type=number(int, 0), default=None,
                        help="p, extra sketch columns, default 32: error against time")  # fmt: skip
-    model.add_argument("--hidden_dim", type=number(int, 1), default=256, help="branch width")
-    model.add_argument("--num_blocks", type=number(int, 0), default=None,
+    model.add_argument("--hidden_dim", type=number(int, 1, 65536), default=256,
+                       help="branch width")  # fmt: skip
+    model.add_argument("--num_blocks", type=number(int, 0, 1000), default=None,
                        help="residual blocks (default 1) or hidden layers (2)")  # fmt: skip
     model.add_argument("--seen_features", choices=("pivoted", "even"), default="pivoted",
                        help="which 256 features the branches look at: chosen from the training "
@@ -94,24 +99,25 @@ def get_args_parser() -> argparse.ArgumentParser:
     train = parser.add_argument_group("training")
     train.add_argument("--epochs", type=number(int, 1), default=20,
                        help="epochs, or epochs to add with --resume")  # fmt: skip
-    train.add_argument("--batch_size", type=number(int, 1), default=8,
+    train.add_argument("--batch_size", type=number(int, 1, 65536), default=8,
                        help="images a step, of each process")  # fmt: skip
     train.add_argument("--lr", type=number(float, above=0), default=1e-4,
                        help=f"AdamW's; shifts get {SHIFT_LR_FACTOR} times it")  # fmt: skip
-    train.add_argument("--weight_decay", type=number(float, 0), default=1e-5, help="AdamW's")
+    train.add_argument("--weight_decay", type=number(float, 0, 1e6), default=1e-5,
+                       help="AdamW's")  # fmt: skip
     train.add_argument("--patience", type=number(int, 1), default=10,
                        help="epochs without improvement before stopping")  # fmt: skip
-    train.add_argument("--lambda_B", type=number(float, 0), default=1e-4,
+    train.add_argument("--lambda_B", type=number(float, 0, 1e6), default=1e-4,
                        help="ridge of B, and weight of ‖B‖²/(TD)")  # fmt: skip
-    train.add_argument("--lambda_ortho", type=number(float, 0), default=1e-3,
+    train.add_argument("--lambda_ortho", type=number(float, 0, 1e6), default=1e-3,
                        help="weight of the sketch's (and SVDLinear's) orthogonality")  # fmt: skip
-    train.add_argument("--lambda_act", type=number(float, 0), default=0.0,
+    train.add_argument("--lambda_act", type=number(float, 0, 1e6), default=0.0,
                        help="weight of the orthogonality of row_net's output")  # fmt: skip
     train.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42,
                        help="of weights, order and dropout; the split has its own")  # fmt: skip
     train.add_argument("--precision", choices=("float32", "bf16"), default="float32",
                        help="of the branches; the linear algebra is float64")  # fmt: skip
-    train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    train.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
     train.add_argument("--resume", nargs="?", const="best", choices=("best", "last"),
                        help="go on from best_model.pt, or exactly from last_model.pt")  # fmt: skip
     task = parser.add_argument_group("training for a task")
@@ -255,6 +261,7 @@ def validate(run: TrainState, loaders: Loaders) -> dict:
     dataset = loaders.val.dataset
     sigma = dataset.singular_values[dataset.split.val]
     mean_square = sigma.square().sum(-1) / (run.model.num_tokens * run.model.input_dim)
+    mean_square = torch.where(mean_square > 0, mean_square, 1)  # what rel_error of X = 0 is of
     return {
         "val_mse": float((metrics["rel_error"].square() * mean_square).mean()),
         "val_optimum_mse": float((optimum(sigma, rank).square() * mean_square).mean()),
@@ -294,18 +301,25 @@ def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int)
 
 
 def save(run: TrainState, path: Path, log: Callable[[str], None]) -> None:
-    """Write a checkpoint; a fresh run's first one moves the results of an earlier run aside."""
+    """Write a checkpoint; a fresh run's first one moves the results of an earlier run aside.
+
+    test_results.json marks a run as complete (`test_and_draw` writes it last), so a run that goes
+    on takes it away.
+    """
     state = run.checkpoint()
     if distributed.is_main():
         if run.fresh:
             set_aside(path.parent, log)
+        (path.parent / "test_results.json").unlink(missing_ok=True)
         save_checkpoint(path, state)
     run.fresh = False
 
 
 def set_aside(folder: Path, log: Callable[[str], None]) -> None:
     """Move an earlier run's results to previous-<time>/ before a fresh run writes its own."""
-    old = [path for path in folder.glob("*") if not path.name.startswith("previous-")]
+    old = [p for p in folder.iterdir() if not p.name.startswith(("previous-", LOCK_NAME))]
+    # killed half-way, what is left must not look like a run that --resume last goes on with
+    old.sort(key=lambda path: path.name != "last_model.pt")
     if old:
         target = new_folder(folder / time.strftime("previous-%Y%m%d-%H%M%S"))
         for path in old:
@@ -316,7 +330,11 @@ def set_aside(folder: Path, log: Callable[[str], None]) -> None:
 def test_and_draw(
     folder: Path, dataset: RealQwenVLDataset, loaders: Loaders, history: list[dict]
 ) -> dict:
-    """Test numbers and figures of the best checkpoint; returns what test_results.json holds."""
+    """Test numbers and figures of the best checkpoint; returns what test_results.json holds.
+
+    That file is written last: a run that has it has everything.
+    """
+    write_json(folder / "history.json", history)  # a run cut off after its last checkpoint has none
     device = loaders.test.device
     model, state = load_model(folder / "best_model.pt", device, dataset)
     rank = model.current_effective_rank()
@@ -334,7 +352,6 @@ def test_and_draw(
         batches = progress.images(loaders.test, f"test, rank {r}")
         metrics = evaluate(lambda x, r=r: model(x, r), batches)
         results["ranks"][str(r)] = {name: summarise(v) for name, v in metrics.items()}
-    write_json(folder / "test_results.json", results)
     per_image = test_statistics(model, loaders.test)
     footer = f"{dataset.label}; rank {rank}; {results['arch']}, seed {state['args']['seed']}"
     plots.training_curves(
@@ -350,6 +367,7 @@ def test_and_draw(
     plots.b_row_norms(
         folder / "B_row_norm_hist.png", per_image["b_norms"], per_image["sigma"], footer
     )
+    write_json(folder / "test_results.json", with_content_hash(results))
     return results
 
 
@@ -396,10 +414,9 @@ def main(args: argparse.Namespace) -> int:
     if run.allocator:
         steps = len(loaders.train)
         run.allocator.check_fits(run.step + (run.last_epoch - run.epoch + 1) * steps, steps)
-    if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        sweep_temporaries(folder)
-    with RunLog(args) as log:
+    with distributed.sole_writer(folder, "--results_dir"), RunLog(args) as log:
+        if distributed.is_main():
+            sweep_temporaries(folder)
         print_header(run, dataset, loaders, log)
         if args.resume:
             lr = run.optimizer.param_groups[0]["lr"]

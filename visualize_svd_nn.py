@@ -42,7 +42,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         epilog="example:\n  python visualize_svd_nn.py --arch ResMLP --rank 32 --image_idx 0",
     )
     what = parser.add_argument_group("what is drawn")
-    what.add_argument("--arch", default="ResMLP", help="architecture whose best model is drawn")
+    what.add_argument("--arch", type=cli.name, default="ResMLP",
+                      help="architecture whose best model is drawn")  # fmt: skip
     what.add_argument("--rank", type=cli.number(int, 1), default=None,
                       help="rank to draw; default the trained (effective) rank")  # fmt: skip
     what.add_argument("--image_idx", type=cli.number(int, 0), default=0, help="row of the cache")

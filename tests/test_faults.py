@@ -1,0 +1,558 @@
+"""Nothing lost, nothing silent, nothing executed: the quick part; the long is tests/faults.py."""
+
+import ast
+import contextlib
+import copy
+import hashlib
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import warnings
+import zlib
+from pathlib import Path
+
+import damage
+import full_disk
+import pytest
+import tiny
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import cli
+import extract_features
+import feature_cache
+import files
+import train_real_data
+from checkpoint import load_checkpoint, save_checkpoint
+from cli import UserError
+from factor_files import load_factors, read_manifest
+from image_sources import ImageCell
+from locks import LOCK_NAME, sole_writer
+from model import ARCHITECTURES, get_model_by_name
+from qwenvl_dataloader import RealQwenVLDataset, normalise
+from svd_baseline import exact_singular_values, image_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "--rank 2 --hidden_dim 8 --epochs 1 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Everything that the program writes and reads, on tiny data. Do not change it."""
+    return damage.build(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def train(script, tmp_path):
+    """Run train_real_data.py on a cache into tmp_path/results."""
+
+    def run(cache, *flags):
+        where = ["--cache_dir", cache, "--results_dir", "results", "--log_dir", "log"]
+        return script("train_real_data.py", *where, *SMALL, *flags)
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------- damage
+
+
+def test_damage_of_any_file_is_refused_or_found_by_verify(made, tmp_path):
+    rng = random.Random(1)
+    for name, kind in made.items():
+        whole = Path(shutil.copytree(kind.folder, tmp_path / "clean" / kind.folder.name))
+        clean = kind.read(whole)
+        shutil.rmtree(tmp_path / "clean")
+        for _ in range(6):
+            outcome, how = damage.one_case(kind, clean, tmp_path / "copy", rng)
+            assert outcome in ("refused", "found by --verify", "harmless"), (name, outcome, how)
+
+
+def test_a_flipped_bit_of_a_weight_is_found_when_the_checkpoint_is_opened(made, tmp_path):
+    source = made["best_model.pt"].folder / "best_model.pt"
+    weight = load_checkpoint(source)["model"]["row_net.head.weight"]
+    data = bytearray(source.read_bytes())
+    data[data.index(weight.numpy().tobytes()) + 2] ^= 1
+    path = tmp_path / "best_model.pt"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged .checksum of"):
+        load_checkpoint(path)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_any_entry_of_a_manifest_may_be_anything_and_is_opened_or_refused_in_words(made, data):
+    kind, read = data.draw(
+        st.sampled_from(
+            [
+                (made["manifest.json"], RealQwenVLDataset),
+                (made["factors manifest.json"], read_manifest),
+                (made["ragged manifest.json"], load_factors),
+            ]
+        )
+    )
+    path = kind.folder / "manifest.json"
+    whole = path.read_text()
+    value = changed = json.loads(whole)
+    for _ in range(data.draw(st.integers(0, 3))):  # down to some entry
+        inside = list(value) if isinstance(value, dict) else range(len(value))
+        inside = [key for key in inside if isinstance(value[key], dict | list) and value[key]]
+        if inside:
+            value = value[data.draw(st.sampled_from(inside))]
+    key = data.draw(st.sampled_from(list(value) if isinstance(value, dict) else range(len(value))))
+    if data.draw(st.booleans()):
+        value[key] = data.draw(VALUES)
+    else:
+        del value[key]
+    try:
+        path.write_text(json.dumps(changed))
+        read(kind.folder)
+    except UserError:
+        pass
+    finally:
+        path.write_text(whole)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a": NaN}', "9" * 5000, '"\\ud800', "\xff", "", "null"]
+)
+def test_json_that_is_none_is_damage_and_not_a_traceback(text, tmp_path, made):
+    cache = Path(shutil.copytree(made["manifest.json"].folder, tmp_path / "cache"))
+    (cache / "manifest.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match="manifest.json is damaged"):
+        RealQwenVLDataset(cache)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_features_that_became_nan_infinite_or_huge_are_refused_with_their_row(value, tmp_path):
+    cache = tiny.write_cache(tmp_path / "cache", tiny.steep_tokens(5))
+    shard = cache / "features-00000.safetensors"
+    features = RealQwenVLDataset(cache)[list(range(5))]
+    features[3, 1, 7] = value
+    files.save_tensors(shard, {"features": features})
+    dataset = RealQwenVLDataset(cache)
+    assert dataset[[2, 4]].isfinite().all()
+    for read in (lambda: dataset[[0, 3]], lambda: dataset.keep_resident(torch.device("cpu"))):
+        with pytest.raises(UserError, match="row 3 are not finite.*--verify"):
+            read()
+    assert list(dataset.verify()) == ["features-00000.safetensors"]
+
+
+# --------------------------------------------------------------------------------------- hostile
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_in_which_code_is_hidden_is_refused_and_runs_none(made, tmp_path, script):
+    results = Path(shutil.copytree(made["best_model.pt"].folder.parent, tmp_path / "results"))
+    state = load_checkpoint(results / "ResMLP" / "best_model.pt")
+    for key in ("args", "optimizer", "format"):
+        torch.save({**state, key: Payload(tmp_path / "owned")}, results / "ResMLP/best_model.pt")
+        for name in ("compare_svd_nn.py", "visualize_svd_nn.py", "factorize.py", "benchmark.py"):
+            where = ["--cache_dir", made["manifest.json"].folder, "--results_dir", results]
+            done = script(name, *where)
+            assert done.returncode == 2 and "best_model.pt is damaged" in done.stderr
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("change", [{"rank": 10**9}, {"rank": "4"}, {"arch": "x"}, {"y": 1}])
+def test_a_checkpoint_that_describes_another_model_is_refused(change, made, tmp_path, script):
+    results = Path(shutil.copytree(made["best_model.pt"].folder.parent, tmp_path / "results"))
+    path = results / "ResMLP" / "best_model.pt"
+    state = load_checkpoint(path)
+    save_checkpoint(path, {**state, "config": {**state["config"], **change}})
+    where = ["--cache_dir", made["manifest.json"].folder, "--results_dir", results]
+    done = script("compare_svd_nn.py", *where)
+    assert done.returncode == 2 and "describes another model than it holds" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", "", "a/../b", "a\0b"])
+@pytest.mark.parametrize("which", ["manifest.json", "factors manifest.json"])
+def test_no_name_in_a_manifest_leads_outside_its_folder(which, name, made, tmp_path):
+    folder = Path(shutil.copytree(made[which].folder, tmp_path / "inside"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for key in ("shards", "rows", "singular_values"):
+        if isinstance(manifest.get(key), dict | list) and key in manifest:
+            changed = copy.deepcopy(manifest)
+            entry = changed[key][0] if key == "shards" else changed[key]
+            if "file" not in entry:
+                continue
+            entry["file"] = name
+            (folder / "manifest.json").write_text(json.dumps(changed))
+            with pytest.raises(UserError):
+                (RealQwenVLDataset if which == "manifest.json" else load_factors)(folder)
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of side × side pixels in a few hundred bytes."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        sum_ = zlib.crc32(kind + body)
+        return len(body).to_bytes(4, "big") + kind + body + sum_.to_bytes(4, "big")
+
+    size = side.to_bytes(4, "big")
+    head = chunk(b"IHDR", size + size + b"\x08\x02\0\0\0")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + head
+        + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+        + chunk(b"IEND", b"")
+    )
+
+
+def test_an_image_that_would_fill_the_memory_is_skipped_and_listed(tmp_path, script, monkeypatch):
+    images = [tiny.jpeg(i) for i in range(5)]
+    images[1] = bomb(30_000)
+    data = tiny.write_data_set(tmp_path / "images", images)
+    monkeypatch.setattr(extract_features, "load_encoder", lambda *_, **__: tiny.TinyEncoder())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    done = script("extract_features.py", "--dataset_dir", data, "--cache_dir", "cache")
+    assert done.returncode == 0, done.stderr
+    assert "skipped row 1" in done.stdout and "decompression bomb" in done.stdout
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**6  # KiB; it has 2.7 GB
+
+
+def test_damaged_images_of_any_kind_are_listed_and_do_not_end_an_extraction(tmp_path):
+    rng = random.Random(0)
+    picture = Image.open(io.BytesIO(tiny.jpeg(3, (60, 40))))
+    sources = []
+    for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA"):
+        file = io.BytesIO()
+        picture.save(file, kind)
+        sources.append(file.getvalue())
+    encoder = tiny.TinyEncoder()
+    for _ in range(400):
+        data = bytearray(rng.choice(sources))
+        for _ in range(rng.randint(1, 6)):
+            data[rng.randrange(min(len(data), 300))] = rng.randrange(256)
+        data = bytes(data[: rng.randint(1, 2 * len(data))])
+        row, sha = {"image": ImageCell(data, None)}, hashlib.sha256(data).hexdigest()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, of damaged metadata
+            sample = extract_features._prepare_row(0, row, encoder, sha, 0)
+        assert sample.reason is None or sample.reason.startswith("unreadable image: ")
+        assert sample.reason is None or "0x" not in sample.reason
+
+
+def test_no_source_can_run_code_from_a_file():
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", "")]
+                if names == ["UnpicklingError", "pickle"]:  # the name of an error runs nothing
+                    continue
+                assert not {"pickle", "dill", "joblib", "shelve"} & set(names), path.name
+            if isinstance(node, ast.keyword):
+                assert node.arg != "trust_remote_code", path.name
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec"), path.name
+                if called == "torch.load":
+                    safe = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                    assert safe.get("weights_only") == "True", path.name
+                if called in ("np.load", "numpy.load"):
+                    assert "allow_pickle" not in {k.arg for k in node.keywords}, path.name
+
+
+# ----------------------------------------------------------------------------------------- locks
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """The id of another process, that holds the lock of tmp_path/folder."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        with sole_writer(tmp_path / "folder", "--out"):
+            os.write(write, b"held")
+            signal.pause()
+        os._exit(0)
+    assert os.read(read, 4) == b"held"
+    yield pid
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_second_writer_is_refused_with_process_and_host_until_the_first_has_ended(
+    holder, tmp_path
+):
+    folder = tmp_path / "folder"
+    with pytest.raises(UserError, match=f"--out: .*process {holder} on {os.uname().nodename}"):
+        with sole_writer(folder, "--out"):
+            pass
+    os.kill(holder, signal.SIGKILL)  # no chance to clean up
+    os.waitpid(holder, 0)
+    assert (folder / LOCK_NAME).exists()
+    with sole_writer(folder, "--out"):
+        assert str(os.getpid()) in (folder / LOCK_NAME).read_text()
+    assert list(folder.iterdir()) == []
+
+
+def test_every_script_that_writes_a_folder_piece_by_piece_locks_it(
+    made, tmp_path, script, monkeypatch
+):
+    cache, results = made["manifest.json"].folder, made["best_model.pt"].folder.parent
+    data = made["data set *.parquet"].folder
+    monkeypatch.setattr(extract_features, "load_encoder", lambda *_, **__: tiny.TinyEncoder())
+    where = ["--cache_dir", cache, "--results_dir"]
+    for locked, argv in (
+        ("mine/ResMLP", ["train_real_data.py", *where, "mine", *SMALL]),
+        ("new", ["extract_features.py", "--dataset_dir", data, "--cache_dir", "new"]),
+        ("out", ["factorize.py", *where, results, "--out", "out"]),
+    ):
+        with sole_writer(tmp_path / locked, "--flag"):
+            done = script(*argv)
+            assert done.returncode == 2 and f"process {os.getpid()} on" in done.stderr
+            assert [path.name for path in (tmp_path / locked).iterdir()] == [LOCK_NAME]
+        assert script(*argv).returncode == 0
+        assert not (tmp_path / locked / LOCK_NAME).exists()
+
+
+def test_readers_are_not_kept_out(made, tmp_path, script):
+    results = Path(shutil.copytree(made["best_model.pt"].folder.parent, tmp_path / "results"))
+    cache = Path(shutil.copytree(made["manifest.json"].folder, tmp_path / "cache"))
+    where = ["--cache_dir", cache, "--results_dir", results]
+    with sole_writer(results / "ResMLP", "--results_dir"), sole_writer(cache, "--cache_dir"):
+        done = script("factorize.py", *where, "--rank", 2)
+        assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------- kills, full disks
+
+
+def test_a_run_killed_while_it_writes_its_figures_is_not_taken_for_a_finished_one(
+    train, tmp_path, monkeypatch
+):
+    cache = tiny.write_cache(tmp_path / "cache", tiny.steep_tokens(12))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_real_data.grid_plots, "error_heatmap", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(cache)
+    folder = tmp_path / "results" / "ResMLP"
+    (folder / "history.json").write_text("[]")  # killed before it, too
+    where = ["--cache_dir", cache, "--log_dir", "log", "--resume", "last"]
+    done = run_train(where)
+    assert done == 0 and (folder / "error_heatmap.png").exists()
+    assert len(json.loads((folder / "history.json").read_text())) == 2
+    with pytest.raises(UserError, match="finished run"):
+        run_train(where)
+    # added epochs take the test numbers away until they are made again
+    with monkeypatch.context() as patch:
+        patch.setattr(train_real_data, "test_and_draw", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_train([*where[:4], "--resume", "--epochs", "1"])
+    assert not (folder / "test_results.json").exists()
+
+
+def run_train(argv):
+    args = cli.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
+    return train_real_data.main(args)
+
+
+def test_old_results_that_were_moved_half_way_are_not_resumed(train, tmp_path, monkeypatch):
+    cache = tiny.write_cache(tmp_path / "cache", tiny.steep_tokens(12))
+    assert train(cache).returncode == 0
+    moved = []
+
+    def rename(path, target, original=Path.rename):
+        moved.append(path.name)
+        if len(moved) == 3:
+            raise KeyboardInterrupt
+        return original(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", rename)
+        train(cache)
+    assert moved[0] == "last_model.pt"
+    done = train(cache, "--resume", "last")
+    assert done.returncode == 2 and "last_model.pt does not exist" in done.stderr
+    assert train(cache).returncode == 0
+    assert len(list((tmp_path / "results" / "ResMLP").rglob("best_model.pt"))) == 2
+
+
+def test_an_overwrite_that_was_cut_off_leaves_no_part_without_its_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 4)
+    tokens = tiny.steep_tokens(10)
+
+    def begin(**options):
+        writer = tiny.begin_cache(tmp_path, tokens, **options)
+        tiny.write_shards(writer, tokens, leave=1)
+        return writer
+
+    original = Path.unlink
+    for removals in range(5):  # of five files
+        begin(overwrite=True)
+        left = [removals]
+
+        def unlink(path, missing_ok=False, left=left):
+            left[0] -= path.exists()
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return original(path, missing_ok=missing_ok)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", unlink)
+            begin(overwrite=True)
+        try:
+            writer = begin()
+            tiny.write_shards(writer, tokens)
+            writer.finish()
+            assert RealQwenVLDataset(tmp_path).verify() == {}
+            assert torch.equal(RealQwenVLDataset(tmp_path)[range(10)], tokens.bfloat16())
+        except UserError as error:
+            assert "start again with --overwrite" in str(error)
+
+
+def test_a_disk_that_is_full_is_one_line_and_leaves_every_file_as_it_was(made, tmp_path):
+    place = tmp_path / "place"
+    shutil.copytree(made["best_model.pt"].folder.parent, place / "results")
+    shutil.copytree(made["manifest.json"].folder, place / "cache")
+    data = made["data set *.parquet"].folder
+    for name in ("train --resume", "factorize", "compare"):
+        before = full_disk.contents(place)
+        run = full_disk.limited(full_disk.command(*full_disk.scripts(place, data)[name]), 3000)
+        outcome = full_disk.in_process(run)
+        assert full_disk.judge(name, before, place, outcome) == "refused", outcome
+        assert "File too large" in outcome.output or "(os error 27)" in outcome.output
+
+
+def test_a_write_that_fails_names_the_file_and_keeps_the_old_one(tmp_path):
+    path = tmp_path / "best_model.pt"
+    state = {"x": torch.arange(3)}
+    save_checkpoint(path, state)
+    whole = path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
+        with pytest.raises(OSError) as error:
+            save_checkpoint(path, {"x": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert error.value.filename == str(path)
+    assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------------ bad values
+
+
+def odd_tokens():
+    """Name → tokens [n, T, D] that are legal and odd."""
+    x = tiny.steep_tokens(12)
+    some, zeros = x.clone(), x.clone()
+    some[:, 2:14] = 5.0
+    zeros[:7:2] = 0
+    few = torch.randn(12, 16, 3) @ torch.randn(12, 3, 48)
+    return {
+        "all zero": 0 * x,
+        "constant tokens": torch.arange(16.0).view(1, 16, 1).expand(12, 16, 48),
+        "some constant tokens": some,
+        "some images zero": zeros,
+        "one token, repeated": x[:, :1].expand(12, 16, 48),
+        "fewer independent tokens than r": few,
+        "values of 1e4": 1e4 * x / x.abs().max(),
+        "one token": torch.randn(12, 1, 48),
+        "one feature": torch.randn(12, 16, 1),
+        "more tokens than features": torch.randn(12, 48, 16),
+        "one image, repeated": x[:1].expand(12, 16, 48),
+        "three images": x[:3],
+    }
+
+
+@pytest.mark.parametrize("name", odd_tokens())
+@pytest.mark.parametrize("options", [{}, {"factors": "direct"}, {"full": True}])
+def test_odd_tokens_give_finite_losses_gradients_and_honest_excess(name, options):
+    torch.manual_seed(0)
+    x = normalise(odd_tokens()[name].bfloat16())[0]
+    sigma = exact_singular_values(x)
+    limit = min(x.shape[1:])
+    rank = limit if options.pop("full", False) else min(5, limit)
+    for arch in ARCHITECTURES:
+        shape = {"input_dim": x.shape[2], "num_tokens": x.shape[1], "rank": rank}
+        model = get_model_by_name(arch, **shape, hidden_dim=8, **options)
+        terms = model.loss_terms(x, sigma)
+        assert all(term.isfinite().all() for term in terms)
+        (terms.reconstruction + terms.B + terms.ortho + terms.act + terms.lora_ortho).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert gradients and all(g.isfinite().all() for g in gradients)
+        with torch.no_grad():
+            metrics = image_metrics(x, *model(x), sigma)
+        assert metrics["rel_error"].isfinite().all()
+        excess = metrics["excess_pct"]
+        assert (excess.isnan() | (excess > -1e-3)).all() and not excess.isinf().any()
+        if not options:
+            assert (metrics["rel_error"] < 1.01).all()
+
+
+@pytest.mark.parametrize("name", ["all zero", "some images zero", "one token"])
+def test_odd_tokens_go_through_every_script(name, tmp_path, script, train):
+    tokens = odd_tokens()[name]
+    cache = tiny.write_cache(tmp_path / "cache", tokens)
+    where = ["--cache_dir", cache, "--results_dir", "results"]
+    rank = min(5, *tokens.shape[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # matplotlib's, of axes that show nothing but zeros
+        done = [
+            train(cache, "--rank", rank, "--batch_size", 100),
+            script("compare_svd_nn.py", *where),
+            script("visualize_svd_nn.py", *where),
+            script("factorize.py", *where, "--target_error", 0.99, "--dtype", "int8"),
+            script("benchmark.py", *where, "--ranks", rank, "--repeats", 1),
+            script("make_report.py", "--results_dir", "results"),
+        ]
+    assert [d.returncode for d in done] == [0] * 6, done
+    text = (tmp_path / "results" / "ResMLP" / "svd_nn_comparison.json").read_text()
+    methods = json.loads(text)["ranks"][str(rank)]
+    for method in methods.values():
+        excess = method["excess_pct"]["mean"]
+        assert excess is None or excess > -1e-3
+    assert load_factors(tmp_path / "factors" / "ResMLP").isfinite().all()
+
+
+def test_too_few_images_are_refused_before_anything_is_encoded(tmp_path, script):
+    data = tiny.write_data_set(tmp_path / "images", [tiny.jpeg(0)])
+    done = script("extract_features.py", "--dataset_dir", data, "--cache_dir", "cache")
+    assert done.returncode == 2 and "at least 3" in done.stderr
+    assert not (tmp_path / "cache").exists()
+
+
+# --------------------------------------------------------------------------------- reproducible
+
+
+@pytest.mark.parametrize("arch", ["ResMLP", "AdaLoRA"])
+def test_the_same_seed_twice_gives_the_same_checkpoints_and_json(arch, tmp_path, script, train):
+    cache = tiny.write_cache(tmp_path / "cache", tiny.steep_tokens(12))
+    found = []
+    for _ in range(2):
+        assert train(cache, "--arch", arch, "--dropout", 0.2, "--epochs", 2).returncode == 0
+        where = ["--cache_dir", cache, "--results_dir", "results", "--arch", arch]
+        assert script("compare_svd_nn.py", *where).returncode == 0
+        folder = tmp_path / "results" / arch
+        state = load_checkpoint(folder / "last_model.pt")
+        history = json.loads((folder / "history.json").read_text())
+        for record in [*history, *state["progress"]["history"]]:
+            record.pop("seconds", None), record.pop("samples_per_s", None)
+        texts = [(folder / n).read_text() for n in ("test_results.json", "svd_nn_comparison.json")]
+        del state["args"]
+        found.append(damage.digest(state, history, texts))
+    assert found[0] == found[1]
