@@ -184,6 +184,15 @@ def folder(text: str) -> str:
     return text
 
 
+def check_head_model(head_model: str | None, head: str | None) -> None:
+    """Raises UserError where --head_model is typed and no head reads it."""
+    if head_model is not None and head != "qwen-answer":
+        raise UserError(
+            f"--head_model {head_model} is of the head qwen-answer only: type that head, or leave "
+            "--head_model away"
+        )
+
+
 def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of every script that judges or uses a trained network."""
     where = parser.add_argument_group("files and device")
@@ -202,7 +211,7 @@ def flags_again(args: argparse.Namespace, *names: str) -> str:
 
 def add_metric_flag(parser: argparse.ArgumentParser) -> None:
     """The flag of every script that can factor in a task's own metric as well."""
-    parser.add_argument("--metric", default=None, metavar="FILE",
+    parser.add_argument("--metric", type=name, default=None, metavar="FILE",
                         help="of estimate_metric.py: also factor X M^½ and map B back")  # fmt: skip
 
 

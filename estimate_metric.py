@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 import cli
+from cli import UserError
 from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real, denormalise
 from svd_baseline import gram_eigh
 from task_heads import HEADS, TaskHead, load_head
@@ -31,7 +32,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         epilog="example:\n  python estimate_metric.py --head saliency --probes 3",
     )
     parser.add_argument("--head", choices=HEADS, default="saliency", help="whose output counts")
-    parser.add_argument("--head_model", default=None, metavar="NAME",
+    parser.add_argument("--head_model", type=cli.name, default=None, metavar="NAME",
                         help="of qwen-answer: folder or hub id of the whole checkpoint; default "
                              "the cache's encoder")  # fmt: skip
     parser.add_argument("--probes", type=cli.number(int, 1), default=3,
@@ -39,15 +40,23 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shrinkage", type=cli.number(float, above=0), nargs="+",
                         default=[1e-3, 1e-2, 1e-1], metavar="S",
                         help="of the mean diagonal, to try on validation images")  # fmt: skip
-    parser.add_argument("--out", default=None, help="file; default metrics/<head>.safetensors")
-    parser.add_argument("--cache_dir", default="feature_cache_real", help="feature cache to read")
+    parser.add_argument(
+        "--out", type=cli.name, default=None, help="file; default metrics/<head>.safetensors"
+    )
+    parser.add_argument(
+        "--cache_dir", type=cli.folder, default="feature_cache_real", help="feature cache to read"
+    )
     parser.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
     parser.add_argument("--seed", type=cli.number(int, 0, 2**63 - 1), default=42, help="of probes")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    cli.check_head_model(args.head_model, args.head)
+    path = Path(args.out or Path("metrics") / f"{args.head}.safetensors")
+    if path.is_dir() or any(p.is_file() for p in path.parents):
+        raise UserError(f"--out {path} cannot be a file there: name another")
     device = cli.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
     head = load_head(args.head, dataset, device=device, model=args.head_model)
@@ -81,7 +90,6 @@ def main(args: argparse.Namespace) -> None:
         "scale": float(moment.diagonal().mean() * (1 + best)),
         "validation": {str(a): errors for a, errors in tried.items()},
     }
-    path = Path(args.out) if args.out else Path("metrics") / f"{head.name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_metric(path, TaskMetric(shrunk(moment, best), info))
     print(f"wrote {path}; next: python evaluate_task.py --head {head.name} --metric {path}")

@@ -61,12 +61,16 @@ def get_args_parser() -> argparse.ArgumentParser:
         "--head_steps 4",
     )
     parser.add_argument("--head", choices=HEADS, default="saliency", help="whose output counts")
-    parser.add_argument("--head_model", default=None, metavar="NAME",
+    parser.add_argument("--head_model", type=cli.name, default=None, metavar="NAME",
                         help="of qwen-answer: folder or hub id of the whole checkpoint; default "
                              "the cache's encoder")  # fmt: skip
-    parser.add_argument("--metric", required=True, metavar="FILE", help="of estimate_metric.py")
-    parser.add_argument("--arch", default="ResMLP", help="architecture of the network")
-    parser.add_argument("--task_results_dir", default=None, metavar="DIR",
+    parser.add_argument(
+        "--metric", type=cli.name, required=True, metavar="FILE", help="of estimate_metric.py"
+    )
+    parser.add_argument(
+        "--arch", type=cli.name, default="ResMLP", help="architecture of the network"
+    )
+    parser.add_argument("--task_results_dir", type=cli.folder, default=None, metavar="DIR",
                         help="results folder of the network trained with --task_head")  # fmt: skip
     parser.add_argument("--ranks", type=cli.number(int, 1), nargs="+", metavar="R",
                         default=[2, 4, 8, 16, 32, 64, 128], help="ranks to evaluate")  # fmt: skip
@@ -85,13 +89,15 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
+    cli.check_head_model(args.head_model, args.head)
+    arch = canonical_arch(args.arch)
     device = cli.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
-    metric = load_metric(args.metric, dataset).to(device)
     limit = min(dataset.num_tokens, dataset.feature_dim)
     ranks = [r for r in sorted(set(args.ranks)) if r <= limit]
     if len(ranks) < len(set(args.ranks)) and "ranks" in args.typed:
         raise UserError(f"--ranks {max(args.ranks)} is out of range: type 1 to {limit}")
+    metric = load_metric(args.metric, dataset).to(device)
     networks = load_networks(args, device, dataset)
     head = load_head(args.head, dataset, device=device, model=args.head_model)
     check_head(metric, head)
@@ -117,7 +123,7 @@ def main(args: argparse.Namespace) -> None:
         "methods": summarise_methods(values, groups),
         "rank_per_image": rank_per_image(head, metric, loaders.val, loaders.test, values, args),
     }
-    folder = Path(args.results_dir) / canonical_arch(args.arch)
+    folder = Path(args.results_dir) / arch
     folder.mkdir(parents=True, exist_ok=True)
     print_table(results)
     calibration = results["rank_per_image"].pop("curves")

@@ -121,14 +121,14 @@ def get_args_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", nargs="?", const="best", choices=("best", "last"),
                        help="go on from best_model.pt, or exactly from last_model.pt")  # fmt: skip
     task = parser.add_argument_group("training for a task")
-    task.add_argument("--task_head", default=None, metavar="HEAD",
+    task.add_argument("--task_head", type=cli.name, default=None, metavar="HEAD",
                       help="saliency or qwen-answer: its error joins the loss")  # fmt: skip
     task.add_argument("--lambda_task", type=number(float, above=0), default=1.0,
                       help="weight of the mean log task error, ranks 4 to 32 in turn")  # fmt: skip
-    task.add_argument("--metric", default=None, metavar="FILE",
+    task.add_argument("--metric", type=cli.name, default=None, metavar="FILE",
                       help="of estimate_metric.py: X is factored in it; with --task_head "
                       "the start of a learned norm")  # fmt: skip
-    task.add_argument("--head_model", default=None, metavar="NAME",
+    task.add_argument("--head_model", type=cli.name, default=None, metavar="NAME",
                       help="of qwen-answer: its folder or hub id")  # fmt: skip
     alloc = parser.add_argument_group("rank allocator (AdaLoRA)")
     alloc.add_argument(
@@ -394,6 +394,8 @@ def main(args: argparse.Namespace) -> int:
     unused = sorted(name for name in args.typed if name.startswith("allocator_"))
     if unused and not (args.use_rank_allocator or args.resume):
         raise UserError(f"--{unused[0]} does nothing without --use_rank_allocator: type both")
+    if not args.resume:
+        cli.check_head_model(args.head_model, args.task_head)
     if "lambda_task" in args.typed and not (args.task_head or args.resume):
         raise UserError("--lambda_task does nothing without --task_head: type both")
     if "seen_features" in args.typed and args.factors == "direct":

@@ -25,6 +25,10 @@ WRONG_NAMES = {
     "--arch": "transformer",
     "--device": "tpu",
     "--model": "no/such model",
+    "--metric": "no_such.safetensors",
+    "--task_head": "depth",
+    "--head_model": "no/such model",
+    "--out": "a_file/below.safetensors",
 }
 # refused only by what the data hold: everything fits the type, nothing fits the cache
 TOO_MUCH = {"--rank": 10**6, "--ranks": 10**6, "--mean_rank": 10**6, "--image_idx": 10**6,
@@ -93,6 +97,7 @@ def base(tmp_path_factory):
         "make_demo_data": [],
         "make_report": where[2:4],
         "train_real_data": train,
+        "evaluate_task": [*where, "--metric", str(work / "metric.safetensors")],
         "extract_features": ["--dataset_dir", str(data), "--device", "cpu"],
     }
     return {
@@ -214,7 +219,8 @@ def test_the_ends_of_every_range_are_accepted(script):
         if isinstance(number, cli.Number):
             for end in (number.at_least, number.at_most):
                 if end is not None:
-                    args = cli.parse(parser, [flag, str(end)])
+                    needed = [w for f, a in flags_of(script) if a.required for w in (f, "x")]
+                    args = cli.parse(parser, [*needed, flag, str(end)])
                     assert getattr(args, action.dest) in (end, [end])
 
 
