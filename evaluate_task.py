@@ -80,6 +80,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser.add_argument("--bound", type=cli.number(float, above=0, below=1), nargs="+",
                         default=[0.2, 0.1, 0.05], metavar="E",
                         help="task errors whose rank is predicted for each image")  # fmt: skip
+    parser.add_argument("--confidence", type=cli.number(float, above=0, below=1), default=0.9,
+                        metavar="Q",
+                        help="share of validation images and ranks whose error the prediction "
+                             "must cover")  # fmt: skip
     parser.add_argument("--answers", action="store_true",
                         help="also generate the answers and score them (qwen-answer)")  # fmt: skip
     parser.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
@@ -300,9 +304,9 @@ def rank_per_image(
 ) -> dict:
     """Predicted ranks of the test images for every --bound, without running the head on them.
 
-    The prediction of `predicted_error` is multiplied by one factor: the median ratio of measured to
-    predicted error on validation images, at the ranks evaluated. `within` is the share of test
-    images whose measured error at the predicted rank is within the bound.
+    The prediction of `predicted_error` is multiplied by one factor: the --confidence quantile of
+    the ratio of measured to predicted error on validation images, at the ranks evaluated. `within`
+    is the share of test images whose measured error at the predicted rank is within the bound.
     """
     ranks = sorted(values["svd_in_metric"])
     method = {"svd_in_metric": (lambda batch, r, full: metric_svd(batch.x, r, metric), None)}
@@ -310,7 +314,8 @@ def rank_per_image(
     predicted = {n: torch.cat([predicted_error(b.x, metric).cpu() for b in loader])
                  for n, loader in (("val", val), ("test", test))}  # fmt: skip
     measured = torch.stack([on_val[r]["task_error"] for r in ranks], dim=-1)
-    factor = float((measured / predicted["val"][:, ranks]).nanmedian())
+    ratio = measured / predicted["val"][:, ranks]
+    factor = float(ratio[ratio.isfinite()].quantile(args.confidence))
     curves = factor * predicted["test"]  # [n, T + 1]
     found = torch.stack([values["svd_in_metric"][r]["task_error"] for r in ranks], dim=-1)
     bounds = {}
@@ -330,6 +335,7 @@ def rank_per_image(
         }
     return {
         "factor": factor,
+        "confidence": args.confidence,
         "bounds": bounds,
         "curves": {"predicted": curves[:, ranks], "measured": found, "ranks": ranks},
     }

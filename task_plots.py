@@ -33,8 +33,8 @@ def task_sweep(
     results: of task_sweep.json; calibration: "predicted" and "measured" task errors [n, ranks] and
     "ranks"; output: what the error is of, in words.
     """
-    figure = new_figure(17, 7)
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.25, 1.15, 0.8))
+    figure = new_figure(20, 7)
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 1.1, 1))
     methods = results["methods"]
     # the plain network lies on the SVD, the network in the metric on the SVD in the metric
     drawn = [name for name in in_order(methods) if not name.startswith("network_in")]
@@ -59,13 +59,14 @@ def task_sweep(
     left.set_ylabel(f"task error: relative error of the {output}")
     log_scale(left)
     middle.axhline(0, color=SVD, lw=4.5, alpha=0.45)
-    note(middle, 0.02, 0.02, "0: the plain SVD at the same rank", SVD)
+    middle.set_ylim(bottom=min(-6, middle.get_ylim()[0]))
+    note(middle, 0.02, 0.01, "0: the plain SVD at the same rank", SVD)
     middle.set_ylabel("task error below the plain SVD's (%)")
     _calibration(right, calibration)
     for ax, title in (
         (left, "error of the head's output"),
         (middle, "gain at the same rank and bytes"),
-        (right, "rank for the task, SVD in the metric"),
+        (right, "predicting the error of the SVD in the metric"),
     ):
         ax.set_title(title)
     steps = results["head_steps"]
@@ -93,13 +94,15 @@ def _calibration(ax: Axes, calibration: dict) -> None:
     reach = [min(predicted.min(), measured.min()) / 1.3, max(predicted.max(), measured.max()) * 1.3]
     reach[0] = max(reach[0], 1e-6)
     ax.plot(reach, reach, color=GREY, lw=1)
-    ax.set(xlim=reach, ylim=reach, xlabel="predicted task error, without the head",
+    ax.set(xlim=reach, ylim=reach, xlabel="predicted bound, without the head",
            ylabel="measured task error")  # fmt: skip
     for which in "xy":
         log_scale(ax, which)
     ratio = measured / np.maximum(predicted, 1e-12)
     low, high = np.percentile(ratio, [10, 90])
-    note(ax, 0.04, 0.95, f"measured / predicted:\n{low:.2f} to {high:.2f} in 80 %", va="top")
+    within = f"{100 * (ratio <= 1).mean():.0f} % below the line"
+    spread = f"measured / predicted:\n{low:.2f} to {high:.2f} in 80 %"
+    note(ax, 0.04, 0.97, f"{within}\n{spread}", va="top")
 
 
 def _finding(methods: dict) -> str:
