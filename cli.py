@@ -211,8 +211,9 @@ def flags_again(args: argparse.Namespace, *names: str) -> str:
 
 def add_metric_flag(parser: argparse.ArgumentParser) -> None:
     """The flag of every script that can factor in a task's own metric as well."""
-    parser.add_argument("--metric", type=name, default=None, metavar="FILE",
-                        help="of estimate_metric.py: also factor X M^½ and map B back")  # fmt: skip
+    task = parser.add_argument_group("the task's own metric")
+    task.add_argument("--metric", type=name, default=None, metavar="FILE",
+                      help="of estimate_metric.py: also factor X M^½ and map B back")  # fmt: skip
 
 
 def pick_device(name: str) -> torch.device:

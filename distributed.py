@@ -89,7 +89,10 @@ def run(
         _end_all(2, f"error: {cli.one_line(message)}")
     _leaving.set()
     dist.destroy_process_group()
-    sys.exit(0)
+    # at once: an interpreter that shuts down over the watching thread can abort (seen once)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
 
 
 def _join() -> None:

@@ -31,24 +31,25 @@ def get_args_parser() -> argparse.ArgumentParser:
         description="Estimate which features of the tokens a head's output depends on.",
         epilog="example:\n  python estimate_metric.py --head saliency --probes 3",
     )
-    parser.add_argument("--head", choices=HEADS, default="saliency", help="whose output counts")
-    parser.add_argument("--head_model", type=cli.name, default=None, metavar="NAME",
+    task = parser.add_argument_group("head, metric and what is measured")
+    task.add_argument("--head", choices=HEADS, default="saliency", help="whose output counts")
+    task.add_argument("--head_model", type=cli.name, default=None, metavar="NAME",
                         help="of qwen-answer: folder or hub id of the whole checkpoint; default "
                              "the cache's encoder")  # fmt: skip
-    parser.add_argument("--probes", type=cli.number(int, 1), default=3,
+    task.add_argument("--probes", type=cli.number(int, 1), default=3,
                         help="random projections an image: noise of M against time")  # fmt: skip
-    parser.add_argument("--shrinkage", type=cli.number(float, above=0), nargs="+",
+    task.add_argument("--shrinkage", type=cli.number(float, above=0), nargs="+",
                         default=[1e-3, 1e-2, 1e-1], metavar="S",
                         help="of the mean diagonal, to try on validation images")  # fmt: skip
-    parser.add_argument(
+    task.add_argument(
         "--out", type=cli.name, default=None, help="file; default metrics/<head>.safetensors"
     )
-    parser.add_argument(
+    task.add_argument(
         "--cache_dir", type=cli.folder, default="feature_cache_real", help="feature cache to read"
     )
-    parser.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
-    parser.add_argument("--seed", type=cli.number(int, 0, 2**63 - 1), default=42, help="of probes")
-    parser.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
+    task.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
+    task.add_argument("--seed", type=cli.number(int, 0, 2**63 - 1), default=42, help="of probes")
+    task.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
 

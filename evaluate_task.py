@@ -60,33 +60,32 @@ def get_args_parser() -> argparse.ArgumentParser:
         epilog="example:\n  python evaluate_task.py --metric metrics/saliency.safetensors "
         "--head_steps 4",
     )
-    parser.add_argument("--head", choices=HEADS, default="saliency", help="whose output counts")
-    parser.add_argument("--head_model", type=cli.name, default=None, metavar="NAME",
+    task = parser.add_argument_group("head, metric and what is measured")
+    task.add_argument("--head", choices=HEADS, default="saliency", help="whose output counts")
+    task.add_argument("--head_model", type=cli.name, default=None, metavar="NAME",
                         help="of qwen-answer: folder or hub id of the whole checkpoint; default "
                              "the cache's encoder")  # fmt: skip
-    parser.add_argument(
+    task.add_argument(
         "--metric", type=cli.name, required=True, metavar="FILE", help="of estimate_metric.py"
     )
-    parser.add_argument(
-        "--arch", type=cli.name, default="ResMLP", help="architecture of the network"
-    )
-    parser.add_argument("--task_results_dir", type=cli.folder, default=None, metavar="DIR",
+    task.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the network")
+    task.add_argument("--task_results_dir", type=cli.folder, default=None, metavar="DIR",
                         help="results folder of the network trained with --task_head")  # fmt: skip
-    parser.add_argument("--ranks", type=cli.number(int, 1), nargs="+", metavar="R",
+    task.add_argument("--ranks", type=cli.number(int, 1), nargs="+", metavar="R",
                         default=[2, 4, 8, 16, 32, 64, 128], help="ranks to evaluate")  # fmt: skip
-    parser.add_argument("--head_steps", type=cli.number(int, 0), default=0, metavar="K",
+    task.add_argument("--head_steps", type=cli.number(int, 0), default=0, metavar="K",
                         help="also: A and B refined by K gradient steps of the head on each image "
                              "(K + 1 forward, K backward passes)")  # fmt: skip
-    parser.add_argument("--bound", type=cli.number(float, above=0, below=1), nargs="+",
+    task.add_argument("--bound", type=cli.number(float, above=0, below=1), nargs="+",
                         default=[0.2, 0.1, 0.05], metavar="E",
                         help="task errors whose rank is predicted for each image")  # fmt: skip
-    parser.add_argument("--confidence", type=cli.number(float, above=0, below=1), default=0.9,
+    task.add_argument("--confidence", type=cli.number(float, above=0, below=1), default=0.9,
                         metavar="Q",
                         help="share of validation images and ranks whose error the prediction "
                              "must cover")  # fmt: skip
-    parser.add_argument("--answers", action="store_true",
+    task.add_argument("--answers", action="store_true",
                         help="also generate the answers and score them (qwen-answer)")  # fmt: skip
-    parser.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
+    task.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
     cli.add_evaluation_flags(parser)
     return parser
 
