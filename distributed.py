@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -42,7 +43,7 @@ from cli import UserError
 # Waits have no limit of their own: a process may encode for an hour while others are done, and one
 # that fails ends them all through the store.
 NO_LIMIT = timedelta(days=30)
-REPORT_TIME = timedelta(seconds=10)  # that the others give the main process to print an error
+END_TIME = timedelta(seconds=10)  # after which a process does not wait for the others to end
 
 T = TypeVar("T")
 
@@ -111,7 +112,7 @@ def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.
         with quiet:
             return cli.parse(parser, argv)
     except SystemExit as end:  # a mistake or --help: all alike, printed by the main process
-        _end_this(_store, main, end.code)
+        _end_this(_store, end.code)
 
 
 def _own_device(name: str) -> torch.device:
@@ -160,24 +161,26 @@ def _watch(store: dist.Store, rank: int) -> None:
         status, message = json.loads(store.get("end"))
         if rank == 0 and message:
             tqdm.write(message, file=sys.stderr)  # leaves a progress bar whole
-        _end_this(store, rank == 0, status)
+        _end_this(store, status)
     except dist.DistError:  # torchrun was killed: nobody looks after this process any more
         if not _leaving.is_set():
             os._exit(1)
 
 
-def _end_this(store: dist.Store, main: bool, status: int) -> NoReturn:
-    """End this process, the others not before the main one has printed what there is to say.
+def _end_this(store: dist.Store, status: int) -> NoReturn:
+    """End this process when all are about to, the main one having printed what there is to say.
 
-    At once: the main thread may be in a collective, and torchrun, which ends the others as soon as
-    it sees one end, must find them all with a status of their own.
+    At once: the main thread may be in a collective. And with SIGTERM ignored: torchrun sends it to
+    the others as soon as it sees one end, and must find them all with a status of their own.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    if main:
-        store.set("reported", "")
-    else:
-        store.wait(["reported"], REPORT_TIME)
+    # signal.signal is for the main thread alone, this may be the watching one
+    ctypes.pythonapi.PyOS_setsig(signal.SIGTERM, ctypes.c_void_p(int(signal.SIG_IGN)))
+    with contextlib.suppress(dist.DistError):  # a process that cannot hear is not waited for
+        if store.add("ending", 1) == int(os.environ["WORLD_SIZE"]):
+            store.set("all are ending", "")
+        store.wait(["all are ending"], END_TIME)
     os._exit(status)
 
 

@@ -4,6 +4,7 @@ and the lines of a run that people read."""
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import time
@@ -91,7 +92,7 @@ def print_header(
 
 def epoch_line(record: dict, run: TrainState) -> str:
     """One line of a history entry."""
-    best = f"best epoch {run.best_epoch}" if run.best_epoch else "rank not final"
+    best = f"best epoch {run.best_epoch}" if math.isfinite(run.best) else "rank not final"
     if run.head:
         best = f"val_task_error {record['val_task_error']:.5f}  {best}"
     return (

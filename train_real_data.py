@@ -211,9 +211,7 @@ def train(
         seconds = time.perf_counter() - begun
         record = close_epoch(run, loaders, seconds, run.batches_done - first_batch)
         record = distributed.from_main(record)  # its bits decide, in all processes
-        distance = record["val_mse"] - record["val_optimum_mse"]
-        if run.head:
-            distance = record["val_task_error"]
+        distance = run.distance(record)
         if not math.isfinite(distance):
             raise UserError(f"validation is not finite in epoch {run.epoch}: lower --lr")
         run.history.append(record)
@@ -310,9 +308,11 @@ def save(run: TrainState, path: Path, log: Callable[[str], None]) -> None:
     if distributed.is_main():
         if run.fresh:
             set_aside(path.parent, log)
+        if run.start:  # the best so far, until training has found a better one
+            save_checkpoint(path.parent / "best_model.pt", run.start)
         (path.parent / "test_results.json").unlink(missing_ok=True)
         save_checkpoint(path, state)
-    run.fresh = False
+    run.fresh, run.start = False, None
 
 
 def set_aside(folder: Path, log: Callable[[str], None]) -> None:
@@ -427,6 +427,7 @@ def main(args: argparse.Namespace) -> int:
             start_from_data(run, dataset)
             initial = validate(run, loaders)
             run.history.append({"epoch": 0, **initial})
+            run.keep_start()
             log(
                 f"untrained   val_mse {initial['val_mse']:.6e}  optimum "
                 f"{initial['val_optimum_mse']:.6e}  excess "

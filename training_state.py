@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,14 +53,15 @@ class TrainState:
     epoch: int = 1  # the epoch that is being trained
     batches_done: int = 0  # of that epoch
     step: int = 0  # optimiser steps since the start
-    best: float = float("inf")  # validation mse minus its optimum
-    best_epoch: int = 0
+    best: float = float("inf")  # least `distance` on validation images
+    best_epoch: int = 0  # 0: the untrained model
     bad_epochs: int = 0
     finished: bool = False
     fresh: bool = True  # nothing written yet: results of an earlier run are still in the folder
     sums: Tensor | None = None  # of the loss terms over the epoch's images so far, float64
     history: list[dict] = field(default_factory=list)
     head: TaskHead | None = None  # frozen; what --task_head trains for
+    start: dict | None = None  # checkpoint of the untrained model, not yet written
 
     progress_names = ("last_epoch", "epoch", "batches_done", "step", "best", "best_epoch",
                       "bad_epochs", "finished", "sums", "history")  # fmt: skip
@@ -80,6 +82,21 @@ class TrainState:
             "args": {k: v for k, v in vars(self.args).items() if k != "typed"},
             "cache": self.identity,
         }
+
+    def distance(self, record: dict) -> float:
+        """What decides which epoch is the best, of a history entry: the smaller, the better."""
+        if self.head:
+            return record["val_task_error"]
+        return record["val_mse"] - record["val_optimum_mse"]
+
+    def keep_start(self) -> None:
+        """Make the untrained model, the history's only entry, the first that can be the best.
+
+        Several processes have to call it together.
+        """
+        if self.rank_is_final:
+            self.best = self.distance(self.history[0])
+            self.start = copy.deepcopy(self.checkpoint())
 
     def restore(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])

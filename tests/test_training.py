@@ -142,10 +142,11 @@ def test_a_run_cut_off_before_its_test_numbers_gets_them_by_resuming(tiny_cache,
     assert train(tmp_path, tiny_cache, "--resume", "last") == 0
     assert results.read_text() == before
     # numbers of an earlier, shorter run do not count as this run's
-    train(tmp_path, tiny_cache, "--resume", "--epochs", "2")
+    train(tmp_path, tiny_cache, "--resume", "--epochs", "3")
+    after = results.read_text()
     results.write_text(before)
     assert train(tmp_path, tiny_cache, "--resume", "last") == 0
-    assert json.loads(results.read_text())["epochs"] == 3
+    assert results.read_text() == after != before
 
 
 def test_a_run_that_fails_before_its_first_checkpoint_leaves_the_old_results(
@@ -168,13 +169,14 @@ def test_a_run_whose_validation_is_not_finite_stops_in_words(tiny_cache, tmp_pat
 def test_bf16_branches_are_rebuilt_as_bf16(tiny_cache, tmp_path):
     train(tmp_path, tiny_cache, "--epochs", "1", "--precision", "bf16", "--factors", "direct")
     folder = tmp_path / "results" / "ResMLP"
-    model, _ = load_model(folder / "best_model.pt", torch.device("cpu"))
+    model, state = load_model(folder / "best_model.pt", torch.device("cpu"))
     assert model.precision == "bf16"
     dataset = RealQwenVLDataset(tiny_cache)
     validation = create_data_loaders_real(dataset, 8).val
     error = evaluate(lambda x: model(x), validation)["rel_error"].mean()
     history = json.loads((folder / "history.json").read_text())
-    assert history[-1]["val_rel_error"] == pytest.approx(float(error), rel=1e-6)
+    best = history[state["progress"]["best_epoch"]]
+    assert best["val_rel_error"] == pytest.approx(float(error), rel=1e-6)
 
 
 def test_a_fresh_run_moves_old_results_aside(tiny_cache, tmp_path, capsys):
@@ -201,12 +203,29 @@ def test_the_final_numbers_come_from_the_best_checkpoint_and_not_from_the_last(
     dataset = RealQwenVLDataset(tiny_cache)
     model, state = load_model(folder / "best_model.pt", torch.device("cpu"), dataset)
     history = json.loads((folder / "history.json").read_text())
-    assert state["progress"]["best_epoch"] == min(history[1:], key=lambda r: r["val_mse"])["epoch"]
+    assert state["progress"]["best_epoch"] == min(history, key=lambda r: r["val_mse"])["epoch"]
     test = create_data_loaders_real(dataset, 8).test
     expected = evaluate(lambda x: model(x, 4), test)["rel_error"].mean()
     results = json.loads((folder / "test_results.json").read_text())
     assert results["ranks"]["4"]["rel_error"]["mean"] == pytest.approx(float(expected), rel=1e-6)
     assert results["n_images"] == len(dataset.split.test)
+
+
+def test_where_training_only_makes_it_worse_the_untrained_model_is_the_best_one(
+    tiny_cache, tmp_path
+):
+    more = ["--epochs", "1", "--oversample", "0", "--lr", "0.5"]
+    train(tmp_path, tiny_cache, *more)
+    folder = tmp_path / "results" / "ResMLP"
+    history = json.loads((folder / "history.json").read_text())
+    assert history[0]["val_mse"] < history[1]["val_mse"]
+    best = load_checkpoint(folder / "best_model.pt")
+    assert best["progress"]["best_epoch"] == best["progress"]["step"] == 0
+    assert json.loads((folder / "test_results.json").read_text())["best_epoch"] == 0
+    # going on from it is training from the start, as it was the first time
+    train(tmp_path, tiny_cache, "--resume", "--epochs", "1", "--lr", "0.5")
+    again = json.loads((folder / "history.json").read_text())
+    assert equal(history, again)
 
 
 def test_validation_numbers_are_whole_matrix_errors_of_the_validation_images(tiny_cache, tmp_path):
