@@ -62,7 +62,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     train.add_argument("--batch_size", type=number(int, 1), default=8, help="images a step")
     train.add_argument("--threads", type=number(int, 1), default=1, help="CPU threads when timing")
     train.add_argument("--repeats", type=number(int, 1), default=7, help="timed calls of each")
-    cli.add_evaluation_flags(parser)
+    cli.add_evaluation_flags(parser, metric=False)
     return parser
 
 

@@ -70,7 +70,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     what.add_argument("--repeats", type=cli.number(int, 1), default=7,
                         help="timed calls of each method, after a warm-up")  # fmt: skip
     cli.add_evaluation_flags(parser)
-    cli.add_metric_flag(parser)
     return parser
 
 

@@ -108,6 +108,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=28, width=80)
 
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # a switch is off and a name is absent: "(default: False)" says nothing
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
 
 def refuse_beside(args: argparse.Namespace, flag: str, used: set[str]) -> None:
     """Refuse what was typed beside --`flag` and would do nothing there; `used` would not."""
@@ -193,27 +199,28 @@ def check_head_model(head_model: str | None, head: str | None) -> None:
         )
 
 
-def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every script that judges or uses a trained network."""
+def add_evaluation_flags(parser: argparse.ArgumentParser, *, metric: bool = True) -> None:
+    """The flags of every script that judges or uses a trained network.
+
+    metric: with --metric, for scripts that can factor in a task's own metric as well.
+    """
     where = parser.add_argument_group("files and device")
     where.add_argument("--results_dir", type=folder, default="results",
                        help="where <arch>/best_model.pt is")  # fmt: skip
     where.add_argument("--cache_dir", type=folder, default="feature_cache_real",
                        help="feature cache to read")  # fmt: skip
     where.add_argument("--device", type=name, default="auto", help="auto, cpu, cuda or cuda:N")
+    if metric:
+        where.add_argument(
+            "--metric", type=name, default=None, metavar="FILE",
+            help="of estimate_metric.py: also factor X M^½ and map B back",
+        )  # fmt: skip
 
 
 def flags_again(args: argparse.Namespace, *names: str) -> str:
     """Those of the flags that the user typed, as the next command needs them: " --name value"."""
     typed = (name for name in names if name in args.typed)
     return "".join(f" --{name} {shlex.quote(str(getattr(args, name)))}" for name in typed)
-
-
-def add_metric_flag(parser: argparse.ArgumentParser) -> None:
-    """The flag of every script that can factor in a task's own metric as well."""
-    task = parser.add_argument_group("the task's own metric")
-    task.add_argument("--metric", type=name, default=None, metavar="FILE",
-                      help="of estimate_metric.py: also factor X M^½ and map B back")  # fmt: skip
 
 
 def pick_device(name: str) -> torch.device:

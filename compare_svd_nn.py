@@ -72,7 +72,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     what.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
                       help="images at once")  # fmt: skip
     cli.add_evaluation_flags(parser)
-    cli.add_metric_flag(parser)
     return parser
 
 

@@ -14,9 +14,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import cli
+import progress
 from cli import UserError
 from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real, denormalise
 from svd_baseline import gram_eigh
@@ -64,14 +64,14 @@ def main(args: argparse.Namespace) -> None:
     loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
     print(f"{dataset.label}; head {head.name}, {args.probes} probes of "
           f"{loaders.train.num_images} training images")  # fmt: skip
-    bar = tqdm(loaders.train, desc="gradients", disable=None, leave=False)
-    moment, images = second_moment(head, bar, args.probes, args.seed)
+    batches = progress.images(loaders.train, "gradients")
+    moment, images = second_moment(head, batches, args.probes, args.seed)
 
     tried = {}
     for amount in args.shrinkage:
         metric = TaskMetric(shrunk(moment, amount), {})
-        tried[amount] = validation_errors(head, loaders.val, metric)
-    plain = validation_errors(head, loaders.val, None)
+        tried[amount] = validation_errors(head, loaders.val, metric, f"shrinkage {amount:g}")
+    plain = validation_errors(head, loaders.val, None, "plain SVD")
     best = min(tried, key=lambda a: sum(e / p for e, p in zip(tried[a], plain, strict=True)))
     print("task error on validation images at rank " + " and ".join(map(str, JUDGED_AT)))
     print("  SVD               " + "  ".join(f"{e:.5f}" for e in plain))
@@ -98,11 +98,11 @@ def main(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def validation_errors(
-    head: TaskHead, loader: BatchLoader, metric: TaskMetric | None
+    head: TaskHead, loader: BatchLoader, metric: TaskMetric | None, label: str
 ) -> list[float]:
     """Mean task error at the ranks JUDGED_AT, of the metric's SVD or (None) of the plain one."""
     errors = []
-    for batch in loader:
+    for batch in progress.images(loader, f"{label}, validation"):
         full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
         found = []
         for rank in JUDGED_AT:

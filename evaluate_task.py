@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import cli
+import progress
 import task_plots
 from checkpoint import load_model
 from cli import UserError
@@ -86,7 +86,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     task.add_argument("--answers", action="store_true",
                         help="also generate the answers and score them (qwen-answer)")  # fmt: skip
     task.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
-    cli.add_evaluation_flags(parser)
+    cli.add_evaluation_flags(parser, metric=False)
     return parser
 
 
@@ -215,7 +215,7 @@ def measure(
     """method → rank → measure → [n] float64, of every method at the ranks that it reaches."""
     pairs = [(n, r) for r in ranks for n, (_, most) in methods.items() if r <= (most or r)]
     parts: dict[tuple[str, int], list[dict]] = {pair: [] for pair in pairs}
-    for batch in tqdm(loader, desc=f"{len(pairs)} factorisations", disable=None, leave=False):
+    for batch in progress.images(loader, f"{len(pairs)} factorisations of each"):
         with torch.no_grad():
             full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
             for name, rank in pairs:
@@ -239,7 +239,7 @@ def measure_fewer_tokens(
     keep = {r: min(t, r * (t + d) // d) for r in ranks if r * (t + d) <= t * d}
     sides = [side for side in POOLED if side <= min(grid)]
     parts: dict[tuple[str, int], list[dict]] = {}
-    for batch in tqdm(loader, desc="fewer tokens", disable=None, leave=False):
+    for batch in progress.images(loader, "fewer tokens"):
         with torch.no_grad():
             full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
             made = {("token_dropping", r): drop_tokens(batch.x, k, grid) for r, k in keep.items()}

@@ -48,7 +48,6 @@ def get_args_parser() -> argparse.ArgumentParser:
                       help="rank to draw; default the trained (effective) rank")  # fmt: skip
     what.add_argument("--image_idx", type=cli.number(int, 0), default=0, help="row of the cache")
     cli.add_evaluation_flags(parser)
-    cli.add_metric_flag(parser)
     return parser
 
 
