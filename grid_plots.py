@@ -201,33 +201,35 @@ def rank_comparison(
     """Three principal components of X as red, green and blue, beside those of X_hat at `ranks`.
 
     maps: original → one array, network and svd → one a rank: coordinates [T, c] on the components
-    of X (`svd_baseline.principal_coordinates`). blocks: three of those c for each block of rows,
+    of X (`svd_baseline.principal_coordinates`). blocks: three of those c for each row of maps,
     counted from 0. rel_error: network, svd → one a rank. Colours are scaled by X's 2nd and 98th
     percentile and clipped, the same for all maps of a block; info: title and footer.
     """
-    wide = len(ranks) + 1
-    figure = new_figure(3.4 + 2.2 * wide, 1.3 + 4.7 * len(blocks))
-    columns = figure.add_gridspec(1, 2, width_ratios=[3.2, 2.2 * wide])
+    methods = ("network", "svd")
+    wide = 1 + len(methods) * len(ranks)
+    figure = new_figure(4.2 + 1.95 * wide, 1.3 + 1.9 * len(blocks))
+    columns = figure.add_gridspec(1, 2, width_ratios=[4.2, 1.95 * wide])
     picture = figure.add_subplot(columns[0], anchor="N")
     _photograph(picture, photo, box, title=_caption(box))
-    cells = columns[1].subgridspec(2 * len(blocks), wide)
+    cells = columns[1].subgridspec(len(blocks), wide)
     original = as_array(maps["original"][0])
-    for top, block in zip(range(0, 2 * len(blocks), 2), blocks, strict=True):
+    for row, block in enumerate(blocks):
         low, high = np.percentile(original[:, block], (2, 98), axis=0)
         scale = (low, np.maximum(high - low, 1e-12))
-        ax = figure.add_subplot(cells[top, 0])
-        ax.set_title(f"components {block[0] + 1}–{block[-1] + 1}", loc="center")
-        ax.set_ylabel("original X")
+        ax = figure.add_subplot(cells[row, 0])
+        ax.set_ylabel(f"components {block[0] + 1}–{block[-1] + 1}")
         _colour_map(ax, original[:, block], scale, grid)
-        for row, name in ((top, "network"), (top + 1, "svd")):
-            for place, (values, r) in enumerate(zip(maps[name], ranks, strict=True), 1):
-                ax = figure.add_subplot(cells[row, place])
+        if row == 0:
+            ax.set_title("original X", loc="center")
+        for side, name in enumerate(methods):
+            label, colour = METHODS[name]
+            for i, (values, r) in enumerate(zip(maps[name], ranks, strict=True)):
+                ax = figure.add_subplot(cells[row, 1 + len(methods) * i + side])
                 _colour_map(ax, as_array(values)[:, block], scale, grid)
-                if row == top:
-                    ax.set_title(f"rank {r}", loc="center")
-                ax.set_xlabel(f"rel_error {rel_error[name][place - 1]:.4g}")
-                if place == 1:
-                    ax.set_ylabel(METHODS[name][0], color=METHODS[name][1])
+                if row == 0:
+                    ax.set_title(f"{label}, rank {r}", loc="center", color=colour)
+                if row == len(blocks) - 1:
+                    ax.set_xlabel(f"rel_error {rel_error[name][i]:.4g}")
     save(figure, path, info["title"], info["footer"])
 
 

@@ -87,24 +87,28 @@ def hashes(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
 
-@pytest.fixture(scope="session")
-def qwen(tmp_path_factory):
-    """A Qwen2.5-VL checkpoint as transformers saves it: T = 16 at 112 pixels, D = 64."""
+def save_qwen(folder: Path, width: int) -> Path:
+    """A small Qwen2.5-VL checkpoint with features of `width`, as transformers saves it."""
     torch.manual_seed(0)
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
-    vision |= {"out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 112}
-    text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    vision |= {"out_hidden_size": width, "fullatt_block_indexes": [1], "window_size": 112}
+    text = {"hidden_size": width, "intermediate_size": 64, "num_hidden_layers": 1}
+    text |= {"vocab_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6]}}
     model = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(vision_config=vision, text_config=text)
     )
     for parameter in model.model.visual.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
-    folder = tmp_path_factory.mktemp("checkpoint") / "small-qwen"
     model.save_pretrained(folder, max_shard_size="100KB")
     (folder / "preprocessor_config.json").write_text(json.dumps(QWEN_PREPROCESSOR))
     return folder
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    """A Qwen2.5-VL checkpoint: T = 16 at 112 pixels, D = 64."""
+    return save_qwen(tmp_path_factory.mktemp("checkpoint") / "small-qwen", width=64)
 
 
 def picture(seed: int, form: str = "PNG") -> bytes:

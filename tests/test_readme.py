@@ -1,0 +1,146 @@
+"""Both READMEs: their commands run, or parse, as typed; their flags and defaults are the parsers'.
+
+Blocks tagged ```bash test are run in their order in a folder that holds the programs, a data set
+under its published name, and a small checkpoint where the model hub's id leads; epochs are
+shortened by one flag. All others are parsed.
+"""
+
+import importlib
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import save_qwen
+
+import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "def get_args_parser" in p.read_text())
+SHARED = {"cache_dir", "results_dir", "device"}  # named once, above the table
+
+
+def blocks(path):
+    """(tag, commands) of each shell block, commands without comments, as lists of words."""
+    found = []
+    for tag, text in re.findall(
+        r"^```bash *(\w*)\n(.*?)^```", path.read_text("utf-8"), re.M | re.S
+    ):
+        lines = text.replace("\\\n", " ").splitlines()
+        words = [shlex.split(part, comments=True) for line in lines for part in line.split("&&")]
+        found.append((tag, [w for w in words if w]))
+    return found
+
+
+def flags_of(name):
+    """The flags of a script, without --help: name → argparse's action."""
+    actions = importlib.import_module(name).get_args_parser()._actions
+    return {a.option_strings[-1].removeprefix("--"): a for a in actions if a.dest != "help"}
+
+
+def parsed(command):
+    """(script, its arguments) of a command that a user types; fails where there is no such."""
+    words = [w for w in command if not re.fullmatch(r"[A-Z]+=.*", w)]
+    if words[0] == "./run_tests.sh":
+        assert (ROOT / words[0]).exists() and len(words) == 1
+        return None
+    if words[0] == "./train.sh":  # the flags are train_real_data.py's
+        words = ["python", "train_real_data.py", *words[1:]]
+    if words[0] == "torchrun":
+        assert words[1] == "--nproc_per_node" and words[2].isdigit()
+        words = ["python", *words[3:]]
+    assert words[0] == "python", words
+    if words[1] == "-c":
+        return None
+    name = words[1].removesuffix(".py")
+    if name.startswith("tests/"):
+        assert (ROOT / words[1]).exists()
+        return None
+    assert name in SCRIPTS, words
+    parser = importlib.import_module(name).get_args_parser()
+    return name, cli.parse(parser, words[2:])
+
+
+def test_both_readmes_have_the_same_commands():
+    english, chinese = map(blocks, READMES)
+    assert english == chinese
+    assert [tag for tag, _ in english].count("test") >= 2
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
+def test_every_command_of_a_readme_is_one_that_the_programs_accept(path):
+    used = set()
+    for _, commands in blocks(path):
+        for command in commands:
+            if found := parsed(command):
+                used.add(found[0])
+    assert used == set(SCRIPTS)
+
+
+def test_commands_in_running_text_name_files_and_flags_that_exist():
+    known = {f"--{name}" for script in SCRIPTS for name in flags_of(script)} | {"--help"}
+    for path in READMES:
+        text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S)
+        for code in re.findall(r"`([^`\n]+)`", text):
+            for word in code.split():
+                name = word.strip("():,")
+                if name.startswith("--"):
+                    assert name in known, f"{path.name}: {code}"
+                if re.fullmatch(r"(tests/)?[a-z_]+\.(py|sh)", name):
+                    assert (ROOT / name).exists(), f"{path.name}: {code}"
+        for target in re.findall(r"\]\(([^)#h][^)]*)\)", text):
+            assert (ROOT / target).exists(), f"{path.name}: {target}"
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
+def test_the_table_of_flags_has_every_flag_of_every_script_with_its_default(path):
+    rows = re.findall(r"^\| `(\w+)\.py` [^|]*\|[^|]*\|(.*)\|$", path.read_text("utf-8"), re.M)
+    assert sorted(name for name, _ in rows) == SCRIPTS
+    for name, cell in rows:
+        written = re.findall(r"`--(\w+)([^`]*)`", cell)
+        flags = flags_of(name)
+        # a script that makes a cache shares the name of its folder with those that read it
+        assert {flag for flag, _ in written} == set(flags) - SHARED, name
+        for flag, value in written:
+            default = flags[flag].default
+            if default is None or default is False:
+                assert not value, f"{name}: --{flag} has no default"
+            else:
+                # argparse's own conversion, so that 1e-4 is 0.0001
+                words = [f"--{flag}", *value.split()]
+                more = ["--metric", "m"] if name == "evaluate_task" and flag != "metric" else []
+                parser = importlib.import_module(name).get_args_parser()
+                given = getattr(parser.parse_args(words + more), flags[flag].dest)
+                assert given == default, f"{name}: --{flag} {value} is not {default}"
+
+
+def test_the_tagged_blocks_run_as_typed_one_after_another(tiny_data, tmp_path, monkeypatch, capsys):
+    for source in ROOT.glob("*.py"):
+        (tmp_path / source.name).symlink_to(source)
+    (tmp_path / "textVQA_groundingtask_bbox").symlink_to(tiny_data)
+    save_qwen(tmp_path / "Qwen" / "Qwen2.5-VL-3B-Instruct", width=160)
+    monkeypatch.chdir(tmp_path)
+    for tag, commands in blocks(READMES[0]):
+        for words in commands if tag == "test" else []:
+            assert words[0] == "python"
+            if words[1] == "-c":
+                exec(compile(words[2], "README.md", "exec"), {})
+                assert "torch.Size([2, 256, 160])" in capsys.readouterr().out
+                continue
+            name = words[1].removesuffix(".py")
+            shorter = ["--epochs", "1"] if name == "train_real_data" else []
+            script = importlib.import_module(name)
+            monkeypatch.setattr(sys, "argv", words[1:] + shorter)
+            with pytest.raises(SystemExit) as status:
+                cli.run(script.main, script.get_args_parser())
+            out, err = capsys.readouterr()
+            assert status.value.code == 0, f"{words}: {err}"
+            assert "wrote" in out or "--verify" in words
+    for made in (
+        "results/ResMLP/best_model.pt", "results/ResMLP/svd_nn_comparison.png",
+        "results/ResMLP/image_0_rank_comparison.png", "factors/ResMLP/manifest.json",
+        "results/ResMLP/report.html", "results/index.html",
+    ):  # fmt: skip
+        assert (tmp_path / made).stat().st_size > 100, made
