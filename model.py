@@ -9,13 +9,13 @@ A = U · gate, B = Uᵀ X / (1 + λ_B). `direct` factors: A and B are the branch
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from branches import Branch, ResidualBlock, ResidualBranch, SVDLinear, base_weight, linear
 from cli import UserError
 from subspace import NORM_FLOOR, columns_for, even_features, refine, start_shifts
 from svd_baseline import optimum
@@ -24,113 +24,11 @@ OPTIMUM_FLOOR = 1e-6  # of ‖X‖²: below it an image is exact, and its loss i
 ROW_GAIN = 1e-4  # what row_net starts with: more of it only blurs a new column sketch
 
 
-# ---------------------------------------------------------------------------------- branches
-
-
-class ResidualBlock(nn.Module):
-    """x + W₂ GELU(W₁ LN(x))."""
-
-    def __init__(self, width: int, hidden_dim: int, dropout: float) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.LayerNorm(width),
-            _linear(width, hidden_dim),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            _linear(hidden_dim, width),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
-class SVDLinear(nn.Module):
-    """AdaLoRA's triplet form (Zhang et al. 2023): y = (W + α/k · B diag(E) A) x + bias.
-
-    W [out, in] is trained too; lora_A [k, in], lora_E [k, 1] (starts at 0), lora_B [out, k].
-    """
-
-    def __init__(self, in_features: int, out_features: int, k: int = 8, alpha: float = 16) -> None:
-        super().__init__()
-        base = _linear(in_features, out_features)
-        self.weight_0, self.bias = base.weight, base.bias
-        self.scale = alpha / k
-        self.lora_A = nn.Parameter(torch.randn(k, in_features) / math.sqrt(in_features))
-        self.lora_E = nn.Parameter(torch.zeros(k, 1))
-        self.lora_B = nn.Parameter(torch.randn(out_features, k) / math.sqrt(out_features))
-
-    @property
-    def weight(self) -> Tensor:
-        """The merged weight [out, in]: one product for all tokens, O(out · in · k) to merge."""
-        return self.weight_0 + self.scale * self.lora_B @ (self.lora_E * self.lora_A)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def orthogonality(self) -> Tensor:
-        """Mean of ‖A Aᵀ − I‖_F and ‖BᵀB − I‖_F, a scalar (AdaLoRA, eq. 4)."""
-        eye = torch.eye(len(self.lora_A), dtype=self.lora_A.dtype, device=self.lora_A.device)
-        gaps = self.lora_A @ self.lora_A.mT - eye, self.lora_B.mT @ self.lora_B - eye
-        return torch.stack([torch.linalg.matrix_norm(gap) for gap in gaps]).mean()
-
-
-class Branch(nn.Module):
-    """A body and a last linear layer, of which only the first `columns` outputs are computed."""
-
-    def __init__(self, body: nn.Sequential, head: nn.Linear | SVDLinear) -> None:
-        super().__init__()
-        self.body, self.head = body, head
-
-    @property
-    def output(self) -> nn.Linear | SVDLinear:
-        """The layer that sets the output's scale in a new branch."""
-        return self.head
-
-    def forward(self, x: Tensor, columns: int) -> Tensor:
-        hidden = self.body(x)
-        return F.linear(hidden, self.head.weight[:columns], self.head.bias[:columns])
-
-
-class ResidualBranch(nn.Module):
-    """A linear layer, plus residual blocks and a linear layer after them.
-
-    The last layer starts at zero: a new branch is linear. Without blocks it stays so.
-    """
-
-    def __init__(self, skip: nn.Linear, body: nn.Sequential) -> None:
-        super().__init__()
-        self.skip, self.body = skip, body
-        if len(body):
-            self.head = nn.Linear(skip.in_features, skip.out_features, bias=False)
-            nn.init.zeros_(self.head.weight)
-
-    @property
-    def output(self) -> nn.Linear:
-        """The layer that sets the output's scale in a new branch."""
-        return self.skip
-
-    def forward(self, x: Tensor, columns: int) -> Tensor:
-        linear = F.linear(x, self.skip.weight[:columns], self.skip.bias[:columns])
-        if not len(self.body):
-            return linear
-        return linear + F.linear(self.body(x), self.head.weight[:columns])
-
-
-def _linear(in_features: int, out_features: int) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features)
-    nn.init.normal_(layer.weight, std=in_features**-0.5)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 def activation_orth_regu_A(a: Tensor) -> Tensor:
     """‖ÂᵀÂ − I‖_F² / c², mean over images, scalar; Â is a [b, T, c] with columns of unit norm."""
     unit = F.normalize(a, dim=-2, eps=NORM_FLOOR)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     return (unit.mT @ unit - eye).square().mean()
-
-
-# ------------------------------------------------------------------------------------ models
 
 
 class LossTerms(NamedTuple):
@@ -207,7 +105,7 @@ class LowRankFactorModel(nn.Module):
         if factors == "direct":
             with torch.no_grad():  # A·B starts at the scale of X, and not r times above it
                 for branch in (self.row_net, self.col_net):
-                    _base_weight(branch.output).mul_(rank**-0.25)
+                    base_weight(branch.output).mul_(rank**-0.25)
 
     # a checkpoint stores this; `get_model_by_name(**config)` builds the same model
     @property
@@ -368,14 +266,14 @@ class LowRankProjSymmetric(LowRankFactorModel):
             ResidualBlock(in_features, self.hidden_dim, self.dropout)
             for _ in range(self.num_blocks)
         ]
-        return ResidualBranch(_linear(in_features, out_features), nn.Sequential(*blocks))
+        return ResidualBranch(linear(in_features, out_features), nn.Sequential(*blocks))
 
 
 class LowRankProjMLP(LowRankFactorModel):
     """MLP: plain stacks of Linear with GELU between, two hidden layers."""
 
     hidden_layers = 2
-    layer = staticmethod(_linear)
+    layer = staticmethod(linear)
 
     def make_branch(self, in_features: int, out_features: int) -> Branch:
         widths = [in_features] + [self.hidden_dim] * self.num_blocks
@@ -476,10 +374,6 @@ def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _norm(y: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(y, keepdim=True).clamp_min(NORM_FLOOR)
-
-
-def _base_weight(layer: nn.Linear | SVDLinear) -> Tensor:
-    return layer.weight_0 if isinstance(layer, SVDLinear) else layer.weight
 
 
 def _check_shape(

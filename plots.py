@@ -88,10 +88,17 @@ def training_curves(path: str | Path, history: list[dict], best_epoch: int, foot
         title = (
             f"Validation mse {columns['val_mse'][best]:.3g}; the optimum is too small for a ratio"
         )
+    elif untrained and best == 0:
+        title = (
+            f"No epoch of {epochs[-1]} is better than the untrained model, {percent(excess[0])} "
+        )
+        title += "above the SVD's error"
     elif untrained and history[0]["effective_rank"] == history[best]["effective_rank"]:
         title += f" of {epochs[-1]}; untrained {percent(excess[0])}"
     # at other ranks the optimum is another one: the best epoch is not the lowest point there
     mark = "best" if np.ptp(ranks) == 0 else f"best at rank {ranks[best]:.0f}:"
+    if untrained and best == 0:
+        mark = f"untrained, {mark}"
     _excess_panel(above, epochs, excess, best, untrained, mark)
     for ax in axes:
         if ax.lines:
@@ -117,7 +124,7 @@ def _excess_panel(
         log_scale(ax)
     paper = {"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1}  # readable on a curve
     style = {"textcoords": "offset points", "color": NETWORK, "bbox": paper}
-    if untrained:
+    if untrained and best > 0:
         ax.plot(epochs[0], excess[0], "o", ms=9, mfc="white", mec=NETWORK, mew=1.8)
         ax.annotate(f"untrained {percent(excess[0])}", (epochs[0], excess[0]), (10, 8), **style)
     ax.plot(epochs[best], excess[best], "o", ms=8, color=NETWORK)

@@ -12,9 +12,9 @@ import feature_cache
 from checkpoint import cache_identity
 from cli import UserError
 from encoders import DemoEncoder
+from epoch_order import EpochSampler
 from feature_cache import FeatureCacheWriter
 from qwenvl_dataloader import (
-    EpochSampler,
     RealQwenVLDataset,
     box_in_view,
     create_data_loaders_real,

@@ -21,7 +21,8 @@ import extract_features
 import factorize
 import train_real_data
 from checkpoint import load_checkpoint
-from qwenvl_dataloader import EpochSampler, RealQwenVLDataset, create_data_loaders_real
+from epoch_order import EpochSampler
+from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 from subspace import even_features
 from svd_baseline import evaluate, gram_eigh
 from training_state import own_batch_size

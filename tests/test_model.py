@@ -3,10 +3,10 @@ import itertools
 import pytest
 import torch
 
+from branches import SVDLinear
 from cli import UserError
 from model import (
     ARCHITECTURES,
-    SVDLinear,
     activation_orth_regu_A,
     canonical_arch,
     get_model_by_name,

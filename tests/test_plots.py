@@ -257,6 +257,14 @@ def test_training_title_names_the_best_epoch_and_the_untrained_start(tmp_path, d
     assert {"untrained 0.06 %", "best 0.0123 %"} <= set(texts(drawn[0]))
 
 
+def test_where_no_epoch_is_better_than_the_untrained_start_the_title_says_so(tmp_path, drawn):
+    plots.training_curves(tmp_path / "t.png", history(8), 0, FOOTER)
+    assert title(drawn[0]) == (
+        "No epoch of 8 is better than the untrained model, 0.06 % above the SVD's error"
+    )
+    assert "untrained, best 0.06 %" in texts(drawn[0])
+
+
 def test_an_untrained_start_at_another_rank_is_not_compared(tmp_path, drawn):
     entries = history(6)
     for entry in entries[:4]:

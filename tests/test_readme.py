@@ -96,7 +96,7 @@ def test_commands_in_running_text_name_files_and_flags_that_exist():
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
 def test_the_table_of_flags_has_every_flag_of_every_script_with_its_default(path):
-    rows = re.findall(r"^\| `(\w+)\.py` [^|]*\|[^|]*\|(.*)\|$", path.read_text("utf-8"), re.M)
+    rows = re.findall(r"^\| `(\w+)\.py`[^|]*\|[^|]*\|(.*)\|$", path.read_text("utf-8"), re.M)
     assert sorted(name for name, _ in rows) == SCRIPTS
     for name, cell in rows:
         written = re.findall(r"`--(\w+)([^`]*)`", cell)

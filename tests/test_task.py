@@ -1,4 +1,4 @@
-"""Heads, the task's metric, and what a factorisation in it keeps of the head's output."""
+"""The saliency head, the metric of a task, and what factorisations keep of a head's output."""
 
 from __future__ import annotations
 
@@ -6,26 +6,15 @@ import json
 import re
 import shutil
 
-import numpy as np
 import onnx
 import onnxruntime
-import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import QWEN_PREPROCESSOR
 from test_encoders import photograph, random_image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
 
 import cli
 import encoders
 import estimate_metric
-import extract_features
-import language_model
 import task_heads
 import task_metric
 import train_real_data
@@ -121,146 +110,6 @@ def test_the_saliency_head_refuses_tokens_of_another_encoder(cache_copy):
 def test_an_unknown_head_is_refused_with_the_list(dataset):
     with pytest.raises(UserError, match="--head depth is unknown: type one of saliency, qwen"):
         task_heads.load_head("depth", dataset, device="cpu")
-
-
-# ------------------------------------------------------------------------------------- qwen-answer
-
-
-@pytest.fixture(scope="module")
-def small_qwen(tiny_data, tmp_path_factory):
-    """Folder of a whole small checkpoint in the real layout: T = 16 at 112 pixels, D = 64."""
-    folder = tmp_path_factory.mktemp("qwen_head") / "small-qwen"
-    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"]
-    words = "system You are a helpful assistant . user Answer the question using single word or"
-    (path,) = (tiny_data / "data").glob("*.parquet")
-    rows = pq.read_table(path, columns=["question", "answer"]).to_pylist()
-    texts = [words] + [row["question"] for row in rows] + [a for r in rows for a in r["answer"]]
-    split = pre_tokenizers.Whitespace()
-    known = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
-    known = dict.fromkeys(special + ["[UNK]", "phrase", "assistant", *known])
-    vocabulary = {word: i for i, word in enumerate(known)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    core.pre_tokenizer = split
-    core.add_special_tokens(special)
-    torch.manual_seed(0)
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
-    vision |= {"out_hidden_size": 64, "fullatt_block_indexes": [1], "window_size": 112}
-    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    text |= {"vocab_size": len(vocabulary), "num_attention_heads": 4, "num_key_value_heads": 2}
-    text |= {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
-    ids = {"image_token_id": 3, "vision_start_token_id": 2, "vision_end_token_id": 4}
-    config = Qwen2_5_VLConfig(vision_config=vision, text_config=text, **ids)
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    for parameter in model.parameters():  # fresh weights are so small that every answer is alike
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(QWEN_PREPROCESSOR))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def qwen_cache(small_qwen, tiny_data, tmp_path_factory):
-    cache = tmp_path_factory.mktemp("qwen_cache") / "cache"
-    argv = ["--model", small_qwen, "--dataset_dir", tiny_data, "--cache_dir", cache]
-    argv += ["--image_size", "112"]
-    extract_features.main(cli.parse(extract_features.get_args_parser(), [str(a) for a in argv]))
-    return cache
-
-
-@pytest.fixture(scope="module")
-def qwen_head(small_qwen, qwen_cache):
-    dataset = RealQwenVLDataset(qwen_cache)
-    return task_heads.load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
-
-
-def test_with_unchanged_tokens_the_answers_logits_are_the_whole_qwens_bit_for_bit(
-    qwen_head, small_qwen, tiny_data
-):
-    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(small_qwen).eval()
-    encoder = encoders.load_encoder(str(small_qwen), device="cpu", image_size=112)
-    pixels = encoder.preprocess(photograph())
-    tokens = encoder.encode(pixels[None])
-    row = 1
-    answer = qwen_head.reference_answer(row)
-    text = qwen_head.prompt(row) + answer + "<|im_end|>"
-    ids = qwen_head.tokenizer(text, return_tensors="pt")["input_ids"]
-    wanted = len(qwen_head.tokenizer(answer + "<|im_end|>")["input_ids"])
-    with torch.no_grad():
-        expected = whole(
-            input_ids=ids[:, :-1],
-            pixel_values=pixels,
-            image_grid_thw=torch.tensor([[1, 8, 8]]),
-            mm_token_type_ids=(ids[:, :-1] == 3).int(),
-            logits_to_keep=wanted,
-        ).logits
-    logits = qwen_head.outputs(tokens, torch.tensor([row]))
-    assert logits.shape == (1, wanted, len(qwen_head.tokenizer))
-    assert torch.equal(logits, expected)
-    assert not torch.equal(qwen_head.outputs(tokens.flip(1), torch.tensor([row])), expected)
-
-
-def test_the_greedy_answer_is_the_argmax_of_one_forward_after_another(qwen_head, qwen_cache):
-    dataset, row = RealQwenVLDataset(qwen_cache), 4
-    tokens = dataset[[row]].float()
-    ids, end = qwen_head._ids(qwen_head.prompt(row)), qwen_head._ids("<|im_end|>")
-    new = []
-    for _ in range(4):
-        logits = qwen_head.model(**qwen_head._inputs(ids, tokens[0])).logits[0, -1]
-        ids = torch.cat([ids, logits.argmax()[None]])
-        new.append(int(ids[-1]))
-        if new[-1] == end:
-            break
-    expected = qwen_head.tokenizer.decode(new, skip_special_tokens=True).strip()
-    assert qwen_head.generate(tokens, torch.tensor([row]), max_new_tokens=4) == [expected]
-
-
-def test_kl_and_agreement_of_the_answer_ignore_the_padding_of_shorter_answers(
-    qwen_head, qwen_cache
-):
-    dataset = RealQwenVLDataset(qwen_cache)
-    tokens = dataset[[0, 1, 2]].float()
-    rows = torch.tensor([0, 1, 2])
-    full = qwen_head.outputs(tokens, rows)
-    changed = qwen_head.outputs(tokens + 0.5 * torch.randn_like(tokens), rows)
-    together = qwen_head.loss(changed, full)
-    for i in range(3):
-        length = int((full[i] != 0).any(-1).sum())
-        p, q = full[i, :length].softmax(-1), changed[i, :length].softmax(-1)
-        by_hand = (p * (p / q).log()).sum() / length
-        assert float(together[i]) == pytest.approx(float(by_hand), rel=1e-3)
-    assert qwen_head.loss(full, full).abs().max() < 1e-6
-    assert qwen_head.agreement(full, full).tolist() == [1, 1, 1]
-
-
-def test_gradients_reach_the_tokens_through_the_frozen_language_model(qwen_head, qwen_cache):
-    tokens = RealQwenVLDataset(qwen_cache)[[0]].float().requires_grad_()
-    rows = torch.tensor([0])
-    with torch.no_grad():
-        full = qwen_head.outputs(tokens.flip(1), rows)
-    qwen_head.loss(qwen_head.outputs(tokens, rows), full).sum().backward()
-    assert tokens.grad.isfinite().all() and (tokens.grad.norm(dim=-1) > 0).all()
-    assert all(p.grad is None for p in qwen_head.model.parameters())
-
-
-def test_the_language_model_refuses_tokens_of_another_width(small_qwen, dataset):
-    with pytest.raises(UserError, match="reads tokens of 64 features.*tokens of 1536"):
-        task_heads.load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
-
-
-def test_a_checkpoint_without_its_language_model_is_refused_in_one_line(qwen_cache, tmp_path):
-    with pytest.raises(UserError, match="no-such-model") as refused:
-        dataset = RealQwenVLDataset(qwen_cache)
-        task_heads.load_head("qwen-answer", dataset, device="cpu", model="/no-such-model")
-    assert "\n" not in str(refused.value)
-
-
-def test_vqa_accuracy_counts_people_who_gave_the_answer():
-    ten = ["stop"] * 2 + ["Stop!"] + ["halt"] + ["go"] * 6
-    assert language_model.vqa_accuracy("stop.", ten) == 1
-    assert language_model.vqa_accuracy("halt", ten) == pytest.approx(1 / 3)
-    assert language_model.vqa_accuracy("halt", ["halt"]) == 1
-    assert np.isnan(language_model.vqa_accuracy("halt", []))
 
 
 # ------------------------------------------------------------------------------------------ metric
@@ -492,23 +341,6 @@ def test_evaluate_task_writes_every_method_with_intervals_and_a_figure(
     assert dropped["bytes"] <= found["4"]["bytes"]
     assert results["rank_per_image"]["bounds"]["0.3"]["rank"]["mean"] >= 1
     assert (tmp_path / "ResMLP" / "task_sweep.png").stat().st_size > 20_000
-
-
-def test_every_step_runs_end_to_end_on_qwens_own_head(small_qwen, qwen_cache, script, tmp_path):
-    options = ["--cache_dir", qwen_cache, "--head", "qwen-answer", "--head_model", small_qwen]
-    path = tmp_path / "qwen.safetensors"
-    done = script("estimate_metric.py", *options, "--probes", 1, "--out", path)
-    assert done.returncode == 0, done.stderr
-    done = script(
-        "evaluate_task.py", *options, "--metric", path, "--ranks", 2, 4, "--head_steps", 1,
-        "--answers", "--results_dir", tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())
-    assert results["head"] == "qwen-answer"
-    for rank in ("2", "4"):
-        found = results["methods"]["svd_in_metric"][rank]
-        assert 0 <= found["vqa_accuracy"]["mean"] <= 1 and found["task_loss"]["mean"] >= 0
 
 
 def test_answers_of_a_head_that_gives_none_are_refused(metric_file, tiny_cache, script):
