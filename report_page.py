@@ -16,7 +16,8 @@ from html_page import Html, figure, link, page, paragraph, preformatted, section
 from svd_baseline import percent_text
 
 LOG_LINES = 40
-COMPARISON, IMAGES, TRAINING = "Network against the SVD", "Single images", "Training"
+COMPARISON, TASK = "Network against the SVD", "What a task makes of it"
+IMAGES, TRAINING = "Single images", "Training"
 FIGURES = {  # pattern of the file: its section and its caption; shown in this order
     "svd_nn_comparison.png": (COMPARISON, "Error of each test image against the SVD's, excess of "
                               "every method, singular values, error in the answer's box."),
@@ -27,8 +28,10 @@ FIGURES = {  # pattern of the file: its section and its caption; shown in this o
     "error_heatmap.png": (COMPARISON, "Mean error of each token of the grid over the test images."),
     "B_row_norm_hist.png": (COMPARISON, "Row norms of B beside the singular values of the same "
                             "test images."),
+    "task_sweep.png": (TASK, "Task error over stored bytes, what it is below the plain SVD's, and "
+                       "its prediction without the head."),
     "image_*_rank_comparison.png": (IMAGES, "What rank keeps: principal components of X as colours "
-                                    "at rising ranks; below, three that the lowest rank loses."),
+                                    "in each row three; grey where a rank has lost them."),
     "image_*_spatial_error_comparison.png": (IMAGES, "Where on the photograph the error lies."),
     "image_*_spatial_channel_comparison.png": (IMAGES, "Single channels: original, network, SVD "
                                                "and their differences."),
@@ -68,6 +71,7 @@ def run_page(folder: Path, log_dir: Path) -> str:
         section("Numbers", _test_table(test), _comparison_table(comparison)),
         section(COMPARISON, *figures[COMPARISON], _box_table(comparison.get("box") or {}),
                 _rank_per_image_table(comparison.get("rank_per_image") or {})),
+        section(TASK, _task_table(_json(folder / "task_sweep.json")), *figures[TASK]),
         section(IMAGES, _image_table(folder), *figures[IMAGES]),
         section(TRAINING, *figures[TRAINING], _epoch_table(folder)),
         section("Speed", *_benchmark_parts(folder)),
@@ -92,7 +96,7 @@ def index_page(results_dir: Path, folders: list[Path], rows: list[dict]) -> str:
             excess = [percent_text(row[key]) for key in ("excess_mean", "excess_p90")]
             cells[-1] += [row["factors"], _text(row["effective_rank"]), _error(row["rel_error"]),
                           _error(row["optimum"]), *excess, f"{row['samples_per_s']:.1f}",
-                          f"{row['best_epoch']} of {row['epochs']}"]  # fmt: skip
+                          _epochs(row)]  # fmt: skip
         else:
             rank = test.get("effective_rank")
             metrics = (test.get("ranks") or {}).get(str(rank), {})
@@ -139,7 +143,7 @@ def _json(path: Path) -> dict | list:
 
 def _figures(folder: Path) -> dict[str, list[str]]:
     """Section → its figures, in the order of FIGURES."""
-    found: dict[str, list[str]] = {COMPARISON: [], IMAGES: [], TRAINING: []}
+    found: dict[str, list[str]] = {COMPARISON: [], TASK: [], IMAGES: [], TRAINING: []}
     for pattern, (where, caption) in FIGURES.items():
         paths = [path for path in folder.glob("*.png") if fnmatch(path.name, pattern)]
         for path in sorted(paths, key=_image_number):
@@ -177,7 +181,10 @@ def _excess(metrics: dict) -> list[str]:
 
 
 def _epochs(test: dict) -> str:
-    return f"{test['best_epoch']} of {test['epochs']}" if "best_epoch" in test else ""
+    """Which epoch is the best; 0 is the untrained model."""
+    if "best_epoch" not in test:
+        return ""
+    return f"{test['best_epoch'] or '0 (untrained)'} of {test['epochs']}"
 
 
 def _finding(comparison: dict) -> str:
@@ -238,7 +245,7 @@ def _box_table(box: dict) -> str:
         difference = box[name]["inside_minus_outside"]
         interval = difference.get("interval_95")
         rows.append([name, *(_error(box[name][part]["mean"]) for part in ("inside", "outside")),
-                     _text(difference["mean"]),
+                     f"{difference['mean']:.2g}",
                      " to ".join(f"{v:.2g}" for v in interval) if interval else ""])  # fmt: skip
     header = ["method", "in the box", "outside", "inside − outside", "95 % interval"]
     return paragraph(words) + table(header, rows)
@@ -258,6 +265,27 @@ def _rank_per_image_table(budget: dict) -> str:
     words = f"Ranks per image (--{budget['mode']} {budget[budget['mode']]:g})."
     header = ["method", "ranks", "values stored", "rel_error mean", "p90", "max"]
     return paragraph(words) + table(header, rows, text=(0, 1))
+
+
+def _task_table(sweep: dict) -> str:
+    """Mean task error of every method, and by how many per cent it is below the plain SVD's."""
+    if not sweep:
+        return ""
+    methods = {n: m for n, m in sweep["methods"].items() if n != "token_averaging"}
+    ranks = list(methods["svd"])
+    rows = []
+    for name, entries in methods.items():
+        cells = []
+        for entry in (entries.get(rank) for rank in ranks):
+            gain = entry["gain_pct"]["mean"] if entry and "gain_pct" in entry else None
+            below = "" if gain is None else f" ({gain:.0f} %)"
+            cells.append(f"{entry['task_error']['mean']:.4f}{below}" if entry else "–")
+        rows.append([name.replace("_", " "), *cells])
+    words = (
+        f"Task error of the head {sweep['head']} on {sweep['n_images']} {sweep['split']} images, "
+        "and in brackets by how much it is below the plain SVD's."
+    )
+    return paragraph(words) + table(["method", *(f"rank {r}" for r in ranks)], rows)
 
 
 def _image_table(folder: Path) -> str:

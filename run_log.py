@@ -105,7 +105,8 @@ def epoch_line(record: dict, run: TrainState) -> str:
 
 def report(run: TrainState, results: dict, folder: Path, log: RunLog, seconds: float) -> None:
     """The closing lines, and final_summary.json."""
-    log(f"best epoch {run.best_epoch} of {run.epoch - 1}; on {results['n_images']} test images:")
+    best = f"best epoch {run.best_epoch or '0 (the untrained model)'} of {run.epoch - 1}"
+    log(f"{best}; on {results['n_images']} test images:")
     for rank, metrics in results["ranks"].items():
         error, excess = metrics["rel_error"], metrics["excess_pct"]
         log(

@@ -16,7 +16,7 @@ import report_page
 HOSTILE = '<script>alert("x")</script><img src="http://example.org/x.png">&\'"'
 FIGURES = ["svd_nn_comparison.png", "rank_sweep.png", "error_heatmap.png", "loss_curves.png",
            "train_val_loss_comparison.png", "image_10_rank_comparison.png",
-           "image_9_rank_comparison.png"]  # fmt: skip
+           "image_9_rank_comparison.png", "task_sweep.png"]  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -80,6 +80,11 @@ def results(tmp_path):
     write(folder / "test_results.json", test)
     epochs = [{"epoch": n, "train_loss": 1.5, "val_mse": 0.1, "samples_per_s": 7.0} for n in (1, 2)]
     write(folder / "history.json", epochs)
+    tasks = {"svd": {"4": {"task_error": {"mean": 0.5}}},
+             "svd_in_metric": {"4": {"task_error": {"mean": 0.25}, "gain_pct": {"mean": 50.0}}},
+             "token_averaging": {"2": {"task_error": {"mean": 0.75}}}}  # fmt: skip
+    write(folder / "task_sweep.json",
+          {"head": "saliency", "n_images": 6, "split": "test", "methods": tasks})  # fmt: skip
     write(folder / "image_9_comparison_results.json",
           {"image_idx": 9, "split": "val", "rank": 4, "question": HOSTILE, "answers": [HOSTILE],
            "network": {"rel_error": 0.3, "excess_pct": None},
@@ -120,7 +125,8 @@ def test_a_runs_page_shows_the_numbers_of_its_files_and_demo_first(results):
     page = Page(run_page(results))
     body = page.words[page.words.index(next(w for w in page.words if w.startswith("DEMO data"))) :]
     assert body[1] == "ResMLP, rank 4" and page.words[0].startswith("DEMO – ResMLP")
-    for cell in ("1.2500 %", "0.19000", "99.5000 %", "0.01230", "0.04560", "1.2345", "2.13.0"):
+    for cell in ("1.2500 %", "0.19000", "99.5000 %", "0.01230", "0.04560", "1.2345", "2.13.0",
+                 "0.2500 (50 %)"):  # fmt: skip
         assert cell in page.words
     text = " ".join(page.words)
     assert "1.2500 % above the SVD's" in text and "interval of the mean 1.0000 to 1.5000 %" in text
