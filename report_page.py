@@ -278,7 +278,7 @@ def _task_table(sweep: dict) -> str:
         cells = []
         for entry in (entries.get(rank) for rank in ranks):
             gain = entry["gain_pct"]["mean"] if entry and "gain_pct" in entry else None
-            below = "" if gain is None else f" ({gain:.0f} %)"
+            below = "" if gain is None else f" ({round(gain)} %)"
             cells.append(f"{entry['task_error']['mean']:.4f}{below}" if entry else "–")
         rows.append([name.replace("_", " "), *cells])
     words = (

@@ -1,6 +1,6 @@
 """Inject faults into the real scripts and count what is lost. Run by hand, prints a table:
 
-    python tests/faults.py                               # every kind, some 20 minutes
+    python tests/faults.py                               # every kind, some 5 minutes
     python tests/faults.py kill_train --count 50 --seed 1
 
 kill_train, kill_extract, kill_factorize: killing.py, kill_cases.py; corrupt: damage.py; disk:
