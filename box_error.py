@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qwenvl_dataloader import RealQwenVLDataset, box_in_view
 from svd_baseline import bootstrap_interval, summarise
 
 PARTS = ("inside", "outside")
@@ -33,6 +34,13 @@ def tokens_in_box(box: Box | None, grid: tuple[int, int]) -> Tensor:
     x, y, w, h = box
     across, down = _cells(x, w, columns), _cells(y, h, rows)
     return (down[:, None] & across[None, :]).flatten()
+
+
+def tokens_in_boxes(dataset: RealQwenVLDataset, rows: list[int]) -> Tensor:
+    """`tokens_in_box` of the answers' boxes of these rows of the cache, [n, T] bool."""
+    resize = dataset.manifest["resize"]
+    boxes = [box_in_view(dataset.image_record(row), resize) for row in rows]
+    return torch.stack([tokens_in_box(box, dataset.grid) for box in boxes])
 
 
 def _cells(start: float, length: float, count: int) -> Tensor:

@@ -21,11 +21,11 @@ from torch import Tensor
 import cli
 import comparison_plots
 import progress
-from box_error import PARTS, box_report, part_errors, tokens_in_box
+from box_error import PARTS, box_report, part_errors, tokens_in_boxes
 from checkpoint import evaluated_rank, open_trained
 from files import with_content_hash, write_json
 from model import LowRankFactorModel
-from qwenvl_dataloader import Loaders, box_in_view, create_data_loaders_real
+from qwenvl_dataloader import Loaders, create_data_loaders_real
 from rank_budget import (
     against_fixed_rank,
     error_curve,
@@ -175,11 +175,10 @@ def error_by_box(
     Returns: the JSON's entry, and method → `box_error.part_errors`, or None where there is no box.
     """
     dataset, rows = loaders.test.dataset, loaders.test.sampler.rows.tolist()
-    records = [dataset.image_record(row) for row in rows]
-    boxes = [box_in_view(record, dataset.manifest["resize"]) for record in records]
-    inside = torch.stack([tokens_in_box(box, dataset.grid) for box in boxes])  # [n, T]
+    inside = tokens_in_boxes(dataset, rows)  # [n, T]
     kept = inside.any(1) & ~inside.all(1)
-    groups = [record["group"] for record, keep in zip(records, kept.tolist(), strict=True) if keep]
+    groups = dataset.rows["group"].take(rows).to_pylist()
+    groups = [group for group, keep in zip(groups, kept.tolist(), strict=True) if keep]
     left_out = len(rows) - len(groups)
     if not groups:
         return box_report({}, inside, groups, rank, left_out), None

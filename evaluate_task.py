@@ -23,6 +23,7 @@ from torch import Tensor
 import cli
 import progress
 import task_plots
+from box_error import part_errors, tokens_in_boxes
 from checkpoint import load_model
 from cli import UserError
 from files import write_json
@@ -52,6 +53,7 @@ POOLED = (2, 4, 8)  # sides of the blocks that token averaging is shown at
 
 # (batch, rank, output of the full tokens) → A, B
 Method = Callable[[Batch, int, Tensor], Factors]
+Score = Callable[[Tensor, Tensor], Tensor]  # (raw tokens [b, T, D], rows [b]) → [b]
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -85,6 +87,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                              "must cover")  # fmt: skip
     task.add_argument("--answers", action="store_true",
                         help="also generate the answers and score them (qwen-answer)")  # fmt: skip
+    task.add_argument("--boxes", action="store_true",
+                        help="also ask where the answer stands, and score the overlap with the "
+                             "row's box (qwen-answer)")  # fmt: skip
     task.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
     cli.add_evaluation_flags(parser, metric=False)
     return parser
@@ -104,14 +109,21 @@ def main(args: argparse.Namespace) -> None:
     networks = load_networks(args, device, dataset)
     head = load_head(args.head, dataset, device=device, model=args.head_model)
     check_head(metric, head)
-    if args.answers and not hasattr(head, "answer_scores"):
-        raise UserError(f"--answers: --head {head.name} generates none, leave it away")
+    scores = {}  # what is generated, and how it is scored
+    for flag, name, score in (
+        ("answers", "vqa_accuracy", "answer_scores"),
+        ("boxes", "box_overlap", "box_scores"),
+    ):
+        if getattr(args, flag):
+            if not hasattr(head, score):
+                raise UserError(f"--{flag}: --head {head.name} generates none, leave it away")
+            scores[name] = getattr(head, score)
     loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
     footer = f"{dataset.label}; head {head.name}, {loaders.test.num_images} test images"
     print(footer)
 
     methods = factor_methods(networks, metric, head, args.head_steps)
-    values = measure(methods, head, loaders.test, ranks, args.answers)
+    values = measure(methods, head, loaders.test, ranks, scores)
     values |= measure_fewer_tokens(head, loaders.test, ranks)
     groups = dataset.rows["group"].take(loaders.test.sampler.rows.tolist()).to_pylist()
     results = {
@@ -124,6 +136,7 @@ def main(args: argparse.Namespace) -> None:
         "n_groups": len(set(groups)),
         "data": dataset.label,
         "methods": summarise_methods(values, groups),
+        "full_tokens": score_full_tokens(scores, loaders.test),
         "rank_per_image": rank_per_image(head, metric, loaders.val, loaders.test, values, args),
     }
     folder = Path(args.results_dir) / arch
@@ -190,9 +203,9 @@ def refined(
 
 
 def judge(
-    head: TaskHead, batch: Batch, x_hat: Tensor, full: Tensor, answers: bool
+    head: TaskHead, batch: Batch, x_hat: Tensor, full: Tensor, scores: dict[str, Score]
 ) -> dict[str, Tensor]:
-    """What is measured of each image, each [b] float64."""
+    """What is measured of each image, each [b] float64; `scores` generate with raw tokens."""
     tokens = denormalise(x_hat, batch.mean, batch.std)
     outputs = head.outputs(tokens, batch.rows)
     found = {
@@ -200,8 +213,7 @@ def judge(
         "task_loss": head.loss(outputs, full).double(),
         "agreement": head.agreement(outputs, full).double(),
     }
-    if answers:
-        found["vqa_accuracy"] = head.answer_scores(tokens, batch.rows)
+    found |= {name: score(tokens, batch.rows) for name, score in scores.items()}
     return {name: value.cpu() for name, value in found.items()}
 
 
@@ -210,7 +222,7 @@ def measure(
     head: TaskHead,
     loader: BatchLoader,
     ranks: list[int],
-    answers: bool = False,
+    scores: dict[str, Score] | None = None,
 ) -> dict[str, dict[int, dict[str, Tensor]]]:
     """method → rank → measure → [n] float64, of every method at the ranks that it reaches."""
     pairs = [(n, r) for r in ranks for n, (_, most) in methods.items() if r <= (most or r)]
@@ -218,16 +230,29 @@ def measure(
     for batch in progress.images(loader, f"{len(pairs)} factorisations of each"):
         with torch.no_grad():
             full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
+            inside = tokens_in_boxes(loader.dataset, batch.rows.tolist())
             for name, rank in pairs:
                 a, b = methods[name][0](batch, rank, full)
-                found = judge(head, batch, a @ b, full, answers)
+                found = judge(head, batch, a @ b, full, scores or {})
                 found["rel_error"] = rel_error(batch.x, a, b).cpu()
+                found["rel_error_in_box"] = part_errors(batch.x, a, b, inside)["inside"]
                 parts[name, rank].append(found)
     values: dict[str, dict[int, dict[str, Tensor]]] = {name: {} for name in methods}
     values_per_rank = loader.dataset.num_tokens + loader.dataset.feature_dim
     for (name, rank), found in parts.items():
         values[name][rank] = joined(found) | {"stored": rank * values_per_rank}
     return values
+
+
+@torch.no_grad()
+def score_full_tokens(scores: dict[str, Score], loader: BatchLoader) -> dict[str, dict]:
+    """What every score is of the tokens as they are: no factorisation can be held to more."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in scores}
+    for batch in progress.images(loader, "full tokens") if scores else []:
+        tokens = denormalise(batch.x, batch.mean, batch.std)
+        for name, score in scores.items():
+            parts[name].append(score(tokens, batch.rows).cpu())
+    return {name: summarise(torch.cat(found)) for name, found in parts.items()}
 
 
 def measure_fewer_tokens(
@@ -245,7 +270,7 @@ def measure_fewer_tokens(
             made = {("token_dropping", r): drop_tokens(batch.x, k, grid) for r, k in keep.items()}
             made |= {("token_averaging", s): average_tokens(batch.x, s, grid) for s in sides}
             for key, x_hat in made.items():
-                parts.setdefault(key, []).append(judge(head, batch, x_hat, full, False))
+                parts.setdefault(key, []).append(judge(head, batch, x_hat, full, {}))
     values: dict[str, dict[int, dict]] = {"token_dropping": {}, "token_averaging": {}}
     for (name, size), found in parts.items():
         kept = keep[size] if name == "token_dropping" else tokens_kept(size, grid)
@@ -346,7 +371,7 @@ def errors_at(head: TaskHead, metric: TaskMetric, batch: Batch, ranks: Tensor) -
     kept = torch.arange(a.shape[-1]) < ranks[:, None]
     x_hat = (a * kept.to(a)[:, None, :]) @ b
     full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
-    return judge(head, batch, x_hat, full, False)["task_error"]
+    return judge(head, batch, x_hat, full, {})["task_error"]
 
 
 # --------------------------------------------------------------------------------------- results
@@ -368,6 +393,14 @@ def print_table(results: dict) -> None:
                      "{:.1f} [{:.1f}, {:.1f}]".format(g["mean"], *g["interval_95"])
                      for g in gains]  # fmt: skip
             print(f"{'':26}" + "".join(f"{cell:>19}" for cell in cells))
+    for score, full in results["full_tokens"].items():
+        whole = "no row has any" if full["mean"] is None else f"{full['mean']:.4f}"
+        print(f"{score}, mean; full tokens: {whole}")
+        for name, sizes in methods.items():
+            found = [sizes[r].get(score) if r in sizes else None for r in ranks]
+            if any(found):
+                cells = [f"{entry['mean']:.4f}" if entry else "-" for entry in found]
+                print(f"{name:26}" + "".join(f"{cell:>19}" for cell in cells))
     for side, entry in methods["token_averaging"].items():
         print(f"tokens averaged {side} × {side}: {entry['task_error']['mean']:.5f} at "
               f"{entry['bytes'] / 1e3:.0f} kB")  # fmt: skip

@@ -10,6 +10,7 @@ The tokens take the place of the image through the library's own input for encod
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -18,17 +19,25 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from box_error import Box
 from cli import UserError
 from encoders import checkpoint_weights_sha256, whole_checkpoint_folder
-from qwenvl_dataloader import RealQwenVLDataset
+from qwenvl_dataloader import RealQwenVLDataset, box_in_view
 from task_heads import TaskHead
 
-# Qwen2.5-VL's chat template for one image and one question, written out
+# Qwen2.5-VL's chat template for one image and one request, written out
 PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-    "<|vision_start|>{image}<|vision_end|>{question}\nAnswer the question using a single word or "
-    "phrase.<|im_end|>\n<|im_start|>assistant\n"
+    "<|vision_start|>{image}<|vision_end|>{request}<|im_end|>\n<|im_start|>assistant\n"
 )
+ANSWER = "{question}\nAnswer the question using a single word or phrase."
+# answered by [{"bbox_2d": [x1, y1, x2, y2], "label": …}], pixels of the image as the tower saw it
+LOCATE = (
+    "Locate the text in the image that answers this question: {question}\nOutput its bbox "
+    "coordinates in JSON format."
+)
+NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+BOX = re.compile(r"bbox_2d\W*\[" + ",".join([NUMBER] * 4) + r"\]")
 IMAGE, END = "<|image_pad|>", "<|im_end|>"
 
 
@@ -63,6 +72,8 @@ class QwenAnswerHead(TaskHead):
         merge = model.config.vision_config.spatial_merge_size
         rows, columns = dataset.grid
         self.grid_thw = torch.tensor([[1, rows * merge, columns * merge]], device=device)
+        patch = model.config.vision_config.patch_size
+        self.image_size = (columns * merge * patch, rows * merge * patch)  # width, height, pixels
 
     def outputs(self, tokens: Tensor, rows: Tensor) -> Tensor:
         found = []
@@ -89,8 +100,10 @@ class QwenAnswerHead(TaskHead):
         return (outputs.argmax(-1) == full.argmax(-1)).all(-1).float()
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, rows: Tensor, max_new_tokens: int = 16) -> list[str]:
-        """The greedy answers of the rows with raw tokens [b, T, D]."""
+    def generate(
+        self, tokens: Tensor, rows: Tensor, max_new_tokens: int = 16, request: str = ANSWER
+    ) -> list[str]:
+        """The greedy answers to the `request` of the rows with raw tokens [b, T, D]."""
         end = self._ids(END).item()
         # the checkpoint's own settings sample and punish repetition
         greedy = GenerationConfig(
@@ -98,7 +111,7 @@ class QwenAnswerHead(TaskHead):
         )
         answers = []
         for image, row in zip(tokens, rows.tolist(), strict=True):
-            prompt = self._ids(self.prompt(row))
+            prompt = self._ids(self.prompt(row, request))
             ids = self.model.generate(**self._inputs(prompt, image), generation_config=greedy)
             new = ids[0, len(prompt) :]
             answers.append(self.tokenizer.decode(new, skip_special_tokens=True).strip())
@@ -113,9 +126,23 @@ class QwenAnswerHead(TaskHead):
         ]
         return torch.tensor(scores, dtype=torch.float64)
 
-    def prompt(self, row: int) -> str:
-        question = self.dataset.image_record(row)["question"]
-        return PROMPT.format(image=IMAGE * self.dataset.num_tokens, question=question)
+    def box_scores(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Intersection over union of the generated box and the row's own, [b] float64.
+
+        0 where no box was generated; NaN where a row has none.
+        """
+        generated = self.generate(tokens, rows, max_new_tokens=64, request=LOCATE)
+        scores = []
+        for text, row in zip(generated, rows.tolist(), strict=True):
+            true = box_in_view(self.dataset.image_record(row), self.dataset.manifest["resize"])
+            found = box_in_text(text, *self.image_size)
+            overlap = float("nan") if true is None else 0.0
+            scores.append(box_overlap(found, true) if found and true else overlap)
+        return torch.tensor(scores, dtype=torch.float64)
+
+    def prompt(self, row: int, request: str = ANSWER) -> str:
+        request = request.format(question=self.dataset.image_record(row)["question"])
+        return PROMPT.format(image=IMAGE * self.dataset.num_tokens, request=request)
 
     def reference_answer(self, row: int) -> str | None:
         """The row's first answer; None where it has none."""
@@ -141,6 +168,25 @@ def vqa_accuracy(answer: str, answers: list[str] | None) -> float:
         return float("nan")
     same = sum(_plain(answer) == _plain(other) for other in answers)
     return min(1.0, same / min(3, len(answers)))
+
+
+def box_in_text(text: str, width: int, height: int) -> Box | None:
+    """The first bbox_2d of an answer, in fractions of an image of width × height pixels."""
+    match = BOX.search(text)
+    if match is None:
+        return None
+    x1, y1, x2, y2 = map(float, match.groups())
+    return x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height
+
+
+def box_overlap(one: Box, other: Box) -> float:
+    """Intersection over union of two boxes (x, y, w, h), 0 to 1; one without area overlaps none."""
+    sides, areas = [], [max(w, 0) * max(h, 0) for _, _, w, h in (one, other)]
+    for axis in (0, 1):
+        ends = min(box[axis] + box[axis + 2] for box in (one, other))
+        sides.append(max(0.0, ends - max(one[axis], other[axis])))
+    shared = sides[0] * sides[1]
+    return shared / (sum(areas) - shared) if min(areas) > 0 else 0.0
 
 
 def _plain(text: str) -> str:

@@ -164,6 +164,39 @@ def test_vqa_accuracy_counts_people_who_gave_the_answer():
     assert np.isnan(language_model.vqa_accuracy("halt", []))
 
 
+def test_boxes_are_read_from_qwens_json_and_scored_by_their_overlap():
+    text = 'Here it is:\n```json\n[\n\t{"bbox_2d": [112, 56, 224.0, 168], "label": "stop"}\n]\n```'
+    found = language_model.box_in_text(text, width=448, height=224)
+    assert found == (0.25, 0.25, 0.25, 0.5)
+    assert language_model.box_in_text("There is no text in the image.", 448, 448) is None
+    assert language_model.box_in_text('{"bbox_2d": [1, 2, 3]}', 448, 448) is None
+    overlap = language_model.box_overlap
+    assert overlap(found, found) == 1
+    assert overlap((0, 0, 1, 1), (0.5, 0, 1, 1)) == pytest.approx(1 / 3)
+    assert overlap((0, 0, 0.2, 0.2), (0.5, 0.5, 0.2, 0.2)) == 0
+    assert overlap((0.5, 0.5, -0.1, 0.2), (0, 0, 1, 1)) == 0  # corners the wrong way round
+
+
+def test_a_generated_box_is_held_against_the_rows_own_in_the_square_that_the_tower_saw(
+    qwen_head, qwen_cache, monkeypatch
+):
+    dataset = RealQwenVLDataset(qwen_cache)
+    record = dataset.image_record(2)
+    x, y, w, h = record["bbox"]
+    across, down = 112 / record["width"], 112 / record["height"]  # stretched to 112 × 112 pixels
+    corners = [x * across, y * down, (x + w) * across, (y + h) * down]
+    said = [json.dumps([{"bbox_2d": corners, "label": "sign"}]), "nowhere"]
+    asked = []
+
+    def generate(tokens, rows, max_new_tokens, request):
+        asked.append(request)
+        return said
+
+    monkeypatch.setattr(qwen_head, "generate", generate)
+    scores = qwen_head.box_scores(dataset[[2, 2]].float(), torch.tensor([2, 2]))
+    assert scores.tolist() == [pytest.approx(1), 0] and "bbox" in asked[0]
+
+
 def test_every_step_runs_end_to_end_on_qwens_own_head(small_qwen, qwen_cache, script, tmp_path):
     options = ["--cache_dir", qwen_cache, "--head", "qwen-answer", "--head_model", small_qwen]
     path = tmp_path / "qwen.safetensors"
@@ -171,7 +204,7 @@ def test_every_step_runs_end_to_end_on_qwens_own_head(small_qwen, qwen_cache, sc
     assert done.returncode == 0, done.stderr
     done = script(
         "evaluate_task.py", *options, "--metric", path, "--ranks", 2, 4, "--head_steps", 1,
-        "--answers", "--results_dir", tmp_path,
+        "--answers", "--boxes", "--results_dir", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())
@@ -179,3 +212,5 @@ def test_every_step_runs_end_to_end_on_qwens_own_head(small_qwen, qwen_cache, sc
     for rank in ("2", "4"):
         found = results["methods"]["svd_in_metric"][rank]
         assert 0 <= found["vqa_accuracy"]["mean"] <= 1 and found["task_loss"]["mean"] >= 0
+        assert 0 <= found["box_overlap"]["mean"] <= 1 and found["rel_error_in_box"]["mean"] > 0
+    assert set(results["full_tokens"]) == {"vqa_accuracy", "box_overlap"}
