@@ -16,7 +16,7 @@ import torch
 
 import cli
 from cli import UserError
-from files import atomic_path
+from files import atomic_path, first_difference
 from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import RealQwenVLDataset
 from task_model import build_model
@@ -142,9 +142,9 @@ def evaluated_rank(model: LowRankFactorModel, requested: int | None) -> int:
 
 
 def _check_cache(path: Path, trained: dict, now: dict, cache_dir: Path) -> None:
-    for key in now:
-        if trained[key] != now[key]:
-            raise UserError(
-                f"{path} was trained on a cache with {key} = {trained[key]}, --cache_dir "
-                f"{cache_dir} has {now[key]}: name the cache it was trained on, or train again"
-            )
+    if different := first_difference(trained, now):
+        key, before, here = different
+        raise UserError(
+            f"{path} was trained on a cache with {key} = {before}, --cache_dir {cache_dir} has "
+            f"{here}: name the cache it was trained on, or train again"
+        )

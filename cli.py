@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import math
 import os
@@ -101,6 +102,9 @@ class Parser(argparse.ArgumentParser):
         action = self._option_string_actions.get(lacking[1]) if lacking else None
         if action and isinstance(action.type, Number):
             message += f", {action.type.accepted}"
+        if unknown := re.match(r"unrecognized arguments: (--\w+)", message):
+            if near := difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.5):
+                message += f"; {near[0]} is one"
         self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n")
 
 
@@ -139,7 +143,8 @@ class Number:
     def accepted(self) -> str:
         """The range in words."""
         bounds = (("at least", self.at_least), ("above", self.above),
-                  ("at most", self.at_most), ("below", self.below))  # fmt: skip
+                  ("at most", self.at_most if self.at_most != LARGEST_INT else None),
+                  ("below", self.below))  # fmt: skip
         words = " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
         return f"{'a whole number' if self.kind is int else 'a number'} {words}".strip()
 

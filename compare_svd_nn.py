@@ -146,7 +146,10 @@ def main(args: argparse.Namespace) -> None:
     )
     print(f"wrote {folder}/{written}: look at svd_nn_comparison.png")
     again = cli.flags_again(args, "results_dir", "cache_dir")
-    print(f"next: python visualize_svd_nn.py --arch {results['arch']} --image_idx 0{again}")
+    excess = per_image[rank]["network"]["excess_pct"].nan_to_num(nan=-1.0)
+    worst = int(loaders.test.sampler.rows[excess.argmax()])
+    print("next, the test image with the largest excess: python visualize_svd_nn.py "
+          f"--arch {results['arch']} --image_idx {worst}{again}")  # fmt: skip
 
 
 def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, Method]:

@@ -347,7 +347,8 @@ def _reading(what: Path | str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f"{what}: {reason}: type the folder or hub id of a whole Qwen2.5-VL checkpoint, or demo"
+            f"{what}: {reason.rstrip('.')}: type the folder of a downloaded Qwen2.5-VL checkpoint, "
+            "or a hub id that can be reached"
         ) from error
 
 

@@ -142,10 +142,9 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.results_dir) / arch
     folder.mkdir(parents=True, exist_ok=True)
     print_table(results)
-    calibration = results["rank_per_image"].pop("curves")
     results["seconds"] = round(time.perf_counter() - started, 1)
     write_json(folder / "task_sweep.json", results)
-    task_plots.task_sweep(folder / "task_sweep.png", results, calibration, head.output, footer)
+    task_plots.task_sweep(folder / "task_sweep.png", results, head.output, footer)
     print(f"wrote {folder}/task_sweep.json and task_sweep.png")
 
 
@@ -361,7 +360,11 @@ def rank_per_image(
         "factor": factor,
         "confidence": args.confidence,
         "bounds": bounds,
-        "curves": {"predicted": curves[:, ranks], "measured": found, "ranks": ranks},
+        "calibration": {
+            "ranks": ranks,
+            "predicted": curves[:, ranks].tolist(),
+            "measured": found.tolist(),
+        },
     }
 
 

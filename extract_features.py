@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from itertools import dropwhile, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import safetensors
@@ -34,7 +35,7 @@ import distributed
 import progress
 from cli import UserError
 from encoders import VisionEncoder, load_encoder, resize_image
-from feature_cache import ROWS_PER_SHARD, FeatureCacheWriter
+from feature_cache import ROWS_PER_SHARD, FeatureCacheWriter, refuse_finished
 from image_sources import (
     ImageCell,
     ImageSource,
@@ -119,6 +120,9 @@ def encode_images(args: argparse.Namespace) -> list[dict]:
     rows = find_rows(args)
     check_enough("--dataset_dir", len(rows))
     device = cli.pick_device(args.device)
+    if not (args.overwrite or args.demo or Path(args.model).is_dir()):
+        # before gigabytes are fetched from a hub
+        refuse_finished(Path(args.cache_dir), but_of=args.model)
     encoder = load_encoder(
         DEMO_ENCODER if args.demo else args.model,
         device=device,

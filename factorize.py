@@ -46,7 +46,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         description="Write the factors A and B of every image of a feature cache.",
         epilog="examples:\n  python factorize.py --arch ResMLP --rank 64\n"
-        "  python factorize.py --arch ResMLP --target_error 0.05 --dtype int8\n"
+        "  python factorize.py --arch ResMLP --target_error 0.1 --dtype int8\n"
         "  torchrun --nproc_per_node 2 factorize.py --arch ResMLP   # two processes",
     )
     what = parser.add_argument_group("factors")

@@ -59,6 +59,21 @@ SKIPPED = b"skipped"  # {"row_id", "reason"} of the rows that are not
 _PART_SCHEMA = ROW_SCHEMA.append(pa.field("singular_values", pa.list_(pa.float64())))
 
 
+def refuse_finished(cache_dir: Path, but_of: str | None = None) -> None:
+    """Raises UserError where `cache_dir` holds a finished cache; but_of: not if of that encoder."""
+    path = cache_dir / "manifest.json"
+    if path.exists():
+        remedy = "replace it with --overwrite"
+        finished = read_json(path, remedy)
+        check_keys(path, finished, {"encoder": dict}, remedy)
+        encoder = finished["encoder"].get("id")
+        if encoder != but_of:
+            raise UserError(
+                f"--cache_dir {cache_dir} holds a finished cache ({encoder}): use it, type another "
+                "--cache_dir, or --overwrite to replace it"
+            )
+
+
 class FeatureCacheWriter:
     """Writes the shards of a cache in any order, then the manifest.
 
@@ -88,10 +103,7 @@ class FeatureCacheWriter:
             finished = {key: finished.get(key) for key in self.header}
             check_same_header(f"--cache_dir {self.cache_dir}", finished, self.header)
             self._remove_leftovers()  # it may have been killed after the manifest
-            raise UserError(
-                f"--cache_dir {self.cache_dir} holds a finished cache: use it, type another "
-                "--cache_dir, or --overwrite to replace it"
-            )
+            refuse_finished(self.cache_dir)
         sweep_temporaries(self.cache_dir)
         self._check_or_write_header()
 

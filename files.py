@@ -196,13 +196,21 @@ def check_same_header(folder: str, started: dict, header: dict) -> None:
 
     Of several differences the first in the header's order is shown, with both values.
     """
-    started, header = _flat(started), _flat(header)
-    for key in {**header, **started}:
-        if started.get(key) != header.get(key):
-            raise UserError(
-                f"{folder} was begun with {key} = {started.get(key)}, now it is "
-                f"{header.get(key)}: type the same command again, or --overwrite to start anew"
-            )
+    if different := first_difference(started, header):
+        key, before, now = different
+        raise UserError(
+            f"{folder} was begun with {key} = {before}, now it is {now}: type the same command "
+            "again, or --overwrite to start anew"
+        )
+
+
+def first_difference(before: dict, now: dict) -> tuple[str, object, object] | None:
+    """(dotted name, value before, value now) of the first entry of `now` that differs, or None."""
+    before, now = _flat(before), _flat(now)
+    for key in {**now, **before}:
+        if before.get(key) != now.get(key):
+            return key, before.get(key), now.get(key)
+    return None
 
 
 def _flat(header: dict) -> dict:

@@ -25,11 +25,14 @@ from figure_style import (
 
 # of the ablation: label and colour of each sketch
 SKETCHES = {
-    "random": ("random, X Ω", "#B98700"),
-    "columns": ("random, X$_s$X$_s^T$Ω", METHODS["random_sketch"][1]),
-    "linear": ("trained linear", "#0072B2"),
+    "random": ("random: X Ω", "#7F5FA9"),
+    "columns": (
+        "random: X$_s$ X$_s^T$ Ω,\n256 evenly spaced features",
+        METHODS["random_sketch"][1],
+    ),
+    "linear": ("trained linear,\n256 chosen features", "#222222"),
     "ResMLP": ("trained ResMLP", METHODS["network"][1]),
-    "MLP": ("trained MLP", "#009E73"),
+    "MLP": ("trained MLP", "#999933"),
 }
 SAME_METHOD = {"svd_lowrank": "randomized_svd"}  # torch.svd_lowrank is the randomised SVD
 # where a label may stand, points from its dot: (right, up, horizontal alignment)
@@ -206,12 +209,11 @@ def ablation(
     records: of ablate.summarise_runs; gains: of ablate.gains_at_equal_time, the largest first.
     """
     panels = sorted({record["oversample"] for record in records})
-    figure = new_figure(max(9, 5.2 * len(panels)), 6.5)
+    figure = new_figure(max(10.5, 5.4 * len(panels)), 5.6)
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-    ends = {}
     for ax, extra in zip(axes, panels, strict=True):
         here = [record for record in records if record["oversample"] == extra]
-        for sketch, (label, colour) in SKETCHES.items():
+        for sketch, (_, colour) in SKETCHES.items():
             for shifts, line in (("start", ":"), ("learned", "-")):
                 # without steps there are no shifts: K = 0 begins both curves
                 curve = sorted((r for r in here if r["sketch"] == sketch
@@ -219,13 +221,17 @@ def ablation(
                                key=lambda r: r["steps"])  # fmt: skip
                 if not curve:
                     continue
+                exact = [r["excess_mean"] <= ROUNDING_PCT for r in curve]
+                curve = curve[: exact.index(True) + 1] if True in exact else curve
                 ms = as_array([r["ms"] for r in curve])
                 low, high = np.fmax(as_array([r["excess_interval"] for r in curve]).T, ROUNDING_PCT)
                 mean = np.fmax(as_array([r["excess_mean"] for r in curve]), ROUNDING_PCT)
                 ax.plot(ms, mean, line, marker="o", ms=4, color=colour)
                 ax.vlines(ms, low, high, color=colour, lw=0.8)
-                if shifts == "learned":
-                    ends.setdefault(ax, []).append((mean[-1], label, colour))
+                if sketch == "linear" and shifts == "learned":
+                    for r, x, y in zip(curve, ms, mean, strict=True):
+                        ax.annotate(f"K = {r['steps']}", (x, y), (-6, -4), color=colour,
+                                    textcoords="offset points", ha="right", va="top")  # fmt: skip
         ax.axvline(exact_ms, color=GREY, lw=0.9, ls="--")
         ax.text(exact_ms, 0.99, " exact: float64 Gram", color=GREY, va="top", fontsize=9.5,
                 transform=ax.get_xaxis_transform())  # fmt: skip
@@ -233,13 +239,19 @@ def ablation(
         ax.set_xlabel("ms per matrix, median")
     axes[0].set_ylabel("error above the optimum (%), mean")
     log_scale(axes[0])
-    note(axes[0], 0.02, 0.03, "K = 0, 1, … from left to right\nsolid: learned shifts, dotted: "
-         "start shifts\nbars: 95 % interval over groups\n"
-         f"{ROUNDING} % and less is rounding", va="bottom")  # fmt: skip
+    # curves of the like lie on one another: their names stand in a list, not at their ends
+    begin = {r["sketch"]: r["excess_mean"] for r in here if r["steps"] == 0}
+    for i, sketch in enumerate(sorted(begin, key=begin.get, reverse=True)):
+        label, colour = SKETCHES[sketch]
+        note(axes[-1], 1.08, 0.75 - 0.1 * i, label, colour, va="top")
+    note(axes[0], 0.02, 0.03, "K refinement steps, from left to right\ndotted: shifts as at the "
+         f"start\nbars: 95 % interval over groups\n{ROUNDING} % and less is rounding",
+         va="bottom")  # fmt: skip
     title = f"Rank {rank}: at equal time no trained sketch comes nearer than an untrained one"
     if gains and gains[0]["gain_interval"][0] > 0:
         best = gains[0]
         title = (f"Rank {rank}: at equal time training saves up to {best['gain_pct']:.0f} % of the "
-                 f"excess ({SKETCHES[best['sketch']][0]}, K = {best['steps']}, p = "
+                 f"excess ({best['sketch']}, K = {best['steps']}, p = "
                  f"{best['oversample']})")  # fmt: skip
-    save(figure, path, title, footer, ends)
+    axes[0].margins(x=0.14)
+    save(figure, path, title, footer)

@@ -41,8 +41,7 @@ CURVES = {  # of training_curves; paler: the same on training images
     "val_optimum_mse": ("validation floor (SVD)", SVD, "--"),
 }
 TERMS = {  # no methods, so no method's colour (Tol's "muted")
-    "train_loss": ("sum", "#222222"),
-    "loss_reconstruction": ("reconstruction", "#882255"),
+    "loss_reconstruction": ("reconstruction − 1", "#882255"),
     "loss_B": ("B (ridge)", "#999933"),
     "loss_ortho": ("orthogonality", "#332288"),
     "loss_lora_ortho": ("LoRA orthogonality", "#44AA99"),
@@ -144,13 +143,13 @@ def loss_terms(path: str | Path, history: list[dict], footer: str) -> None:
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     ends: dict[Axes, list] = {axes[0]: []}
     for key, (label, colour) in TERMS.items():
-        values = column(history, key)
+        values = column(history, key) - (key == "loss_reconstruction")
         if np.any(values > 0):
-            curve(
-                axes[0], epochs, np.where(values > 0, values, np.nan), colour, key == "train_loss"
-            )
+            curve(axes[0], epochs, np.where(values > 0, values, np.nan), colour)
             ends[axes[0]].append((values[-1], label, colour))
-    axes[0].set_ylabel("weighted loss term (reconstruction:\nsquared error over its optimum)")
+    axes[0].set_ylabel(
+        "weighted loss term (reconstruction:\nsquared error over its optimum, at least 1)"
+    )
     log_scale(axes[0])
     if shifts.size:
         curve(axes[1], epochs, shifts, BLACK)
@@ -204,7 +203,7 @@ def overview(path: str | Path, rows: list[dict], footer: str) -> None:
 
     rows: of each architecture {"arch", "factors", "effective_rank", "excess_mean", "excess_p90"
     (per cent, or None where undefined), "rel_error", "optimum" (the SVD's rel_error at that rank),
-    "samples_per_s", "epochs"}; drawn from top to bottom.
+    "samples_per_s", "epochs", "best_epoch"}; drawn from top to bottom.
     """
     figure = new_figure(15, 2.7 + 0.75 * len(rows))
     axes = above, error, speed = figure.subplots(1, 3, sharey=True, width_ratios=[1.2, 1.2, 1])
@@ -227,7 +226,7 @@ def overview(path: str | Path, rows: list[dict], footer: str) -> None:
         _value(error, best, place, (-1, 13), f"{best:.4g} SVD", SVD)
         _value(speed, rate, place, (9, -4), f"{rate:.1f}", BLACK)
     labels = [f"{row['arch']}\n{row['factors']}, rank {row['effective_rank']}, "
-              f"{row['epochs']} epoch{'s' * (row['epochs'] != 1)}" for row in rows]  # fmt: skip
+              f"best epoch {row['best_epoch']} of {row['epochs']}" for row in rows]  # fmt: skip
     above.set_yticks(places, labels)
     for ax in axes:
         ax.set_ylim(-0.6, len(rows) - 0.25)

@@ -211,6 +211,8 @@ def _test_table(test: dict) -> str:
     if not rows:
         return ""
     words = f"The best checkpoint (epoch {_epochs(test)}) on {test['n_images']} test images."
+    if test.get("best_epoch") == 0:
+        words += " Training made no epoch better than that on the validation images."
     header = ["rank", "rel_error mean", "p90", "excess mean", "p90"]
     return paragraph(words) + table(header, rows, text=())
 
@@ -303,11 +305,15 @@ def _image_table(folder: Path) -> str:
 
 
 def _epoch_table(folder: Path) -> str:
-    """The last epochs of the history."""
+    """Of the history the untrained start, the best epoch and the last ones."""
     history = _json(folder / "history.json") or []
     keys = ("train_loss", "val_mse", "val_optimum_mse", "val_rel_error", "val_excess_pct",
             "effective_rank", "lr", "samples_per_s")  # fmt: skip
-    rows = [[_text(r["epoch"]), *(_text(r.get(key)) for key in keys)] for r in history[-10:]]
+    best = min(
+        history, key=lambda r: r.get("val_mse", 0) - r.get("val_optimum_mse", 0), default=None
+    )
+    shown = [r for r in history if r["epoch"] == 0 or r is best or r in history[-10:]]
+    rows = [[_text(r["epoch"]), *(_text(r.get(key)) for key in keys)] for r in shown]
     return table(["epoch", *(key.replace("_", " ") for key in keys)], rows, text=())
 
 

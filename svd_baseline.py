@@ -129,7 +129,8 @@ def summarise(values: Tensor) -> dict[str, float | None]:
 
 def percent_text(value: float | None) -> str:
     """An excess as tables and logs print it; a dash where it is undefined."""
-    return "-" if value is None else f"{value:.4f} %"
+    # + 0.0: rounding below the optimum is 0.0000 and not -0.0000
+    return "-" if value is None else f"{round(value, 4) + 0.0:.4f} %"
 
 
 def bootstrap_interval(

@@ -25,13 +25,10 @@ from figure_style import (
 
 
 @rc_context(STYLE)
-def task_sweep(
-    path: str | Path, results: dict, calibration: dict, output: str, footer: str
-) -> None:
+def task_sweep(path: str | Path, results: dict, output: str, footer: str) -> None:
     """Task error and what it is below the plain SVD's over bytes, and the rank's prediction.
 
-    results: of task_sweep.json; calibration: "predicted" and "measured" task errors [n, ranks] and
-    "ranks"; output: what the error is of, in words.
+    results: of task_sweep.json; output: what the error is of, in words.
     """
     figure = new_figure(20, 7)
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 1.1, 1))
@@ -46,13 +43,14 @@ def task_sweep(
         error = column([entry["task_error"] for entry in entries], "mean")
         band = as_array([entry["task_error"]["interval_95"] for entry in entries])
         style = {"lw": 4.5, "alpha": 0.45} if name == "svd" else {"lw": 1.8}
-        left.plot(size, error, "o-", color=colour, ms=4, **style)
+        style["ls"] = "--" if name.endswith("_refined") else "-"
+        left.plot(size, error, marker="o", color=colour, ms=4, **style)
         left.fill_between(size, *band.T, color=colour, alpha=0.1, lw=0)
         ends[left].append((error[-1], label, colour))
         if "gain_pct" in entries[0] and name != "token_dropping":
             gains = [entry["gain_pct"] for entry in entries]
             gain, span = column(gains, "mean"), as_array([g["interval_95"] for g in gains])
-            middle.plot(size, gain, "o-", color=colour, ms=4, lw=1.8)
+            middle.plot(size, gain, marker="o", color=colour, ms=4, lw=1.8, ls=style["ls"])
             middle.fill_between(size, *span.T, color=colour, alpha=0.13, lw=0)
             ends[middle].append((gain[-1], label, colour))
     _bytes_axes(left, middle, methods["svd"])
@@ -62,7 +60,7 @@ def task_sweep(
     middle.set_ylim(bottom=min(-6, middle.get_ylim()[0]))
     note(middle, 0.02, 0.01, "0: the plain SVD at the same rank", SVD)
     middle.set_ylabel("task error below the plain SVD's (%)")
-    _calibration(right, calibration)
+    _calibration(right, results["rank_per_image"])
     for ax, title in (
         (left, "error of the head's output"),
         (middle, "gain at the same rank and bytes"),
@@ -71,7 +69,7 @@ def task_sweep(
         ax.set_title(title)
     steps = results["head_steps"]
     if steps:
-        footer += f"; refined: {steps} gradient steps of the head on each image"
+        footer += f"; {steps} head steps: its gradient steps on the factors of each image"
     footer += "; bands: 95 % intervals over photographs"
     save(figure, path, _finding(methods), footer, ends)
 
@@ -86,9 +84,9 @@ def _bytes_axes(left: Axes, middle: Axes, svd: dict[str, dict]) -> None:
         above.set_xlabel("rank r")
 
 
-def _calibration(ax: Axes, calibration: dict) -> None:
+def _calibration(ax: Axes, found: dict) -> None:
     """Measured over predicted task error, one dot an image and rank; the diagonal is perfect."""
-    predicted, measured = as_array(calibration["predicted"]), as_array(calibration["measured"])
+    predicted, measured = (as_array(found["calibration"][n]) for n in ("predicted", "measured"))
     colour = METHODS["svd_in_metric"][1]
     ax.plot(predicted.ravel(), measured.ravel(), ".", color=colour, ms=4, alpha=0.5)
     reach = [min(predicted.min(), measured.min()) / 1.3, max(predicted.max(), measured.max()) * 1.3]
@@ -100,7 +98,9 @@ def _calibration(ax: Axes, calibration: dict) -> None:
         log_scale(ax, which)
     ratio = measured / np.maximum(predicted, 1e-12)
     low, high = np.percentile(ratio, [10, 90])
-    within = f"{100 * (ratio <= 1).mean():.0f} % below the line"
+    wanted = f"{100 * found['confidence']:.0f} % of validation images and ranks"
+    within = f"line: calibrated to hold for\n{wanted};\n"
+    within += f"here {100 * (ratio <= 1).mean():.0f} % are below it"
     spread = f"measured / predicted:\n{low:.2f} to {high:.2f} in 80 %"
     note(ax, 0.04, 0.97, f"{within}\n{spread}", va="top")
 

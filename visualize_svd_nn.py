@@ -97,7 +97,9 @@ def main(args: argparse.Namespace) -> None:
     if dataset.grid[0] == dataset.grid[1] > 1:
         where = f"Image {row} ({part}), {arch}"
         written.append(f"{stem}_rank_comparison.png")
-        draw_ranks(written[-1], model, x, photo, box, dataset.grid, where, info["footer"])
+        footer = info["footer"].replace(f"rank {rank}", "colours: three principal components of X "
+                                        "as red, green, blue", 1)  # fmt: skip
+        draw_ranks(written[-1], model, rank, x, photo, box, dataset.grid, where, footer)
     results = {
         "arch": arch,
         "image_idx": row,
@@ -119,12 +121,11 @@ def main(args: argparse.Namespace) -> None:
 
 @torch.inference_mode()
 def draw_ranks(
-    path: str, model: LowRankFactorModel, x: Tensor, photo: Image | None, box: grid_plots.Box,
-    grid: grid_plots.Grid, where: str, footer: str,
+    path: str, model: LowRankFactorModel, most: int, x: Tensor, photo: Image | None,
+    box: grid_plots.Box, grid: grid_plots.Grid, where: str, footer: str,
 ) -> None:  # fmt: skip
-    """Figure of what network and SVD keep of x [1, T, D] at rising ranks."""
-    effective = model.current_effective_rank()
-    ranks = sorted({r for r in RANKS_SHOWN if r < effective} | {min(effective, RANKS_SHOWN[-1])})
+    """Figure of what network and SVD keep of x [1, T, D] at rising ranks, up to `most`."""
+    ranks = sorted({r for r in RANKS_SHOWN if r < most} | {min(most, RANKS_SHOWN[-1])})
     factors = {
         "network": [model(x, r) for r in ranks],
         "svd": [truncated_svd(x, r) for r in ranks],

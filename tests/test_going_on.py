@@ -113,6 +113,14 @@ def test_another_revision_of_a_hub_model_is_refused_with_both_values(
     assert "encoder.revision = aaa111, now it is bbb222" in done.stderr
 
 
+def test_a_finished_cache_of_another_encoder_is_refused_before_a_hub_is_asked(
+    tiny_data, cache_copy, monkeypatch, script
+):
+    monkeypatch.setattr(encoders, "_checkpoint_folder", lambda name: pytest.fail("asked"))
+    done = script("extract_features.py", "--dataset_dir", tiny_data, "--cache_dir", cache_copy)
+    assert done.returncode == 2 and "holds a finished cache (demo-dinov2" in done.stderr
+
+
 def test_the_same_command_on_a_finished_cache_says_that_it_is_finished(mixed, encode):
     assert encode(mixed).returncode == 0
     done = encode(mixed)

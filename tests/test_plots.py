@@ -109,7 +109,7 @@ def batch() -> list[dict]:
     return [
         {"arch": arch, "factors": factors, "effective_rank": 4, "excess_mean": mean,
          "excess_p90": p90, "rel_error": error, "optimum": 0.0274, "samples_per_s": 10.0 + i,
-         "epochs": 1 + i}
+         "epochs": 1 + i, "best_epoch": i}
         for i, (arch, factors, mean, p90, error) in enumerate(values)
     ]  # fmt: skip
 
@@ -189,7 +189,7 @@ def test_no_text_leaves_the_picture_and_labels_at_the_ends_of_curves_do_not_over
             labelled += len(boxes)
             overlaps = [ends[i] for i, b in enumerate(boxes) if any(map(b.overlaps, boxes[:i]))]
             assert not overlaps
-    assert labelled == 4 + 4 + 2 + 4 + 3  # mse, terms, shifts; error and excess of the sweep
+    assert labelled == 4 + 3 + 2 + 4 + 3  # mse, terms, shifts; error and excess of the sweep
 
 
 def test_network_and_svd_error_maps_share_one_scale_that_spans_both(tmp_path, errors, drawn):
@@ -310,7 +310,13 @@ def test_an_undefined_excess_is_said_and_not_drawn_as_zero(tmp_path, drawn):
 def test_loss_terms_that_are_zero_throughout_are_left_out(tmp_path, drawn):
     plots.loss_terms(tmp_path / "l.png", history(5), FOOTER)
     shown = set(texts(drawn[0]))
-    assert {"sum", "reconstruction", "B (ridge)", "orthogonality", "step 1", "step 2"} <= shown
+    assert {
+        "reconstruction − 1",
+        "B (ridge)",
+        "orthogonality",
+        "step 1",
+        "step 2",
+    } <= shown
     assert not {"LoRA orthogonality", "activations"} & shown
 
 
@@ -392,8 +398,11 @@ def test_overview_shows_each_architecture_beside_the_svd_and_states_every_excess
     )
     above, error, speed = drawn[0].axes
     labels = [label.get_text() for label in above.get_yticklabels()]
-    assert labels == ["ResMLP\nprojected, rank 4, 1 epoch", "MLP\ndirect, rank 4, 2 epochs",
-                      "AdaLoRA\nprojected, rank 4, 3 epochs"]  # fmt: skip
+    assert labels == [
+        "ResMLP\nprojected, rank 4, best epoch 0 of 1",
+        "MLP\ndirect, rank 4, best epoch 1 of 2",
+        "AdaLoRA\nprojected, rank 4, best epoch 2 of 3",
+    ]
     assert list(above.get_yticks()) == [2, 1, 0] and above.get_xscale() == "log"
     p90, mean = (line.get_xdata() for line in above.lines)
     np.testing.assert_array_equal(mean, [0.03, 1800, np.nan])
