@@ -264,3 +264,9 @@ def test_any_words_are_parsed_or_refused_in_one_line(script, argv):
             assert errors.getvalue().startswith("error: ") and errors.getvalue().count("\n") == 1
             return
     assert args.typed <= set(vars(args)), sys.argv
+
+
+def test_a_misspelt_flag_is_answered_with_the_nearest_one(script):
+    for typed, meant in (("--epoch", "--epochs"), ("--batchsize", "--batch_size")):
+        done = script("train_real_data.py", typed, 1)
+        assert done.returncode == 2 and f"{typed} 1; {meant} is one" in done.stderr
