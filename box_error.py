@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qwenvl_dataloader import RealQwenVLDataset, box_in_view
-from svd_baseline import bootstrap_interval, summarise
+from svd_baseline import interval_95, summarise
 
 PARTS = ("inside", "outside")
 # Less than this share of a token's side is rounding of the box's corners.
@@ -101,6 +101,4 @@ def box_report(
 
 
 def _with_interval(values: Tensor, groups: list[str]) -> dict:
-    several = len(set(groups)) > 1
-    interval = list(bootstrap_interval(values, groups)) if several else None
-    return {"mean": float(values.mean()), "interval_95": interval}
+    return {"mean": float(values.mean()), "interval_95": interval_95(values, groups)}

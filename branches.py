@@ -95,10 +95,10 @@ class ResidualBranch(nn.Module):
         return self.skip
 
     def forward(self, x: Tensor, columns: int) -> Tensor:
-        linear = F.linear(x, self.skip.weight[:columns], self.skip.bias[:columns])
+        straight = F.linear(x, self.skip.weight[:columns], self.skip.bias[:columns])
         if not len(self.body):
-            return linear
-        return linear + F.linear(self.body(x), self.head.weight[:columns])
+            return straight
+        return straight + F.linear(self.body(x), self.head.weight[:columns])
 
 
 def linear(in_features: int, out_features: int) -> nn.Linear:

@@ -145,7 +145,7 @@ def main(args: argparse.Namespace) -> None:
         folder / "rank_sweep.png", results["ranks"], dataset.num_tokens, dataset.feature_dim, footer
     )
     print(f"wrote {folder}/{written}: look at svd_nn_comparison.png")
-    again = cli.flags_again(args, "results_dir", "cache_dir")
+    again = cli.flags_again(args, "rank", "metric", "results_dir", "cache_dir")
     excess = per_image[rank]["network"]["excess_pct"].nan_to_num(nan=-1.0)
     worst = int(loaders.test.sampler.rows[excess.argmax()])
     print("next, the test image with the largest excess: python visualize_svd_nn.py "

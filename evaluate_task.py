@@ -35,7 +35,7 @@ from qwenvl_dataloader import (
     create_data_loaders_real,
     denormalise,
 )
-from svd_baseline import Factors, bootstrap_interval, gram_eigh, rel_error, summarise
+from svd_baseline import Factors, gram_eigh, interval_95, rel_error, summarise
 from task_heads import HEADS, TaskHead, load_head
 from task_metric import (
     TaskMetric,
@@ -291,23 +291,22 @@ def summarise_methods(
     """
     table: dict[str, dict[str, dict]] = {}
     for name, sizes in values.items():
+        if not sizes:  # no rank that it reaches, or no grid to average over
+            continue
         table[name] = {}
         for size, found in sizes.items():
             # means and standard deviations of the tokens, stored by all, are not counted
             entry = {"stored_values": found["stored"], "bytes": BYTES * found["stored"]}
             for key, value in found.items():
                 if key != "stored" and not value.isnan().all():
-                    known = ~value.isnan()
-                    some = [g for g, k in zip(groups, known.tolist(), strict=True) if k]
-                    interval = bootstrap_interval(value[known], some)
-                    entry[key] = summarise(value) | {"interval_95": list(interval)}
+                    entry[key] = summarise(value) | {"interval_95": interval_95(value, groups)}
             plain = values["svd"].get(size)
             if plain is not None and name not in ("svd", "token_averaging"):
                 base = plain["task_error"]
                 gain = 100 * (base - found["task_error"]) / base.mean()
                 entry["gain_pct"] = {
                     "mean": float(gain.mean()),
-                    "interval_95": list(bootstrap_interval(gain, groups)),
+                    "interval_95": interval_95(gain, groups),
                 }
             table[name][str(size)] = entry
     return table
@@ -380,6 +379,11 @@ def errors_at(head: TaskHead, metric: TaskMetric, batch: Batch, ranks: Tensor) -
 # --------------------------------------------------------------------------------------- results
 
 
+def gain_text(gain: dict) -> str:
+    interval = gain["interval_95"]
+    return f"{gain['mean']:.1f}" + (" [{:.1f}, {:.1f}]".format(*interval) if interval else "")
+
+
 def print_table(results: dict) -> None:
     methods = results["methods"]
     ranks = list(methods["svd"])
@@ -392,9 +396,7 @@ def print_table(results: dict) -> None:
         print(f"{name:26}" + "".join(f"{cell:>19}" for cell in cells))
         if name != "svd":
             gains = [sizes[r]["gain_pct"] if r in sizes else None for r in ranks]
-            cells = ["-" if g is None else
-                     "{:.1f} [{:.1f}, {:.1f}]".format(g["mean"], *g["interval_95"])
-                     for g in gains]  # fmt: skip
+            cells = ["-" if gain is None else gain_text(gain) for gain in gains]
             print(f"{'':26}" + "".join(f"{cell:>19}" for cell in cells))
     for score, full in results["full_tokens"].items():
         whole = "no row has any" if full["mean"] is None else f"{full['mean']:.4f}"
@@ -404,7 +406,7 @@ def print_table(results: dict) -> None:
             if any(found):
                 cells = [f"{entry['mean']:.4f}" if entry else "-" for entry in found]
                 print(f"{name:26}" + "".join(f"{cell:>19}" for cell in cells))
-    for side, entry in methods["token_averaging"].items():
+    for side, entry in methods.get("token_averaging", {}).items():
         print(f"tokens averaged {side} × {side}: {entry['task_error']['mean']:.5f} at "
               f"{entry['bytes'] / 1e3:.0f} kB")  # fmt: skip
     for bound, entry in results["rank_per_image"]["bounds"].items():

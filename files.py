@@ -205,7 +205,7 @@ def check_same_header(folder: str, started: dict, header: dict) -> None:
 
 
 def first_difference(before: dict, now: dict) -> tuple[str, object, object] | None:
-    """(dotted name, value before, value now) of the first entry of `now` that differs, or None."""
+    """(dotted name, before, now) of the first entry that differs, None where absent; or None."""
     before, now = _flat(before), _flat(now)
     for key in {**now, **before}:
         if before.get(key) != now.get(key):

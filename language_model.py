@@ -129,15 +129,17 @@ class QwenAnswerHead(TaskHead):
     def box_scores(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """Intersection over union of the generated box and the row's own, [b] float64.
 
-        0 where no box was generated; NaN where a row has none.
+        0 where no box was generated; NaN where a row has none, or one without area.
         """
         generated = self.generate(tokens, rows, max_new_tokens=64, request=LOCATE)
         scores = []
         for text, row in zip(generated, rows.tolist(), strict=True):
             true = box_in_view(self.dataset.image_record(row), self.dataset.manifest["resize"])
             found = box_in_text(text, *self.image_size)
-            overlap = float("nan") if true is None else 0.0
-            scores.append(box_overlap(found, true) if found and true else overlap)
+            if true is None or min(true[2:]) <= 0:
+                scores.append(float("nan"))
+            else:
+                scores.append(box_overlap(found, true) if found else 0.0)
         return torch.tensor(scores, dtype=torch.float64)
 
     def prompt(self, row: int, request: str = ANSWER) -> str:

@@ -41,7 +41,7 @@ CURVES = {  # of training_curves; paler: the same on training images
     "val_optimum_mse": ("validation floor (SVD)", SVD, "--"),
 }
 TERMS = {  # no methods, so no method's colour (Tol's "muted")
-    "loss_reconstruction": ("reconstruction − 1", "#882255"),
+    "loss_reconstruction": ("reconstruction", "#882255"),
     "loss_B": ("B (ridge)", "#999933"),
     "loss_ortho": ("orthogonality", "#332288"),
     "loss_lora_ortho": ("LoRA orthogonality", "#44AA99"),
@@ -138,23 +138,29 @@ def loss_terms(path: str | Path, history: list[dict], footer: str) -> None:
     history = [record for record in history if "train_loss" in record]
     epochs = [record["epoch"] for record in history]
     shifts = as_array([record["shifts"] for record in history])  # [epochs, K]
-    heights = [3.4] + [1.7] * bool(shifts.size)
+    task = column(history, "loss_task")  # a logarithm, mostly negative
+    heights = [3.4] + [1.7] * (not np.isnan(task).all()) + [1.7] * bool(shifts.size)
     figure = new_figure(10, 1.3 + 1.3 * sum(heights))
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     ends: dict[Axes, list] = {axes[0]: []}
     for key, (label, colour) in TERMS.items():
-        values = column(history, key) - (key == "loss_reconstruction")
+        values = column(history, key)
+        if key == "loss_reconstruction":
+            # 1 is its floor, but where images are so nearly of the rank that they count less
+            floor = 1 if values.min() > 1 else 0
+            label, values = label + " − 1" * floor, values - floor
         if np.any(values > 0):
             curve(axes[0], epochs, np.where(values > 0, values, np.nan), colour)
             ends[axes[0]].append((values[-1], label, colour))
-    axes[0].set_ylabel(
-        "weighted loss term (reconstruction:\nsquared error over its optimum, at least 1)"
-    )
+    axes[0].set_ylabel("weighted loss term (reconstruction:\nsquared error over its optimum)")
     log_scale(axes[0])
+    if not np.isnan(task).all():
+        curve(axes[1], epochs, task, BLACK)
+        axes[1].set_ylabel("task term: weighted\nlog of its error")
     if shifts.size:
-        curve(axes[1], epochs, shifts, BLACK)
-        axes[1].set(ylabel="shift / smallest\nRitz value", ylim=(0, 1))
-        ends[axes[1]] = [(s, f"step {k}", BLACK) for k, s in enumerate(shifts[-1], 1)]
+        curve(axes[-1], epochs, shifts, BLACK)
+        axes[-1].set(ylabel="shift / smallest\nRitz value", ylim=(0, 1))
+        ends[axes[-1]] = [(s, f"step {k}", BLACK) for k, s in enumerate(shifts[-1], 1)]
     _epoch_axis(axes[-1], epochs)
     first, last = (f"{history[i]['loss_reconstruction']:#.5g}" for i in (0, -1))
     title = f"Training: squared error over its optimum {first} in epoch {epochs[0]}"

@@ -30,8 +30,8 @@ FIGURES = {  # pattern of the file: its section and its caption; shown in this o
                             "test images."),
     "task_sweep.png": (TASK, "Task error over stored bytes, what it is below the plain SVD's, and "
                        "its prediction without the head."),
-    "image_*_rank_comparison.png": (IMAGES, "What rank keeps: principal components of X as colours "
-                                    "in each row three; grey where a rank has lost them."),
+    "image_*_rank_comparison.png": (IMAGES, "What rank keeps: three principal components of X a "
+                                    "row, as red, green and blue; grey where a rank lost them."),
     "image_*_spatial_error_comparison.png": (IMAGES, "Where on the photograph the error lies."),
     "image_*_spatial_channel_comparison.png": (IMAGES, "Single channels: original, network, SVD "
                                                "and their differences."),
@@ -73,7 +73,7 @@ def run_page(folder: Path, log_dir: Path) -> str:
                 _rank_per_image_table(comparison.get("rank_per_image") or {})),
         section(TASK, _task_table(_json(folder / "task_sweep.json")), *figures[TASK]),
         section(IMAGES, _image_table(folder), *figures[IMAGES]),
-        section(TRAINING, *figures[TRAINING], _epoch_table(folder)),
+        section(TRAINING, *figures[TRAINING], _epoch_table(folder, test.get("best_epoch"))),
         section("Speed", *_benchmark_parts(folder)),
         section("Model (from its checkpoint)", _settings(state.get("config", {}))),
         section("Flags of the training", _settings(state.get("args", {}))),
@@ -304,15 +304,12 @@ def _image_table(folder: Path) -> str:
     return table(header, rows, text=(1, 6, 7))
 
 
-def _epoch_table(folder: Path) -> str:
+def _epoch_table(folder: Path, best: int | None) -> str:
     """Of the history the untrained start, the best epoch and the last ones."""
     history = _json(folder / "history.json") or []
     keys = ("train_loss", "val_mse", "val_optimum_mse", "val_rel_error", "val_excess_pct",
             "effective_rank", "lr", "samples_per_s")  # fmt: skip
-    best = min(
-        history, key=lambda r: r.get("val_mse", 0) - r.get("val_optimum_mse", 0), default=None
-    )
-    shown = [r for r in history if r["epoch"] == 0 or r is best or r in history[-10:]]
+    shown = [r for r in history if r["epoch"] in (0, best) or r in history[-10:]]
     rows = [[_text(r["epoch"]), *(_text(r.get(key)) for key in keys)] for r in shown]
     return table(["epoch", *(key.replace("_", " ") for key in keys)], rows, text=())
 

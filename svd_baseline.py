@@ -147,6 +147,13 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def interval_95(values: Tensor, groups: list[str]) -> list[float] | None:
+    """`bootstrap_interval` of the values that are defined; None where one group alone has any."""
+    known = ~values.isnan()
+    groups = [group for group, is_known in zip(groups, known.tolist(), strict=True) if is_known]
+    return list(bootstrap_interval(values[known], groups)) if len(set(groups)) > 1 else None
+
+
 # ------------------------------------------------------------------------------------- references
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+import distributed
 from cli import UserError
 from model import LossTerms, LowRankFactorModel, get_model_by_name
 from qwenvl_dataloader import Batch, denormalise
@@ -163,15 +164,19 @@ def task_loss(model: TaskFactorModel, head: TaskHead, batch: Batch, step: int) -
 
 @torch.inference_mode()
 def task_error(model: TaskFactorModel, head: TaskHead, batches: Iterable[Batch]) -> float:
-    """Geometric mean over the trained ranks of the mean task error of A·B on `batches`."""
+    """Geometric mean over the trained ranks of the mean task error of A·B on `batches`.
+
+    Each process has its part of the images; the result is of all of them, in all.
+    """
     errors: dict[int, list[Tensor]] = {rank: [] for rank in trained_ranks(model)}
     for batch in batches:
         full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
         for rank, found in errors.items():
             a, b = model(batch.x, rank)
             outputs = head.outputs(denormalise(a @ b, batch.mean, batch.std), batch.rows)
-            found.append(head.error(outputs, full))
-    means = torch.stack([torch.cat(found).mean() for found in errors.values()])
+            found.append(head.error(outputs, full).cpu())
+    own = {str(rank): torch.cat(found) for rank, found in errors.items() if found}
+    means = torch.stack([found.mean() for found in distributed.gather_columns(own).values()])
     return float(means.log().mean().exp())
 
 

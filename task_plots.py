@@ -41,7 +41,7 @@ def task_sweep(path: str | Path, results: dict, output: str, footer: str) -> Non
         label, colour = METHODS[name]
         size = column(entries, "bytes") / 1e3
         error = column([entry["task_error"] for entry in entries], "mean")
-        band = as_array([entry["task_error"]["interval_95"] for entry in entries])
+        band = _band([entry["task_error"] for entry in entries])
         style = {"lw": 4.5, "alpha": 0.45} if name == "svd" else {"lw": 1.8}
         style["ls"] = "--" if name.endswith("_refined") else "-"
         left.plot(size, error, marker="o", color=colour, ms=4, **style)
@@ -49,7 +49,7 @@ def task_sweep(path: str | Path, results: dict, output: str, footer: str) -> Non
         ends[left].append((error[-1], label, colour))
         if "gain_pct" in entries[0] and name != "token_dropping":
             gains = [entry["gain_pct"] for entry in entries]
-            gain, span = column(gains, "mean"), as_array([g["interval_95"] for g in gains])
+            gain, span = column(gains, "mean"), _band(gains)
             middle.plot(size, gain, marker="o", color=colour, ms=4, lw=1.8, ls=style["ls"])
             middle.fill_between(size, *span.T, color=colour, alpha=0.13, lw=0)
             ends[middle].append((gain[-1], label, colour))
@@ -72,6 +72,11 @@ def task_sweep(path: str | Path, results: dict, output: str, footer: str) -> Non
         footer += f"; {steps} head steps: its gradient steps on the factors of each image"
     footer += "; bands: 95 % intervals over photographs"
     save(figure, path, _finding(methods), footer, ends)
+
+
+def _band(entries: list[dict]) -> np.ndarray:
+    """Ends of the intervals [n, 2]; NaN, which draws nothing, where there is none."""
+    return as_array([entry["interval_95"] or (None, None) for entry in entries])
 
 
 def _bytes_axes(left: Axes, middle: Axes, svd: dict[str, dict]) -> None:

@@ -31,7 +31,7 @@ import plots
 import progress
 from checkpoint import load_model, save_checkpoint
 from cli import UserError
-from files import new_folder, read_json, sweep_temporaries, with_content_hash, write_json
+from files import new_folder, sweep_temporaries, with_content_hash, write_json
 from locks import LOCK_NAME
 from model import ARCHITECTURES, LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import (
@@ -316,13 +316,6 @@ def save(run: TrainState, path: Path, log: Callable[[str], None]) -> None:
     run.fresh, run.start = False, None
 
 
-def epochs_after(run: TrainState, folder: Path) -> int:
-    """Epochs of the history on disk that come after the one that `run` goes on from."""
-    path = folder / "history.json"
-    history = read_json(path, "remove it and type the command again") if path.exists() else []
-    return sum(record["epoch"] >= run.epoch for record in history)
-
-
 def set_aside(folder: Path, log: Callable[[str], None]) -> None:
     """Move an earlier run's results to previous-<time>/ before a fresh run writes its own."""
     old = [p for p in folder.iterdir() if not p.name.startswith(("previous-", LOCK_NAME))]
@@ -431,12 +424,12 @@ def main(args: argparse.Namespace) -> int:
         if args.resume:
             lr = run.optimizer.param_groups[0]["lr"]
             log(f"going on with epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}")
-            if args.resume == "best" and (later := epochs_after(run, folder)):
-                log(f"best_model.pt is of epoch {run.epoch - 1}: the {later} epochs after it, none "
-                    "of them better, are left behind and trained again")  # fmt: skip
+            if args.resume == "best":
+                log(f"epoch {run.epoch - 1} is the best: later ones, if there were any, are left "
+                    "behind and come out the same again; type --lr to train otherwise")  # fmt: skip
         else:
             start_from_data(run, dataset)
-            initial = validate(run, loaders)
+            initial = distributed.from_main(validate(run, loaders))
             run.history.append({"epoch": 0, **initial})
             run.keep_start()
             log(

@@ -54,7 +54,7 @@ class TrainState:
     batches_done: int = 0  # of that epoch
     step: int = 0  # optimiser steps since the start
     best: float = float("inf")  # least `distance` on validation images
-    best_epoch: int = 0  # 0: the untrained model
+    best_epoch: int = 0  # 0: the untrained model, or (best is infinite) none yet
     bad_epochs: int = 0
     finished: bool = False
     fresh: bool = True  # nothing written yet: results of an earlier run are still in the folder

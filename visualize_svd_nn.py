@@ -131,7 +131,7 @@ def draw_ranks(
         "svd": [truncated_svd(x, r) for r in ranks],
     }
     # below the three components that every rank keeps, the first three that each rank has lost
-    blocks = [range(3)] + [range(r, r + 3) for r in ranks[:-1]]
+    blocks = [range(3)] + [range(r, r + 3) for r in ranks[:-1] if r + 3 <= min(x.shape[1:])]
     hats = [(a @ b)[0] for pairs in factors.values() for a, b in pairs]
     original, *coordinates = principal_coordinates(x[0], hats, blocks[-1][-1] + 1)
     errors = {n: [float(rel_error(x, *ab)) for ab in pairs] for n, pairs in factors.items()}

@@ -17,6 +17,7 @@ from conftest import extract, hashes
 
 import cli
 import distributed
+import estimate_metric
 import extract_features
 import factorize
 import train_real_data
@@ -186,6 +187,20 @@ def test_two_processes_with_half_the_batch_train_the_network_of_one(alone, tiny_
     }
     assert len(list((tmp_path / "log").iterdir())) == 1
     assert stdout.count("epoch    8 ") == stdout.count("2 processes, 5 images a step each") == 1
+
+
+def test_two_processes_train_for_a_task_as_one_does(tiny_cache, tmp_path):
+    metric = tmp_path / "metric.safetensors"
+    in_process(estimate_metric, "--cache_dir", tiny_cache, "--probes", "1", "--shrinkage", "1e-2",
+               "--out", metric)  # fmt: skip
+    small = "--epochs 1 --rank 4 --oversample 2 --hidden_dim 16 --task_head saliency".split()
+    small += ["--metric", metric]
+    one, two = tmp_path / "one", tmp_path / "two"
+    in_process(train_real_data, *files(tiny_cache, one), *small, "--batch_size", "8")
+    finished(torchrun("train_real_data.py", *files(tiny_cache, two), *small, "--batch_size", "4"))
+    paths = [folder / "results" / "ResMLP" / "history.json" for folder in (one, two)]
+    found = [[r["val_task_error"] for r in json.loads(path.read_text())] for path in paths]
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and len(found[0]) == 2
 
 
 def test_two_processes_choose_the_features_of_one(tiny_cache, tmp_path):

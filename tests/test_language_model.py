@@ -202,15 +202,21 @@ def test_every_step_runs_end_to_end_on_qwens_own_head(small_qwen, qwen_cache, sc
     path = tmp_path / "qwen.safetensors"
     done = script("estimate_metric.py", *options, "--probes", 1, "--out", path)
     assert done.returncode == 0, done.stderr
+    files = ["--results_dir", tmp_path / "task", "--log_dir", tmp_path / "log"]
+    done = script("train_real_data.py", "--cache_dir", qwen_cache, "--task_head", "qwen-answer",
+                  "--head_model", small_qwen, "--metric", path, "--rank", 4, "--epochs", 1,
+                  *files)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "val_task_error" in done.stdout
     done = script(
         "evaluate_task.py", *options, "--metric", path, "--ranks", 2, 4, "--head_steps", 1,
-        "--answers", "--boxes", "--results_dir", tmp_path,
+        "--answers", "--boxes", "--task_results_dir", tmp_path / "task", "--results_dir", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())
     assert results["head"] == "qwen-answer"
-    for rank in ("2", "4"):
-        found = results["methods"]["svd_in_metric"][rank]
+    for method, rank in (("svd_in_metric", "2"), ("network_task_refined", "4")):
+        found = results["methods"][method][rank]
         assert 0 <= found["vqa_accuracy"]["mean"] <= 1 and found["task_loss"]["mean"] >= 0
         assert 0 <= found["box_overlap"]["mean"] <= 1 and found["rel_error_in_box"]["mean"] > 0
     assert set(results["full_tokens"]) == {"vqa_accuracy", "box_overlap"}

@@ -15,8 +15,10 @@ from test_encoders import photograph, random_image
 import cli
 import encoders
 import estimate_metric
+import evaluate_task
 import task_heads
 import task_metric
+import task_plots
 import train_real_data
 from checkpoint import load_model
 from cli import UserError
@@ -341,6 +343,20 @@ def test_evaluate_task_writes_every_method_with_intervals_and_a_figure(
     assert dropped["bytes"] <= found["4"]["bytes"]
     assert results["rank_per_image"]["bounds"]["0.3"]["rank"]["mean"] >= 1
     assert (tmp_path / "ResMLP" / "task_sweep.png").stat().st_size > 20_000
+
+
+def test_a_method_that_reaches_no_rank_is_left_out_of_table_and_figure(tmp_path):
+    values = {"task_error": torch.tensor([0.5, 0.25]), "stored": 10}
+    better = {"task_error": torch.tensor([0.25, 0.2]), "stored": 10}
+    methods = {"svd": {4: values}, "svd_in_metric": {4: better}, "token_dropping": {}}
+    for groups in (["a", "b"], ["a", "a"]):  # of one group there is no interval
+        table = evaluate_task.summarise_methods(methods, groups)
+        assert set(table) == {"svd", "svd_in_metric"}
+        assert (table["svd"]["4"]["task_error"]["interval_95"] is None) == (groups == ["a", "a"])
+        found = {"calibration": {"predicted": [[0.5]], "measured": [[0.4]]}, "confidence": 0.9}
+        results = {"methods": table, "rank_per_image": found, "head_steps": 0}
+        task_plots.task_sweep(tmp_path / "t.png", results, "logits", "footer")
+    assert (tmp_path / "t.png").exists()
 
 
 def test_answers_of_a_head_that_gives_none_are_refused(metric_file, tiny_cache, script):
