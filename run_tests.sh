@@ -8,4 +8,5 @@ setup_env requirements.txt requirements-dev.txt requirements-demo.txt
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-exec "$python" -m pytest "$@"
+# two files at a time: three minutes on two cores instead of five
+exec "$python" -m pytest -n 2 --dist loadfile "$@"
