@@ -76,12 +76,13 @@ def main(args: argparse.Namespace) -> None:
     box = box_in_view(record, dataset.manifest["resize"])
     arch, excess = state["config"]["arch"], metrics["network"]["excess_pct"]
     error = metrics["network"]["rel_error"]
+    source = f"seed {state['args']['seed']}"
+    source += f"; question: {record['question']}" if record["question"] else ""
+    source += f"; {record['path']}" if record.get("path") else ""
     info = {
         "title": f"Image {row} ({part}) at rank {rank}: {arch} keeps {100 * (1 - error**2):.3f} % "
         "of the energy" + ("" if excess is None else f", {excess:.3f} % above the SVD's error"),
-        "footer": f"{dataset.label}; rank {rank}, seed {state['args']['seed']}"
-        + (f"; question: {record['question']}" if record["question"] else "")
-        + (f"; {record['path']}" if record.get("path") else ""),
+        "footer": f"{dataset.label}; rank {rank}, {source}",
     }
     channels = list(range(min(CHANNELS, dataset.feature_dim)))
     maps = {"original": x[0]} | {name: (a @ b)[0] for name, (a, b) in factors.items()}
@@ -97,8 +98,8 @@ def main(args: argparse.Namespace) -> None:
     if dataset.grid[0] == dataset.grid[1] > 1:
         where = f"Image {row} ({part}), {arch}"
         written.append(f"{stem}_rank_comparison.png")
-        footer = info["footer"].replace(f"rank {rank}", "colours: three principal components of X "
-                                        "as red, green, blue", 1)  # fmt: skip
+        colours = "colours: three principal components of X as red, green and blue"
+        footer = f"{dataset.label}; {colours}; {source}"
         draw_ranks(written[-1], model, rank, x, photo, box, dataset.grid, where, footer)
     results = {
         "arch": arch,

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import damage
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -159,3 +160,9 @@ def encode(qwen, tmp_path, script):
                       tmp_path / cache, "--model", qwen, "--image_size", 112, *flags)  # fmt: skip
 
     return run
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Everything that the program writes and reads, on tiny data. Do not change it."""
+    return damage.build(tmp_path_factory.mktemp("made"))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -429,23 +426,6 @@ def test_an_overview_of_different_ranks_says_so_and_one_row_of_rounding_is_drawn
     assert drawn[1].axes[0].lines[1].get_xdata() == [figure_style.ROUNDING_PCT]
 
 
-def test_only_the_modules_of_figures_import_matplotlib():
-    importers = set()
-    for path in Path(plots.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if any(name.split(".")[0] == "matplotlib" for name in names):
-                importers.add(path.stem)
-    names = {"comparison_plots", "figure_style", "grid_plots", "pareto_plot", "plots", "task_plots"}
-    assert importers == names
-
-
-def test_no_two_methods_share_a_colour_or_a_label():
-    labels, colours = zip(*figure_style.METHODS.values(), strict=True)
-    assert len(set(labels)) == len(set(colours)) == len(figure_style.METHODS)
-
-
 def test_a_figure_that_fails_to_be_written_leaves_the_old_one(tmp_path, monkeypatch, errors):
     path = tmp_path / "heat.png"
     path.write_bytes(b"old")
@@ -457,19 +437,6 @@ def test_a_figure_that_fails_to_be_written_leaves_the_old_one(tmp_path, monkeypa
     with pytest.raises(OSError, match="disk full"):
         grid_plots.error_heatmap(path, errors, GRID, FOOTER)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_plots_never_touch_pyplot_and_leave_matplotlibs_settings_alone(tmp_path):
-    check = (
-        "import sys, matplotlib; before = matplotlib.rcParams.copy(); "
-        "import figure_style, grid_plots, plots; "
-        "plots.b_row_norms(sys.argv[1], [[2.0, 1.0]], [[2.0, 1.0]], 'footer'); "
-        "assert 'matplotlib.pyplot' not in sys.modules; "
-        "assert all(before[key] == matplotlib.rcParams[key] for key in figure_style.STYLE)"
-    )
-    command = [sys.executable, "-c", check, str(tmp_path / "b.png")]
-    subprocess.run(command, check=True, cwd=Path(plots.__file__).parent)
-    assert (tmp_path / "b.png").exists()
 
 
 def test_training_curves_show_learning_rate_and_rank_and_mark_the_best_epoch_everywhere(

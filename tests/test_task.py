@@ -1,4 +1,4 @@
-"""The saliency head, the metric of a task, and what factorisations keep of a head's output."""
+"""The metric of a task, and what factorisations keep of a head's output."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import json
 import re
 import shutil
 
-import onnx
-import onnxruntime
 import pytest
 import torch
-from test_encoders import photograph, random_image
 
 import cli
-import encoders
 import estimate_metric
 import evaluate_task
 import task_heads
@@ -27,7 +23,6 @@ from qwenvl_dataloader import Batch, RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import gram_eigh, truncated_svd
 from task_model import TaskFactorModel, leading_projector
 from task_refinement import refine_factors
-from token_reduction import average_tokens, drop_tokens, tokens_kept
 
 
 @pytest.fixture(scope="module")
@@ -38,80 +33,6 @@ def dataset(tiny_cache) -> RealQwenVLDataset:
 @pytest.fixture(scope="module")
 def saliency(dataset) -> task_heads.TaskHead:
     return task_heads.load_head("saliency", dataset, device="cpu")
-
-
-# ---------------------------------------------------------------------------------------- saliency
-
-
-def test_the_saliency_head_gives_the_logits_and_the_map_of_its_onnx_graph():
-    encoder = encoders.load_encoder("demo", device="cpu", image_size=224)
-    pixels = torch.stack([encoder.preprocess(photograph()), encoder.preprocess(random_image(9, 7))])
-    graph = onnx.load(encoders.demo_onnx_path())
-    names = ["/decoder/final_conv/Conv_output_0", "output_importance"]
-    graph.graph.output.append(
-        onnx.helper.make_tensor_value_info(names[0], onnx.TensorProto.FLOAT, None)
-    )
-    session = onnxruntime.InferenceSession(
-        graph.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    expected = session.run(names, {"input_image": pixels.numpy()})
-    logits, importance = (torch.from_numpy(array)[:, 0] for array in expected)
-    head = task_heads.SaliencyHead.__new__(task_heads.SaliencyHead)
-    head.grid, head.decoder = encoder.grid, task_heads.load_saliency_decoder()
-    found = head.outputs(encoder.encode(pixels))  # merged tokens [2, 64, 1536]
-    assert found.shape == logits.shape == (2, 128, 128)
-    assert (found - logits).norm() / logits.norm() < 1e-5
-    # the graph ends in a linear resize to the image's size and a sigmoid
-    resized = torch.nn.functional.interpolate(found[:, None], (224, 224), mode="bilinear")
-    assert (resized[:, 0].sigmoid() - importance).abs().max() < 1e-4
-
-
-def test_splitting_neighbours_undoes_their_merging():
-    patches = torch.randn(2, 4 * 6, 5)
-    merged = encoders.merge_neighbours(patches, (4, 6))
-    split = task_heads.split_neighbours(merged, (2, 3))
-    assert torch.equal(split, patches.mT.reshape(2, 5, 4, 6))
-
-
-def test_the_saliency_heads_gradient_is_the_slope_of_its_loss(saliency, dataset):
-    tokens = dataset[[0]].double()
-    saliency.decoder.double()
-    try:
-        full = saliency.decoder(task_heads.split_neighbours(tokens, dataset.grid))
-
-        def loss(x):
-            patches = task_heads.split_neighbours(x, dataset.grid)
-            return saliency.loss(saliency.decoder(patches), full).sum()
-
-        start = (tokens + 0.1 * tokens.std() * torch.randn_like(tokens)).requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(start), start)
-        direction = gradient / gradient.norm()
-        step = 1e-5 * direction
-        slope = (loss(start + step) - loss(start - step)) / 2e-5
-    finally:
-        saliency.decoder.float()
-    assert slope.item() == pytest.approx(gradient.norm().item(), rel=1e-3)
-
-
-def test_a_head_agrees_with_itself_and_its_error_is_relative(saliency, dataset):
-    y = saliency.outputs(dataset[[0, 1]])
-    assert saliency.error(y, y).tolist() == [0, 0] and saliency.agreement(y, y).tolist() == [1, 1]
-    assert saliency.error(1.25 * y, y).tolist() == pytest.approx([0.25, 0.25], rel=1e-5)
-    assert saliency.agreement(-y, y).max() == 0
-
-
-def test_the_saliency_head_refuses_tokens_of_another_encoder(cache_copy):
-    path = cache_copy / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["encoder"]["id"] = "Qwen/Qwen2.5-VL-3B-Instruct"
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="--head saliency reads tokens of demo-dinov2"):
-        task_heads.load_head("saliency", RealQwenVLDataset(cache_copy), device="cpu")
-
-
-def test_an_unknown_head_is_refused_with_the_list(dataset):
-    with pytest.raises(UserError, match="--head depth is unknown: type one of saliency, qwen"):
-        task_heads.load_head("depth", dataset, device="cpu")
 
 
 # ------------------------------------------------------------------------------------------ metric
@@ -287,30 +208,6 @@ def test_no_steps_change_nothing(saliency, metric, test_batch):
     start = task_metric.metric_svd(test_batch.x, 2, metric)
     found = refine_factors(saliency, test_batch, *start, metric, steps=0)
     assert torch.allclose(found[0] @ found[1], start[0] @ start[1], atol=1e-3)
-
-
-# ------------------------------------------------------------------------------------ fewer tokens
-
-
-def test_dropped_tokens_are_filled_from_their_nearest_kept_neighbour():
-    x = torch.arange(9.0).reshape(1, 9, 1)
-    assert torch.equal(drop_tokens(x, 9, (3, 3)), x)
-    for keep in (1, 4):
-        filled = drop_tokens(x, keep, (3, 3), seed=2)[0, :, 0]
-        kept = filled.unique().long()
-        assert len(kept) == keep
-        for place in range(9):
-            here = torch.tensor(divmod(place, 3)).double()
-            distance = [(torch.tensor(divmod(int(k), 3)) - here).norm() for k in kept]
-            chosen = int((kept == int(filled[place])).nonzero())
-            assert distance[chosen] == min(distance)
-
-
-def test_averaged_tokens_are_the_means_of_their_blocks_also_at_the_edge():
-    x = torch.arange(9.0).reshape(1, 9, 1)
-    expected = [2, 2, 3.5, 2, 2, 3.5, 6.5, 6.5, 8]
-    assert average_tokens(x, 2, (3, 3))[0, :, 0].tolist() == expected
-    assert tokens_kept(2, (3, 3)) == 4 and tokens_kept(2, (16, 16)) == 64
 
 
 # ------------------------------------------------------------------------------------ the commands
