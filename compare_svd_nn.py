@@ -18,15 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import cli
-import comparison_plots
-import progress
-from box_error import PARTS, box_report, part_errors, tokens_in_boxes
-from checkpoint import evaluated_rank, open_trained
-from files import with_content_hash, write_json
-from model import LowRankFactorModel
-from qwenvl_dataloader import Loaders, create_data_loaders_real
-from rank_budget import (
+from coding.rank_budget import (
     against_fixed_rank,
     error_curve,
     first_rank_within,
@@ -34,6 +26,11 @@ from rank_budget import (
     optimum_curve,
     split_ranks,
 )
+from common import cli
+from common.files import with_content_hash, write_json
+from figures import comparison
+from model import LowRankFactorModel
+from qwenvl_dataloader import Loaders, create_data_loaders_real
 from svd_baseline import (
     Factors,
     bootstrap_interval,
@@ -48,7 +45,9 @@ from svd_baseline import (
     summarise,
     truncated_svd,
 )
-from task_metric import in_metric, load_metric, metric_svd
+from task.boxes import PARTS, box_report, part_errors, tokens_in_boxes
+from task.metric import in_metric, load_metric, metric_svd
+from training.checkpoint import evaluated_rank, open_trained
 
 Method = Callable[[Tensor, int], Factors]
 
@@ -96,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
     per_image = {
         r: {
             name: evaluate(
-                lambda x, f=f, r=r: f(x, r), progress.images(loaders.test, f"{name}, rank {r}")
+                lambda x, f=f, r=r: f(x, r), loaders.test.with_progress(f"{name}, rank {r}")
             )
             for name, f in methods.items()
         }
@@ -130,10 +129,10 @@ def main(args: argparse.Namespace) -> None:
     if per_image_rank:
         results["rank_per_image"] = budget
         print_budget(budget)
-        comparison_plots.rank_per_image(folder / "rank_per_image.png", budget_arrays, footer)
+        comparison.rank_per_image(folder / "rank_per_image.png", budget_arrays, footer)
         written = written.replace(" and", ",") + " and rank_per_image.png"
     write_json(folder / "svd_nn_comparison.json", with_content_hash(results))
-    comparison_plots.comparison(
+    comparison.comparison(
         folder / "svd_nn_comparison.png",
         per_image[rank],
         spectra(model, loaders, rank),
@@ -141,7 +140,7 @@ def main(args: argparse.Namespace) -> None:
         footer,
         box_errors,
     )
-    comparison_plots.rank_sweep(
+    comparison.rank_sweep(
         folder / "rank_sweep.png", results["ranks"], dataset.num_tokens, dataset.feature_dim, footer
     )
     print(f"wrote {folder}/{written}: look at svd_nn_comparison.png")
@@ -154,7 +153,7 @@ def main(args: argparse.Namespace) -> None:
 
 def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, Method]:
     """The network and what it is held against, each a function of (x, rank)."""
-    axes = fit_pca(batch.x for batch in progress.images(loaders.train, "PCA"))
+    axes = fit_pca(batch.x for batch in loaders.train.with_progress("PCA"))
     methods: dict[str, Method] = {
         "network": lambda x, r: model(x, r),
         "svd": truncated_svd,
@@ -188,7 +187,7 @@ def error_by_box(
     errors = {}
     for name in ("network", "svd"):
         parts, first = [], 0
-        for batch in progress.images(loaders.test, f"box, {name}"):
+        for batch in loaders.test.with_progress(f"box, {name}"):
             masks = inside[first : first + len(batch.rows)]
             parts.append(part_errors(batch.x, *methods[name](batch.x, rank), masks))
             first += len(batch.rows)
@@ -200,7 +199,7 @@ def spectra(model: LowRankFactorModel, loaders: Loaders, rank: int) -> dict[str,
     """Singular values [n, min(T, D)] of X and of X_hat on the test images."""
     with torch.inference_mode():
         hats = []
-        for batch in progress.images(loaders.test, "spectra"):
+        for batch in loaders.test.with_progress("spectra"):
             a, b = model(batch.x, rank)
             hats.append(exact_singular_values(a.double() @ b.double()).cpu())
     rows = loaders.test.sampler.rows
@@ -217,7 +216,7 @@ def rank_per_image(
     is met by the measured error of each method; a budget is split by σ of X, alike for both.
     """
     sigma = loaders.test.dataset.singular_values[loaders.test.sampler.rows]
-    batches = progress.images(loaders.test, "error over rank")
+    batches = loaders.test.with_progress("error over rank")
     network = [error_curve(b.x, *nested_factors(model, b.x, rank)).cpu() for b in batches]
     curves = {"network": torch.cat(network), "svd": optimum_curve(sigma, rank)}
     if args.target_error is None:

@@ -1,6 +1,6 @@
 """Encode a data set's images into vision tokens, once, as a feature cache.
 
-    python make_demo_data.py && python extract_features.py --demo        # minutes on two CPU cores
+    python -m experiments.make_demo_data && python extract_features.py --demo  # minutes, 2 cores
     python extract_features.py --dataset_dir textVQA_groundingtask_bbox  # Qwen2.5-VL-3B's tower
     python extract_features.py --dataset_dir folder_of_jpegs             # the same, plain images
     python extract_features.py --import_pt old_cache                     # features_<i>.pt files
@@ -30,13 +30,11 @@ import safetensors
 import torch
 from PIL import Image
 
-import cli
-import distributed
-import progress
-from cli import UserError
-from encoders import VisionEncoder, load_encoder, resize_image
-from feature_cache import ROWS_PER_SHARD, FeatureCacheWriter, refuse_finished
-from image_sources import (
+from common import cli, processes, progress
+from common.errors import UserError
+from features.cache_writer import ROWS_PER_SHARD, FeatureCacheWriter, refuse_finished
+from features.encoders import VisionEncoder, load_encoder, resize_image
+from features.image_sources import (
     ImageCell,
     ImageSource,
     UnreadableImage,
@@ -44,7 +42,7 @@ from image_sources import (
     open_source,
     read_image,
 )
-from pt_features import PtFeatures
+from features.pt_import import PtFeatures
 from qwenvl_dataloader import RealQwenVLDataset
 from svd_baseline import optimum, report_ranks
 
@@ -59,7 +57,8 @@ NAMES_SHOWN = 5
 def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         description="Encode images into a feature cache of vision tokens.",
-        epilog="examples:\n  python make_demo_data.py && python extract_features.py --demo\n"
+        epilog="examples:\n"
+        "  python -m experiments.make_demo_data && python extract_features.py --demo\n"
         "  torchrun --nproc_per_node 2 extract_features.py --demo   # two processes",
     )
     data = parser.add_argument_group("data")
@@ -93,11 +92,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     check_flags(args)
     if args.verify:
-        if distributed.is_main():
+        if processes.is_main():
             print_summary(RealQwenVLDataset(args.cache_dir), verify=True)
         return
     skipped = import_features(args) if args.import_pt else encode_images(args)
-    if not distributed.is_main():
+    if not processes.is_main():
         return
     print_skipped(skipped)
     print_summary(RealQwenVLDataset(args.cache_dir), verify=False)
@@ -129,7 +128,7 @@ def encode_images(args: argparse.Namespace) -> list[dict]:
         image_size=args.image_size,
         resize=args.resize,
     )
-    with distributed.sole_writer(args.cache_dir, "--cache_dir"):
+    with processes.sole_writer(args.cache_dir, "--cache_dir"):
         return write_cache(args, rows, encoder, device)
 
 
@@ -146,8 +145,8 @@ def write_cache(
     args: argparse.Namespace, rows: ImageSource, encoder: VisionEncoder, device: torch.device
 ) -> list[dict]:
     """Fill --cache_dir, from where it was left; returns the rows that cannot be read."""
-    with distributed.main_first():
-        overwrite = args.overwrite and distributed.is_main()
+    with processes.main_first():
+        overwrite = args.overwrite and processes.is_main()
         header = cache_header(args, encoder, rows)
         writer = FeatureCacheWriter(args.cache_dir, header, len(rows), overwrite)
     demo = "DEMO data, " if is_demo(args, rows) else ""
@@ -160,21 +159,21 @@ def write_cache(
     if writer.rows_done:
         print(f"going on after {writer.rows_done} images that {args.cache_dir} already holds")
     extract(rows, encoder, writer, args.batch_size)
-    return writer.finish() if distributed.is_main() else []
+    return writer.finish() if processes.is_main() else []
 
 
 def import_features(args: argparse.Namespace) -> list[dict]:
     """Make the cache from --import_pt's files; returns what is missing or damaged."""
     features = PtFeatures(args.import_pt)
     check_enough("--import_pt", len(features))
-    with distributed.sole_writer(args.cache_dir, "--cache_dir"):
+    with processes.sole_writer(args.cache_dir, "--cache_dir"):
         return write_imported(args, features)
 
 
 def write_imported(args: argparse.Namespace, features: PtFeatures) -> list[dict]:
     """Fill --cache_dir, from where it was left; returns what is missing or damaged."""
-    with distributed.main_first():
-        overwrite = args.overwrite and distributed.is_main()
+    with processes.main_first():
+        overwrite = args.overwrite and processes.is_main()
         header = import_header(features)
         writer = FeatureCacheWriter(args.cache_dir, header, len(features), overwrite)
     kinds = ", ".join(f"{count} in {name}" for name, count in features.dtypes.items())
@@ -182,13 +181,13 @@ def write_imported(args: argparse.Namespace, features: PtFeatures) -> list[dict]
         f"{len(features)} files ({kinds}): {features.num_tokens} tokens × {features.feature_dim} "
         "an image, stored in bfloat16"
     )
-    with distributed.Progress(len(features), "import", writer.rows_done) as bar:
-        for shard in distributed.deal(writer.shards_to_do()):
+    with processes.Progress(len(features), "import", writer.rows_done) as bar:
+        for shard in processes.deal(writer.shards_to_do()):
             row_ids = [features.row_ids[i] for i in writer.rows_of(shard)]
             tokens = torch.stack([features[i].to(torch.bfloat16) for i in row_ids])
             writer.write_shard(shard, tokens, [features.record(i) for i in row_ids], [])
             bar.update(len(row_ids))
-    return writer.finish(features.skipped) if distributed.is_main() else []
+    return writer.finish(features.skipped) if processes.is_main() else []
 
 
 def extract(
@@ -204,7 +203,7 @@ def extract(
     to_do = batches_to_do(rows, writer, batch_size)
     samples: list[Sample] = []  # of the shard that is being made
     encoded: dict[int, torch.Tensor] = {}  # row → its features [T, D]
-    with distributed.Progress(len(rows), "encode", writer.rows_done) as bar:
+    with processes.Progress(len(rows), "encode", writer.rows_done) as bar:
         for shard, batch in prepared(to_do, encoder, hashes):
             samples += batch
             if fresh := [s for s in batch if s.pixels is not None]:
@@ -220,7 +219,7 @@ def extract(
 def image_hashes(rows: ImageSource) -> list[str | None]:
     """SHA-256 of each row's image file; None where there is none."""
     found = (row for batch in rows.batches(ROWS_PER_SHARD) for _, row in batch)
-    show = distributed.is_main()
+    show = processes.is_main()
     found = progress.over(found, "hash", "images", total=len(rows), show=show)
     return [_sha256(row["image"]) for row in found]
 
@@ -242,7 +241,7 @@ def batches_to_do(
 ) -> Iterator[Batch]:
     """Batches of the shards that this process has to make; no batch is of two shards."""
     every = (row for batch in rows.batches(ROWS_PER_SHARD) for row in batch)
-    for shard in distributed.deal(writer.shards_to_do()):
+    for shard in processes.deal(writer.shards_to_do()):
         wanted = writer.rows_of(shard)
         here = dropwhile(lambda row, first=wanted.start: row[0] < first, every)
         for first in range(0, len(wanted), batch_size):
@@ -342,7 +341,7 @@ def find_rows(args: argparse.Namespace) -> ImageSource:
     except UserError as error:
         if args.dataset_dir:
             raise
-        raise UserError(f"{error}: run make_demo_data.py first") from None
+        raise UserError(f"{error}: run experiments.make_demo_data first") from None
 
 
 def is_demo(args: argparse.Namespace, rows: ImageSource) -> bool:
@@ -447,4 +446,4 @@ def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
 
 
 if __name__ == "__main__":
-    distributed.run(main, get_args_parser())
+    processes.run(main, get_args_parser())

@@ -3,7 +3,7 @@
     python factorize.py --arch ResMLP --rank 64              # every image at rank 64
     python factorize.py --arch ResMLP --target_error 0.05    # each at the smallest rank that does
 
-Writes factors/<arch>/ (format: factor_files.py), from which `factor_files.load_factors` gives
+Writes factors/<arch>/ (format: coding/factor_files.py), from which `load_factors` gives
 tokens back in the encoder's own units. Interrupted, the same command goes on. All reported errors
 are of what was stored, after rounding to --dtype. `torchrun --nproc_per_node N factorize.py …`
 shares the images between N processes, into the same bytes.
@@ -17,10 +17,7 @@ from pathlib import Path
 
 import torch
 
-import cli
-import distributed
-from checkpoint import cache_identity, evaluated_rank, open_trained
-from factor_files import (
+from coding.factor_files import (
     DTYPES,
     ERRORS,
     WRITE_AGAIN,
@@ -30,12 +27,14 @@ from factor_files import (
     restore,
     store,
 )
-from files import sha256_file
+from coding.rank_budget import error_curve, first_rank_within, nested_factors, optimum_curve
+from common import cli, processes
+from common.files import sha256_file
 from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
-from rank_budget import error_curve, first_rank_within, nested_factors, optimum_curve
 from svd_baseline import rel_error
-from task_metric import ModelInMetric, load_metric
+from task.metric import ModelInMetric, load_metric
+from training.checkpoint import cache_identity, evaluated_rank, open_trained
 
 # An error measured with float32 products may lie this much above the float64 curve that chose the
 # rank: the target is met either way.
@@ -74,7 +73,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     if args.verify:
-        if distributed.is_main():
+        if processes.is_main():
             verify(args)
         return
     results, device, dataset, model, state = open_trained(args)
@@ -98,7 +97,7 @@ def main(args: argparse.Namespace) -> None:
         "count": len(dataset),
     } | ({"metric_sha256": metric.sha256} if metric else {})
     folder = Path(args.out) if args.out else Path("factors") / arch
-    with distributed.sole_writer(folder, "--out"):
+    with processes.sole_writer(folder, "--out"):
         write_factors(args, folder, header, model, dataset, device)
 
 
@@ -123,8 +122,8 @@ def write_factors(
 ) -> None:
     """Fill `folder`, from where it was left, and report; `header` says what with."""
     arch, rank = header["arch"], header["rank"] or evaluated_rank(model, None)
-    with distributed.main_first():
-        writer = FactorWriter(folder, header, args.overwrite and distributed.is_main())
+    with processes.main_first():
+        writer = FactorWriter(folder, header, args.overwrite and processes.is_main())
     how = f"rank {rank}" if args.target_error is None else f"rel_error ≤ {args.target_error:g}"
     print(f"{dataset.label}; {arch}, {how}, {args.dtype}")
     done = writer.rows_done
@@ -133,8 +132,8 @@ def write_factors(
         print(f"{done} images are already there, {to_do} to do")
 
     start = time.perf_counter()
-    with distributed.Progress(len(dataset), "factors", done) as bar:
-        for shard in distributed.deal(writer.shards_to_do()):
+    with processes.Progress(len(dataset), "factors", done) as bar:
+        for shard in processes.deal(writer.shards_to_do()):
             # batches begin anew with each shard: bits do not depend on where a run was interrupted,
             # nor on the number of processes
             parts = []
@@ -154,7 +153,7 @@ def write_factors(
                 {name: torch.cat([e[name] for e in errors]) for name in ERRORS},
             )
     seconds = time.perf_counter() - start
-    if distributed.is_main():
+    if processes.is_main():
         report(writer.finish(), folder, to_do / seconds if to_do else None)
 
 
@@ -246,8 +245,8 @@ def report(manifest: dict, folder: Path, per_second: float | None) -> None:
     )
     if per_second is not None:
         print(f"{per_second:.1f} matrices per second (reading, factors, their errors, writing)")
-    print(f'wrote {folder}: factor_files.load_factors("{folder}") gives tokens back')
+    print(f'wrote {folder}: coding.factor_files.load_factors("{folder}") gives tokens back')
 
 
 if __name__ == "__main__":
-    distributed.run(main, get_args_parser())
+    processes.run(main, get_args_parser())

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from branches import Branch, ResidualBlock, ResidualBranch, SVDLinear, base_weight, linear
-from cli import UserError
+from common.errors import UserError
 from subspace import NORM_FLOOR, columns_for, even_features, refine, start_shifts
 from svd_baseline import optimum
 

@@ -17,7 +17,6 @@ import hashlib
 import io
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +31,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-import progress
-from cli import UserError
-from epoch_order import EpochSampler
-from files import (
+from common import cli, progress
+from common.epoch_order import EpochSampler
+from common.errors import UserError
+from common.files import (
     check_files,
     check_hash,
     check_keys,
@@ -213,7 +212,7 @@ class RealQwenVLDataset(Dataset):
         if self._resident is not None and self._resident.device.type == device.type:
             return True
         shape = (len(self), self.num_tokens, self.feature_dim)
-        if 2 * math.prod(shape) > share * _free_memory(device):
+        if 2 * math.prod(shape) > share * cli.free_memory(device):
             return False
         resident = torch.empty(shape, dtype=torch.bfloat16, device=device)
         ends = self._shard_ends.tolist()
@@ -319,7 +318,7 @@ def _read_manifest(cache_dir: Path) -> dict:
     if not cache_dir.is_dir():
         raise UserError(
             f"--cache_dir {cache_dir} does not exist: make it with extract_features.py, or with "
-            "make_demo_data.py and extract_features.py --demo"
+            "experiments.make_demo_data and extract_features.py --demo"
         )
     path = cache_dir / "manifest.json"
     unfinished = (cache_dir / "partial.json").exists()
@@ -352,15 +351,6 @@ def _read_manifest(cache_dir: Path) -> dict:
     if sum(shard["rows"] for shard in manifest["shards"]) != manifest["count"]:
         raise UserError(f"{path}: the shards' rows do not add up to its count: {BUILD_CACHE}")
     return manifest
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # a system that does not tell: read shards as they are needed
-        return 0
 
 
 class BatchLoader:
@@ -399,6 +389,15 @@ class BatchLoader:
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         self.sampler.epoch, self.sampler.start = epoch, start
+
+    def with_progress(self, desc: str, *, show: bool = True) -> Iterator[Batch]:
+        """The batches, counted on stderr in images of all processes."""
+        sampler = self.sampler
+        done = min(self.num_images, sampler.start * sampler.batch_size * sampler.world)
+        return progress.over(
+            self, desc, "images", total=self.num_images, show=show, initial=done,
+            count=lambda batch: batch.images,
+        )  # fmt: skip
 
     def __iter__(self) -> Iterator[Batch]:
         # the epoch's order goes to the device once: no step waits for a copy of its rows

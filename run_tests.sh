@@ -2,9 +2,9 @@
 # Environment, linter, tests. Arguments go to pytest: ./run_tests.sh -k orth
 set -euo pipefail
 cd "$(dirname "$0")"
-. ./setup_env.sh
+. common/setup_env.sh
 # dev first: pip would complain of the demo packages, which come without what they ask for
-setup_env requirements.txt requirements-dev.txt requirements-demo.txt
+setup_env requirements.txt tests/requirements.txt features/demo_requirements.txt
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .

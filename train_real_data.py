@@ -24,14 +24,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import cli
-import distributed
-import progress
-from checkpoint import save_checkpoint
-from cli import UserError
-from files import new_folder, sweep_temporaries, write_json
-from final_results import test_and_draw
-from locks import LOCK_NAME
+from common import cli, processes
+from common.errors import UserError
+from common.files import new_folder, sweep_temporaries, write_json
+from common.locks import LOCK_NAME
 from model import ARCHITECTURES, canonical_arch
 from qwenvl_dataloader import (
     Batch,
@@ -39,10 +35,12 @@ from qwenvl_dataloader import (
     RealQwenVLDataset,
     create_data_loaders_real,
 )
-from run_log import RunLog, epoch_line, print_header, report
 from svd_baseline import evaluate, optimum, percent_text, summarise
-from task_model import task_error, task_loss
-from training_state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run, start_from_data
+from task.trained_norm import task_error, task_loss
+from training.checkpoint import save_checkpoint
+from training.final_results import test_and_draw
+from training.run_log import RunLog, epoch_line, print_header, report
+from training.state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run, start_from_data
 
 CLIP_NORM = 1.0
 CHECK_EVERY = 50  # steps between looks at the non-finite flag, each a wait for the device
@@ -117,7 +115,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     task.add_argument("--lambda_task", type=number(float, above=0), default=1.0,
                       help="weight of the mean log task error, ranks 4 to 32 in turn")  # fmt: skip
     task.add_argument("--metric", type=cli.name, default=None, metavar="FILE",
-                      help="of estimate_metric.py: X is factored in it; with --task_head "
+                      help="of experiments.estimate_metric: X is factored in it; with --task_head "
                       "the start of a learned norm")  # fmt: skip
     task.add_argument("--head_model", type=cli.name, default=None, metavar="NAME",
                       help="of qwen-answer: its folder or hub id")  # fmt: skip
@@ -161,7 +159,7 @@ def train_step(run: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
     values = torch.stack([loss.detach().double(), *(getattr(terms, n).double() for n in TERMS)])
     values, energy = values.detach(), terms.component_energy
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    distributed.average_([*gradients, values, energy], batch.share)
+    processes.average_([*gradients, values, energy], batch.share)
     if run.allocator:
         run.allocator.observe(run.model, energy)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP_NORM)
@@ -175,7 +173,7 @@ def train_step(run: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def train(
-    run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: distributed.Stop
+    run: TrainState, loaders: Loaders, folder: Path, log: RunLog, stop: processes.Stop
 ) -> None:
     """Train to `run.last_epoch`, to early stopping, or to a signal; writes the checkpoints."""
     broken = torch.zeros((), device=run.sums.device)
@@ -185,7 +183,7 @@ def train(
         run.model.train()
         loaders.train.set_epoch(run.epoch, start=run.batches_done)
         label = f"epoch {run.epoch}/{run.last_epoch}"
-        for batch in progress.images(loaders.train, label, show=distributed.is_main()):
+        for batch in loaders.train.with_progress(label, show=processes.is_main()):
             means, bad = train_step(run, batch)
             run.sums += means * batch.images
             run.batches_done += 1
@@ -201,7 +199,7 @@ def train(
         # validation; plateau, best and stopping wait for the final rank
         seconds = time.perf_counter() - begun
         record = close_epoch(run, loaders, seconds, run.batches_done - first_batch)
-        record = distributed.from_main(record)  # its bits decide, in all processes
+        record = processes.from_main(record)  # its bits decide, in all processes
         distance = run.distance(record)
         if not math.isfinite(distance):
             raise UserError(f"validation is not finite in epoch {run.epoch}: lower --lr")
@@ -220,7 +218,7 @@ def train(
         if improved:
             save(run, folder / "best_model.pt", log)
         save(run, folder / "last_model.pt", log)
-        if distributed.is_main():
+        if processes.is_main():
             write_json(folder / "history.json", run.history)
         log(epoch_line(record, run))
         log.board(record)
@@ -244,9 +242,9 @@ def validate(run: TrainState, loaders: Loaders) -> dict:
     """
     run.model.eval()
     rank = run.model.current_effective_rank()
-    batches = progress.images(loaders.val, "validation", show=distributed.is_main())
+    batches = loaders.val.with_progress("validation", show=processes.is_main())
     own = evaluate(lambda x: run.model(x), batches, rank)
-    metrics = distributed.gather_columns(own)
+    metrics = processes.gather_columns(own)
     dataset = loaders.val.dataset
     sigma = dataset.singular_values[dataset.split.val]
     mean_square = sigma.square().sum(-1) / (run.model.num_tokens * run.model.input_dim)
@@ -274,7 +272,7 @@ def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int)
     }
     if run.head:
         weighted["loss_task"] = args.lambda_task * mean["task"]
-    done = min(images, batches * args.batch_size * distributed.world())
+    done = min(images, batches * args.batch_size * processes.world())
     return {
         "epoch": run.epoch,
         "train_loss": sum(weighted.values()),
@@ -296,7 +294,7 @@ def save(run: TrainState, path: Path, log: Callable[[str], None]) -> None:
     on takes it away.
     """
     state = run.checkpoint()
-    if distributed.is_main():
+    if processes.is_main():
         if run.fresh:
             set_aside(path.parent, log)
         if run.start:  # the best so far, until training has found a better one
@@ -336,20 +334,20 @@ def main(args: argparse.Namespace) -> int:
     dataset = RealQwenVLDataset(args.cache_dir)
     run = open_run(args, folder, dataset)
     args = run.args
-    distributed.check_same("has another cache or checkpoint", (run.identity, run.step))
+    processes.check_same("has another cache or checkpoint", (run.identity, run.step))
     loaders = create_data_loaders_real(
         dataset,
         args.batch_size,
         seed=args.seed,
         device=run.sums.device,
-        part=(distributed.rank(), distributed.world()),
-        tenants=distributed.local_world(),
+        part=(processes.rank(), processes.world()),
+        tenants=processes.local_world(),
     )
     if run.allocator:
         steps = len(loaders.train)
         run.allocator.check_fits(run.step + (run.last_epoch - run.epoch + 1) * steps, steps)
-    with distributed.sole_writer(folder, "--results_dir"), RunLog(args) as log:
-        if distributed.is_main():
+    with processes.sole_writer(folder, "--results_dir"), RunLog(args) as log:
+        if processes.is_main():
             sweep_temporaries(folder)
         print_header(run, dataset, loaders, log)
         if args.resume:
@@ -360,7 +358,7 @@ def main(args: argparse.Namespace) -> int:
                     "behind and come out the same again; type --lr to train otherwise")  # fmt: skip
         else:
             start_from_data(run, dataset)
-            initial = distributed.from_main(validate(run, loaders))
+            initial = processes.from_main(validate(run, loaders))
             run.history.append({"epoch": 0, **initial})
             run.keep_start()
             log(
@@ -369,17 +367,17 @@ def main(args: argparse.Namespace) -> int:
                 + percent_text(initial["val_excess_pct"])
                 + (f"  val_task_error {initial['val_task_error']:.5f}" if run.head else "")
             )
-        with distributed.Stop() as stop:
+        with processes.Stop() as stop:
             train(run, loaders, folder, log, stop)
         if stop.signal and not run.finished:
             log(f"stopped by signal {stop.signal} in epoch {run.epoch}: wrote last_model.pt; "
                 f"go on with --arch {args.arch} --resume last")  # fmt: skip
             return 128 + stop.signal
-        if distributed.is_main():
+        if processes.is_main():
             results = test_and_draw(folder, dataset, loaders, run.history)
             report(run, results, folder, log, time.perf_counter() - started)
     return 0
 
 
 if __name__ == "__main__":
-    distributed.run(main, get_args_parser())
+    processes.run(main, get_args_parser())

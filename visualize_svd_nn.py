@@ -16,11 +16,10 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-import cli
-import grid_plots
-from checkpoint import evaluated_rank, open_trained
-from cli import UserError
-from files import write_json
+from common import cli
+from common.errors import UserError
+from common.files import write_json
+from figures import token_grid
 from model import LowRankFactorModel
 from qwenvl_dataloader import box_in_view, normalise
 from svd_baseline import (
@@ -30,7 +29,8 @@ from svd_baseline import (
     token_error,
     truncated_svd,
 )
-from task_metric import in_metric, load_metric, metric_svd
+from task.metric import in_metric, load_metric, metric_svd
+from training.checkpoint import evaluated_rank, open_trained
 
 RANKS_SHOWN = (8, 32, 128)  # of rank_comparison, as far as the model goes
 CHANNELS = 8  # the first ones: the same in every image, so that figures can be compared
@@ -90,9 +90,9 @@ def main(args: argparse.Namespace) -> None:
     errors = {name: token_error(x, *ab)[0].cpu() for name, ab in factors.items()}
     photo = dataset.thumbnail(row)
     stem = folder / f"image_{row}"
-    grid_plots.channel_comparison(f"{stem}_spatial_channel_comparison.png", photo, box, maps,
+    token_grid.channel_comparison(f"{stem}_spatial_channel_comparison.png", photo, box, maps,
                                   channels, dataset.grid, info)  # fmt: skip
-    grid_plots.spatial_error(f"{stem}_spatial_error_comparison.png", photo, box, errors,
+    token_grid.spatial_error(f"{stem}_spatial_error_comparison.png", photo, box, errors,
                              dataset.grid, info)  # fmt: skip
     written = [f"{stem}_spatial_channel_comparison.png", f"{stem}_spatial_error_comparison.png"]
     if dataset.grid[0] == dataset.grid[1] > 1:
@@ -117,13 +117,13 @@ def main(args: argparse.Namespace) -> None:
     print(f"{dataset.label}\n{info['title']}")
     print(f"wrote {', '.join(written)} and {stem}_comparison_results.json: look at {written[-1]}")
     again = cli.flags_again(args, "results_dir")
-    print(f"next, for a page of all results: python make_report.py{again}")
+    print(f"next, for a page of all results: python -m experiments.make_report{again}")
 
 
 @torch.inference_mode()
 def draw_ranks(
     path: str, model: LowRankFactorModel, most: int, x: Tensor, photo: Image | None,
-    box: grid_plots.Box, grid: grid_plots.Grid, where: str, footer: str,
+    box: token_grid.Box, grid: token_grid.Grid, where: str, footer: str,
 ) -> None:  # fmt: skip
     """Figure of what network and SVD keep of x [1, T, D] at rising ranks, up to `most`."""
     ranks = sorted({r for r in RANKS_SHOWN if r < most} | {min(most, RANKS_SHOWN[-1])})
@@ -142,7 +142,7 @@ def draw_ranks(
     energy = [f"{e} at rank {r}" for e, r in zip(energy, ranks, strict=True)]
     energy[0] = energy[0].replace(" at", " of the energy at")
     info = {"title": f"{where} keeps {', '.join(energy)}", "footer": footer}
-    grid_plots.rank_comparison(path, photo, box, maps, errors, ranks, blocks, grid, info)
+    token_grid.rank_comparison(path, photo, box, maps, errors, ranks, blocks, grid, info)
 
 
 def number_or_none(value: Tensor) -> float | None:

@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import cli
 import extract_features
-import make_demo_data
+from common import cli
+from experiments import make_demo_data
 
 # flags of the smallest training
 TRAIN = "--epochs 1 --rank 4 --oversample 2 --refine_steps 1 --hidden_dim 16".split()

@@ -18,16 +18,16 @@ import pyarrow as pa
 import tiny
 import torch
 
-import checkpoint
-import cli
 import compare_svd_nn
-import factor_files
 import factorize
-import feature_cache
-import make_report
 import train_real_data
-from image_sources import open_source
+from coding import factor_files
+from common import cli
+from experiments import make_report
+from features import cache_writer
+from features.image_sources import open_source
 from qwenvl_dataloader import RealQwenVLDataset
+from training import checkpoint
 
 SMALL = "--epochs 2 --rank 4 --hidden_dim 8 --refine_steps 1 --oversample 2 --device cpu".split()
 
@@ -101,14 +101,14 @@ def read_rows(folder: Path) -> str:
 def write_begun(folder: Path, leave: int = 0) -> None:
     """A cache of three shards, or all but the last `leave` of them."""
     tokens = tiny.steep_tokens(20)
-    shards, feature_cache.ROWS_PER_SHARD = feature_cache.ROWS_PER_SHARD, 8
+    shards, cache_writer.ROWS_PER_SHARD = cache_writer.ROWS_PER_SHARD, 8
     try:
         writer = tiny.begin_cache(folder, tokens)
         tiny.write_shards(writer, tokens, leave)
         if not leave:
             writer.finish()
     finally:
-        feature_cache.ROWS_PER_SHARD = shards
+        cache_writer.ROWS_PER_SHARD = shards
 
 
 def finish_cache(folder: Path) -> str:

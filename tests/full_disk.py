@@ -21,14 +21,13 @@ from typing import NamedTuple
 import damage
 import tiny
 
-import benchmark
-import cli
 import compare_svd_nn
 import extract_features
 import factorize
-import make_report
 import train_real_data
 import visualize_svd_nn
+from common import cli
+from experiments import benchmark, make_report
 
 NOBODY = 65534
 
@@ -188,7 +187,7 @@ def judge(name: str, before: dict[str, str], place: Path, outcome: Outcome) -> s
 
 def check_whole(place: Path) -> None:
     """Every checkpoint under `place` loads."""
-    import checkpoint
+    from training import checkpoint
 
     for path in place.rglob("*.pt"):
         checkpoint.load_checkpoint(path)

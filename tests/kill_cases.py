@@ -16,14 +16,14 @@ import torch
 from killing import Scenario, Tally, command, hashes, in_child, torture, unbroken
 from PIL import Image
 
-import checkpoint
-import cli
 import extract_features
-import factor_files
 import factorize
-import feature_cache
 import train_real_data
+from coding import factor_files
+from common import cli
+from features import cache_writer
 from qwenvl_dataloader import RealQwenVLDataset
+from training import checkpoint
 
 # -------------------------------------------------------------------------------------- training
 
@@ -180,7 +180,7 @@ def cache_torn(folder: Path) -> list[str]:
 
 
 def kill_extract(work: Path, count: int, rng: random.Random, log: Path) -> Tally:
-    feature_cache.ROWS_PER_SHARD = 8
+    cache_writer.ROWS_PER_SHARD = 8
     images = [tiny.jpeg(i) for i in range(60)]
     images[7], images[8], images[30] = images[3], b"no image", images[3]
     data = tiny.write_data_set(work / "images", images)
@@ -256,7 +256,7 @@ def factors_torn(folder: Path) -> list[str]:
 
 
 def kill_factorize(work: Path, count: int, rng: random.Random, log: Path) -> Tally:
-    feature_cache.ROWS_PER_SHARD = factor_files.ROWS_PER_SHARD = 8
+    cache_writer.ROWS_PER_SHARD = factor_files.ROWS_PER_SHARD = 8
     in_child(tiny.write_cache, work / "cache", tiny.steep_tokens(60))
     where = ["--cache_dir", work / "cache", "--results_dir", work / "results"]
     train = [*where, "--log_dir", work / "log", *TRAIN.split(), *TRAIN_KINDS["ResMLP"].split()]

@@ -27,15 +27,14 @@ from typing import NamedTuple
 
 import tiny
 
-import checkpoint
-import cli
 import extract_features
 import factorize
-import feature_cache
-import figure_style
-import files
 import train_real_data
-from locks import LOCK_NAME
+from common import cli, files
+from common.locks import LOCK_NAME
+from features import cache_writer
+from figures import style
+from training import checkpoint
 
 POINTS = ("half written", "before rename", "renamed")  # moments of one atomic write
 
@@ -92,7 +91,7 @@ def trace(board: Board, kill: Kill | None) -> None:
     phase(train_real_data, "test_and_draw", "test and figures")
     phase(extract_features, "extract", "decoding")
     phase(tiny.TinyEncoder, "encode", "encoding")
-    phase(feature_cache, "exact_singular_values", "spectra")
+    phase(cache_writer, "exact_singular_values", "spectra")
     phase(factorize, "factorise", "factorising")
 
     original = files.atomic_path
@@ -116,7 +115,7 @@ def trace(board: Board, kill: Kill | None) -> None:
         reach(name, "renamed")
         board.note(before)
 
-    for module in (files, checkpoint, feature_cache, figure_style):
+    for module in (files, checkpoint, cache_writer, style):
         module.atomic_path = atomic_path
 
 

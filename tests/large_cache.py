@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
-from feature_cache import ROW_SCHEMA, ROWS_PER_SHARD
+from features.cache_writer import ROW_SCHEMA, ROWS_PER_SHARD
 from qwenvl_dataloader import FORMAT, RealQwenVLDataset, normalise
 
 COUNT, TOKENS, WIDTH = 4370, 256, 2048

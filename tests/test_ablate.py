@@ -4,17 +4,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ablate import SKETCHES, gains_at_equal_time
+from experiments.ablate import SKETCHES, gains_at_equal_time
 
 FLAGS = "--rank 4 --refine_steps 0 1 --oversample 2 --seeds 1 --epochs 1 --repeats 1 --device cpu"
 
 
 @pytest.fixture
 def ablate(tiny_cache, tmp_path, script):
-    """Run ablate.py into `tmp_path`."""
+    """Run experiments.ablate into `tmp_path`."""
 
     def run(*more):
-        return script("ablate.py", "--cache_dir", tiny_cache, "--results_dir", tmp_path,
+        return script("experiments.ablate", "--cache_dir", tiny_cache, "--results_dir", tmp_path,
                       *FLAGS.split(), *more)  # fmt: skip
 
     return run

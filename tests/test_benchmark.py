@@ -7,12 +7,11 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import benchmark
-import cli
-import pareto_plot
 import svd_baseline
-import timing
 import train_real_data
+from common import cli, timing
+from experiments import benchmark
+from figures import error_against_time
 from model import get_model_by_name
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 
@@ -49,7 +48,7 @@ def quick_pca(monkeypatch):
 
 
 def measured(script, tiny_cache, results, *flags):
-    done = script("benchmark.py", "--cache_dir", tiny_cache, "--results_dir", results,
+    done = script("experiments.benchmark", "--cache_dir", tiny_cache, "--results_dir", results,
                   "--device", "cpu", "--repeats", 2, *flags)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((results / "benchmark.json").read_text())
@@ -136,7 +135,7 @@ def test_without_a_network_the_references_are_measured_with_a_note(tiny_cache, t
      ("--cache_dir nowhere", "nowhere does not exist")],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_changes_nothing(flags, message, tiny_cache, tmp_path, script):
-    done = script("benchmark.py", "--cache_dir", tiny_cache, *flags.split())
+    done = script("experiments.benchmark", "--cache_dir", tiny_cache, *flags.split())
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr and list(tmp_path.iterdir()) == []
@@ -172,8 +171,8 @@ def records(*points):
 
 def test_the_front_is_what_nothing_beats_and_rounding_of_either_sign_is_equal():
     found = records((1, 900.0), (5, 0.1), (8, -1e-9), (40, 1e-12), (6, 0.2))
-    assert pareto_plot.front(found) == [0, 1, 2]
-    assert pareto_plot.front(records((1, None), (5, 0.1), (8, 0.1))) == [1]
+    assert error_against_time.front(found) == [0, 1, 2]
+    assert error_against_time.front(records((1, None), (5, 0.1), (8, 0.1))) == [1]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +185,7 @@ def test_the_title_says_whether_the_network_is_beaten(points, title, tmp_path, m
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (
         drawn.append(figure), open(path, "wb").close()))  # fmt: skip
-    pareto_plot.pareto(tmp_path / "p.png", records(*points), "footer")
+    error_against_time.pareto(tmp_path / "p.png", records(*points), "footer")
     assert title in " ".join(drawn[0].get_suptitle().split())
     words = [text.get_text() for text in drawn[0].axes[0].texts]
     for label in ("PCA, one basis", "network MLP", "Gram eigh, float64"):

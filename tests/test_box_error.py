@@ -5,9 +5,10 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import comparison_plots
-from box_error import box_report, part_errors, tokens_in_box
+from common.boxes import tokens_in_box
+from figures import comparison
 from svd_baseline import rel_error, truncated_svd
+from task.boxes import box_report, part_errors
 
 
 def covered(box, grid=(4, 4)):
@@ -102,7 +103,7 @@ def test_the_figure_has_a_panel_for_the_box_where_there_is_one(tmp_path, monkeyp
     images = {name: {"rel_error": np.full(4, 0.1), "excess_pct": np.full(4, 0.1)}
               for name in ("network", "svd")}  # fmt: skip
     for box in (None, made_up_errors()):
-        comparison_plots.comparison(
+        comparison.comparison(
             tmp_path / "c.png", images, {"X": curve, "X_hat": curve}, 8, "footer", box
         )
     assert [len(figure.axes) for figure in figures] == [3, 4]

@@ -8,12 +8,11 @@ import torch
 from conftest import extract
 from safetensors import safe_open
 
-import feature_cache
-from checkpoint import cache_identity
-from cli import UserError
-from encoders import DemoEncoder
-from epoch_order import EpochSampler
-from feature_cache import FeatureCacheWriter
+from common.epoch_order import EpochSampler
+from common.errors import UserError
+from features import cache_writer
+from features.cache_writer import FeatureCacheWriter
+from features.encoders import DemoEncoder
 from qwenvl_dataloader import (
     RealQwenVLDataset,
     box_in_view,
@@ -23,6 +22,7 @@ from qwenvl_dataloader import (
     split_by_group,
 )
 from svd_baseline import exact_singular_values
+from training.checkpoint import cache_identity
 
 
 def test_normalisation_is_layer_norm_without_affine_and_can_be_undone():
@@ -134,7 +134,7 @@ def write(cache, features, shards=None):
     for shard in writer.shards_to_do() if shards is None else shards:
         rows = []
         for i in writer.rows_of(shard):
-            row = dict.fromkeys(feature_cache.ROW_SCHEMA.names)
+            row = dict.fromkeys(cache_writer.ROW_SCHEMA.names)
             rows.append(row | {"row_id": i, "group": str(i), "image_sha256": str(i)})
         part = features[[row["row_id"] for row in rows]]
         writer.write_shard(shard, part, rows, [])
@@ -143,7 +143,7 @@ def write(cache, features, shards=None):
 
 
 def test_an_interrupted_cache_goes_on_and_ends_byte_identical(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 3)
+    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 3)
     features = torch.randn(11, 4, 6)
     write(tmp_path / "whole", features)
     for shards in ([], [2], [0, 1]):  # as processes that work side by side leave it
@@ -191,7 +191,7 @@ def test_extraction_lists_unreadable_images_and_encodes_repeated_ones_once(
     rows[7]["image"]["bytes"], rows[8]["image"] = b"no image", None
     (tmp_path / "set").mkdir()
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "set" / "a.parquet")
-    monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 3)
+    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 3)
     encoded = []
     original = DemoEncoder.encode
     monkeypatch.setattr(DemoEncoder, "encode",

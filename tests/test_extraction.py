@@ -15,7 +15,7 @@ from conftest import TRAIN, manifest_of, picture, write_parquet
 from PIL import Image
 from transformers import Qwen2Config, Qwen2VLConfig, Qwen3VLConfig
 
-from image_sources import ImageCell, UnreadableImage, open_source, read_image
+from features.image_sources import ImageCell, UnreadableImage, open_source, read_image
 from qwenvl_dataloader import RealQwenVLDataset
 
 # ------------------------------------------------------------------------------ folders of images

@@ -9,14 +9,14 @@ import pytest
 import torch
 from conftest import hashes
 
-import checkpoint
-import factor_files
 import factorize
-from checkpoint import load_model
-from cli import UserError
-from factor_files import load_factors, read_factors, restore, store
+from coding import factor_files
+from coding.factor_files import load_factors, read_factors, restore, store
+from common.errors import UserError
 from qwenvl_dataloader import RealQwenVLDataset, normalise
 from svd_baseline import rel_error
+from training import checkpoint
+from training.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = 0.25
@@ -25,8 +25,8 @@ TARGET = 0.25
 @pytest.fixture(scope="module")
 def results(tiny_cache, tmp_path_factory):
     """A results folder with a ResMLP of rank 12, trained for one epoch."""
-    import cli
     import train_real_data
+    from common import cli
 
     folder = tmp_path_factory.mktemp("factorize") / "results"
     flags = "--epochs 1 --rank 12 --refine_steps 2 --oversample 4 --hidden_dim 16".split()

@@ -18,18 +18,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import cli
 import extract_features
-import feature_cache
-import files
 import train_real_data
-from checkpoint import load_checkpoint, save_checkpoint
-from cli import UserError
-from factor_files import load_factors, read_manifest
-from locks import LOCK_NAME, sole_writer
+from coding.factor_files import load_factors, read_manifest
+from common import cli, files
+from common.errors import UserError
+from common.locks import LOCK_NAME, sole_writer
+from features import cache_writer
 from model import ARCHITECTURES, get_model_by_name
 from qwenvl_dataloader import RealQwenVLDataset, normalise
 from svd_baseline import exact_singular_values, image_metrics
+from training import final_results
+from training.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--rank 2 --hidden_dim 8 --epochs 1 --device cpu".split()
@@ -209,7 +209,7 @@ def test_a_run_killed_while_it_writes_its_figures_is_not_taken_for_a_finished_on
 ):
     cache = tiny.write_cache(tmp_path / "cache", tiny.steep_tokens(12))
     with monkeypatch.context() as patch:
-        patch.setattr(train_real_data.grid_plots, "error_heatmap", lambda *_: 1 / 0)
+        patch.setattr(final_results.token_grid, "error_heatmap", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(cache)
     folder = tmp_path / "results" / "ResMLP"
@@ -255,7 +255,7 @@ def test_old_results_that_were_moved_half_way_are_not_resumed(train, tmp_path, m
 
 
 def test_an_overwrite_that_was_cut_off_leaves_no_part_without_its_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 4)
     tokens = tiny.steep_tokens(10)
 
     def begin(**options):
@@ -382,8 +382,8 @@ def test_odd_tokens_go_through_every_script(name, tmp_path, script, train):
             script("compare_svd_nn.py", *where),
             script("visualize_svd_nn.py", *where),
             script("factorize.py", *where, "--target_error", 0.99, "--dtype", "int8"),
-            script("benchmark.py", *where, "--ranks", rank, "--repeats", 1),
-            script("make_report.py", "--results_dir", "results"),
+            script("experiments.benchmark", *where, "--ranks", rank, "--repeats", 1),
+            script("experiments.make_report", "--results_dir", "results"),
         ]
     assert [d.returncode for d in done] == [0] * 6, done
     text = (tmp_path / "results" / "ResMLP" / "svd_nn_comparison.json").read_text()

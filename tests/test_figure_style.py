@@ -5,37 +5,36 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
-import figure_style
-import plots
+from commands import MODULES, ROOT
+
+from figures import style
 
 
 def test_only_the_modules_of_figures_import_matplotlib():
     importers = set()
-    for path in Path(plots.__file__).parent.glob("*.py"):
+    for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] == "matplotlib" for name in names):
-                importers.add(path.stem)
-    names = {"comparison_plots", "figure_style", "grid_plots", "pareto_plot", "plots", "task_plots"}
-    assert importers == names
+                importers.add(path.parent.name)
+    assert importers == {"figures"}
 
 
 def test_no_two_methods_share_a_colour_or_a_label():
-    labels, colours = zip(*figure_style.METHODS.values(), strict=True)
-    assert len(set(labels)) == len(set(colours)) == len(figure_style.METHODS)
+    labels, colours = zip(*style.METHODS.values(), strict=True)
+    assert len(set(labels)) == len(set(colours)) == len(style.METHODS)
 
 
 def test_plots_never_touch_pyplot_and_leave_matplotlibs_settings_alone(tmp_path):
     check = (
         "import sys, matplotlib; before = matplotlib.rcParams.copy(); "
-        "import figure_style, grid_plots, plots; "
-        "plots.b_row_norms(sys.argv[1], [[2.0, 1.0]], [[2.0, 1.0]], 'footer'); "
+        "from figures import style, token_grid, training_curves; "
+        "training_curves.b_row_norms(sys.argv[1], [[2.0, 1.0]], [[2.0, 1.0]], 'footer'); "
         "assert 'matplotlib.pyplot' not in sys.modules; "
-        "assert all(before[key] == matplotlib.rcParams[key] for key in figure_style.STYLE)"
+        "assert all(before[key] == matplotlib.rcParams[key] for key in style.STYLE)"
     )
     command = [sys.executable, "-c", check, str(tmp_path / "b.png")]
-    subprocess.run(command, check=True, cwd=Path(plots.__file__).parent)
+    subprocess.run(command, check=True, cwd=ROOT)
     assert (tmp_path / "b.png").exists()

@@ -7,19 +7,15 @@ import importlib
 import io
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
+from commands import SCRIPTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cli
+from common import cli
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(
-    path.stem for path in ROOT.glob("*.py") if "def get_args_parser" in path.read_text()
-)
 # what is refused of a flag whose value is a name that only the script can judge
 WRONG_NAMES = {
     "--arch": "transformer",
@@ -94,10 +90,10 @@ def base(tmp_path_factory):
     with contextlib.redirect_stdout(io.StringIO()):
         train_real_data.main(args)
     known = {
-        "make_demo_data": [],
-        "make_report": where[2:4],
+        "experiments.make_demo_data": [],
+        "experiments.make_report": where[2:4],
         "train_real_data": train,
-        "evaluate_task": [*where, "--metric", str(work / "metric.safetensors")],
+        "experiments.evaluate_task": [*where, "--metric", str(work / "metric.safetensors")],
         "extract_features": ["--dataset_dir", str(data), "--device", "cpu"],
     }
     return {
@@ -113,7 +109,7 @@ def base(tmp_path_factory):
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
     """Run a command line that must be refused; returns the line. Nothing on disk may change."""
-    import encoders
+    from features import encoders
 
     def offline(*_, **__):
         raise OSError("offline")

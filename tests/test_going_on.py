@@ -10,8 +10,7 @@ import torch
 from conftest import hashes, manifest_of, picture, write_parquet
 from safetensors.torch import load_file, save_file
 
-import encoders
-import feature_cache
+from features import cache_writer, encoders
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def mixed(tmp_path):
 
 def interrupted(encode, data, monkeypatch, after: int) -> None:
     """Run the extraction into cache/ and break it off after some shards."""
-    write_shard, seen = feature_cache.FeatureCacheWriter.write_shard, []
+    write_shard, seen = cache_writer.FeatureCacheWriter.write_shard, []
 
     def break_off(writer, *args):
         if len(seen) == after:
@@ -35,14 +34,14 @@ def interrupted(encode, data, monkeypatch, after: int) -> None:
         write_shard(writer, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(feature_cache.FeatureCacheWriter, "write_shard", break_off)
+        patch.setattr(cache_writer.FeatureCacheWriter, "write_shard", break_off)
         with pytest.raises(KeyboardInterrupt):
             encode(data, "cache", "--batch_size", 3)
 
 
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_an_interrupted_extraction_ends_byte_identical(after, mixed, encode, tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 4)
     assert encode(mixed, "whole", "--batch_size", 3).returncode == 0
     interrupted(encode, mixed, monkeypatch, after)
     assert encode(mixed, "cache", "--batch_size", 3).returncode == 0
@@ -64,7 +63,7 @@ def other_weights(folder: Path) -> None:
 def test_another_model_size_rule_or_data_set_is_refused_with_both_values(
     change, state, mixed, encode, qwen, tmp_path, monkeypatch, script
 ):
-    monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 4)
     if state == "finished":
         assert encode(mixed).returncode == 0
     else:
@@ -132,7 +131,7 @@ def test_the_same_command_on_a_finished_cache_says_that_it_is_finished(mixed, en
 
 @pytest.fixture
 def cache(mixed, encode, tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 8)
+    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 8)
     assert encode(mixed).returncode == 0
     return tmp_path / "cache"
 

@@ -2,22 +2,24 @@
 
 import importlib
 import shlex
-from pathlib import Path
 
 import pytest
+from commands import MODULES, SCRIPTS, module_name
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "def get_args_parser" in p.read_text())
+
+def typed(name):
+    """What a user types after `python`."""
+    return f"-m {name}" if "." in name else f"{name}.py"
 
 
 def parser_of(name):
     parser = importlib.import_module(name).get_args_parser()
-    parser.prog = f"{name}.py"
+    parser.prog = typed(name)
     return parser
 
 
 def test_every_script_that_can_be_started_has_a_parser():
-    started = {p.stem for p in ROOT.glob("*.py") if '__name__ == "__main__"' in p.read_text()}
+    started = {module_name(p) for p in MODULES if '__name__ == "__main__"' in p.read_text()}
     assert started == set(SCRIPTS) and len(SCRIPTS) >= 9
 
 
@@ -29,7 +31,8 @@ def test_help_fits_80_columns_and_ends_with_examples_that_the_parser_accepts(nam
     heading, *lines = text[text.rindex("example") :].strip().splitlines()
     assert heading in ("example:", "examples:")
     examples = [shlex.split(line.split("&&")[0], comments=True) for line in lines]
-    own = [e[e.index(f"{name}.py") + 1 :] for e in examples if f"{name}.py" in e]
+    word = typed(name).split()[-1]
+    own = [e[e.index(word) + 1 :] for e in examples if word in e]
     assert own
     for argv in own:
         parser_of(name).parse_args(argv)

@@ -16,14 +16,15 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from commands import MODULES
 from PIL import Image
 
 import extract_features
-from checkpoint import load_checkpoint, save_checkpoint
-from cli import UserError
-from factor_files import load_factors
-from image_sources import ImageCell
+from coding.factor_files import load_factors
+from common.errors import UserError
+from features.image_sources import ImageCell
 from qwenvl_dataloader import RealQwenVLDataset
+from training.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,7 +42,12 @@ def test_a_checkpoint_in_which_code_is_hidden_is_refused_and_runs_none(made, tmp
     state = load_checkpoint(results / "ResMLP" / "best_model.pt")
     for key in ("args", "optimizer", "format"):
         torch.save({**state, key: Payload(tmp_path / "owned")}, results / "ResMLP/best_model.pt")
-        for name in ("compare_svd_nn.py", "visualize_svd_nn.py", "factorize.py", "benchmark.py"):
+        for name in (
+            "compare_svd_nn.py",
+            "visualize_svd_nn.py",
+            "factorize.py",
+            "experiments.benchmark",
+        ):
             where = ["--cache_dir", made["manifest.json"].folder, "--results_dir", results]
             done = script(name, *where)
             assert done.returncode == 2 and "best_model.pt is damaged" in done.stderr
@@ -128,7 +134,7 @@ def test_damaged_images_of_any_kind_are_listed_and_do_not_end_an_extraction(tmp_
 
 
 def test_no_source_can_run_code_from_a_file():
-    for path in ROOT.glob("*.py"):
+    for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [alias.name for alias in node.names] + [getattr(node, "module", "")]

@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import TRAIN, hashes, manifest_of
 
-import feature_cache
-import pt_features
+from features import cache_writer, pt_import
 from qwenvl_dataloader import RealQwenVLDataset
 
 
@@ -95,9 +94,9 @@ def test_gaps_and_files_that_cannot_be_used_are_listed_and_the_others_imported(
 
 
 def test_numbers_start_at_0_or_at_1_and_what_is_missing_from_there_is_a_gap():
-    assert pt_features._gaps([1, 2, 3]) == []
+    assert pt_import._gaps([1, 2, 3]) == []
     first = {"row_id": 0, "count": 2, "reason": "features_0.pt to features_1.pt missing"}
-    assert pt_features._gaps([2, 3]) == [first]
+    assert pt_import._gaps([2, 3]) == [first]
 
 
 class Payload:
@@ -126,7 +125,7 @@ def test_files_are_read_one_at_a_time(tmp_path, script, monkeypatch):
     (tmp_path / "old").mkdir()
     for i in range(30):
         torch.save(torch.randn(6, 10), tmp_path / "old" / f"features_{i}.pt")
-    read, alive, most = pt_features.read_pt, weakref.WeakSet(), []
+    read, alive, most = pt_import.read_pt, weakref.WeakSet(), []
 
     def watched(path):
         tokens = read(path)
@@ -134,17 +133,17 @@ def test_files_are_read_one_at_a_time(tmp_path, script, monkeypatch):
         most.append(len(alive))
         return tokens
 
-    monkeypatch.setattr(pt_features, "read_pt", watched)
+    monkeypatch.setattr(pt_import, "read_pt", watched)
     assert do_import(script, tmp_path, tmp_path / "old").returncode == 0
     assert len(most) == 60 and max(most) <= 2  # the one at hand, and the one before it
 
 
 def test_an_interrupted_import_ends_byte_identical(old_cache, tmp_path, script, monkeypatch):
-    monkeypatch.setattr(feature_cache, "ROWS_PER_SHARD", 3)
+    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 3)
     (old_cache / "features_4.pt").unlink()
     assert do_import(script, tmp_path, old_cache).returncode == 0
     (tmp_path / "cache").rename(tmp_path / "whole")
-    write_shard = feature_cache.FeatureCacheWriter.write_shard
+    write_shard = cache_writer.FeatureCacheWriter.write_shard
 
     def break_off(writer, shard, *args):
         if shard == 2:
@@ -152,7 +151,7 @@ def test_an_interrupted_import_ends_byte_identical(old_cache, tmp_path, script, 
         write_shard(writer, shard, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(feature_cache.FeatureCacheWriter, "write_shard", break_off)
+        patch.setattr(cache_writer.FeatureCacheWriter, "write_shard", break_off)
         with pytest.raises(KeyboardInterrupt):
             do_import(script, tmp_path, old_cache)
     assert do_import(script, tmp_path, old_cache).returncode == 0

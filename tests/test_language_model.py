@@ -17,13 +17,13 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-import cli
-import encoders
 import extract_features
-import language_model
-import task_heads
-from cli import UserError
+from common import cli
+from common.errors import UserError
+from features import encoders
 from qwenvl_dataloader import RealQwenVLDataset
+from task import language_model
+from task.load_head import load_head
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def qwen_cache(small_qwen, tiny_data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def qwen_head(small_qwen, qwen_cache):
     dataset = RealQwenVLDataset(qwen_cache)
-    return task_heads.load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
+    return load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
 
 
 def test_with_unchanged_tokens_the_answers_logits_are_the_whole_qwens_bit_for_bit(
@@ -146,13 +146,13 @@ def test_gradients_reach_the_tokens_through_the_frozen_language_model(qwen_head,
 def test_the_language_model_refuses_tokens_of_another_width(small_qwen, tiny_cache):
     dataset = RealQwenVLDataset(tiny_cache)
     with pytest.raises(UserError, match="reads tokens of 64 features.*tokens of 1536"):
-        task_heads.load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
+        load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
 
 
 def test_a_checkpoint_without_its_language_model_is_refused_in_one_line(qwen_cache, tmp_path):
     with pytest.raises(UserError, match="no-such-model") as refused:
         dataset = RealQwenVLDataset(qwen_cache)
-        task_heads.load_head("qwen-answer", dataset, device="cpu", model="/no-such-model")
+        load_head("qwen-answer", dataset, device="cpu", model="/no-such-model")
     assert "\n" not in str(refused.value)
 
 
@@ -200,7 +200,7 @@ def test_a_generated_box_is_held_against_the_rows_own_in_the_square_that_the_tow
 def test_every_step_runs_end_to_end_on_qwens_own_head(small_qwen, qwen_cache, script, tmp_path):
     options = ["--cache_dir", qwen_cache, "--head", "qwen-answer", "--head_model", small_qwen]
     path = tmp_path / "qwen.safetensors"
-    done = script("estimate_metric.py", *options, "--probes", 1, "--out", path)
+    done = script("experiments.estimate_metric", *options, "--probes", 1, "--out", path)
     assert done.returncode == 0, done.stderr
     files = ["--results_dir", tmp_path / "task", "--log_dir", tmp_path / "log"]
     done = script("train_real_data.py", "--cache_dir", qwen_cache, "--task_head", "qwen-answer",
@@ -209,7 +209,7 @@ def test_every_step_runs_end_to_end_on_qwens_own_head(small_qwen, qwen_cache, sc
     assert done.returncode == 0, done.stderr
     assert "val_task_error" in done.stdout
     done = script(
-        "evaluate_task.py", *options, "--metric", path, "--ranks", 2, 4, "--head_steps", 1,
+        "experiments.evaluate_task", *options, "--metric", path, "--ranks", 2, 4, "--head_steps", 1,
         "--answers", "--boxes", "--task_results_dir", tmp_path / "task", "--results_dir", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from branches import SVDLinear
-from cli import UserError
+from common.errors import UserError
 from model import (
     ARCHITECTURES,
     activation_orth_regu_A,

@@ -13,12 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from PIL import Image
 
-import comparison_plots
-import figure_style
-import files
-import grid_plots
-import plots
 import svd_baseline
+from common import files
+from figures import comparison, style, token_grid, training_curves
 
 FOOTER = "DEMO data, some-encoder, 36 images, T=16, D=40; rank 4, seed 42"
 INFO = {"title": "Image 3 (test) at rank 4", "footer": f"{FOOTER}; question: is it $5 or $6?"}
@@ -140,15 +137,15 @@ def gallery(tmp_path_factory, errors, maps):
     spectra = {"X": np.geomspace(100, 0.1, 16) * np.ones((12, 1)),
                "X_hat": np.r_[norms[0], np.zeros(12)] * np.ones((12, 1))}  # fmt: skip
     calls = {
-        plots.training_curves: (history(5), 3, FOOTER),
-        plots.loss_terms: (history(5), FOOTER),
-        grid_plots.error_heatmap: (errors, GRID, FOOTER),
-        plots.b_row_norms: (norms, norms, FOOTER),
-        comparison_plots.comparison: (per_image(), spectra, 4, FOOTER),
-        comparison_plots.rank_sweep: (sweep([2, 4, 8, 16]), 16, 40, FOOTER),
-        plots.overview: (batch(), FOOTER),
-        grid_plots.channel_comparison: (PHOTO, BOX, maps, [7, 30, 2], GRID, INFO),
-        grid_plots.spatial_error: (PHOTO, BOX, errors, GRID, INFO),
+        training_curves.training_curves: (history(5), 3, FOOTER),
+        training_curves.loss_terms: (history(5), FOOTER),
+        token_grid.error_heatmap: (errors, GRID, FOOTER),
+        training_curves.b_row_norms: (norms, norms, FOOTER),
+        comparison.comparison: (per_image(), spectra, 4, FOOTER),
+        comparison.rank_sweep: (sweep([2, 4, 8, 16]), 16, 40, FOOTER),
+        training_curves.overview: (batch(), FOOTER),
+        token_grid.channel_comparison: (PHOTO, BOX, maps, [7, 30, 2], GRID, INFO),
+        token_grid.spatial_error: (PHOTO, BOX, errors, GRID, INFO),
     }
     figures, savefig = [], Figure.savefig
     with pytest.MonkeyPatch.context() as patch:
@@ -190,8 +187,8 @@ def test_no_text_leaves_the_picture_and_labels_at_the_ends_of_curves_do_not_over
 
 
 def test_network_and_svd_error_maps_share_one_scale_that_spans_both(tmp_path, errors, drawn):
-    grid_plots.error_heatmap(tmp_path / "heat.png", errors, GRID, FOOTER)
-    grid_plots.spatial_error(tmp_path / "spatial.png", PHOTO, BOX, errors, GRID, INFO)
+    token_grid.error_heatmap(tmp_path / "heat.png", errors, GRID, FOOTER)
+    token_grid.spatial_error(tmp_path / "spatial.png", PHOTO, BOX, errors, GRID, INFO)
     low, high = errors["svd"].min(), float(errors["network"].max())
     apart = float((errors["network"] - torch.from_numpy(errors["svd"])).abs().max())
     for figure, count in zip(drawn, (1, 2), strict=True):
@@ -202,7 +199,7 @@ def test_network_and_svd_error_maps_share_one_scale_that_spans_both(tmp_path, er
 def test_a_channel_has_one_scale_for_original_network_and_svd_and_all_differences_share_one(
     tmp_path, maps, drawn
 ):
-    grid_plots.channel_comparison(tmp_path / "c.png", PHOTO, None, maps, [7, 30, 2], GRID, INFO)
+    token_grid.channel_comparison(tmp_path / "c.png", PHOTO, None, maps, [7, 30, 2], GRID, INFO)
     scales = sorted(set(colour_scales(drawn[0], "viridis")), key=lambda scale: scale[1])
     stack = np.stack([np.asarray(values) for values in maps.values()])
     assert scales == [(stack[..., j].min(), stack[..., j].max()) for j in range(3)]
@@ -212,7 +209,7 @@ def test_a_channel_has_one_scale_for_original_network_and_svd_and_all_difference
 
 
 def test_each_map_shows_its_own_tokens_in_raster_order(tmp_path, maps, drawn):
-    grid_plots.channel_comparison(tmp_path / "c.png", PHOTO, None, maps, [7, 30, 2], GRID, INFO)
+    token_grid.channel_comparison(tmp_path / "c.png", PHOTO, None, maps, [7, 30, 2], GRID, INFO)
     shown = [image.get_array() for ax in drawn[0].axes for image in data_images(ax)]
     shown = [image for image in shown if image.shape == GRID]
     original, network, svd = (np.asarray(maps[name]) for name in ("original", "network", "svd"))
@@ -222,7 +219,7 @@ def test_each_map_shows_its_own_tokens_in_raster_order(tmp_path, maps, drawn):
 
 
 def test_the_box_lies_on_photograph_and_maps_where_the_text_is(tmp_path, errors, drawn):
-    grid_plots.spatial_error(tmp_path / "s.png", PHOTO, BOX, errors, GRID, INFO)
+    token_grid.spatial_error(tmp_path / "s.png", PHOTO, BOX, errors, GRID, INFO)
     boxes = [patch.get_bbox().bounds for ax in drawn[0].axes for patch in ax.patches
              if patch.get_path_effects()]  # fmt: skip
     assert boxes == [BOX] + [(1.0, 2.0, 2.0, 1.0)] * 6
@@ -233,13 +230,13 @@ def test_the_box_lies_on_photograph_and_maps_where_the_text_is(tmp_path, errors,
 
 
 def test_an_image_without_a_box_has_none_drawn(tmp_path, errors, drawn):
-    grid_plots.spatial_error(tmp_path / "s.png", PHOTO, None, errors, GRID, INFO)
+    token_grid.spatial_error(tmp_path / "s.png", PHOTO, None, errors, GRID, INFO)
     assert not any(p.get_path_effects() for ax in drawn[0].axes for p in ax.patches)
     assert [t.get_text() for t in drawn[0].axes[4].get_xticklabels()] == ["all\n(16 tokens)"]
 
 
 def test_a_question_with_dollar_signs_is_written_as_it_is(tmp_path, errors, drawn):
-    grid_plots.spatial_error(tmp_path / "s.png", PHOTO, BOX, errors, GRID, INFO)
+    token_grid.spatial_error(tmp_path / "s.png", PHOTO, BOX, errors, GRID, INFO)
     footer = next(text for text in drawn[0].texts if "DEMO" in text.get_text())
     assert "$5 or $6" in footer.get_text() and not footer.get_parse_math()
 
@@ -247,7 +244,7 @@ def test_a_question_with_dollar_signs_is_written_as_it_is(tmp_path, errors, draw
 def test_training_title_names_the_best_epoch_and_the_untrained_start(tmp_path, drawn):
     entries = history(8)
     entries[6]["val_mse"], entries[6]["val_excess_pct"] = 3.00001e-4, 0.0123
-    plots.training_curves(tmp_path / "t.png", entries, 6, FOOTER)
+    training_curves.training_curves(tmp_path / "t.png", entries, 6, FOOTER)
     assert title(drawn[0]) == (
         "Validation error is 0.0123 % above the SVD's at epoch 6 of 8; untrained 0.06 %"
     )
@@ -255,7 +252,7 @@ def test_training_title_names_the_best_epoch_and_the_untrained_start(tmp_path, d
 
 
 def test_where_no_epoch_is_better_than_the_untrained_start_the_title_says_so(tmp_path, drawn):
-    plots.training_curves(tmp_path / "t.png", history(8), 0, FOOTER)
+    training_curves.training_curves(tmp_path / "t.png", history(8), 0, FOOTER)
     assert title(drawn[0]) == (
         "No epoch of 8 is better than the untrained model, 0.06 % above the SVD's error"
     )
@@ -266,15 +263,15 @@ def test_an_untrained_start_at_another_rank_is_not_compared(tmp_path, drawn):
     entries = history(6)
     for entry in entries[:4]:
         entry |= {"effective_rank": 8, "val_mse": 1e-9, "val_optimum_mse": 1e-9}
-    plots.training_curves(tmp_path / "t.png", entries, 6, FOOTER)
+    training_curves.training_curves(tmp_path / "t.png", entries, 6, FOOTER)
     assert "at epoch 6" in title(drawn[0]) and "untrained" not in title(drawn[0])
 
 
 @pytest.mark.parametrize("epochs", [1, 500])
 @pytest.mark.parametrize("excess", [0.03, 1600.0])
 def test_one_epoch_and_five_hundred_are_drawn_at_any_excess(tmp_path, drawn, epochs, excess):
-    plots.training_curves(tmp_path / "t.png", history(epochs, excess), epochs, FOOTER)
-    plots.loss_terms(tmp_path / "l.png", history(epochs, excess), FOOTER)
+    training_curves.training_curves(tmp_path / "t.png", history(epochs, excess), epochs, FOOTER)
+    training_curves.loss_terms(tmp_path / "l.png", history(epochs, excess), FOOTER)
     mse, above, lr, rank = drawn[0].axes
     assert mse.get_yscale() == "log"
     for ax in (mse, above, lr, rank):
@@ -289,23 +286,23 @@ def test_one_epoch_and_five_hundred_are_drawn_at_any_excess(tmp_path, drawn, epo
 def test_a_falling_excess_over_decades_is_drawn_on_a_log_scale_and_a_flat_one_is_not(
     tmp_path, drawn
 ):
-    plots.training_curves(tmp_path / "t.png", history(5), 3, FOOTER)
+    training_curves.training_curves(tmp_path / "t.png", history(5), 3, FOOTER)
     falling = history(5)
     for entry in falling:
         entry["val_excess_pct"] = 1000 / 10 ** entry["epoch"]
-    plots.training_curves(tmp_path / "t.png", falling, 3, FOOTER)
+    training_curves.training_curves(tmp_path / "t.png", falling, 3, FOOTER)
     assert [figure.axes[1].get_yscale() for figure in drawn] == ["linear", "log"]
 
 
 def test_an_undefined_excess_is_said_and_not_drawn_as_zero(tmp_path, drawn):
     entries = [entry | {"val_excess_pct": None, "val_optimum_mse": 0.0} for entry in history(3)]
-    plots.training_curves(tmp_path / "t.png", entries, 3, FOOTER)
+    training_curves.training_curves(tmp_path / "t.png", entries, 3, FOOTER)
     assert any("undefined" in text for text in texts(drawn[0]))
     assert not drawn[0].axes[1].lines and "%" not in title(drawn[0])
 
 
 def test_loss_terms_that_are_zero_throughout_are_left_out(tmp_path, drawn):
-    plots.loss_terms(tmp_path / "l.png", history(5), FOOTER)
+    training_curves.loss_terms(tmp_path / "l.png", history(5), FOOTER)
     shown = set(texts(drawn[0]))
     assert {
         "reconstruction − 1",
@@ -318,13 +315,13 @@ def test_loss_terms_that_are_zero_throughout_are_left_out(tmp_path, drawn):
 
 
 def test_without_shifts_there_is_no_panel_for_them(tmp_path, drawn):
-    plots.loss_terms(tmp_path / "l.png", [e | {"shifts": []} for e in history(5)], FOOTER)
+    training_curves.loss_terms(tmp_path / "l.png", [e | {"shifts": []} for e in history(5)], FOOTER)
     assert len(drawn[0].axes) == 1
 
 
 def test_comparison_states_the_mean_excess_and_treats_the_svds_as_rounding(tmp_path, drawn):
     spectra = {"X": np.geomspace(100, 0.1, 16) * np.ones((12, 1))}
-    comparison_plots.comparison(
+    comparison.comparison(
         tmp_path / "c.png", per_image(), spectra | {"X_hat": spectra["X"]}, 4, FOOTER
     )
     assert title(drawn[0]) == (
@@ -334,8 +331,8 @@ def test_comparison_states_the_mean_excess_and_treats_the_svds_as_rounding(tmp_p
     strips = drawn[0].axes[1]
     assert "SVD: mean under 0.00001 %" in texts(drawn[0])
     dots = {line.get_color(): np.asarray(line.get_xdata()) for line in strips.lines}
-    assert (dots[figure_style.SVD] == figure_style.ROUNDING_PCT).all()
-    np.testing.assert_array_equal(dots[figure_style.NETWORK], per_image()["network"]["excess_pct"])
+    assert (dots[style.SVD] == style.ROUNDING_PCT).all()
+    np.testing.assert_array_equal(dots[style.NETWORK], per_image()["network"]["excess_pct"])
     low, high = strips.get_xlim()
     assert all(low < x.min() and x.max() < high for x in dots.values())
 
@@ -345,15 +342,15 @@ def test_row_norms_equal_to_the_singular_values_are_said_to_be_so_and_pruned_one
 ):
     sigma = np.geomspace(100, 1, 8) * np.ones((12, 1))
     pruned = np.where(np.arange(8) < 5, 1.1 * sigma, 0)
-    plots.b_row_norms(tmp_path / "b.png", sigma, sigma, FOOTER)
-    plots.b_row_norms(tmp_path / "b.png", torch.from_numpy(pruned), sigma, FOOTER)
+    training_curves.b_row_norms(tmp_path / "b.png", sigma, sigma, FOOTER)
+    training_curves.b_row_norms(tmp_path / "b.png", torch.from_numpy(pruned), sigma, FOOTER)
     assert "by under 0.00001 %" in title(drawn[0]) and "off" not in title(drawn[0])
     assert "by 10 % (median); 3 components are off" in title(drawn[1])
 
 
 def test_rank_sweep_states_the_worst_rank_the_storage_and_the_break_even_rank(tmp_path, drawn):
-    comparison_plots.rank_sweep(tmp_path / "r.png", sweep([2, 4, 8, 16]), 16, 40, FOOTER)
-    comparison_plots.rank_sweep(tmp_path / "r.png", sweep([2, 4, 8]), 16, 40, FOOTER)
+    comparison.rank_sweep(tmp_path / "r.png", sweep([2, 4, 8, 16]), 16, 40, FOOTER)
+    comparison.rank_sweep(tmp_path / "r.png", sweep([2, 4, 8]), 16, 40, FOOTER)
     assert title(drawn[0]) == (
         "Ranks 2 to 16: the network's mean error is at most 0.16 % above the SVD's"
     )
@@ -361,15 +358,15 @@ def test_rank_sweep_states_the_worst_rank_the_storage_and_the_break_even_rank(tm
     assert {"17.5 %", "140 %", "break-even rank 11"} <= set(texts(drawn[0]))
     assert not any("break-even" in text for text in texts(drawn[1]))
     top, bottom = drawn[0].axes
-    assert figure_style.SVD in [line.get_color() for line in top.lines]
-    assert figure_style.SVD not in [line.get_color() for line in bottom.lines]
+    assert style.SVD in [line.get_color() for line in top.lines]
+    assert style.SVD not in [line.get_color() for line in bottom.lines]
 
 
 def test_a_sweep_of_one_rank_without_a_defined_excess_is_drawn(tmp_path, drawn):
     ranks = sweep([16])
     for method in ranks["16"].values():
         method["excess_pct"] = {"mean": None, "p90": None}
-    comparison_plots.rank_sweep(tmp_path / "r.png", ranks, 16, 40, FOOTER)
+    comparison.rank_sweep(tmp_path / "r.png", ranks, 16, 40, FOOTER)
     assert title(drawn[0]).startswith("Rank 16: ") and "undefined" in title(drawn[0])
 
 
@@ -378,18 +375,18 @@ def test_a_method_without_a_colour_is_an_error_and_never_left_out_of_a_figure(tm
     ranks = sweep([2, 4])
     ranks[rank]["new_method"] = ranks[rank]["pca"]
     with pytest.raises(KeyError, match="new_method"):
-        comparison_plots.rank_sweep(tmp_path / "r.png", ranks, 16, 40, FOOTER)
+        comparison.rank_sweep(tmp_path / "r.png", ranks, 16, 40, FOOTER)
     images = per_image() | {"new_method": per_image()["pca"]}
     spectrum = np.geomspace(100, 0.1, 16) * np.ones((12, 1))
     with pytest.raises(KeyError, match="new_method"):
-        comparison_plots.comparison(
+        comparison.comparison(
             tmp_path / "c.png", images, {"X": spectrum, "X_hat": spectrum}, 4, FOOTER
         )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_overview_shows_each_architecture_beside_the_svd_and_states_every_excess(tmp_path, drawn):
-    plots.overview(tmp_path / "o.png", batch(), FOOTER)
+    training_curves.overview(tmp_path / "o.png", batch(), FOOTER)
     assert title(drawn[0]) == (
         "Mean error above the SVD's at rank 4: ResMLP 0.03 %, MLP 1,800 %, AdaLoRA undefined"
     )
@@ -407,7 +404,7 @@ def test_overview_shows_each_architecture_beside_the_svd_and_states_every_excess
     assert above.get_xlim()[0] < 0.03 and above.get_xlim()[1] > 3600
     assert [text.get_position()[1] for text in above.texts if "undefined" in text.get_text()] == [0]
     svd, network = error.lines
-    assert svd.get_color() == figure_style.SVD and list(svd.get_xdata()) == [0.0274] * 3
+    assert svd.get_color() == style.SVD and list(svd.get_xdata()) == [0.0274] * 3
     assert list(network.get_xdata()) == [0.0275, 0.45, 0.0275] and error.get_xlim()[0] == 0
     bars = [(round(bar.get_y() + bar.get_height() / 2, 9), bar.get_width())
             for bar in speed.patches]  # fmt: skip
@@ -417,13 +414,13 @@ def test_overview_shows_each_architecture_beside_the_svd_and_states_every_excess
 def test_an_overview_of_different_ranks_says_so_and_one_row_of_rounding_is_drawn(tmp_path, drawn):
     rows = batch()[:2]
     rows[1]["effective_rank"] = 2
-    plots.overview(tmp_path / "o.png", rows, FOOTER)
-    plots.overview(tmp_path / "o.png", [rows[0] | {"excess_mean": -1e-7}], FOOTER)
+    training_curves.overview(tmp_path / "o.png", rows, FOOTER)
+    training_curves.overview(tmp_path / "o.png", [rows[0] | {"excess_mean": -1e-7}], FOOTER)
     assert title(drawn[0]) == (
         "Mean error above the SVD's: ResMLP 0.03 % (rank 4), MLP 1,800 % (rank 2)"
     )
     assert title(drawn[1]) == "Mean error above the SVD's at rank 4: ResMLP under 0.00001 %"
-    assert drawn[1].axes[0].lines[1].get_xdata() == [figure_style.ROUNDING_PCT]
+    assert drawn[1].axes[0].lines[1].get_xdata() == [style.ROUNDING_PCT]
 
 
 def test_a_figure_that_fails_to_be_written_leaves_the_old_one(tmp_path, monkeypatch, errors):
@@ -435,7 +432,7 @@ def test_a_figure_that_fails_to_be_written_leaves_the_old_one(tmp_path, monkeypa
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="disk full"):
-        grid_plots.error_heatmap(path, errors, GRID, FOOTER)
+        token_grid.error_heatmap(path, errors, GRID, FOOTER)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
@@ -445,7 +442,7 @@ def test_training_curves_show_learning_rate_and_rank_and_mark_the_best_epoch_eve
     entries = history(6)
     for entry in entries[:4]:
         entry["effective_rank"] = 8
-    plots.training_curves(tmp_path / "t.png", entries, 6, FOOTER)
+    training_curves.training_curves(tmp_path / "t.png", entries, 6, FOOTER)
     lr, rank = drawn[0].axes[2:]
     np.testing.assert_array_equal(
         lr.lines[0].get_ydata(), [entry.get("lr", np.nan) for entry in entries]
@@ -466,7 +463,7 @@ def test_rank_comparison_scales_all_maps_of_a_block_by_x_and_shows_what_is_lost_
     maps = {"original": [original], "network": others, "svd": others}
     errors = {"network": [0.5, 0.2], "svd": [0.4, 0.1]}
     blocks = [range(3), range(3, 6)]
-    grid_plots.rank_comparison(tmp_path / "r.png", PHOTO, BOX, maps, errors, [3, 6], blocks, GRID,
+    token_grid.rank_comparison(tmp_path / "r.png", PHOTO, BOX, maps, errors, [3, 6], blocks, GRID,
                                INFO)  # fmt: skip
     images = [np.asarray(ax.images[0].get_array()) for ax in drawn[0].axes[1:]]
     first, second = images[:5], images[5:]  # X, network at both ranks, SVD at both

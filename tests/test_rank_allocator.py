@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from cli import UserError
+from common.errors import UserError
 from model import get_model_by_name
-from rank_allocator import RankAllocator
 from svd_baseline import exact_singular_values
+from training.rank_allocator import RankAllocator
 
 
 def build(factors="projected", dtype=torch.float32, **options):

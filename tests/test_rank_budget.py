@@ -5,10 +5,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import comparison_plots
-from cli import UserError
-from model import get_model_by_name
-from rank_budget import (
+from coding.rank_budget import (
     against_fixed_rank,
     error_curve,
     first_rank_within,
@@ -17,6 +14,9 @@ from rank_budget import (
     smallest_rank,
     split_ranks,
 )
+from common.errors import UserError
+from figures import comparison
+from model import get_model_by_name
 from svd_baseline import exact_singular_values, optimum, rel_error, truncated_svd
 
 
@@ -171,7 +171,7 @@ def test_the_figure_s_title_holds_the_gain_of_its_data(target_error, tmp_path, m
         ranks = first_rank_within(curves, target_error)
     entry, arrays = against_fixed_rank(curves, ranks, 10, target_error)
     data = {"network": arrays, "svd": arrays, "target_error": target_error}
-    comparison_plots.rank_per_image(tmp_path / "ranks.png", data, "DEMO data")
+    comparison.rank_per_image(tmp_path / "ranks.png", data, "DEMO data")
     title = figures[0].get_suptitle().replace("\n", " ")
     if target_error is None:
         assert f"rms error {-entry['gain_pct']['rms']:+.1f} %" in title

@@ -9,16 +9,14 @@ import importlib
 import re
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
+from commands import FOLDERS, ROOT, SCRIPTS
 from conftest import save_qwen
 
-import cli
+from common import cli
 
-ROOT = Path(__file__).resolve().parent.parent
-READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
-SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "def get_args_parser" in p.read_text())
+READMES = [ROOT / "README.md", ROOT / "docs" / "README.zh-CN.md"]
 SHARED = {"cache_dir", "results_dir", "device"}  # named once, above the table
 
 
@@ -54,6 +52,8 @@ def parsed(command):
     assert words[0] == "python", words
     if words[1] == "-c":
         return None
+    if words[1] == "-m":
+        words = words[1:]
     name = words[1].removesuffix(".py")
     if name.startswith("tests/"):
         assert (ROOT / words[1]).exists()
@@ -88,16 +88,19 @@ def test_commands_in_running_text_name_files_and_flags_that_exist():
                 name = word.strip("():,")
                 if name.startswith("--"):
                     assert name in known, f"{path.name}: {code}"
-                if re.fullmatch(r"(tests/)?[a-z_]+\.(py|sh)", name):
+                if re.fullmatch(r"([a-z]+/)?[a-z_]+\.(py|sh)", name):
                     assert (ROOT / name).exists(), f"{path.name}: {code}"
         for target in re.findall(r"\]\(([^)#h][^)]*)\)", text):
-            assert (ROOT / target).exists(), f"{path.name}: {target}"
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
 @pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
 def test_the_table_of_flags_has_every_flag_of_every_script_with_its_default(path):
-    rows = re.findall(r"^\| `(\w+)\.py`[^|]*\|[^|]*\|(.*)\|$", path.read_text("utf-8"), re.M)
-    assert sorted(name for name, _ in rows) == SCRIPTS
+    rows = re.findall(
+        r"^\| `([a-z_.]+?)(?:\.py)?`[^|]*\|[^|]*\|(.*)\|$", path.read_text("utf-8"), re.M
+    )
+    rows = [row for row in rows if "." not in row[0] or row[0].startswith("experiments.")]
+    assert sorted(name for name, _ in rows) == sorted(SCRIPTS)
     for name, cell in rows:
         written = re.findall(r"`--(\w+)([^`]*)`", cell)
         flags = flags_of(name)
@@ -110,14 +113,16 @@ def test_the_table_of_flags_has_every_flag_of_every_script_with_its_default(path
             else:
                 # argparse's own conversion, so that 1e-4 is 0.0001
                 words = [f"--{flag}", *value.split()]
-                more = ["--metric", "m"] if name == "evaluate_task" and flag != "metric" else []
+                more = (
+                    ["--metric", "m"] if name.endswith("evaluate_task") and flag != "metric" else []
+                )
                 parser = importlib.import_module(name).get_args_parser()
                 given = getattr(parser.parse_args(words + more), flags[flag].dest)
                 assert given == default, f"{name}: --{flag} {value} is not {default}"
 
 
 def test_the_tagged_blocks_run_as_typed_one_after_another(tiny_data, tmp_path, monkeypatch, capsys):
-    for source in ROOT.glob("*.py"):
+    for source in [*ROOT.glob("*.py"), *(ROOT / folder for folder in FOLDERS)]:
         (tmp_path / source.name).symlink_to(source)
     (tmp_path / "textVQA_groundingtask_bbox").symlink_to(tiny_data)
     save_qwen(tmp_path / "Qwen" / "Qwen2.5-VL-3B-Instruct", width=160)
@@ -129,6 +134,7 @@ def test_the_tagged_blocks_run_as_typed_one_after_another(tiny_data, tmp_path, m
                 exec(compile(words[2], "README.md", "exec"), {})
                 assert "torch.Size([2, 256, 160])" in capsys.readouterr().out
                 continue
+            words = words[1:] if words[1] == "-m" else words
             name = words[1].removesuffix(".py")
             shorter = ["--epochs", "1"] if name == "train_real_data" else []
             script = importlib.import_module(name)

@@ -7,11 +7,10 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from commands import MODULES
 from PIL import Image
 
-import html_page
-import make_report
-import report_page
+from experiments import html_page, report_page
 
 HOSTILE = '<script>alert("x")</script><img src="http://example.org/x.png">&\'"'
 FIGURES = ["svd_nn_comparison.png", "rank_sweep.png", "error_heatmap.png", "loss_curves.png",
@@ -166,7 +165,9 @@ def test_the_index_links_every_run_with_its_numbers_and_shows_the_overview(resul
     older = results / "ResMLP" / "previous-20260101-000000"
     older.mkdir()
     (older / "report.html").write_text("an earlier run's")
-    done = script("make_report.py", "--results_dir", results, "--log_dir", results.parent / "log")
+    done = script(
+        "experiments.make_report", "--results_dir", results, "--log_dir", results.parent / "log"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].endswith("index.html: open that one in a browser")
     page = Page((results / "index.html").read_text())
@@ -191,10 +192,8 @@ def test_the_newest_log_of_the_same_architecture_and_folder_is_taken(results):
 
 
 def test_every_figure_that_a_script_names_for_an_architecture_has_a_place_in_the_page():
-    scripts = [make_report.__file__.replace("make_report", name) for name in
-               ("train_real_data", "compare_svd_nn", "visualize_svd_nn")]  # fmt: skip
     written = set()
-    for script in scripts:
-        with open(script, encoding="utf-8") as text:
-            written |= set(re.findall(r'folder / "(\w+\.png)"', text.read()))
+    for path in MODULES:
+        if path.parent.name != "experiments":
+            written |= set(re.findall(r'folder / "(\w+\.png)"', path.read_text()))
     assert {"loss_curves.png", "rank_sweep.png"} <= written <= set(report_page.FIGURES)

@@ -17,8 +17,8 @@ SMALL = "--epochs 1 --rank 4 --oversample 2 --refine_steps 1 --hidden_dim 16".sp
 @pytest.fixture(scope="module")
 def trained(tiny_cache, tmp_path_factory):
     """A results folder with one ResMLP, one direct MLP and one pruned AdaLoRA."""
-    import cli
     import train_real_data
+    from common import cli
 
     results = tmp_path_factory.mktemp("trained") / "results"
     for more in (
@@ -106,8 +106,8 @@ def test_visualize_draws_one_image_and_says_which_part_it_is_in(trained, tiny_ca
 @pytest.fixture(scope="module")
 def compared(trained, tiny_cache, tmp_path_factory):
     """A copy of the results of training, each architecture compared at its effective rank."""
-    import cli
     import compare_svd_nn
+    from common import cli
 
     results = shutil.copytree(trained, tmp_path_factory.mktemp("compared") / "results")
     for arch in ("ResMLP", "MLP", "AdaLoRA"):
@@ -124,7 +124,7 @@ def compared_copy(compared, tmp_path):
 def test_report_sets_every_architecture_beside_the_svd_in_one_table_and_one_figure(
     compared_copy, script
 ):
-    done = script("make_report.py", "--results_dir", compared_copy)
+    done = script("experiments.make_report", "--results_dir", compared_copy)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("DEMO data") and lines[0].endswith("6 test images")
@@ -161,7 +161,7 @@ def test_report_leaves_out_with_a_note_what_is_missing_or_does_not_compare(compa
     for change, note in (({"rank": 1}, "at rank 1"), ({"data": "other images"}, "other images")):
         path.write_text(json.dumps(comparison | change))
         os.utime(path, (0, 0))  # MLP's is the newest
-        done = script("make_report.py", "--results_dir", compared_copy)
+        done = script("experiments.make_report", "--results_dir", compared_copy)
         assert done.returncode == 0, done.stderr
         notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
         assert len(notes) == 2
@@ -172,12 +172,12 @@ def test_report_leaves_out_with_a_note_what_is_missing_or_does_not_compare(compa
 
 
 def test_report_without_any_results_or_with_damaged_ones_is_one_line(compared_copy, script):
-    done = script("make_report.py", "--results_dir", "nowhere")
+    done = script("experiments.make_report", "--results_dir", "nowhere")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     for words in ("error: ", "nowhere", "train_real_data.py", "compare_svd_nn.py"):
         assert words in done.stderr
     (compared_copy / "MLP" / "test_results.json").write_text("{")
-    done = script("make_report.py", "--results_dir", compared_copy)
+    done = script("experiments.make_report", "--results_dir", compared_copy)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "MLP/test_results.json is damaged" in done.stderr
     assert not (compared_copy / "overview.png").exists()

@@ -9,20 +9,20 @@ import shutil
 import pytest
 import torch
 
-import cli
-import estimate_metric
-import evaluate_task
-import task_heads
-import task_metric
-import task_plots
 import train_real_data
-from checkpoint import load_model
-from cli import UserError
+from common import cli
+from common.errors import UserError
+from experiments import estimate_metric, evaluate_task
+from figures import task_sweep
 from model import get_model_by_name
 from qwenvl_dataloader import Batch, RealQwenVLDataset, create_data_loaders_real, denormalise
 from svd_baseline import gram_eigh, truncated_svd
-from task_model import TaskFactorModel, leading_projector
-from task_refinement import refine_factors
+from task import heads
+from task import metric as task_metric
+from task.load_head import load_head
+from task.refinement import refine_factors
+from task.trained_norm import TaskFactorModel, leading_projector
+from training.checkpoint import load_model
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def dataset(tiny_cache) -> RealQwenVLDataset:
 
 
 @pytest.fixture(scope="module")
-def saliency(dataset) -> task_heads.TaskHead:
-    return task_heads.load_head("saliency", dataset, device="cpu")
+def saliency(dataset) -> heads.TaskHead:
+    return load_head("saliency", dataset, device="cpu")
 
 
 # ------------------------------------------------------------------------------------------ metric
@@ -40,7 +40,7 @@ def saliency(dataset) -> task_heads.TaskHead:
 
 @pytest.fixture(scope="module")
 def metric_file(tiny_cache, tmp_path_factory):
-    """The saliency head's metric of the small cache, made by estimate_metric.py itself."""
+    """The saliency head's metric of the small cache, made by experiments.estimate_metric itself."""
     path = tmp_path_factory.mktemp("metric") / "saliency.safetensors"
     argv = ["--cache_dir", str(tiny_cache), "--probes", "2", "--out", str(path)]
     estimate_metric.main(cli.parse(estimate_metric.get_args_parser(), argv))
@@ -63,7 +63,7 @@ def random_metric(d: int, seed: int = 0) -> task_metric.TaskMetric:
     return task_metric.TaskMetric(task_metric.shrunk(root @ root.mT, 1e-2), {"scale": 1.0})
 
 
-class LinearHead(task_heads.TaskHead):
+class LinearHead(heads.TaskHead):
     """y = X L for every token: a head whose metric is known, M ∝ L Lᵀ."""
 
     name, sha256, output = "linear", "0", "outputs"
@@ -75,7 +75,7 @@ class LinearHead(task_heads.TaskHead):
         return tokens @ self.weight
 
     def loss(self, outputs, full):
-        return task_heads.squared_error(outputs, full)
+        return heads.squared_error(outputs, full)
 
     def agreement(self, outputs, full):
         return torch.ones(len(full))
@@ -173,7 +173,9 @@ def test_a_missing_or_damaged_metric_is_refused(content, dataset, tmp_path):
     path = tmp_path / "m.safetensors"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match="--metric .*m.safetensors .*make it with estimate_metric"):
+    with pytest.raises(
+        UserError, match="--metric .*m.safetensors .*make it with experiments.estimate_metric"
+    ):
         task_metric.load_metric(path, dataset)
 
 
@@ -217,8 +219,8 @@ def test_evaluate_task_writes_every_method_with_intervals_and_a_figure(
     metric_file, tiny_cache, script, tmp_path
 ):
     done = script(
-        "evaluate_task.py", "--cache_dir", tiny_cache, "--metric", metric_file, "--ranks", 2, 4, 8,
-        "--head_steps", 1, "--bound", 0.3, "--results_dir", tmp_path,
+        "experiments.evaluate_task", "--cache_dir", tiny_cache, "--metric", metric_file,
+        "--ranks", 2, 4, 8, "--head_steps", 1, "--bound", 0.3, "--results_dir", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("note: no trained network")
@@ -252,12 +254,12 @@ def test_a_method_that_reaches_no_rank_is_left_out_of_table_and_figure(tmp_path)
         assert (table["svd"]["4"]["task_error"]["interval_95"] is None) == (groups == ["a", "a"])
         found = {"calibration": {"predicted": [[0.5]], "measured": [[0.4]]}, "confidence": 0.9}
         results = {"methods": table, "rank_per_image": found, "head_steps": 0}
-        task_plots.task_sweep(tmp_path / "t.png", results, "logits", "footer")
+        task_sweep.task_sweep(tmp_path / "t.png", results, "logits", "footer")
     assert (tmp_path / "t.png").exists()
 
 
 def test_answers_of_a_head_that_gives_none_are_refused(metric_file, tiny_cache, script):
-    done = script("evaluate_task.py", "--cache_dir", tiny_cache, "--metric", metric_file,
+    done = script("experiments.evaluate_task", "--cache_dir", tiny_cache, "--metric", metric_file,
                   "--answers")  # fmt: skip
     assert done.returncode == 2 and "--answers: --head saliency generates none" in done.stderr
 
@@ -345,8 +347,9 @@ def test_the_task_trained_network_is_judged_beside_the_others(
     task_trained, metric_file, tiny_cache, script, tmp_path
 ):
     done = script(
-        "evaluate_task.py", "--cache_dir", tiny_cache, "--metric", metric_file, "--ranks", 2, 4,
-        "--results_dir", tmp_path, "--task_results_dir", task_trained, "--head_steps", 1,
+        "experiments.evaluate_task", "--cache_dir", tiny_cache, "--metric", metric_file,
+        "--ranks", 2, 4, "--results_dir", tmp_path, "--task_results_dir", task_trained,
+        "--head_steps", 1,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     methods = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())["methods"]
@@ -391,7 +394,7 @@ def test_every_table_shows_svd_and_network_in_the_metric_beside_the_plain_ones(
     assert script("visualize_svd_nn.py", *where).returncode == 0
     image = json.loads((tmp_path / "ResMLP" / "image_0_comparison_results.json").read_text())
     assert four <= set(image)
-    assert script("benchmark.py", *where, "--quality", "--ranks", 4).returncode == 0
+    assert script("experiments.benchmark", *where, "--quality", "--ranks", 4).returncode == 0
     records = json.loads((tmp_path / "benchmark.json").read_text())["records"]
     assert four <= {record["method"] for record in records}
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from test_encoders import photograph, random_image
 
-import encoders
-import task_heads
-from cli import UserError
+from common.errors import UserError
+from features import encoders
 from qwenvl_dataloader import RealQwenVLDataset
+from task import heads
+from task.load_head import load_head
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,8 @@ def dataset(tiny_cache) -> RealQwenVLDataset:
 
 
 @pytest.fixture(scope="module")
-def saliency(dataset) -> task_heads.TaskHead:
-    return task_heads.load_head("saliency", dataset, device="cpu")
+def saliency(dataset) -> heads.TaskHead:
+    return load_head("saliency", dataset, device="cpu")
 
 
 def test_the_saliency_head_gives_the_logits_and_the_map_of_its_onnx_graph():
@@ -39,8 +40,8 @@ def test_the_saliency_head_gives_the_logits_and_the_map_of_its_onnx_graph():
     )
     expected = session.run(names, {"input_image": pixels.numpy()})
     logits, importance = (torch.from_numpy(array)[:, 0] for array in expected)
-    head = task_heads.SaliencyHead.__new__(task_heads.SaliencyHead)
-    head.grid, head.decoder = encoder.grid, task_heads.load_saliency_decoder()
+    head = heads.SaliencyHead.__new__(heads.SaliencyHead)
+    head.grid, head.decoder = encoder.grid, heads.load_saliency_decoder()
     found = head.outputs(encoder.encode(pixels))  # merged tokens [2, 64, 1536]
     assert found.shape == logits.shape == (2, 128, 128)
     assert (found - logits).norm() / logits.norm() < 1e-5
@@ -52,7 +53,7 @@ def test_the_saliency_head_gives_the_logits_and_the_map_of_its_onnx_graph():
 def test_splitting_neighbours_undoes_their_merging():
     patches = torch.randn(2, 4 * 6, 5)
     merged = encoders.merge_neighbours(patches, (4, 6))
-    split = task_heads.split_neighbours(merged, (2, 3))
+    split = heads.split_neighbours(merged, (2, 3))
     assert torch.equal(split, patches.mT.reshape(2, 5, 4, 6))
 
 
@@ -60,10 +61,10 @@ def test_the_saliency_heads_gradient_is_the_slope_of_its_loss(saliency, dataset)
     tokens = dataset[[0]].double()
     saliency.decoder.double()
     try:
-        full = saliency.decoder(task_heads.split_neighbours(tokens, dataset.grid))
+        full = saliency.decoder(heads.split_neighbours(tokens, dataset.grid))
 
         def loss(x):
-            patches = task_heads.split_neighbours(x, dataset.grid)
+            patches = heads.split_neighbours(x, dataset.grid)
             return saliency.loss(saliency.decoder(patches), full).sum()
 
         start = (tokens + 0.1 * tokens.std() * torch.randn_like(tokens)).requires_grad_()
@@ -89,9 +90,9 @@ def test_the_saliency_head_refuses_tokens_of_another_encoder(cache_copy):
     manifest["encoder"]["id"] = "Qwen/Qwen2.5-VL-3B-Instruct"
     path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="--head saliency reads tokens of demo-dinov2"):
-        task_heads.load_head("saliency", RealQwenVLDataset(cache_copy), device="cpu")
+        load_head("saliency", RealQwenVLDataset(cache_copy), device="cpu")
 
 
 def test_an_unknown_head_is_refused_with_the_list(dataset):
     with pytest.raises(UserError, match="--head depth is unknown: type one of saliency, qwen"):
-        task_heads.load_head("depth", dataset, device="cpu")
+        load_head("depth", dataset, device="cpu")

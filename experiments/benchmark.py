@@ -1,0 +1,439 @@
+"""Measure what each factorisation costs and how near it comes to the SVD, networks and references.
+
+    python -m experiments.benchmark          # 5 ranks, batch 8, one CPU thread
+    python -m experiments.benchmark --ranks 128 --batch_size 8 256 --device cuda
+
+Writes results/benchmark.json and benchmark.png (error above the optimum against time). All methods
+form A and B of the same matrices at the same rank, in one run: every repeat times each method once,
+in turn, so that a slower spell of the machine meets all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import cli, progress
+from common.errors import UserError
+from common.files import write_json
+from common.timing import Timing, matmul_rates, time_in_turn
+from figures import error_against_time
+from model import ARCHITECTURES, LowRankFactorModel
+from qwenvl_dataloader import (
+    BatchLoader,
+    Loaders,
+    RealQwenVLDataset,
+    create_data_loaders_real,
+    normalise,
+)
+from subspace import columns_for, even_features, gram_is_cheaper, refine, start_shifts
+from svd_baseline import (
+    Factors,
+    evaluate,
+    fit_pca,
+    gram_eigh,
+    pca,
+    randomized_svd,
+    summarise,
+    truncated_svd,
+)
+from task.metric import TaskMetric, in_metric, load_metric, metric_svd
+from training.checkpoint import load_model
+
+DEFAULT_STEPS, DEFAULT_OVERSAMPLE = 1, 32  # of the random sketch where no network sets them
+SVD_LOWRANK_STEPS, SVD_LOWRANK_EXTRA = 2, 10  # as svd_baseline.randomized_svd calls it
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        description="Measure cost and error of every factorisation: networks and references.",
+        epilog="example:\n  python -m experiments.benchmark --ranks 32 128 --batch_size 8",
+    )
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--quality", action="store_true",
+                        help="only the error, on all test images (neither flag: both)")  # fmt: skip
+    what.add_argument("--speed", action="store_true",
+                        help="only the time (neither flag: both)")  # fmt: skip
+    what.add_argument("--ranks", type=cli.number(int, 1), nargs="+", default=[8, 16, 32, 64, 128],
+                        help="ranks of A·B")  # fmt: skip
+    what.add_argument("--batch_size", dest="batch_sizes", nargs="+",
+                        type=cli.number(int, 1, 65536), default=[8], metavar="BATCH_SIZE",
+                        help="matrices of a timed call; several are measured in turn")  # fmt: skip
+    what.add_argument("--threads", type=cli.number(int, 1, 1024), default=1, help="CPU threads")
+    what.add_argument("--repeats", type=cli.number(int, 1), default=7,
+                        help="timed calls of each method, after a warm-up")  # fmt: skip
+    cli.add_evaluation_flags(parser)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    device = cli.pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    results_dir = Path(args.results_dir)
+    if results_dir.exists() and not results_dir.is_dir():
+        raise UserError(f"--results_dir {results_dir} is a file: name a folder")
+    quality, speed = (wanted or not (args.quality or args.speed)
+                      for wanted in (args.quality, args.speed))  # fmt: skip
+    dataset = RealQwenVLDataset(args.cache_dir)
+    ranks = checked_ranks(args, min(dataset.num_tokens, dataset.feature_dim))
+    networks = trained_networks(results_dir, device, dataset)
+    batches = sorted(set(args.batch_sizes))
+    loaders = create_data_loaders_real(dataset, batches[0], device=device)
+    environment = describe(args, device, dataset, loaders.test.num_images)
+    footer = f"{dataset.label}; {environment['device']}, {args.threads} CPU thread(s), torch "
+    footer += f"{torch.__version__}; error: {loaders.test.num_images} test images"
+    print(footer)
+
+    contenders = networks + references(networks, loaders, ranks, device)
+    if args.metric:
+        contenders += contenders_in_metric(networks, load_metric(args.metric, dataset), device)
+    errors = measure_quality(contenders, ranks, loaders.test) if quality else {}
+    rates = [matmul_rates(device)]
+    times = measure_speed(contenders, ranks, batches, loaders.test, args.repeats) if speed else {}
+    rates.append(matmul_rates(device))  # before and after: a busy spell must not lower the peak
+    environment["matmul_multiply_adds_per_s"] = {n: max(r[n] for r in rates) for n in rates[0]}
+    records = [
+        record(contender, r, b, environment, errors.get((i, r)), times.get((i, r, b)))
+        for b in (batches if speed else [None])
+        for r in ranks
+        for i, contender in enumerate(contenders)
+        if r <= contender.max_rank
+    ]
+    print_table(records)
+    results_dir.mkdir(parents=True, exist_ok=True)
+    write_json(results_dir / "benchmark.json", {"environment": environment, "records": records})
+    written = f"{results_dir}/benchmark.json"
+    if quality and speed:
+        timed = f"time: median of {args.repeats} calls on one batch of them, all methods in turn"
+        error_against_time.pareto(results_dir / "benchmark.png", records, f"{footer}; {timed}")
+        written += f" and benchmark.png: look at {results_dir}/benchmark.png"
+    else:
+        print("note: benchmark.png is not drawn, it needs both --quality and --speed")
+    print(HOW_TO_READ)
+    print(f"wrote {written}")
+
+
+HOW_TO_READ = """how to read it: of the methods at one rank and batch, take the fastest whose excess
+you accept. ms is per matrix, [iqr] the interquartile range of the repeats; excess is rel_error over
+the optimum, mean and 90th percentile of the test images (the SVD's is rounding). floor: the share
+of the time in which plain matrix products do the multiply-adds that the method cannot avoid."""
+
+
+def checked_ranks(args: argparse.Namespace, limit: int) -> list[int]:
+    """The ranks in order; those too large for the cache are refused, or left out if a default."""
+    ranks = sorted(set(args.ranks))
+    if "ranks" not in args.typed:
+        ranks = [r for r in ranks if r <= limit] or [limit]
+    if ranks[-1] > limit:
+        raise UserError(
+            f"--ranks {ranks[-1]} is out of range: type 1 to {limit}, the smaller of T and D"
+        )
+    return ranks
+
+
+def describe(
+    args: argparse.Namespace, device: torch.device, dataset: RealQwenVLDataset, test_images: int
+) -> dict:
+    """What the numbers of this run depend on, for the JSON."""
+    return cli.environment(device) | {
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "device_type": device.type,
+        "dtype": "float32",  # of X, A and B; the records' own says in what a method computes
+        "data": dataset.label,
+        "num_tokens": dataset.num_tokens,
+        "feature_dim": dataset.feature_dim,
+        "test_images": test_images,
+        "repeats": args.repeats,
+    }
+
+
+# ---------------------------------------------------------------------------- what is measured
+
+
+class Contender(NamedTuple):
+    """One method with its settings."""
+
+    method: str
+    factorise: Callable[[Tensor, int], Factors]  # (x [b, T, D], r) → A [b, T, r], B [b, r, D]
+    dtype: str  # the widest type of its linear algebra
+    max_rank: int
+    arch: str | None = None
+    sketch: str | None = None
+    steps: int | None = None  # K
+    columns: Callable[[int], int] | None = None  # rank → columns of the sketch
+    branches: Callable[[int], float] | None = None  # rank → multiply-adds of a network's branches
+
+
+def trained_networks(
+    results_dir: Path, device: torch.device, dataset: RealQwenVLDataset
+) -> list[Contender]:
+    """Every network of `results_dir`, as a contender up to its effective rank."""
+    paths = [results_dir / arch / "best_model.pt" for arch in ARCHITECTURES]
+    found = [load_model(path, device, dataset)[0] for path in paths if path.exists()]
+    if not found:
+        print(f"note: no trained network in {results_dir}/, references only")
+    return [network_contender(model) for model in found]
+
+
+def network_contender(model: LowRankFactorModel) -> Contender:
+    projected = model.factors == "projected"
+    return Contender(
+        "network",
+        lambda x, r: model(x, r, ordered=False),
+        "float64" if projected else "float32",
+        max_rank=model.current_effective_rank(),
+        arch=model.config["arch"],
+        sketch="trained" if projected else None,
+        steps=model.refine_steps if projected else None,
+        columns=model.columns_at if projected else None,
+        branches=lambda r: branch_multiply_adds(model, model.columns_at(r) if projected else r),
+    )
+
+
+def references(
+    networks: list[Contender], loaders: Loaders, ranks: list[int], device: torch.device
+) -> list[Contender]:
+    """What networks are held against; each computes at every rank."""
+    dataset = loaders.train.dataset
+    limit = min(dataset.num_tokens, dataset.feature_dim)
+    axes = fit_pca(batch.x for batch in loaders.train.with_progress("PCA"))
+    # one with the steps and columns of each network, so that only the sketch differs
+    most = min(limit, max(ranks) + DEFAULT_OVERSAMPLE)
+    by_default = (DEFAULT_STEPS, tuple(columns_for(r, DEFAULT_OVERSAMPLE, most) for r in ranks))
+    settings = {
+        (n.steps, tuple(n.columns(r) if r <= n.max_rank else c
+                        for r, c in zip(ranks, by_default[1], strict=True)))
+        for n in networks if n.columns
+    } or {by_default}  # fmt: skip
+    found = []
+    for steps, columns in sorted(settings):
+        of_rank = dict(zip(ranks, columns, strict=True))
+        factorise = random_sketch_method(dataset, steps, of_rank, device)
+        found.append(Contender("random_sketch", factorise, "float64", limit, sketch="random",
+                               steps=steps, columns=of_rank.__getitem__))  # fmt: skip
+    found.append(Contender("svd", truncated_svd, "float32", limit))
+    if device.type == "cuda":
+        found.append(Contender("svd_gesvda", svd_gesvda, "float32", limit))
+    return found + [
+        Contender("gram_eigh_f32", lambda x, r: gram_eigh(x, r, torch.float32), "float32", limit),
+        Contender("gram_eigh_f64", gram_eigh, "float64", limit),
+        Contender(
+            "svd_lowrank", randomized_svd, "float32", limit, sketch="random",
+            steps=SVD_LOWRANK_STEPS, columns=lambda r: min(r + SVD_LOWRANK_EXTRA, limit),
+        ),
+        Contender("pca", lambda x, r: pca(x, r, axes), "float32", limit),
+    ]  # fmt: skip
+
+
+def contenders_in_metric(
+    networks: list[Contender], metric: TaskMetric, device: torch.device
+) -> list[Contender]:
+    """The SVD and every network of X M^½, mapped back; their excess is that of X itself."""
+    metric = metric.to(device)
+    svd = Contender(
+        "svd_in_metric", lambda x, r: metric_svd(x, r, metric), "float64", len(metric.root)
+    )
+    return [svd] + [
+        n._replace(method="network_in_metric", factorise=in_metric(n.factorise, metric))
+        for n in networks
+    ]
+
+
+def random_sketch_method(
+    dataset: RealQwenVLDataset, steps: int, columns: dict[int, int], device: torch.device
+) -> Callable[[Tensor, int], Factors]:
+    """`svd_baseline.random_sketch` with Ω and shifts made once: drawing them is no one's cost,
+    as loading a network's weights is not. columns: rank → columns of the sketch."""
+    shifts = start_shifts(steps).to(device)
+    omegas = {
+        c: torch.randn(dataset.num_tokens, c, generator=torch.Generator().manual_seed(0)).to(device)
+        for c in set(columns.values())
+    }
+    features = even_features(dataset.feature_dim, dataset.num_tokens).to(device)
+
+    def factorise(x: Tensor, rank: int) -> Factors:
+        seen = x[..., features]
+        sketch = seen @ (seen.mT @ omegas[columns[rank]])
+        u = refine(sketch, x, shifts, rank, ordered=False).u.to(x.dtype)
+        return u, u.mT @ x
+
+    return factorise
+
+
+def svd_gesvda(x: Tensor, rank: int) -> Factors:
+    """`truncated_svd` by cuSOLVER's batched approximate driver, CUDA only."""
+    u, sigma, vh = torch.linalg.svd(x, full_matrices=False, driver="gesvda")
+    return u[..., :rank], sigma[..., :rank, None] * vh[..., :rank, :]
+
+
+# ------------------------------------------------------------------------------------- measures
+
+
+def measure_quality(
+    contenders: list[Contender], ranks: list[int], test: BatchLoader
+) -> dict[tuple[int, int], dict[str, float | None]]:
+    """(contender, rank) → mean and p90 of the excess over the test images, per cent."""
+    pairs = [(i, r) for r in ranks for i, c in enumerate(contenders) if r <= c.max_rank]
+    return {
+        (i, r): summarise(
+            evaluate(lambda x, i=i, r=r: contenders[i].factorise(x, r), test)["excess_pct"]
+        )
+        for i, r in progress.over(pairs, "quality", "methods and ranks")
+    }
+
+
+def measure_speed(
+    contenders: list[Contender], ranks: list[int], batches: list[int], test: BatchLoader,
+    repeats: int,
+) -> dict[tuple[int, int, int], Timing]:  # fmt: skip
+    """(contender, rank, batch) → times on the first `batch` test images, repeated if fewer."""
+    found = {}
+    rows = test.sampler.rows
+    for batch in batches:
+        taken = rows[torch.arange(batch) % len(rows)]
+        if batch > len(rows):
+            print(f"note: the batch of {batch} repeats the {len(rows)} test images")
+        try:
+            x = normalise(test.dataset[taken].to(test.device))[0]
+            for r in progress.over(ranks, f"speed, batch {batch}", "ranks"):
+                active = [i for i, c in enumerate(contenders) if r <= c.max_rank]
+                calls = [lambda i=i, x=x, r=r: contenders[i].factorise(x, r) for i in active]
+                timings = time_in_turn(calls, repeats, test.device)
+                found |= {(i, r, batch): t for i, t in zip(active, timings, strict=True)}
+        except torch.cuda.OutOfMemoryError:
+            raise UserError(
+                f"CUDA is out of memory: --batch_size {batch} is too large, type "
+                f"--batch_size {max(1, batch // 2)}"
+            ) from None
+    return found
+
+
+# --------------------------------------------------------------------------------------- floors
+
+
+def branch_multiply_adds(model: LowRankFactorModel, columns: int) -> float:
+    """Of both branches, one matrix: a weight of row_net meets T tokens, one of col_net every seen
+    feature. Output layers count with the columns that are computed; merged LoRA weights cost
+    nothing here.
+    """
+
+    def weights(branch: torch.nn.Module) -> int:
+        body = sum(p.numel() for name, p in branch.body.named_parameters()
+                   if p.ndim == 2 and "lora" not in name)  # fmt: skip
+        last = [getattr(branch, name).weight for name in ("skip", "head") if hasattr(branch, name)]
+        return body + columns * sum(weight.shape[1] for weight in last)
+
+    tokens, seen = model.num_tokens, len(model.seen)
+    product = tokens * seen * columns if model.factors == "projected" else 0
+    return tokens * weights(model.row_net) + seen * weights(model.col_net) + product
+
+
+def multiply_adds(contender: Contender, t: int, d: int, r: int) -> dict[str, float] | None:
+    """What `contender` cannot avoid on one matrix, by data type; None where no formula is given.
+
+    Symmetric products and triangular solves count half, a Cholesky c³/6, the eigenvectors of a
+    symmetric n × n matrix 2/3 n³ for its tridiagonal form and n² for each vector brought back.
+    """
+    c = contender.columns(r) if contender.columns else r
+    steps = contender.steps or 0
+    gram_eigh_count = t * t * d / 2 + 2 / 3 * t**3 + t * t * r
+    power_steps = (2 * steps + 2) * t * d * c + (3 * d + 2 * t) * c * c + d * c * r
+    formulas = {
+        "gram_eigh_f32": {"float32": gram_eigh_count + t * d * r},
+        "gram_eigh_f64": {"float32": t * d * r, "float64": gram_eigh_count},
+        "svd_lowrank": {"float32": power_steps},
+        "pca": {"float32": t * d * r},
+    }
+    if contender.method == "random_sketch" or (contender.method == "network" and contender.columns):
+        seen = len(even_features(d, t))
+        sketch = contender.branches(r) if contender.branches else 2 * t * seen * c
+        return refine_multiply_adds(t, d, c, r, steps, sketch)
+    if contender.method == "network":  # direct factors: the branches, uncut
+        return {"float32": contender.branches(r)} if r == contender.max_rank else None
+    return formulas.get(contender.method)
+
+
+def refine_multiply_adds(
+    t: int, d: int, c: int, r: int, steps: int, sketch: float
+) -> dict[str, float]:
+    """Of `subspace.refine` on a sketch of that cost, and of B."""
+    products = steps + 1
+    by_gram, by_x = t * t * (d / 2 + products * c), products * 2 * t * d * c
+    basis = t * c * c + c**3 / 6  # Cholesky QR, one pass
+    shift = t * c * c / 2 + c**3 / 6  # QᵀGQ and its pivot, for μ
+    finish = 3 / 2 * t * c * c + c**3 / 6 + 2 / 3 * c**3 + c * c * r + t * c * r
+    algebra = basis + steps * (shift + basis) + finish
+    either = {True: (0, by_gram), False: (by_x, 0)}[gram_is_cheaper(t, d, c, products)]
+    return {"float32": sketch + t * d * r + either[0], "float64": algebra + either[1]}
+
+
+# -------------------------------------------------------------------------------------- results
+
+
+def record(
+    contender: Contender, rank: int, batch: int | None, environment: dict,
+    error: dict[str, float | None] | None, timing: Timing | None,
+) -> dict[str, str | int | float | None]:  # fmt: skip
+    """One entry of benchmark.json; null where it was not measured or does not apply."""
+    ms = floor_ms = iqr = None
+    if timing:
+        low, ms, high = np.percentile(timing.seconds, [25, 50, 75]) * 1e3 / batch
+        ms, iqr = float(ms), float(high - low)
+        counts = multiply_adds(
+            contender, environment["num_tokens"], environment["feature_dim"], rank
+        )
+        if counts:
+            rates = environment["matmul_multiply_adds_per_s"]
+            floor_ms = sum(1e3 * count / rates[dtype] for dtype, count in counts.items())
+    return {
+        "method": contender.method,
+        "arch": contender.arch,
+        "sketch": contender.sketch,
+        "K": contender.steps,
+        "p": contender.columns(rank) - rank if contender.columns else None,
+        "rank": rank,
+        "device": environment["device_type"],
+        "threads": environment["threads"],
+        "dtype": contender.dtype,
+        "batch": batch,
+        "ms_median": ms,
+        "ms_iqr": iqr,
+        "matrices_per_s": 1e3 / ms if timing else None,
+        "peak_mb": timing.peak_mb if timing else None,
+        "excess_mean": error["mean"] if error else None,
+        "excess_p90": error["p90"] if error else None,
+        "floor_ms": floor_ms,
+        "floor_fraction": floor_ms / ms if floor_ms else None,
+    }
+
+
+def print_table(records: list[dict]) -> None:
+    """All records, of each batch and rank the fastest first."""
+    print(
+        f"{'batch':>5}{'rank':>5}  {'method':<14}{'arch':<8}{'K':>2}{'p':>4}{'ms':>9}{'[iqr]':>8}"
+        f"{'matrices/s':>11}{'excess mean %':>15}{'p90 %':>11}{'floor':>7}{'peak MB':>9}"
+    )
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    for row in sorted(records, key=lambda r: (r["batch"] or 0, -r["rank"], r["ms_median"] or 0)):
+        share = row["floor_fraction"]
+        print(
+            f"{cell(row['batch'], 'd'):>5}{row['rank']:>5}  {row['method']:<14}"
+            f"{row['arch'] or '-':<8}{cell(row['K'], 'd'):>2}{cell(row['p'], 'd'):>4}"
+            f"{cell(row['ms_median'], '.3f'):>9}{cell(row['ms_iqr'], '.3f'):>8}"
+            f"{cell(row['matrices_per_s'], '.1f'):>11}{cell(row['excess_mean'], '.5f'):>15}"
+            f"{cell(row['excess_p90'], '.5f'):>11}{cell(share, '.0%'):>7}"
+            f"{cell(row['peak_mb'], '.0f'):>9}"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

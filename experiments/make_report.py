@@ -1,0 +1,176 @@
+"""Make a page of each run and one of all runs, and set the architectures side by side.
+
+    python -m experiments.make_report                                       # results/, logs in log/
+    python -m experiments.make_report --results_dir results --log_dir log   # the same
+
+Writes results/<arch>/report.html of every run and results/index.html: whole in themselves, any
+browser shows them, without a network. Also results/overview.png and overview.json of all
+architectures that are trained and compared on the same test images; each network is held against
+the SVD at its own effective rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from common import cli
+from common.errors import UserError
+from common.files import atomic_path, content_hash_fits, read_json, write_json
+from experiments import report_page
+from figures import training_curves
+from model import ARCHITECTURES
+from svd_baseline import percent_text
+from training.checkpoint import load_checkpoint
+
+MADE_BY = {  # what of an architecture is read, and the script that writes it
+    "history.json": "train_real_data.py",
+    "test_results.json": "train_real_data.py",
+    "svd_nn_comparison.json": "compare_svd_nn.py",
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        description="Make a page of each run, and one of all runs with a table and a figure.",
+        epilog="example:\n  python -m experiments.make_report --results_dir results",
+    )
+    where = parser.add_argument_group("files")
+    where.add_argument("--results_dir", type=cli.folder, default="results",
+                       help="where the folders <arch>/ are")  # fmt: skip
+    where.add_argument("--log_dir", type=cli.folder, default="log",
+                       help="where the logs_<timestamp>/ are")  # fmt: skip
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    results_dir = Path(args.results_dir)
+    folders = [f for arch in ARCHITECTURES if report_page.has_results(f := results_dir / arch)]
+    if not folders:
+        raise UserError(
+            f"{results_dir} has no architecture that is trained: type python train_real_data.py "
+            f"--results_dir {results_dir}, then python compare_svd_nn.py --results_dir "
+            f"{results_dir}"
+        )
+    found = {folder.name: files for folder in folders if (files := read_results(folder))}
+    found = of_newest_data(found, results_dir)
+    rows = [report_row(arch, *files) for arch, files in found.items()]
+    pages = {f / "report.html": report_page.run_page(f, Path(args.log_dir)) for f in folders}
+    written = "report.html of each run"
+    if rows:
+        write_overview(results_dir, rows, found[rows[0]["arch"]][2])
+        written += ", overview.png, overview.json"
+    pages[results_dir / "index.html"] = report_page.index_page(results_dir, folders, rows)
+    for path, text in pages.items():
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    print(f"wrote {written} and {results_dir}/index.html: open that one in a browser")
+
+
+def write_overview(results_dir: Path, rows: list[dict], comparison: dict) -> None:
+    """Table, overview.json and overview.png. comparison: one of those that `rows` are of."""
+    footer = f"{comparison['data']}; {comparison['n_images']} test images"
+    print(footer)
+    print_table(rows)
+    write_json(
+        results_dir / "overview.json",
+        {key: comparison[key] for key in ("data", "split", "n_images")} | {"architectures": rows},
+    )
+    training_curves.overview(results_dir / "overview.png", rows, footer)
+
+
+def read_results(folder: Path) -> tuple[list, dict, dict] | None:
+    """An architecture's history, test numbers and comparison; None, with a note, where one is
+    missing.
+
+    Also None where the comparison was made at another rank than the trained one, since the SVD's
+    error at the trained rank is then not in it. Raises UserError where a file is damaged.
+    """
+    arch = folder.name
+    for name, script in MADE_BY.items():
+        if not (folder / name).exists():
+            print(f"note: {arch} is not in the overview: no {folder / name} "
+                  f"(python {script} --arch {arch})")  # fmt: skip
+            return None
+    history, test, comparison = (
+        read_json(folder / name, f"run python {script} --arch {arch} again")
+        for name, script in MADE_BY.items()
+    )
+    check_results(folder, history, test, comparison)
+    if comparison["rank"] != test["effective_rank"]:
+        print(f"note: {arch} is not in the overview: compared at rank {comparison['rank']}, "
+              f"trained to rank {test['effective_rank']} (python compare_svd_nn.py --arch "
+              f"{arch})")  # fmt: skip
+        return None
+    return history, test, comparison
+
+
+def check_results(folder: Path, history: object, test: object, comparison: object) -> None:
+    """Refuse results that are not as they were written: a flipped digit is no result."""
+    again = f"run python {{}} --arch {folder.name} again"
+    for name, found in (("test_results.json", test), ("svd_nn_comparison.json", comparison)):
+        if not isinstance(found, dict) or not content_hash_fits(found):
+            raise UserError(
+                f"{folder / name} is not as it was written: {again.format(MADE_BY[name])}"
+            )
+    last = folder / "last_model.pt"
+    if last.exists() and load_checkpoint(last)["progress"]["history"] != history:
+        raise UserError(
+            f"{folder}/history.json is not that of last_model.pt: go on with python "
+            f"train_real_data.py --arch {folder.name} --resume last"
+        )
+
+
+def of_newest_data(found: dict[str, tuple], results_dir: Path) -> dict[str, tuple]:
+    """Those of `found` on the data of the newest comparison: errors on others do not compare."""
+
+    def data(arch: str) -> tuple[str, int]:
+        comparison = found[arch][2]
+        return comparison["data"], comparison["n_images"]
+
+    if not found:
+        return {}
+    newest = max(found, key=lambda a: (results_dir / a / "svd_nn_comparison.json").stat().st_mtime)
+    for arch in found:
+        if data(arch) != data(newest):
+            print(f"note: {arch} is not in the overview: other data than {newest}, {data(arch)[0]}")
+    return {arch: files for arch, files in found.items() if data(arch) == data(newest)}
+
+
+def report_row(arch: str, history: list[dict], test: dict, comparison: dict) -> dict:
+    """What table, figure and overview.json say of one architecture; excess in per cent."""
+    methods = comparison["ranks"][str(comparison["rank"])]
+    excess = methods["network"]["excess_pct"]
+    speeds = [record["samples_per_s"] for record in history if "samples_per_s" in record]
+    return {
+        "arch": arch,
+        "factors": comparison["factors"],
+        "effective_rank": comparison["rank"],
+        "rel_error": methods["network"]["rel_error"]["mean"],
+        "optimum": methods["svd"]["rel_error"]["mean"],
+        "excess_mean": excess["mean"],
+        "excess_p90": excess["p90"],
+        "samples_per_s": statistics.median(speeds),
+        "best_epoch": test["best_epoch"],
+        "epochs": history[-1]["epoch"],
+    }
+
+
+def print_table(rows: list[dict]) -> None:
+    print(
+        f"{'architecture':<13}{'factors':<11}{'rank':>5}{'rel_error':>11}{'SVD':>9}"
+        f"{'excess mean':>15}{'p90':>13}{'images/s':>10}{'best epoch':>12}"
+    )
+    for row in rows:
+        excess = (row["excess_mean"], row["excess_p90"])
+        mean, p90 = map(percent_text, excess)
+        print(
+            f"{row['arch']:<13}{row['factors']:<11}{row['effective_rank']:>5}"
+            f"{row['rel_error']:>11.5f}{row['optimum']:>9.5f}{mean:>15}{p90:>13}"
+            f"{row['samples_per_s']:>10.2f}{row['best_epoch']:>9} of {row['epochs']}"
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

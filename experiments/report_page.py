@@ -1,0 +1,350 @@
+"""What the pages of a run and of all runs show: figures, tables, configuration, log.
+
+Only what lies in the folder is shown; a piece that is missing is left out. The pages themselves are
+`html_page`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+
+from common.files import read_json
+from experiments.html_page import Html, figure, link, page, paragraph, preformatted, section, table
+from svd_baseline import percent_text
+from training.checkpoint import load_checkpoint
+
+LOG_LINES = 40
+COMPARISON, TASK = "Network against the SVD", "What a task makes of it"
+IMAGES, TRAINING = "Single images", "Training"
+FIGURES = {  # pattern of the file: its section and its caption; shown in this order
+    "svd_nn_comparison.png": (COMPARISON, "Error of each test image against the SVD's, excess of "
+                              "every method, singular values, error in the answer's box."),
+    "rank_sweep.png": (COMPARISON, "Error and excess of every method over the rank: mean, and a "
+                       "band up to the 90th percentile of the test images."),
+    "rank_per_image.png": (COMPARISON, "A rank for each image, against one rank for all that "
+                           "stores as much."),
+    "error_heatmap.png": (COMPARISON, "Mean error of each token of the grid over the test images."),
+    "B_row_norm_hist.png": (COMPARISON, "Row norms of B beside the singular values of the same "
+                            "test images."),
+    "task_sweep.png": (TASK, "Task error over stored bytes, what it is below the plain SVD's, and "
+                       "its prediction without the head."),
+    "image_*_rank_comparison.png": (IMAGES, "What rank keeps: three principal components of X a "
+                                    "row, as red, green and blue; grey where a rank lost them."),
+    "image_*_spatial_error_comparison.png": (IMAGES, "Where on the photograph the error lies."),
+    "image_*_spatial_channel_comparison.png": (IMAGES, "Single channels: original, network, SVD "
+                                               "and their differences."),
+    "train_val_loss_comparison.png": (TRAINING, "Squared error over the epochs with the SVD's as "
+                                      "the floor, validation error above the optimum, learning "
+                                      "rate and effective rank; dotted: the best epoch."),
+    "loss_curves.png": (TRAINING, "Each term of the loss, and the shifts, over the epochs."),
+}  # fmt: skip
+RESULTS_OF_ALL = {  # figures of the whole results folder, for the index
+    "overview.png": "All trained architectures: error above the SVD's, error beside it, speed of "
+    "training.",
+    "benchmark.png": "Time against error of every method.",
+    "ablation_rank*.png": "What learning buys: time against error of random and trained sketches.",
+}
+AGAIN = "make it again, or remove it"
+
+
+def has_results(folder: Path) -> bool:
+    """Whether there is something of a run to show."""
+    names = ("history.json", "test_results.json", "svd_nn_comparison.json")
+    return any((folder / name).exists() for name in names)
+
+
+def run_page(folder: Path, log_dir: Path) -> str:
+    """The page of results/<arch>/. Raises UserError where a file in it is damaged."""
+    test = _json(folder / "test_results.json")
+    comparison = _json(folder / "svd_nn_comparison.json")
+    best = folder / "best_model.pt"
+    state = load_checkpoint(best) if best.exists() else {}
+    log = newest_log(log_dir, folder)
+    rank = test.get("effective_rank") or comparison.get("rank")
+    data = str(test.get("data") or comparison.get("data") or "data not known")
+    heading = folder.name + (f", rank {rank}" if rank else "")
+    figures = _figures(folder)
+    return page(heading, data, [
+        paragraph(_finding(comparison)),
+        section("Numbers", _test_table(test), _comparison_table(comparison)),
+        section(COMPARISON, *figures[COMPARISON], _box_table(comparison.get("box") or {}),
+                _rank_per_image_table(comparison.get("rank_per_image") or {})),
+        section(TASK, _task_table(_json(folder / "task_sweep.json")), *figures[TASK]),
+        section(IMAGES, _image_table(folder), *figures[IMAGES]),
+        section(TRAINING, *figures[TRAINING], _epoch_table(folder, test.get("best_epoch"))),
+        section("Speed", *_benchmark_parts(folder)),
+        section("Model (from its checkpoint)", _settings(state.get("config", {}))),
+        section("Flags of the training", _settings(state.get("args", {}))),
+        section("Environment of the training", _environment(log)),
+        section("End of the log", _log_tail(log)),
+    ])  # fmt: skip
+
+
+def index_page(results_dir: Path, folders: list[Path], rows: list[dict]) -> str:
+    """The page of all runs. rows: overview.json's entry of each architecture that is compared."""
+    compared = {row["arch"]: row for row in rows}
+    tests = {folder.name: _json(folder / "test_results.json") for folder in folders}
+    header = ["run", "factors", "rank", "rel_error", "SVD", "excess mean", "p90", "images/s",
+              "best epoch"]  # fmt: skip
+    cells = []
+    for folder in folders:
+        row, test = compared.get(folder.name), tests[folder.name]
+        cells.append([link(f"{folder.name}/report.html", folder.name)])
+        if row:
+            excess = [percent_text(row[key]) for key in ("excess_mean", "excess_p90")]
+            cells[-1] += [row["factors"], _text(row["effective_rank"]), _error(row["rel_error"]),
+                          _error(row["optimum"]), *excess, f"{row['samples_per_s']:.1f}",
+                          _epochs(row)]  # fmt: skip
+        else:
+            rank = test.get("effective_rank")
+            metrics = (test.get("ranks") or {}).get(str(rank), {})
+            cells[-1] += ["", _text(rank), _error(_mean(metrics, "rel_error")), "",
+                          *_excess(metrics), "", _epochs(test)]  # fmt: skip
+    of_data = [str(test["data"]) for test in tests.values() if "data" in test]
+    # one run on demo data is enough to say so first
+    data = min(of_data, key=lambda d: not d.startswith("DEMO"), default="data not known")
+    figures = [
+        figure(path, caption)
+        for pattern, caption in RESULTS_OF_ALL.items()
+        for path in sorted(results_dir.glob(pattern))
+        if rows or pattern != "overview.png"  # an older one shows what is no longer there
+    ]
+    return page("Low-rank factors of vision tokens: all runs", data, [
+        paragraph("Relative error and excess over the SVD's (the optimum) are of the test images, "
+                  "each network at its own effective rank; a run's name leads to its page."),
+        table(header, cells, text=(0, 1)),
+        *figures,
+        section("Earlier runs", *(f"<p>{old}</p>" for old in _earlier_runs(results_dir, folders))),
+    ])  # fmt: skip
+
+
+def newest_log(log_dir: Path, folder: Path) -> Path | None:
+    """The newest logs_<timestamp>/ whose run wrote into `folder`; None where there is none."""
+    for path in sorted(log_dir.glob("logs_*"), reverse=True):
+        config = _json(path / "config.json")
+        if config and config.get("arch") == folder.name:
+            if Path(config.get("results_dir", "")).resolve() == folder.parent.resolve():
+                return path
+    return None
+
+
+def _earlier_runs(results_dir: Path, folders: list[Path]) -> list[Html]:
+    """Links to the pages of runs that a later one moved aside."""
+    pages = [path for f in folders for path in sorted(f.glob("previous-*/report.html"))]
+    paths = [path.relative_to(results_dir) for path in pages]
+    return [link(str(path), str(path.parent)) for path in paths]
+
+
+def _json(path: Path) -> dict | list:
+    return read_json(path, AGAIN) if path.exists() else {}
+
+
+def _figures(folder: Path) -> dict[str, list[str]]:
+    """Section → its figures, in the order of FIGURES."""
+    found: dict[str, list[str]] = {COMPARISON: [], TASK: [], IMAGES: [], TRAINING: []}
+    for pattern, (where, caption) in FIGURES.items():
+        paths = [path for path in folder.glob("*.png") if fnmatch(path.name, pattern)]
+        for path in sorted(paths, key=_image_number):
+            found[where].append(figure(path, caption))
+    return found
+
+
+def _image_number(path: Path) -> tuple[int, str]:
+    number = path.name.split("_")[1] if path.name.startswith("image_") else ""
+    return (int(number) if number.isdigit() else 0, path.name)
+
+
+def _text(value: object) -> str:
+    """A value as a cell; a dash where there is none."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f"{value:.5f}"
+
+
+def _mean(metrics: dict, name: str, key: str = "mean") -> float | None:
+    return (metrics.get(name) or {}).get(key)
+
+
+def _excess(metrics: dict) -> list[str]:
+    """Mean and 90th percentile of the excess; a dash where undefined, nothing if not measured."""
+    if "excess_pct" not in metrics:
+        return ["", ""]
+    return [percent_text(metrics["excess_pct"][key]) for key in ("mean", "p90")]
+
+
+def _epochs(test: dict) -> str:
+    """Which epoch is the best; 0 is the untrained model."""
+    if "best_epoch" not in test:
+        return ""
+    return f"{test['best_epoch'] or '0 (untrained)'} of {test['epochs']}"
+
+
+def _finding(comparison: dict) -> str:
+    """What the comparison found, in a sentence; nothing where its own rank is not in it."""
+    rank = str(comparison.get("rank"))
+    methods = (comparison.get("ranks") or {}).get(rank)
+    if not methods:
+        return ""
+    mean, p90 = _excess(methods["network"])
+    text = f"At rank {rank} the network's relative error is {mean} above the SVD's (mean of "
+    text += f"{comparison['n_images']} {comparison['split']} images in {comparison['n_groups']} "
+    text += f"groups; 90th percentile {p90}"
+    interval = (comparison.get("network_excess_pct_95") or {}).get(rank)
+    if interval:
+        text += f"; 95 % interval of the mean {interval[0]:.4f} to {interval[1]:.4f} %"
+    return text + "). No matrix of this rank can have a smaller error than the SVD's."
+
+
+def _test_table(test: dict) -> str:
+    rows = [
+        [rank, _error(_mean(m, "rel_error")), _error(_mean(m, "rel_error", "p90")), *_excess(m)]
+        for rank, m in (test.get("ranks") or {}).items()
+    ]
+    if not rows:
+        return ""
+    words = f"The best checkpoint (epoch {_epochs(test)}) on {test['n_images']} test images."
+    if test.get("best_epoch") == 0:
+        words += " Training made no epoch better than that on the validation images."
+    header = ["rank", "rel_error mean", "p90", "excess mean", "p90"]
+    return paragraph(words) + table(header, rows, text=())
+
+
+def _comparison_table(comparison: dict) -> str:
+    """The optimum, and how far each method is above it."""
+    ranks = comparison.get("ranks") or {}
+    others = [m for m in next(iter(ranks.values()), {}) if m not in ("network", "svd")]
+    rows = [
+        [rank, _error(_mean(methods.get("svd", {}), "rel_error")),
+         *_excess(methods.get("network", {})),
+         *(_excess(methods.get(name, {}))[0] for name in others)]
+        for rank, methods in ranks.items()
+    ]  # fmt: skip
+    if not rows:
+        return ""
+    words = "The SVD's rel_error and the mean excess of every method over it, on the same "
+    words += f"{comparison['n_images']} {comparison['split']} images."
+    header = ["rank", "SVD", "network", "p90", *(name.replace("_", " ") for name in others)]
+    return paragraph(words) + table(header, rows, text=())
+
+
+def _box_table(box: dict) -> str:
+    if not box.get("n_images"):
+        return ""
+    words = (
+        f"Relative error at the tokens of the answer's box ({box['tokens_inside_pct']:.1f} % of "
+        f"them) and at the others, rank {box['rank']}, mean of {box['n_images']} test images."
+    )
+    rows = []
+    for name in ("network", "svd"):
+        difference = box[name]["inside_minus_outside"]
+        interval = difference.get("interval_95")
+        rows.append([name, *(_error(box[name][part]["mean"]) for part in ("inside", "outside")),
+                     f"{difference['mean']:.2g}",
+                     " to ".join(f"{v:.2g}" for v in interval) if interval else ""])  # fmt: skip
+    header = ["method", "in the box", "outside", "inside − outside", "95 % interval"]
+    return paragraph(words) + table(header, rows)
+
+
+def _rank_per_image_table(budget: dict) -> str:
+    if not budget:
+        return ""
+    rows = []
+    for name in ("network", "svd"):
+        own, fixed = budget[name], budget[name]["fixed"]
+        ranks = "{mean:.1f} ({min} to {max})".format(**own["ranks"])
+        for label, entry in ((ranks, own), (f"{fixed['rank']} for all", fixed)):
+            error = entry["rel_error"]
+            rows.append([name, label, f"{entry['stored_values']:,}",
+                         *(_error(error[key]) for key in ("mean", "p90", "max"))])  # fmt: skip
+    words = f"Ranks per image (--{budget['mode']} {budget[budget['mode']]:g})."
+    header = ["method", "ranks", "values stored", "rel_error mean", "p90", "max"]
+    return paragraph(words) + table(header, rows, text=(0, 1))
+
+
+def _task_table(sweep: dict) -> str:
+    """Mean task error of every method, and by how many per cent it is below the plain SVD's."""
+    if not sweep:
+        return ""
+    methods = {n: m for n, m in sweep["methods"].items() if n != "token_averaging"}
+    ranks = list(methods["svd"])
+    rows = []
+    for name, entries in methods.items():
+        cells = []
+        for entry in (entries.get(rank) for rank in ranks):
+            gain = entry["gain_pct"]["mean"] if entry and "gain_pct" in entry else None
+            below = "" if gain is None else f" ({round(gain)} %)"
+            cells.append(f"{entry['task_error']['mean']:.4f}{below}" if entry else "–")
+        rows.append([name.replace("_", " "), *cells])
+    words = (
+        f"Task error of the head {sweep['head']} on {sweep['n_images']} {sweep['split']} images, "
+        "and in brackets by how much it is below the plain SVD's."
+    )
+    return paragraph(words) + table(["method", *(f"rank {r}" for r in ranks)], rows)
+
+
+def _image_table(folder: Path) -> str:
+    paths = sorted(folder.glob("image_*_comparison_results.json"), key=_image_number)
+    rows = []
+    for image in map(_json, paths):
+        network, svd = image.get("network", {}), image.get("svd", {})
+        excess = percent_text(network.get("excess_pct"))
+        rows.append([_text(image.get("image_idx")), _text(image.get("split")),
+                     _text(image.get("rank")), _error(network.get("rel_error")),
+                     _error(svd.get("rel_error")), excess, _text(image.get("question")),
+                     ", ".join(map(str, image.get("answers") or []))])  # fmt: skip
+    header = ["image", "part", "rank", "rel_error", "SVD", "excess", "question", "answers"]
+    return table(header, rows, text=(1, 6, 7))
+
+
+def _epoch_table(folder: Path, best: int | None) -> str:
+    """Of the history the untrained start, the best epoch and the last ones."""
+    history = _json(folder / "history.json") or []
+    keys = ("train_loss", "val_mse", "val_optimum_mse", "val_rel_error", "val_excess_pct",
+            "effective_rank", "lr", "samples_per_s")  # fmt: skip
+    shown = [r for r in history if r["epoch"] in (0, best) or r in history[-10:]]
+    rows = [[_text(r["epoch"]), *(_text(r.get(key)) for key in keys)] for r in shown]
+    return table(["epoch", *(key.replace("_", " ") for key in keys)], rows, text=())
+
+
+def _benchmark_parts(folder: Path) -> list[str]:
+    """Of results/benchmark.json what this network needs, and where it was measured."""
+    found = _json(folder.parent / "benchmark.json")
+    records = [r for r in found.get("records", []) if r.get("arch") == folder.name]
+    keys = {"rank": "rank", "K": "K", "p": "p", "batch": "batch", "ms_median": "ms a matrix",
+            "ms_iqr": "interquartile range", "matrices_per_s": "matrices/s",
+            "excess_mean": "excess mean %", "excess_p90": "p90 %",
+            "peak_mb": "peak MB"}  # fmt: skip
+    rows = [[_text(record.get(key)) for key in keys] for record in records]
+    if not rows:
+        return []
+    where = "  ".join(f"{k} {_text(v)}" for k, v in found.get("environment", {}).items()
+                      if not isinstance(v, dict))  # fmt: skip
+    return [table(list(keys.values()), rows, text=()), paragraph(f"Measured on: {where}")]
+
+
+def _settings(values: dict) -> str:
+    return table(["name", "value"], [[k, _text(v)] for k, v in values.items()], text=(0, 1))
+
+
+def _environment(log: Path | None) -> str:
+    config = _json(log / "config.json") if log else {}
+    shown = dict(config.get("environment") or {})
+    if "processes" in config:
+        shown["processes"] = config["processes"]
+    return _settings(shown)
+
+
+def _log_tail(log: Path | None) -> str:
+    path = log / "training.log" if log else None
+    if path is None or not path.exists():
+        return ""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return preformatted("\n".join(lines[-LOG_LINES:]))

@@ -1,0 +1,263 @@
+"""Writes feature caches (the format of qwenvl_dataloader): shard by shard, resumable, atomic.
+
+A shard holds the readable images of 128 consecutive rows of the data set, so that shards do not
+depend on each other and several processes may each write some. A shard is committed by its row
+fragment (`part-00000.parquet`), which is written after it; the cache is committed by
+`manifest.json`, written last. An interrupted writer goes on with the shards that are missing, and
+the finished cache is byte-identical to an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from common.errors import UserError
+from common.files import (
+    atomic_path,
+    check_files,
+    check_keys,
+    check_same_header,
+    file_entry,
+    read_json,
+    save_tensors,
+    sweep_temporaries,
+    with_content_hash,
+    write_json,
+)
+from qwenvl_dataloader import FORMAT, LARGEST_FEATURE, normalise, usable_features
+from svd_baseline import exact_singular_values
+
+ROWS_PER_SHARD = 128
+
+ROW_SCHEMA = pa.schema(
+    [
+        ("row_id", pa.int64()),  # row of the data set, counting unreadable images too
+        ("group", pa.string()),  # rows of one group are never on two sides of the split
+        ("image_sha256", pa.string()),  # null where features were imported
+        ("path", pa.string()),  # the image's or the features' file, as the data set names it
+        ("question", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        ("bbox", pa.list_(pa.float64())),  # x, y, w, h in pixels of the original image
+        ("width", pa.int32()),  # of the original image
+        ("height", pa.int32()),
+        ("thumbnail", pa.binary()),  # JPEG of what the encoder saw
+    ]
+)
+# keys of a part's metadata, JSON
+SHARD_ENTRY = b"shard"  # `file_entry` of its shard, null where no image is readable
+SKIPPED = b"skipped"  # {"row_id", "reason"} of the rows that are not
+_PART_SCHEMA = ROW_SCHEMA.append(pa.field("singular_values", pa.list_(pa.float64())))
+
+
+def refuse_finished(cache_dir: Path, but_of: str | None = None) -> None:
+    """Raises UserError where `cache_dir` holds a finished cache; but_of: not if of that encoder."""
+    path = cache_dir / "manifest.json"
+    if path.exists():
+        remedy = "replace it with --overwrite"
+        finished = read_json(path, remedy)
+        check_keys(path, finished, {"encoder": dict}, remedy)
+        encoder = finished["encoder"].get("id")
+        if encoder != but_of:
+            raise UserError(
+                f"--cache_dir {cache_dir} holds a finished cache ({encoder}): use it, type another "
+                "--cache_dir, or --overwrite to replace it"
+            )
+
+
+class FeatureCacheWriter:
+    """Writes the shards of a cache in any order, then the manifest.
+
+    Args:
+        cache_dir: folder to write. A finished cache in it is refused unless `overwrite`.
+        header: what identifies the features (kind, encoder, image size, resize, T, D, grid …); a
+            cache that was begun with another one is refused with both values.
+        num_rows: rows of the data set.
+    """
+
+    def __init__(
+        self, cache_dir: str | Path, header: dict, num_rows: int, overwrite: bool = False
+    ) -> None:
+        self.cache_dir = Path(cache_dir)
+        self.header = {"format": FORMAT, **header}
+        self.num_rows = num_rows
+        self._row_ids: dict[int, list[int]] = {}  # of shards that images were read back from
+        self.cache_dir.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            self._clear()
+        manifest = self.cache_dir / "manifest.json"
+        if manifest.exists():
+            remedy = "replace it with --overwrite"
+            finished = read_json(manifest, remedy)
+            check_keys(manifest, finished, {"format": int, "encoder": dict}, remedy)
+            # what a manifest says beyond its header is no difference
+            finished = {key: finished.get(key) for key in self.header}
+            check_same_header(f"--cache_dir {self.cache_dir}", finished, self.header)
+            self._remove_leftovers()  # it may have been killed after the manifest
+            refuse_finished(self.cache_dir)
+        sweep_temporaries(self.cache_dir)
+        self._check_or_write_header()
+
+    def rows_of(self, shard: int) -> range:
+        """Rows of the data set that belong to a shard, readable or not."""
+        first = shard * ROWS_PER_SHARD
+        return range(first, min(first + ROWS_PER_SHARD, self.num_rows))
+
+    def shards_to_do(self) -> list[int]:
+        """Shards that are not on disk yet, lowest first."""
+        every = range(-(-self.num_rows // ROWS_PER_SHARD))
+        return [shard for shard in every if not self._part_path(shard).exists()]
+
+    @property
+    def rows_done(self) -> int:
+        """Rows of the data set whose shards are on disk."""
+        left = sum(len(self.rows_of(shard)) for shard in self.shards_to_do())
+        return self.num_rows - left
+
+    def write_shard(
+        self, shard: int, features: Tensor, rows: list[dict], skipped: list[dict]
+    ) -> None:
+        """Write one shard: its readable images and the rest of its rows.
+
+        features: [n, T, D] of any float dtype; rows: a dict (ROW_SCHEMA) each, in rising order of
+        row_id; skipped: {"row_id", "reason"} of the others. Raises UserError on NaN or Inf, naming
+        the data set's row.
+        """
+        if len(rows) + len(skipped) != len(self.rows_of(shard)):
+            raise ValueError(f"shard {shard} has {len(rows)} images and {len(skipped)} skipped")
+        columns = {name: [row.get(name) for row in rows] for name in ROW_SCHEMA.names}
+        sigma: list[np.ndarray] = []
+        if rows:
+            features = features.to("cpu", torch.bfloat16)
+            usable = usable_features(features)
+            if not usable.all():
+                bad = rows[int((~usable).nonzero()[0])]["row_id"]
+                raise UserError(
+                    f"features of data set row {bad} are not finite, or above "
+                    f"{LARGEST_FEATURE:.0e}: check the encoder"
+                )
+            save_tensors(self._shard_path(shard), {"features": features.contiguous()})
+            for batch in features.split(16):
+                sigma += list(exact_singular_values(normalise(batch)[0]).numpy())
+        columns["singular_values"] = sigma
+        # the hash of what was written: damage until the manifest is made must not be sealed by it
+        entry = file_entry(self._shard_path(shard)) if rows else None
+        metadata = {SHARD_ENTRY: json.dumps(entry), SKIPPED: json.dumps(skipped)}
+        part = pa.table(columns, schema=_PART_SCHEMA.with_metadata(metadata))
+        with atomic_path(self._part_path(shard)) as temporary:
+            pq.write_table(part, temporary, write_page_checksum=True)
+
+    def features_of(self, row_id: int) -> Tensor:
+        """Features [T, D] bfloat16 of a readable row of another shard.
+
+        Waits for a shard that another process is writing.
+        """
+        shard = row_id // ROWS_PER_SHARD
+        if shard not in self._row_ids:
+            while not self._part_path(shard).exists():
+                time.sleep(0.05)
+            part = pq.read_table(self._part_path(shard), columns=["row_id"])
+            self._row_ids[shard] = part["row_id"].to_pylist()
+        with safe_open(self._shard_path(shard), framework="pt") as file:
+            return file.get_slice("features")[self._row_ids[shard].index(row_id)]
+
+    def finish(self, missing: Sequence[dict] = ()) -> list[dict]:
+        """Write rows, singular values and, last of all, the manifest, once every shard is there.
+
+        missing: {"row_id", "reason"} of what no shard counts among its rows. Returns all that was
+        skipped, these first.
+        """
+        every = range(-(-self.num_rows // ROWS_PER_SHARD))
+        read = [_read_part(self._part_path(shard)) for shard in every]
+        parts, entries, unreadable = zip(*read, strict=True)
+        skipped = sum(unreadable, list(missing))
+        if not any(entries):
+            raise UserError("the data set has no readable image: no cache was made of it")
+        table = pa.concat_tables(parts)
+        sigma = torch.from_numpy(np.stack(table["singular_values"].to_numpy()))
+        sigma_path = self.cache_dir / "singular_values.safetensors"
+        save_tensors(sigma_path, {"singular_values": sigma})
+        rows_path = self.cache_dir / "rows.parquet"
+        with atomic_path(rows_path) as temporary:
+            pq.write_table(table.drop_columns("singular_values"), temporary)
+        manifest = {
+            **self.header,
+            "dtype": "bfloat16",
+            "count": table.num_rows,
+            "groups": len(set(table["group"].to_pylist())),
+            "shards": [
+                {**entry, "rows": part.num_rows}
+                for part, entry in zip(parts, entries, strict=True)
+                if entry
+            ],
+            "rows": file_entry(rows_path),
+            "singular_values": file_entry(sigma_path),
+            "skipped": skipped,
+        }
+        write_json(self.cache_dir / "manifest.json", with_content_hash(manifest))
+        self._remove_leftovers()
+        return skipped
+
+    def _remove_leftovers(self) -> None:
+        # the last part goes first: what is left of a killed removal are the first ones
+        for part in sorted(self.cache_dir.glob("part-*.parquet"), reverse=True):
+            part.unlink()
+        (self.cache_dir / "partial.json").unlink(missing_ok=True)
+        sweep_temporaries(self.cache_dir)
+
+    def _check_or_write_header(self) -> None:
+        path = self.cache_dir / "partial.json"
+        if not path.exists():
+            if any(self.cache_dir.glob("part-*.parquet")):
+                raise UserError(f"{path} is missing: start again with --overwrite")
+            write_json(path, self.header)
+            return
+        started = read_json(path, "start again with --overwrite")
+        check_same_header(f"--cache_dir {self.cache_dir}", started, self.header)
+        for part in sorted(self.cache_dir.glob("part-*.parquet")):
+            _read_part(part)
+
+    def _clear(self) -> None:
+        # the manifest goes first: a half-removed cache must not look like a whole one
+        (self.cache_dir / "manifest.json").unlink(missing_ok=True)
+        # then what commits the shards, before the shards
+        self._remove_leftovers()
+        for pattern in ("features-*.safetensors", "rows.parquet", "singular_values.safetensors"):
+            for path in self.cache_dir.glob(pattern):
+                path.unlink()
+
+    def _shard_path(self, index: int) -> Path:
+        return self.cache_dir / f"features-{index:05d}.safetensors"
+
+    def _part_path(self, index: int) -> Path:
+        return self.cache_dir / f"part-{index:05d}.parquet"
+
+
+def _read_part(path: Path) -> tuple[pa.Table, dict | None, list[dict]]:
+    """The rows that commit a shard, its `file_entry` (None without readable images), and its
+    skipped rows. Raises UserError where the part or the shard is damaged."""
+    remedy = "start again with --overwrite"
+    try:
+        part = pq.read_table(path, page_checksum_verification=True)
+        if not part.schema.equals(_PART_SCHEMA):
+            raise ValueError("other columns")
+        part.validate(full=True)
+        found = part.schema.metadata or {}
+        entry = json.loads(found.get(SHARD_ENTRY, b"null"))
+        skipped = json.loads(found.get(SKIPPED, b"null"))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+    # an older version's shards end at other rows
+    if skipped is None or (entry is None and part.num_rows):
+        raise UserError(f"{path} is of an older version: {remedy}")
+    check_files(path, [entry] if entry else [], remedy)
+    return part.replace_schema_metadata(None), entry, skipped

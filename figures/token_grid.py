@@ -1,0 +1,250 @@
+"""Figures on the grid of an image's tokens: errors and channels as maps, beside the photograph.
+
+viridis for errors, a diverging map for signed differences; panels that compare share one scale.
+Arguments are arrays (numpy, or torch on any device): T tokens on a grid (rows, columns), C
+channels; a box is (x, y, w, h) in fractions of the square photograph, or None. Every function
+raises OSError where it cannot write.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import ArrayLike
+from PIL.Image import Image
+
+from common.boxes import tokens_in_box
+from figures.style import (
+    BLACK,
+    METHODS,
+    NETWORK,
+    STYLE,
+    SVD,
+    as_array,
+    common_limits,
+    new_figure,
+    note,
+    percent,
+    save,
+    spread,
+    tick_label,
+)
+
+Box = tuple[float, float, float, float] | None
+Grid = tuple[int, int]
+
+
+def _token_map(ax: Axes, values: np.ndarray, grid: Grid, limits: tuple[float, float], **style):
+    """Draw [T] values on their grid, one cell a token; diverging colours where limits are signed.
+
+    Returns the image, for a colour bar.
+    """
+    rows, columns = grid
+    ax.set(xticks=[0, columns // 2, columns], yticks=[0, rows // 2, rows])
+    ax.grid(False)
+    image = ax.imshow(values.reshape(grid), vmin=limits[0], vmax=limits[1],
+                      extent=(0, columns, rows, 0), **style)  # fmt: skip
+    if rows == 1:  # tokens in a row, each one a stripe: at equal scales they would be a hair line
+        ax.set(aspect=columns, yticks=[])
+    return image
+
+
+def _colour_bar(figure: Figure, image, axes, label: str, bins: int = 5, **style) -> None:
+    bar = figure.colorbar(image, ax=axes, label=label, format=FuncFormatter(tick_label),
+                          ticks=MaxNLocator(bins), **style)  # fmt: skip
+    bar.outline.set_visible(False)
+
+
+def _photograph(ax: Axes, photo: Image | None, box: Box, grid: Grid = (1, 1), **style) -> None:
+    """The photograph in the grid's units, and its box; where there is none, words say so."""
+    if photo is None:
+        ax.set_axis_off()
+        note(ax, 0, 1, "no photograph:\nimported features", va="top")
+        return
+    ax.imshow(photo, extent=(0, grid[1], grid[0], 0), interpolation="bilinear")
+    ax.set(xticks=[], yticks=[], **style)
+    ax.grid(False)
+    _draw_box(ax, box, grid)
+
+
+def _caption(box: Box) -> str:
+    return "photograph" if box is None else "photograph and box of its text"
+
+
+def _axis_names(grid: Grid) -> tuple[str, str]:
+    """What the columns and rows of a token map are."""
+    return ("token", "") if grid[0] == 1 else ("token column", "token row")
+
+
+def _draw_box(ax: Axes, box: Box, grid: Grid) -> None:
+    if box is not None:
+        (x, y, w, h), (rows, columns) = box, grid
+        outline = [withStroke(linewidth=3.6, foreground="black")]
+        ax.add_patch(Rectangle((x * columns, y * rows), w * columns, h * rows, fill=False,
+                               ec="white", lw=1.8, path_effects=outline))  # fmt: skip
+
+
+@rc_context(STYLE)
+def error_heatmap(
+    path: str | Path, token_error: dict[str, ArrayLike], grid: Grid, footer: str
+) -> None:
+    """Mean relative error per token [T] of network and SVD on one scale, and their difference."""
+    errors = {name: as_array(token_error[name]) for name in ("network", "svd")}
+    apart = errors["network"] - errors["svd"]
+    figure = new_figure(13, 4.5, "compressed")
+    axes = figure.subplots(1, 3)
+    for ax, (name, values) in zip(axes, errors.items(), strict=False):
+        image = _token_map(ax, values, grid, common_limits(*errors.values()))
+        ax.set_title(f"{METHODS[name][0]}: mean {values.mean():.4g}", color=METHODS[name][1])
+    signed = _token_map(axes[2], apart, grid, common_limits(apart, symmetric=True), cmap="RdBu_r")
+    axes[2].set_title("network − SVD (red: SVD better)")
+    across, down = _axis_names(grid)
+    axes[0].set_ylabel(down)
+    for ax in axes:
+        ax.set_xlabel(across)
+    _colour_bar(figure, image, list(axes[:2]), "relative error of a token")
+    _colour_bar(figure, signed, axes[2], "difference of relative error")
+    worst = 100 * np.max(np.abs(apart) / np.maximum(errors["svd"], 1e-12))
+    title = f"At every token the network's mean error is within {percent(worst)} of the SVD's"
+    save(figure, path, title, footer)
+
+
+@rc_context(STYLE)
+def channel_comparison(
+    path: str | Path, photo: Image | None, box: Box, maps: dict[str, ArrayLike],
+    channels: list[int], grid: Grid, info: dict[str, str],
+) -> None:  # fmt: skip
+    """C channels of one image: original, network and SVD on one scale each, differences on one.
+
+    maps: original, network, svd → [T, C]; info: title and footer.
+    """
+    original, network, svd = (as_array(maps[name]) for name in ("original", "network", "svd"))
+    count = len(channels)
+    figure = new_figure(4 + 1.6 * count, 9.6)
+    grids = figure.add_gridspec(1, 2, width_ratios=[3, 1.6 * count])
+    picture = figure.add_subplot(grids[0], anchor="N")
+    _photograph(picture, photo, box, title=_caption(box))
+    axes = grids[1].subgridspec(5, count).subplots()
+    axes = axes.reshape(5, count)
+    below = {"location": "bottom", "pad": 0.01, "aspect": 12}
+    reach = common_limits(network - original, svd - original, symmetric=True)
+    for column, j in zip(axes.T, range(count), strict=True):
+        values = [v[:, j] for v in (original, network, svd)]
+        for ax, v in zip(column[:3], values, strict=True):
+            image = _token_map(ax, v, grid, common_limits(*values))
+        for ax, v in zip(column[3:], values[1:], strict=True):
+            signed = _token_map(ax, v - values[0], grid, reach, cmap="RdBu_r")
+        column[0].set_title(f"channel {channels[j]}", loc="center")
+        _colour_bar(figure, image, list(column[:3]), "units of X", 3, **below)
+    _colour_bar(figure, signed, list(axes[3:, -1]), "difference (units of X)", aspect=25)
+    labels = [("original X", BLACK), METHODS["network"], METHODS["svd"],
+              ("network − original", NETWORK), ("SVD − original", SVD)]  # fmt: skip
+    for ax, (label, colour) in zip(axes[:, 0], labels, strict=True):
+        ax.set_ylabel(label, color=colour)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    save(figure, path, info["title"], info["footer"])
+
+
+@rc_context(STYLE)
+def spatial_error(
+    path: str | Path, photo: Image | None, box: Box, token_error: dict[str, ArrayLike], grid: Grid,
+    info: dict[str, str],
+) -> None:  # fmt: skip
+    """Relative error per token [T] of one image: network and SVD on one scale, their difference.
+
+    Above as maps, below over the photograph, where there is one; info: title and footer.
+    """
+    errors = {name: as_array(token_error[name]) for name in ("network", "svd")}
+    apart = errors["network"] - errors["svd"]
+    figure = new_figure(15.5, 7.7 if photo else 4.5, "compressed")
+    axes = figure.subplots(2 if photo else 1, 4, squeeze=False)
+    if photo:
+        _photograph(axes[0, 0], photo, box, title=_caption(box))
+    _inside_outside(axes[-1, 0], errors, box, grid)
+    scale, signed = common_limits(*errors.values()), common_limits(apart, symmetric=True)
+    panels = [(*METHODS[name], values, scale, "viridis") for name, values in errors.items()]
+    panels.append(("network − SVD (red: SVD better)", BLACK, apart, signed, "RdBu_r"))
+    images, (across, down) = [], _axis_names(grid)
+    for (above, *over_photo), (label, colour, values, limits, cmap) in zip(
+        axes[:, 1:].T, panels, strict=True
+    ):
+        images.append(_token_map(above, values, grid, limits, cmap=cmap))
+        above.set_title(label, color=colour)
+        for below in over_photo:
+            _photograph(below, photo, None, grid)
+            _token_map(below, values, grid, limits, cmap=cmap, alpha=0.6)
+        for ax in (above, *over_photo):
+            _draw_box(ax, box, grid)
+    for ax in axes[-1, 1:]:
+        ax.set_xlabel(across)
+    for ax in axes[:, 1]:
+        ax.set_ylabel(down)
+    _colour_bar(figure, images[0], list(axes[:, 2]), "relative error of a token", aspect=40)
+    _colour_bar(figure, images[2], list(axes[:, 3]), "difference of relative error", aspect=40)
+    save(figure, path, info["title"], info["footer"])
+
+
+@rc_context(STYLE)
+def rank_comparison(
+    path: str | Path, photo: Image | None, box: Box, maps: dict[str, list[ArrayLike]],
+    rel_error: dict[str, list[float]], ranks: list[int], blocks: list[range], grid: Grid,
+    info: dict[str, str],
+) -> None:  # fmt: skip
+    """Three principal components of X as red, green and blue, beside those of X_hat at `ranks`.
+
+    maps: original → one array, network and svd → one a rank: coordinates [T, c] on the components
+    of X (`svd_baseline.principal_coordinates`). blocks: three of those c for each row of maps,
+    counted from 0. rel_error: network, svd → one a rank. Colours are scaled by X's 2nd and 98th
+    percentile and clipped, the same for all maps of a block; info: title and footer.
+    """
+    methods = ("network", "svd")
+    wide = 1 + len(methods) * len(ranks)
+    figure = new_figure(4.2 + 1.95 * wide, 1.3 + 1.9 * len(blocks))
+    columns = figure.add_gridspec(1, 2, width_ratios=[4.2, 1.95 * wide])
+    picture = figure.add_subplot(columns[0], anchor="N")
+    _photograph(picture, photo, box, title=_caption(box))
+    cells = columns[1].subgridspec(len(blocks), wide)
+    original = as_array(maps["original"][0])
+    for row, block in enumerate(blocks):
+        low, high = np.percentile(original[:, block], (2, 98), axis=0)
+        scale = (low, np.maximum(high - low, 1e-12))
+        ax = figure.add_subplot(cells[row, 0])
+        ax.set_ylabel(f"components {block[0] + 1}–{block[-1] + 1}")
+        _colour_map(ax, original[:, block], scale, grid)
+        if row == 0:
+            ax.set_title("original X", loc="center")
+        for side, name in enumerate(methods):
+            label, colour = METHODS[name]
+            for i, (values, r) in enumerate(zip(maps[name], ranks, strict=True)):
+                ax = figure.add_subplot(cells[row, 1 + len(methods) * i + side])
+                _colour_map(ax, as_array(values)[:, block], scale, grid)
+                if row == 0:
+                    ax.set_title(f"{label}, rank {r}", loc="center", color=colour)
+                if row == len(blocks) - 1:
+                    ax.set_xlabel(f"rel_error {rel_error[name][i]:.4g}")
+    save(figure, path, info["title"], info["footer"])
+
+
+def _colour_map(ax: Axes, values: np.ndarray, scale: tuple, grid: Grid) -> None:
+    """[T, 3] as colours of the tokens."""
+    low, reach = scale
+    ax.imshow(np.clip((values - low) / reach, 0, 1).reshape(*grid, 3))
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+
+
+def _inside_outside(ax: Axes, errors: dict[str, np.ndarray], box: Box, grid: Grid) -> None:
+    """Mean and 10–90 % of the tokens' errors, in the box and outside it."""
+    inside = tokens_in_box(box, grid).numpy()
+    parts = {"in the box": inside, "outside" if box else "all": ~inside}
+    parts = {f"{name}\n({m.sum()} tokens)": m for name, m in parts.items() if m.any()}
+    spread(ax, {label: {n: e[mask] for n, e in errors.items()} for label, mask in parts.items()})
+    ax.set(box_aspect=1, ylabel="relative error of a token", title="mean and 10–90 % of tokens")

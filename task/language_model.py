@@ -1,0 +1,205 @@
+"""Qwen2.5-VL's language model as a head: question and answer of a row, read with given tokens.
+
+    head = QwenAnswerHead(dataset, device="cuda", name="Qwen/Qwen2.5-VL-3B-Instruct")
+    logits = head.outputs(tokens, rows)             # next-token logits at the answer's positions
+    answers = head.generate(tokens, rows)           # greedy
+
+The tokens take the place of the image through the library's own input for encoder outputs. Beside
+`encoders` the only module that imports transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from common.boxes import Box
+from common.errors import UserError
+from features.encoders import checkpoint_weights_sha256, whole_checkpoint_folder
+from qwenvl_dataloader import RealQwenVLDataset, box_in_view
+from task.heads import TaskHead
+
+# Qwen2.5-VL's chat template for one image and one request, written out
+PROMPT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+    "<|vision_start|>{image}<|vision_end|>{request}<|im_end|>\n<|im_start|>assistant\n"
+)
+ANSWER = "{question}\nAnswer the question using a single word or phrase."
+# answered by [{"bbox_2d": [x1, y1, x2, y2], "label": …}], pixels of the image as the tower saw it
+LOCATE = (
+    "Locate the text in the image that answers this question: {question}\nOutput its bbox "
+    "coordinates in JSON format."
+)
+NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+BOX = re.compile(r"bbox_2d\W*\[" + ",".join([NUMBER] * 4) + r"\]")
+IMAGE, END = "<|image_pad|>", "<|im_end|>"
+
+
+class QwenAnswerHead(TaskHead):
+    """Next-token logits [b, L, V] float32 of the row's first answer and its end, teacher-forced.
+
+    L is the longest answer of the batch; positions after a shorter one hold zeros. sha256 is over
+    all weight files of the checkpoint. Raises UserError for tokens of another width.
+    """
+
+    name = "qwen-answer"
+    output = "answer logits"
+
+    def __init__(
+        self, dataset: RealQwenVLDataset, device: torch.device | str, name: str | None = None
+    ) -> None:
+        name = name or dataset.manifest["encoder"]["id"]
+        folder = whole_checkpoint_folder(name)
+        self.sha256 = checkpoint_weights_sha256(folder)
+        self.tokenizer = _read(AutoTokenizer, folder)
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        model = _read(Qwen2_5_VLForConditionalGeneration, folder, dtype=dtype)
+        width = model.config.text_config.hidden_size
+        if width != dataset.feature_dim:
+            raise UserError(
+                f"{name} reads tokens of {width} features, {dataset.cache_dir} holds tokens of "
+                f"{dataset.feature_dim}: name the checkpoint that the cache was made with"
+            )
+        del model.model.visual  # its outputs are given
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.dataset, self.device = dataset, torch.device(device)
+        merge = model.config.vision_config.spatial_merge_size
+        rows, columns = dataset.grid
+        self.grid_thw = torch.tensor([[1, rows * merge, columns * merge]], device=device)
+        patch = model.config.vision_config.patch_size
+        self.image_size = (columns * merge * patch, rows * merge * patch)  # width, height, pixels
+
+    def outputs(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        found = []
+        for image, row in zip(tokens, rows.tolist(), strict=True):
+            answer = self.reference_answer(row)
+            if answer is None:
+                raise UserError(f"row {row} of {self.dataset.cache_dir} has no answer to judge by")
+            prompt, wanted = self._ids(self.prompt(row)), self._ids(answer + END)
+            # the logits at one position are those of the next token
+            inputs = self._inputs(torch.cat([prompt, wanted[:-1]]), image)
+            found.append(self.model(**inputs, logits_to_keep=len(wanted)).logits[0].float())
+        longest = max(map(len, found))
+        return torch.stack([F.pad(logits, (0, 0, 0, longest - len(logits))) for logits in found])
+
+    def loss(self, outputs: Tensor, full: Tensor) -> Tensor:
+        """KL(full ‖ outputs) in nats, mean over the answer's tokens, [b]."""
+        length = (full != 0).any(-1).sum(-1)
+        full = F.log_softmax(full, dim=-1)
+        divergence = (full.exp() * (full - F.log_softmax(outputs, dim=-1))).sum((-2, -1))
+        return divergence / length
+
+    def agreement(self, outputs: Tensor, full: Tensor) -> Tensor:
+        """1 where every token of the answer has the most likely next token that `full` has."""
+        return (outputs.argmax(-1) == full.argmax(-1)).all(-1).float()
+
+    @torch.no_grad()
+    def generate(
+        self, tokens: Tensor, rows: Tensor, max_new_tokens: int = 16, request: str = ANSWER
+    ) -> list[str]:
+        """The greedy answers to the `request` of the rows with raw tokens [b, T, D]."""
+        end = self._ids(END).item()
+        # the checkpoint's own settings sample and punish repetition
+        greedy = GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
+        )
+        answers = []
+        for image, row in zip(tokens, rows.tolist(), strict=True):
+            prompt = self._ids(self.prompt(row, request))
+            ids = self.model.generate(**self._inputs(prompt, image), generation_config=greedy)
+            new = ids[0, len(prompt) :]
+            answers.append(self.tokenizer.decode(new, skip_special_tokens=True).strip())
+        return answers
+
+    def answer_scores(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """VQA accuracy of the generated answers, [b] float64; NaN where a row has no answers."""
+        generated = self.generate(tokens, rows)
+        scores = [
+            vqa_accuracy(answer, self.dataset.image_record(row)["answers"])
+            for answer, row in zip(generated, rows.tolist(), strict=True)
+        ]
+        return torch.tensor(scores, dtype=torch.float64)
+
+    def box_scores(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Intersection over union of the generated box and the row's own, [b] float64.
+
+        0 where no box was generated; NaN where a row has none, or one without area.
+        """
+        generated = self.generate(tokens, rows, max_new_tokens=64, request=LOCATE)
+        scores = []
+        for text, row in zip(generated, rows.tolist(), strict=True):
+            true = box_in_view(self.dataset.image_record(row), self.dataset.manifest["resize"])
+            found = box_in_text(text, *self.image_size)
+            if true is None or min(true[2:]) <= 0:
+                scores.append(float("nan"))
+            else:
+                scores.append(box_overlap(found, true) if found else 0.0)
+        return torch.tensor(scores, dtype=torch.float64)
+
+    def prompt(self, row: int, request: str = ANSWER) -> str:
+        request = request.format(question=self.dataset.image_record(row)["question"])
+        return PROMPT.format(image=IMAGE * self.dataset.num_tokens, request=request)
+
+    def reference_answer(self, row: int) -> str | None:
+        """The row's first answer; None where it has none."""
+        answers = self.dataset.image_record(row)["answers"]
+        return answers[0] if answers else None
+
+    def _ids(self, text: str) -> Tensor:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return torch.tensor(ids, device=self.device)
+
+    def _inputs(self, ids: Tensor, image: Tensor) -> dict:
+        return {
+            "input_ids": ids[None],
+            "mm_token_type_ids": (ids == self.model.config.image_token_id).int()[None],
+            "image_grid_thw": self.grid_thw,
+            "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=(image,))},
+        }
+
+
+def vqa_accuracy(answer: str, answers: list[str] | None) -> float:
+    """min(1, people who gave this answer / 3), as in VQA; 1 or 0 where fewer than 3 were asked."""
+    if not answers:
+        return float("nan")
+    same = sum(_plain(answer) == _plain(other) for other in answers)
+    return min(1.0, same / min(3, len(answers)))
+
+
+def box_in_text(text: str, width: int, height: int) -> Box | None:
+    """The first bbox_2d of an answer, in fractions of an image of width × height pixels."""
+    match = BOX.search(text)
+    if match is None:
+        return None
+    x1, y1, x2, y2 = map(float, match.groups())
+    return x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height
+
+
+def box_overlap(one: Box, other: Box) -> float:
+    """Intersection over union of two boxes (x, y, w, h), 0 to 1; one without area overlaps none."""
+    sides, areas = [], [max(w, 0) * max(h, 0) for _, _, w, h in (one, other)]
+    for axis in (0, 1):
+        ends = min(box[axis] + box[axis + 2] for box in (one, other))
+        sides.append(max(0.0, ends - max(one[axis], other[axis])))
+    shared = sides[0] * sides[1]
+    return shared / (sum(areas) - shared) if min(areas) > 0 else 0.0
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().strip(" .,!?\"'").split())
+
+
+def _read(kind: type, folder: Path, **options):
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{folder}: {reason}: type the folder or hub id of a whole Qwen2.5-VL checkpoint"
+        ) from error

@@ -1,0 +1,33 @@
+"""The heads by name: which there are, and the one for a cache.
+
+head = load_head("saliency", dataset, device="cpu")
+"""
+
+from __future__ import annotations
+
+import torch
+
+from common.errors import UserError
+from qwenvl_dataloader import RealQwenVLDataset
+from task.heads import SaliencyHead, TaskHead
+
+HEADS = ("saliency", "qwen-answer")
+
+
+def load_head(
+    name: str, dataset: RealQwenVLDataset, *, device: torch.device | str, model: str | None = None
+) -> TaskHead:
+    """The head called `name` for the rows of `dataset`.
+
+    model: folder or hub id of the Qwen2.5-VL checkpoint of `qwen-answer` (default: the cache's own
+    encoder). Raises UserError for an unknown name, or where the cache holds another encoder's
+    tokens than the head reads.
+    """
+    if name not in HEADS:
+        raise UserError(f"--head {name} is unknown: type one of {', '.join(HEADS)}")
+    if name == "saliency":
+        return SaliencyHead(dataset, device)
+    # transformers' language model takes seconds to load
+    from task.language_model import QwenAnswerHead
+
+    return QwenAnswerHead(dataset, device, model)

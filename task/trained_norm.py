@@ -1,0 +1,192 @@
+"""A network trained for a task: it learns in which norm X is to be factored, through the head.
+
+The core is any `LowRankFactorModel` with projected factors; it factors Z = diag(w) X S instead of
+X. S [D, D] starts as the task's metric (M^½ up to a rotation) and w as ones; both are learned: w
+from the tokens, so that the norm is the image's own. Then A = diag(1/w) U and B = Uᵀ diag(w) X, the
+exact coefficients in that norm; S needs no inverse. A·B is of rank ≤ r, in token space.
+
+Legend: b images, T tokens, D features, r rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from common import processes
+from common.errors import UserError
+from model import LossTerms, LowRankFactorModel, get_model_by_name
+from qwenvl_dataloader import Batch, denormalise
+from subspace import refine
+from svd_baseline import exact_singular_values
+from task.metric import TaskMetric
+
+if TYPE_CHECKING:
+    from task.heads import TaskHead
+
+TRAINED_RANKS = (4, 8, 16, 32)  # of the task's loss, one a step in turn
+LEADING = 128  # directions of the metric that the token weights are made from
+GAP_FLOOR = 1e-3  # relative to the smallest kept eigenvalue: nearer ones count as this far apart
+
+
+class _LeadingProjector(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gram: Tensor, rank: int) -> Tensor:
+        # non-finite weights are found in the loss, an eigensolver would raise instead
+        values, vectors = torch.linalg.eigh(gram.nan_to_num())
+        ctx.save_for_backward(values, vectors)
+        ctx.rank = rank
+        u = vectors[..., -rank:]
+        return u @ u.mT
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        # P = Σ_{i≤r} u_i u_iᵀ:  dP = Σ_{i≤r<j} u_iᵀ dG u_j / (λ_i − λ_j) (u_i u_jᵀ + u_j u_iᵀ)
+        values, vectors = ctx.saved_tensors
+        kept, rest = vectors[..., -ctx.rank :], vectors[..., : -ctx.rank]
+        smallest = values[..., -ctx.rank, None, None]
+        gap = values[..., -ctx.rank :, None] - values[..., None, : -ctx.rank]
+        gap = gap.maximum(GAP_FLOOR * smallest).clamp_min(torch.finfo(gap.dtype).tiny)
+        half = kept @ ((kept.mT @ ((grad + grad.mT) / 2) @ rest) / gap) @ rest.mT
+        return half + half.mT, None
+
+
+def leading_projector(gram: Tensor, rank: int) -> Tensor:
+    """U_r U_rᵀ [..., T, T] of the r leading eigenvectors of gram [..., T, T], with its gradient.
+
+    The gradient needs no gap among the kept eigenvalues or among the others, only between the two;
+    a smaller one than 1e-3 of the smallest kept eigenvalue counts as that. Cost O(T³).
+    """
+    return _LeadingProjector.apply(gram, rank)
+
+
+class TaskWeighting(nn.Module):
+    """x [b, T, D] → Z = diag(w) X S [b, T, D], and w [b, T, 1] > 0. Starts as the metric itself."""
+
+    def __init__(self, feature_dim: int, hidden_dim: int = 64, columns: int = 32) -> None:
+        super().__init__()
+        leading = min(LEADING, feature_dim)
+        self.register_buffer("basis", torch.eye(feature_dim))  # V, eigenvectors of M
+        self.register_buffer("root", torch.ones(feature_dim))  # square roots of its eigenvalues
+        self.token_net = nn.Sequential(
+            nn.Linear(2 * leading, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, 1)
+        )
+        nn.init.zeros_(self.token_net[-1].weight)
+        nn.init.zeros_(self.token_net[-1].bias)
+        self.log_gain = nn.Parameter(torch.zeros(feature_dim))
+        self.mix_in = nn.Parameter(torch.randn(feature_dim, columns) / math.sqrt(feature_dim))
+        self.mix_out = nn.Parameter(torch.zeros(columns, feature_dim))
+
+    def start_from(self, metric: TaskMetric) -> None:
+        """Make M's eigenvectors and eigenvalues the start of S."""
+        values, vectors = torch.linalg.eigh(metric.matrix)
+        self.basis.copy_(vectors.flip(-1))
+        self.root.copy_(values.flip(-1).sqrt())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rotated = x @ self.basis  # [b, T, D]
+        leading = rotated[..., : self.token_net[0].in_features // 2]
+        # a token's weight depends on itself and on how it stands out from its image
+        seen = torch.cat([leading, leading - leading.mean(-2, keepdim=True)], dim=-1)
+        w = self.token_net(seen).clamp(-3, 3).exp()  # [b, T, 1]
+        z = rotated * (self.root * self.log_gain.exp())
+        return w * (z + z @ self.mix_in @ self.mix_out), w
+
+
+class TaskFactorModel(nn.Module):
+    """A `LowRankFactorModel` in a learned norm; same calls, same attributes.
+
+    Args: core: with projected factors; task: {"head", "head_sha256", "metric_sha256"} of what it
+    is trained for, kept in the checkpoint.
+    """
+
+    def __init__(self, core: LowRankFactorModel, task: dict[str, str]) -> None:
+        super().__init__()
+        if core.factors != "projected":
+            raise UserError("--metric needs --factors projected: leave --factors direct away")
+        self.core, self.task = core, task
+        self.weighting = TaskWeighting(core.input_dim)
+
+    def __getattr__(self, name: str):
+        # what a script asks of a model (rank, shifts, sketch_columns …) is the core's
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("core"), name)
+
+    @property
+    def config(self) -> dict:
+        return self.core.config | {"task": self.task}
+
+    def forward(
+        self, x: Tensor, rank: int | None = None, *, ordered: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """A [b, T, r'], B [b, r', D] of x [b, T, D], as `LowRankFactorModel.forward`."""
+        core = self.core
+        cut = core.rank_in_use if rank is None else rank
+        z, w = self.weighting(x)
+        sketch = core.sketch(z, core.columns_at(cut))[0]
+        u = refine(sketch, z, core.shifts, cut, ordered=True).u.to(x.dtype)
+        b = u.mT @ (w * x) / (1 + core.lambda_B)  # [b, r', D]
+        gate = core.gate()
+        return (u if gate is None else u * gate[:cut]) / w, b
+
+    def loss_terms(self, x: Tensor, singular_values: Tensor) -> LossTerms:
+        """The core's terms on Z: the sketch learns to reach Z's subspace, and not to change Z."""
+        z = self.weighting(x)[0].detach()
+        return self.core.loss_terms(z, exact_singular_values(z.nan_to_num()))
+
+    def exact_product(self, x: Tensor, rank: int) -> Tensor:
+        """A·B [b, T, D] as a perfect sketch would give it, with the gradient by w and S."""
+        z, w = self.weighting(x)
+        z = z.double()
+        projector = leading_projector(z @ z.mT, rank).to(x.dtype)
+        return projector @ (w * x) / w
+
+
+def task_loss(model: TaskFactorModel, head: TaskHead, batch: Batch, step: int) -> Tensor:
+    """Mean over images of ½ log(head.loss), a scalar: for relative errors, their mean logarithm.
+
+    The logarithm weighs every image and every rank alike, as the reconstruction does by its
+    optimum. The rank is that of TRAINED_RANKS whose turn it is.
+    """
+    ranks = trained_ranks(model)
+    x_hat = model.exact_product(batch.x, ranks[step % len(ranks)])
+    with torch.no_grad():
+        full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
+    loss = head.loss(head.outputs(denormalise(x_hat, batch.mean, batch.std), batch.rows), full)
+    return loss.clamp_min(torch.finfo(loss.dtype).eps ** 2).log().mean() / 2
+
+
+@torch.inference_mode()
+def task_error(model: TaskFactorModel, head: TaskHead, batches: Iterable[Batch]) -> float:
+    """Geometric mean over the trained ranks of the mean task error of A·B on `batches`.
+
+    Each process has its part of the images; the result is of all of them, in all.
+    """
+    errors: dict[int, list[Tensor]] = {rank: [] for rank in trained_ranks(model)}
+    for batch in batches:
+        full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
+        for rank, found in errors.items():
+            a, b = model(batch.x, rank)
+            outputs = head.outputs(denormalise(a @ b, batch.mean, batch.std), batch.rows)
+            found.append(head.error(outputs, full).cpu())
+    own = {str(rank): torch.cat(found) for rank, found in errors.items() if found}
+    means = torch.stack([found.mean() for found in processes.gather_columns(own).values()])
+    return float(means.log().mean().exp())
+
+
+def trained_ranks(model: TaskFactorModel) -> list[int]:
+    """TRAINED_RANKS up to the model's own, or that alone."""
+    rank = model.current_effective_rank()
+    return [r for r in TRAINED_RANKS if r <= rank] or [rank]
+
+
+def build_model(config: dict) -> LowRankFactorModel | TaskFactorModel:
+    """The model that a checkpoint's `config` describes."""
+    core = get_model_by_name(**{k: v for k, v in config.items() if k != "task"})
+    return TaskFactorModel(core, config["task"]) if "task" in config else core

@@ -1,0 +1,278 @@
+"""The state of a training run: how it begins, how it goes on, and all that a checkpoint keeps."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import cli, processes
+from common.errors import UserError
+from common.files import read_json
+from model import LowRankFactorModel, get_model_by_name
+from qwenvl_dataloader import BatchLoader, RealQwenVLDataset
+from subspace import pivoted_features
+from svd_baseline import second_moment
+from task.metric import check_head, load_metric
+from task.trained_norm import TaskFactorModel
+from training.checkpoint import cache_identity, load_checkpoint, rng_state, set_rng_state
+from training.rank_allocator import RankAllocator
+
+if TYPE_CHECKING:
+    from task.heads import TaskHead
+
+SHIFT_LR_FACTOR = 20  # a shift must move by tenths while weights move by thousandths
+# terms of the loss that are summed over an epoch (model.LossTerms)
+TERMS = ("reconstruction", "mse", "optimum_mse", "B", "ortho", "act", "lora_ortho", "task")
+MODEL_FLAGS = ("rank", "factors", "refine_steps", "oversample", "lambda_B", "hidden_dim",
+               "num_blocks", "dropout", "precision")  # fmt: skip
+# flags that may differ from the run that is resumed; --lr wins where typed
+FREE_ON_RESUME = {"arch", "resume", "epochs", "lr", "patience", "results_dir", "cache_dir"}
+FREE_ON_RESUME |= {"log_dir", "device", "tensorboard"}
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while a run trains; `checkpoint()` is all of it."""
+
+    args: argparse.Namespace
+    model: LowRankFactorModel
+    optimizer: torch.optim.AdamW
+    scheduler: torch.optim.lr_scheduler.ReduceLROnPlateau
+    allocator: RankAllocator | None
+    identity: dict
+    last_epoch: int
+    epoch: int = 1  # the epoch that is being trained
+    batches_done: int = 0  # of that epoch
+    step: int = 0  # optimiser steps since the start
+    best: float = float("inf")  # least `distance` on validation images
+    best_epoch: int = 0  # 0: the untrained model, or (best is infinite) none yet
+    bad_epochs: int = 0
+    finished: bool = False
+    fresh: bool = True  # nothing written yet: results of an earlier run are still in the folder
+    sums: Tensor | None = None  # of the loss terms over the epoch's images so far, float64
+    history: list[dict] = field(default_factory=list)
+    head: TaskHead | None = None  # frozen; what --task_head trains for
+    start: dict | None = None  # checkpoint of the untrained model, not yet written
+
+    progress_names = ("last_epoch", "epoch", "batches_done", "step", "best", "best_epoch",
+                      "bad_epochs", "finished", "sums", "history")  # fmt: skip
+
+    def checkpoint(self) -> dict:
+        """Several processes have to call it together: each hands in its generators' state."""
+        rng = processes.gather(rng_state())
+        return {
+            "config": self.model.config,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "allocator": self.allocator.state_dict() if self.allocator else None,
+            "rng": rng[0],
+            "other_rng": rng[1:],  # of the processes beside the main one
+            "processes": processes.world(),
+            "progress": {name: getattr(self, name) for name in self.progress_names},
+            "args": {k: v for k, v in vars(self.args).items() if k != "typed"},
+            "cache": self.identity,
+        }
+
+    def distance(self, record: dict) -> float:
+        """What decides which epoch is the best, of a history entry: the smaller, the better."""
+        if self.head:
+            return record["val_task_error"]
+        return record["val_mse"] - record["val_optimum_mse"]
+
+    def keep_start(self) -> None:
+        """Make the untrained model, the history's only entry, the first that can be the best.
+
+        Several processes have to call it together.
+        """
+        if self.rank_is_final:
+            self.best = self.distance(self.history[0])
+            self.start = copy.deepcopy(self.checkpoint())
+
+    def restore(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.allocator:
+            self.allocator.load_state_dict(state["allocator"])
+        for name in self.progress_names:
+            setattr(self, name, state["progress"][name])
+        self.fresh = False
+        self.sums = self.sums.to(self.model.shift_logits.device)
+        rng = [state["rng"], *state.get("other_rng", [])]
+        if processes.rank() < len(rng):
+            set_rng_state(rng[processes.rank()])
+        else:
+            seed_process(self.args.seed, self.step)
+
+    @property
+    def rank_is_final(self) -> bool:
+        return self.allocator is None or self.allocator.is_final(self.step)
+
+
+def seed_process(seed: int, step: int) -> None:
+    """A stream of its own (dropout's) for each process beside the main one."""
+    key = np.random.SeedSequence([seed, processes.rank(), step]).generate_state(2, np.uint64)
+    torch.manual_seed(int(key[0]) >> 1)
+
+
+def build_run(
+    args: argparse.Namespace, dataset: RealQwenVLDataset, device: torch.device
+) -> TrainState:
+    """Model, optimiser, scheduler and allocator of a run that has not begun."""
+    torch.manual_seed(args.seed)
+    model = get_model_by_name(
+        args.arch,
+        input_dim=dataset.feature_dim,
+        num_tokens=dataset.num_tokens,
+        **{name: getattr(args, name) for name in MODEL_FLAGS},
+    )
+    head = None
+    if args.task_head or args.metric:
+        model, head = in_learned_norm(model, args, dataset, device)
+    model = model.to(device)
+    # the learned norm moves by factors, as a shift does
+    quick = [model.shift_logits, *(model.weighting.parameters() if head else [])]
+    quick_ids = {id(p) for p in quick}
+    named = [(n, p) for n, p in model.named_parameters() if id(p) not in quick_ids]
+    # no decay for biases, norms and the gate: zero is no better a place for them
+    undecayed = [p for n, p in named if p.ndim < 2 or n == "lora_E"]
+    decayed = [p for n, p in named if p.ndim >= 2 and n != "lora_E"]
+    shifts = {"params": quick, "weight_decay": 0.0, "lr": args.lr * SHIFT_LR_FACTOR}
+    groups = [
+        {"params": decayed, "weight_decay": args.weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+        shifts,
+    ]
+    # fused: one kernel a step, and it skips a step by a flag on the device (see train_step)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.5, patience=max(1, args.patience // 2 - 1)
+    )
+    allocator = None
+    if args.use_rank_allocator:
+        names = ("init_warmup", "final_warmup", "mask_interval", "keep_ratio", "importance")
+        options = {name: getattr(args, f"allocator_{name}") for name in names}
+        allocator = RankAllocator(model, **options)
+    if not processes.is_main():  # from here on: all have begun with the same weights
+        seed_process(args.seed, step=0)
+    sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
+    identity = cache_identity(dataset)
+    return TrainState(
+        args, model, optimizer, scheduler, allocator, identity, args.epochs, sums=sums, head=head
+    )
+
+
+def in_learned_norm(
+    core: LowRankFactorModel,
+    args: argparse.Namespace,
+    dataset: RealQwenVLDataset,
+    device: torch.device,
+) -> tuple[TaskFactorModel, TaskHead | None]:
+    """`core` in the norm of --metric, which --task_head, frozen, goes on to train where given."""
+    if not args.metric:
+        raise UserError("--task_head needs a start: make one with experiments.estimate_metric and "
+                        "type --metric FILE")  # fmt: skip
+    if args.use_rank_allocator:
+        raise UserError("--metric keeps every rank: leave --use_rank_allocator away")
+    metric = load_metric(args.metric, dataset)
+    task = {key: metric.info[key] for key in ("head", "head_sha256")}
+    model = TaskFactorModel(core, task | {"metric_sha256": metric.sha256})
+    model.weighting.start_from(metric)
+    if not args.task_head:
+        model.weighting.requires_grad_(False)
+        return model, None
+    from task.load_head import load_head  # a head's libraries take seconds to load
+
+    head = load_head(args.task_head, dataset, device=device, model=args.head_model)
+    check_head(metric, head)
+    return model, head
+
+
+def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset) -> TrainState:
+    """A new run, or the one that --resume names. Raises UserError where flags contradict it."""
+    device = cli.pick_device(args.device)
+    if not args.resume:
+        return build_run(args, dataset, device)
+    path = folder / f"{args.resume}_model.pt"
+    state = load_checkpoint(path, dataset)
+    # the model's own values where a flag was left to its default
+    before = {**state["args"], **state["config"], "batch_size": own_batch_size(state, path)}
+    for name in sorted(args.typed - FREE_ON_RESUME):
+        if getattr(args, name) != before[name]:
+            raise UserError(
+                f"--{name} {getattr(args, name)} differs from the {before[name]} that {path} was "
+                f"trained with: leave --{name} away to go on, or --resume away to start anew"
+            )
+    if args.resume == "last" and args.typed & {"epochs"} and args.epochs != before["epochs"]:
+        raise UserError(
+            f"--epochs {args.epochs}: --resume last goes on to the end of its run, which was begun "
+            f"with {before['epochs']}: leave --epochs away, or add epochs with --resume"
+        )
+    typed_lr = args.lr if "lr" in args.typed else None
+    epochs = args.epochs
+    kept = {k: v for k, v in state["args"].items() if k not in FREE_ON_RESUME}
+    kept["batch_size"] = before["batch_size"]
+    untyped = {"lr", "patience"} | ({"epochs"} if args.resume == "last" else set())
+    kept |= {name: before[name] for name in untyped - args.typed}
+    args = argparse.Namespace(**{**vars(args), **kept})
+    run = build_run(args, dataset, device)
+    run.restore(state)
+    if args.resume == "last":
+        # a run that was cut off after its last epoch still has its test and figures to make
+        results = folder / "test_results.json"
+        if run.finished and results.exists() and _epochs_of(results) == run.epoch - 1:
+            raise UserError(
+                f"{path} is of a finished run: add epochs with --resume --epochs N instead"
+            )
+    else:
+        run.last_epoch = run.epoch - 1 + epochs
+        run.bad_epochs, run.finished = 0, False
+    if typed_lr is not None:
+        for group, factor in zip(run.optimizer.param_groups, (1, 1, SHIFT_LR_FACTOR), strict=True):
+            group["lr"] = typed_lr * factor
+    return run
+
+
+def start_from_data(run: TrainState, dataset: RealQwenVLDataset) -> None:
+    """Choose the features that a new model's branches look at from the training tokens.
+
+    The main process looks at all processes' images; all of them have to call this and get the same.
+    """
+    model = run.model
+    if model.factors != "projected" or run.args.seen_features != "pivoted":
+        return
+    seen = None
+    if processes.is_main():
+        size, seed = run.args.batch_size, run.args.seed
+        loader = BatchLoader(dataset, dataset.split.train, size, run.sums.device, seed)
+        batches = (b.x for b in loader.with_progress("second moment"))
+        if isinstance(model, TaskFactorModel):  # whose sketch looks at the tokens in their norm
+            batches = (model.weighting(x)[0].detach() for x in batches)
+        seen = pivoted_features(second_moment(batches), len(model.seen))
+    model.see_features(processes.from_main(seen))
+
+
+def own_batch_size(state: dict, path: Path) -> int:
+    """Images a step of each process, so that all together have as many as the run began with."""
+    images = state["args"]["batch_size"] * state.get("processes", 1)
+    world = processes.world()
+    if images % world:
+        counts = ", ".join(str(n) for n in range(1, images + 1) if images % n == 0)
+        raise UserError(
+            f"{path} was trained with {images} images a step, which {world} processes cannot "
+            f"share evenly: start one of {counts} processes"
+        )
+    return images // world
+
+
+def _epochs_of(results: Path) -> int | None:
+    """Epochs of the run that test_results.json was made of: an earlier run's is out of date."""
+    return read_json(results, "remove it and type --resume last again").get("epochs")
