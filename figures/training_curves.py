@@ -88,10 +88,8 @@ def training_curves(path: str | Path, history: list[dict], best_epoch: int, foot
             f"Validation mse {columns['val_mse'][best]:.3g}; the optimum is too small for a ratio"
         )
     elif untrained and best == 0:
-        title = (
-            f"No epoch of {epochs[-1]} is better than the untrained model, {percent(excess[0])} "
-        )
-        title += "above the SVD's error"
+        title = f"The network starts {percent(excess[0])} above the SVD's error, which is the least"
+        title += f" at this rank: training has nothing to win (best of {epochs[-1]} epochs: none)"
     elif untrained and history[0]["effective_rank"] == history[best]["effective_rank"]:
         title += f" of {epochs[-1]}; untrained {percent(excess[0])}"
     # at other ranks the optimum is another one: the best epoch is not the lowest point there

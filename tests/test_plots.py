@@ -15,7 +15,7 @@ from PIL import Image
 
 import svd_baseline
 from common import files
-from figures import comparison, style, token_grid, training_curves
+from figures import comparison, style, task_training, token_grid, training_curves
 
 FOOTER = "DEMO data, some-encoder, 36 images, T=16, D=40; rank 4, seed 42"
 INFO = {"title": "Image 3 (test) at rank 4", "footer": f"{FOOTER}; question: is it $5 or $6?"}
@@ -254,9 +254,20 @@ def test_training_title_names_the_best_epoch_and_the_untrained_start(tmp_path, d
 def test_where_no_epoch_is_better_than_the_untrained_start_the_title_says_so(tmp_path, drawn):
     training_curves.training_curves(tmp_path / "t.png", history(8), 0, FOOTER)
     assert title(drawn[0]) == (
-        "No epoch of 8 is better than the untrained model, 0.06 % above the SVD's error"
+        "The network starts 0.06 % above the SVD's error, which is the least at this rank: "
+        "training has nothing to win (best of 8 epochs: none)"
     )
     assert "untrained, best 0.06 %" in texts(drawn[0])
+
+
+def test_training_for_a_task_is_one_curve_with_the_gain_in_its_title(tmp_path, drawn):
+    errors = (0.07, 0.05, 0.046, 0.047)
+    entries = [{"epoch": i, "val_task_error": e, "lr": 3e-4} for i, e in enumerate(errors)]
+    task_training.task_curve(tmp_path / "t.png", entries, 2, "plain SVD", FOOTER)
+    assert title(drawn[0]) == "Trained through the head: task error 34 % below the plain SVD's"
+    assert {"best: 0.0460", "plain SVD\n0.0700", "network"} <= set(texts(drawn[0]))
+    task_training.task_curve(tmp_path / "t.png", entries[:1], 0, "plain SVD", FOOTER)
+    assert title(drawn[1]).startswith("No epoch of 0 lowers the task error")
 
 
 def test_an_untrained_start_at_another_rank_is_not_compared(tmp_path, drawn):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.files import with_content_hash, write_json
-from figures import token_grid, training_curves
+from figures import task_training, token_grid, training_curves
 from model import LowRankFactorModel
 from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset
 from svd_baseline import evaluate, gram_eigh, report_ranks, summarise, token_error
@@ -42,9 +42,12 @@ def test_and_draw(
         results["ranks"][str(r)] = {name: summarise(v) for name, v in metrics.items()}
     per_image = test_statistics(model, loaders.test)
     footer = f"{dataset.label}; rank {rank}; {results['arch']}, seed {state['args']['seed']}"
-    training_curves.training_curves(
-        folder / "train_val_loss_comparison.png", history, results["best_epoch"], footer
-    )
+    curves = folder / "train_val_loss_comparison.png", history, results["best_epoch"]
+    if "val_task_error" in history[0]:  # untrained, the network is the SVD in the norm it starts at
+        start = "SVD in the metric" if state["args"]["metric"] else "plain SVD"
+        task_training.task_curve(*curves, start, footer)
+    else:
+        training_curves.training_curves(*curves, footer)
     training_curves.loss_terms(folder / "loss_curves.png", history, footer)
     token_grid.error_heatmap(
         folder / "error_heatmap.png",
