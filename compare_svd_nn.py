@@ -163,7 +163,7 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
     if model.factors == "projected":
         # as many columns and steps as the network has at every rank: only the sketch differs
         methods["random_sketch"] = lambda x, r: random_sketch(
-            x, r, model.refine_steps, model.columns_at(r)
+            x, r, model.refine_steps, model.sketch_columns(r)
         )
     return methods
 

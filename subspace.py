@@ -221,3 +221,15 @@ def refine(sketch: Tensor, x: Tensor, shifts: Tensor, columns: int, ordered: boo
     rounding = torch.finfo(h.dtype).eps * h.shape[-1] * theta.detach()[..., :1]
     length = torch.where(theta > rounding, theta, torch.inf).sqrt()
     return Subspace(factor @ v / length.unsqueeze(-2), theta)
+
+
+# ------------------------------------------------------------------------- a product's rank
+
+
+def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best rank-r' approximation of A·B, factored again: A [b, T, r'], B [b, r', D]."""
+    q_a, r_a = torch.linalg.qr(a)
+    q_b, r_b = torch.linalg.qr(b.mT)
+    u, sigma, vh = torch.linalg.svd(r_a @ r_b.mT)
+    cut_b = (sigma[..., :rank, None] * vh[..., :rank, :]) @ q_b.mT
+    return q_a @ u[..., :rank], cut_b

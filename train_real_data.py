@@ -136,40 +136,48 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def loss_weights(args: argparse.Namespace) -> dict[str, float]:
+    """The weight of each term of the loss, by its name in TERMS; the others are only logged."""
+    return {
+        "reconstruction": 1.0,
+        "B": args.lambda_B,
+        "ortho": args.lambda_ortho,
+        "lora_ortho": args.lambda_ortho,
+        "act": args.lambda_act,
+    } | ({"task": args.lambda_task} if args.task_head else {})
+
+
 def train_step(run: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
     """One optimiser step of all processes, on this process's images of it.
 
     Returns the means of TERMS over the step's images [len(TERMS)] float64 and a scalar flag, 1
     where the step is not finite; then it changed no weight. Nothing waits for the device.
     """
-    args = run.args
-    terms = run.model.loss_terms(batch.x, batch.singular_values)
-    task = task_loss(run.model, run.head, batch, run.step) if run.head else terms.mse.new_zeros(())
-    terms = terms._replace(task=task)
-    loss = (
-        terms.reconstruction
-        + args.lambda_B * terms.B
-        + args.lambda_ortho * (terms.ortho + terms.lora_ortho)
-        + args.lambda_act * terms.act
-        + args.lambda_task * terms.task
-    )
+    terms = run.model.loss_terms(batch.x, batch.singular_values)._asdict()
+    energy = terms.pop("component_energy")
+    if run.head:
+        terms["task"] = task_loss(run.model, run.head, batch, run.step)
+    loss = sum(weight * terms[name] for name, weight in loss_weights(run.args).items())
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     # means over the images of all processes, from each process's own
-    values = torch.stack([loss.detach().double(), *(getattr(terms, n).double() for n in TERMS)])
-    values, energy = values.detach(), terms.component_energy
+    absent = terms["mse"].new_zeros(())  # the task's, without a head
+    means = torch.stack([terms.get(name, absent).detach().double() for name in TERMS])
+    total = loss.detach().double()
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
-    processes.average_([*gradients, values, energy], batch.share)
+    processes.average_([*gradients, total, means, energy], batch.share)
     if run.allocator:
         run.allocator.observe(run.model, energy)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), CLIP_NORM)
-    broken = (~(norm.isfinite() & values[0].isfinite())).float()
+    broken = (~(norm.isfinite() & total.isfinite())).float()
+    # the flag that a GradScaler sets: a fused AdamW reads it on the device, and where it is 1 it
+    # leaves weights, moments and its count of steps as they are
     run.optimizer.found_inf = broken
     run.optimizer.step()
     run.step += 1
     if run.allocator:
         run.allocator.apply(run.model, run.step)
-    return values[1:], broken
+    return means, broken
 
 
 def train(
@@ -199,7 +207,7 @@ def train(
         # validation; plateau, best and stopping wait for the final rank
         seconds = time.perf_counter() - begun
         record = close_epoch(run, loaders, seconds, run.batches_done - first_batch)
-        record = processes.from_main(record)  # its bits decide, in all processes
+        record = processes.from_main(record)  # all decide by it: it must not differ in a last bit
         distance = run.distance(record)
         if not math.isfinite(distance):
             raise UserError(f"validation is not finite in epoch {run.epoch}: lower --lr")
@@ -248,7 +256,9 @@ def validate(run: TrainState, loaders: Loaders) -> dict:
     dataset = loaders.val.dataset
     sigma = dataset.singular_values[dataset.split.val]
     mean_square = sigma.square().sum(-1) / (run.model.num_tokens * run.model.input_dim)
-    mean_square = torch.where(mean_square > 0, mean_square, 1)  # what rel_error of X = 0 is of
+    mean_square = torch.where(
+        mean_square > 0, mean_square, 1
+    )  # the unit of rel_error for an X of zeros
     return {
         "val_mse": float((metrics["rel_error"].square() * mean_square).mean()),
         "val_optimum_mse": float((optimum(sigma, rank).square() * mean_square).mean()),
@@ -262,17 +272,8 @@ def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int)
     """The history entry of the epoch whose last step is done."""
     images = loaders.train.num_images
     mean = dict(zip(TERMS, (run.sums / images).tolist(), strict=True))
-    args = run.args
-    weighted = {
-        "loss_reconstruction": mean["reconstruction"],
-        "loss_B": args.lambda_B * mean["B"],
-        "loss_ortho": args.lambda_ortho * mean["ortho"],
-        "loss_lora_ortho": args.lambda_ortho * mean["lora_ortho"],
-        "loss_act": args.lambda_act * mean["act"],
-    }
-    if run.head:
-        weighted["loss_task"] = args.lambda_task * mean["task"]
-    done = min(images, batches * args.batch_size * processes.world())
+    weighted = {f"loss_{name}": w * mean[name] for name, w in loss_weights(run.args).items()}
+    done = min(images, batches * run.args.batch_size * processes.world())
     return {
         "epoch": run.epoch,
         "train_loss": sum(weighted.values()),

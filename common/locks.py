@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -11,6 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from common.errors import UserError
 
@@ -33,52 +34,31 @@ def sole_writer(folder: str | Path, flag: str) -> Iterator[None]:
         raise UserError(f"{flag} {folder} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
-    descriptor = _locked(path, flag)
+    lock = FileLock(path, blocking=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{flag}: {folder} is being written by {_holder(path)}: wait until it ends, or name "
+            "another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        print(f"note: {folder} is on a file system without locks: see to it that no other run "
+              "writes there")  # fmt: skip
     try:
         holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        path.write_text(json.dumps(holder))
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is still held: nobody else has got it
-        os.close(descriptor)
+        lock.release()
 
 
-def _locked(path: Path, flag: str) -> int:
-    """A descriptor of the lock file, locked."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_still(path, descriptor):
-                return descriptor
-        except BlockingIOError:
-            holder = _holder(descriptor)
-            os.close(descriptor)
-            raise UserError(
-                f"{flag}: {path.parent} is being written by {holder}: wait until it ends, or name "
-                "another folder"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(descriptor)
-                raise
-            print(f"note: {path.parent} is on a file system without locks: "
-                  "see to it that no other run writes there")  # fmt: skip
-            return descriptor
-        os.close(descriptor)  # its holder removed it between the opening and the locking
-
-
-def _is_still(path: Path, descriptor: int) -> bool:
+def _holder(path: Path) -> str:
     try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
-
-
-def _holder(descriptor: int) -> str:
-    try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
+        holder = json.loads(path.read_text())
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, TypeError):  # it has the lock and has not said so yet
+    except (OSError, ValueError, KeyError, TypeError):  # it has not said so yet, or has just ended
         return "another process"

@@ -73,37 +73,26 @@ class Setting(NamedTuple):
     oversample: int  # p
 
 
-class RowSketch(LowRankFactorModel):
-    """Y = X Ω, Ω Gaussian [D, c] and never trained: only its shifts can be learned."""
+class RandomSketch(LowRankFactorModel):
+    """A sketch without networks, from Gaussian columns Ω that are trained or not.
 
-    def __init__(self, **config) -> None:
+    from_rows: Y = X Ω, Ω [D, c]; otherwise Y = X_s X_sᵀ Ω, Ω [T, c].
+    """
+
+    def __init__(self, *, from_rows: bool = False, trained: bool = False, **config) -> None:
         super().__init__(**config)
-        self.omega = nn.Parameter(torch.randn(self.input_dim, self.sketch_columns), False)
+        self.from_rows = from_rows
+        sources = self.input_dim if from_rows else self.num_tokens
+        omega = torch.randn(sources, self.sketch_columns()) / sources**0.5
+        self.omega = nn.Parameter(omega, trained)
         self.row_gain.requires_grad_(False)  # there is no row_net
 
     def make_branch(self, in_features: int, out_features: int) -> nn.Module:
         return nn.Identity()
 
     def sketch(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        y = x @ self.omega[:, :columns]
-        return y, y
-
-
-class ColumnSketch(LowRankFactorModel):
-    """Y = X_s X_sᵀ Ω, Ω [T, c] Gaussian at first, trained or not."""
-
-    def __init__(self, trained: bool, **config) -> None:
-        super().__init__(**config)
-        omega = torch.randn(self.num_tokens, self.sketch_columns) / self.num_tokens**0.5
-        self.omega = nn.Parameter(omega, trained)
-        self.row_gain.requires_grad_(False)
-
-    def make_branch(self, in_features: int, out_features: int) -> nn.Module:
-        return nn.Identity()
-
-    def sketch(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-        seen = x[..., self.seen]
-        y = seen @ (seen.mT @ self.omega[:, :columns])
+        omega, seen = self.omega[:, :columns], x[..., self.seen]
+        y = x @ omega if self.from_rows else seen @ (seen.mT @ omega)
         return y, y
 
 
@@ -115,16 +104,15 @@ def build(
         "input_dim": dataset.feature_dim, "num_tokens": dataset.num_tokens, "rank": rank,
         "refine_steps": setting.steps, "oversample": setting.oversample, "lambda_B": 0.0,
     }  # fmt: skip
-    if setting.sketch == "random":
-        return RowSketch(**config)
-    if setting.sketch == "columns":
-        return ColumnSketch(False, **config)
     model = {
-        "linear": lambda: ColumnSketch(True, **config),
+        "random": lambda: RandomSketch(from_rows=True, **config),
+        "columns": lambda: RandomSketch(**config),
+        "linear": lambda: RandomSketch(trained=True, **config),
         "ResMLP": lambda: LowRankProjSymmetric(**config),
         "MLP": lambda: LowRankProjMLP(**config),
     }[setting.sketch]()
-    model.see_features(seen)
+    if setting.sketch not in UNTRAINED:
+        model.see_features(seen)
     return model
 
 

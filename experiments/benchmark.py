@@ -191,8 +191,8 @@ def network_contender(model: LowRankFactorModel) -> Contender:
         arch=model.config["arch"],
         sketch="trained" if projected else None,
         steps=model.refine_steps if projected else None,
-        columns=model.columns_at if projected else None,
-        branches=lambda r: branch_multiply_adds(model, model.columns_at(r) if projected else r),
+        columns=model.sketch_columns if projected else None,
+        branches=lambda r: branch_multiply_adds(model, model.sketch_columns(r) if projected else r),
     )
 
 
@@ -326,8 +326,8 @@ def branch_multiply_adds(model: LowRankFactorModel, columns: int) -> float:
     def weights(branch: torch.nn.Module) -> int:
         body = sum(p.numel() for name, p in branch.body.named_parameters()
                    if p.ndim == 2 and "lora" not in name)  # fmt: skip
-        last = [getattr(branch, name).weight for name in ("skip", "head") if hasattr(branch, name)]
-        return body + columns * sum(weight.shape[1] for weight in last)
+        last = [layer for layer in (branch.skip, branch.head) if layer is not None]
+        return body + columns * sum(layer.weight.shape[1] for layer in last)
 
     tokens, seen = model.num_tokens, len(model.seen)
     product = tokens * seen * columns if model.factors == "projected" else 0

@@ -129,7 +129,7 @@ class TaskFactorModel(nn.Module):
         core = self.core
         cut = core.rank_in_use if rank is None else rank
         z, w = self.weighting(x)
-        sketch = core.sketch(z, core.columns_at(cut))[0]
+        sketch = core.sketch(z, core.sketch_columns(cut))[0]
         u = refine(sketch, z, core.shifts, cut, ordered=True).u.to(x.dtype)
         b = u.mT @ (w * x) / (1 + core.lambda_B)  # [b, r', D]
         gate = core.gate()

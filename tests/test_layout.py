@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from commands import FOLDERS, MODULES, ROOT, module_name
 
-SHARED = {"branches", "model", "svd_baseline", "qwenvl_dataloader", "subspace"}
+SHARED = {"model", "svd_baseline", "qwenvl_dataloader", "subspace"}
 # each may import those to its left; figures only common, and the commands and experiments anything
 LAYERS = ["common", "figures", "shared", "features", "task", "training", "coding", "top"]
 NAMES = {module_name(path): path for path in MODULES}

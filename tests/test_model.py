@@ -3,10 +3,10 @@ import itertools
 import pytest
 import torch
 
-from branches import SVDLinear
 from common.errors import UserError
 from model import (
     ARCHITECTURES,
+    SVDLinear,
     activation_orth_regu_A,
     canonical_arch,
     get_model_by_name,
@@ -247,7 +247,7 @@ def test_pivoted_features_are_those_that_explain_the_others_best():
 
 def test_a_lower_rank_computes_only_the_columns_it_needs(tokens):
     model = build(rank=12, oversample=8)
-    assert [model.columns_at(r) for r in (1, 6, 9, 12)] == [9, 14, 18, 20]
+    assert [model.sketch_columns(r) for r in (1, 6, 9, 12)] == [9, 14, 18, 20]
     assert model(tokens, 3)[0].shape == (3, 24, 3)
 
 

@@ -98,10 +98,10 @@ def test_sensitivity_is_adalora_s_smoothed_product_times_its_uncertainty(tokens)
 
 def test_the_sketch_narrows_once_the_rank_is_final(tokens):
     model, allocator = build()
-    assert model.sketch_columns == 8 + 16
+    assert model.sketch_columns() == 8 + 16
     for step in steps(model, allocator, tokens, 14):
-        assert model.sketch_columns == (2 + 16 if step >= 12 else 8 + 16)
-    assert model.sketch(tokens, model.sketch_columns)[0].shape[-1] == 18
+        assert model.sketch_columns() == (2 + 16 if step >= 12 else 8 + 16)
+    assert model.sketch(tokens, model.sketch_columns())[0].shape[-1] == 18
     a, b = model(tokens)
     assert a.shape[-1] == b.shape[-2] == 2
 
