@@ -47,7 +47,7 @@ from svd_baseline import (
 )
 from task.boxes import PARTS, box_report, part_errors, tokens_in_boxes
 from task.metric import in_metric, load_metric, metric_svd
-from training.checkpoint import evaluated_rank, open_trained
+from training.checkpoint import evaluated_rank, open_trained, unseen_test
 
 Method = Callable[[Tensor, int], Factors]
 
@@ -78,10 +78,11 @@ def main(args: argparse.Namespace) -> None:
     folder, device, dataset, model, state = open_trained(args)
     rank = evaluated_rank(model, args.rank)
     loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
+    loaders, left_out, overlap = unseen_test(state, loaders)
     footer = (
         f"{dataset.label}; {loaders.test.num_images} test images, {state['config']['arch']}, "
         f"rank {rank}, seed {state['args']['seed']}"
-    )
+    ) + (f"; {overlap}" if overlap else "")
     print(footer)
 
     if per_image_rank := args.target_error is not None or args.mean_rank is not None:
@@ -110,6 +111,7 @@ def main(args: argparse.Namespace) -> None:
         "split": "test",
         "n_images": loaders.test.num_images,
         "n_groups": len(set(groups)),
+        "n_seen_left_out": left_out,  # null: overlap unknown
         "data": dataset.label,
         "ranks": {
             str(r): {

@@ -30,7 +30,7 @@ from svd_baseline import (
     truncated_svd,
 )
 from task.metric import in_metric, load_metric, metric_svd
-from training.checkpoint import evaluated_rank, open_trained
+from training.checkpoint import evaluated_rank, open_trained, rows_seen
 
 RANKS_SHOWN = (8, 32, 128)  # of rank_comparison, as far as the model goes
 CHANNELS = 8  # the first ones: the same in every image, so that figures can be compared
@@ -73,6 +73,11 @@ def main(args: argparse.Namespace) -> None:
         for name, ab in factors.items()
     }
     record, part = dataset.image_record(row), dataset.split.part_of(row)
+    seen = rows_seen(state, dataset, torch.tensor([row]))
+    seen = None if seen is None else bool(seen)
+    # of another cache's split: what the network has seen may lie in its test part
+    side = part + (", overlap unknown" if seen is None else "")
+    side += ", an image the network has seen" if seen and part == "test" else ""
     box = box_in_view(record, dataset.manifest["resize"])
     arch, excess = state["config"]["arch"], metrics["network"]["excess_pct"]
     error = metrics["network"]["rel_error"]
@@ -80,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
     source += f"; question: {record['question']}" if record["question"] else ""
     source += f"; {record['path']}" if record.get("path") else ""
     info = {
-        "title": f"Image {row} ({part}) at rank {rank}: {arch} keeps {100 * (1 - error**2):.3f} % "
+        "title": f"Image {row} ({side}) at rank {rank}: {arch} keeps {100 * (1 - error**2):.3f} % "
         "of the energy" + ("" if excess is None else f", {excess:.3f} % above the SVD's error"),
         "footer": f"{dataset.label}; rank {rank}, {source}",
     }
@@ -96,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
                              dataset.grid, info)  # fmt: skip
     written = [f"{stem}_spatial_channel_comparison.png", f"{stem}_spatial_error_comparison.png"]
     if dataset.grid[0] == dataset.grid[1] > 1:
-        where = f"Image {row} ({part}), {arch}"
+        where = f"Image {row} ({side}), {arch}"
         written.append(f"{stem}_rank_comparison.png")
         colours = "colours: three principal components of X as red, green and blue"
         footer = f"{dataset.label}; {colours}; {source}"
@@ -105,6 +110,7 @@ def main(args: argparse.Namespace) -> None:
         "arch": arch,
         "image_idx": row,
         "split": part,
+        "seen_in_training": seen,  # null: overlap unknown
         "rank": rank,
         "requested_rank": args.rank or rank,
         "data": dataset.label,

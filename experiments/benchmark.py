@@ -342,7 +342,9 @@ def multiply_adds(contender: Contender, t: int, d: int, r: int) -> dict[str, flo
     """
     c = contender.columns(r) if contender.columns else r
     steps = contender.steps or 0
-    gram_eigh_count = t * t * d / 2 + 2 / 3 * t**3 + t * t * r
+    m = min(t, d)
+    gram_eigh_count = t * d * m / 2 + 2 / 3 * m**3 + m * m * r
+    gram_eigh_count += t * d * r + 2 * t * r * r if d < t else 0  # X V_r and its basis
     power_steps = (2 * steps + 2) * t * d * c + (3 * d + 2 * t) * c * c + d * c * r
     formulas = {
         "gram_eigh_f32": {"float32": gram_eigh_count + t * d * r},

@@ -241,9 +241,9 @@ def test_an_image_that_the_cache_does_not_have_is_refused(trained, tiny_cache, s
     assert done.returncode == 2 and "--image_idx 36" in done.stderr
 
 
-def test_a_checkpoint_of_another_split_is_refused(trained, cache_copy, script):
+def test_a_checkpoint_of_another_encoder_is_refused(trained, cache_copy, script):
     manifest = json.loads((cache_copy / "manifest.json").read_text())
-    manifest["encoder"]["id"] = "another"
+    manifest["encoder"]["weights_sha256"] = "another"
     (cache_copy / "manifest.json").write_text(json.dumps(manifest))
     done = script("compare_svd_nn.py", *files(cache_copy, trained))
     assert done.returncode == 2

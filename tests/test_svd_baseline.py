@@ -56,6 +56,35 @@ def test_singular_values_and_exact_references_equal_torch_linalg_svd(tokens):
             assert torch.allclose(rel_error(tokens, a, b), best, rtol=1e-5), method
 
 
+def test_the_smaller_side_decides_the_cost_of_exact_references_and_not_their_result(monkeypatch):
+    """T = 200 tokens of D = 64 features, one image of rank 40: no Gram matrix is 200 × 200."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 200, 64, generator=generator) * torch.logspace(1, -2, 64)
+    x[1, :, 40:] = 0
+    sizes = set()
+    for name in ("eigh", "eigvalsh"):
+        solve = getattr(torch.linalg, name)
+        monkeypatch.setattr(
+            torch.linalg, name, lambda m, f=solve: sizes.add(tuple(m.shape[-2:])) or f(m)
+        )
+    u, sigma, vh = torch.linalg.svd(x.double(), full_matrices=False)
+    # what lies below 1e-8 σ_1 is rounding
+    assert torch.allclose(
+        exact_singular_values(x), sigma, rtol=1e-6, atol=1e-6 * float(sigma.max())
+    )
+    for rank in (1, 8, 30):
+        a, b = gram_eigh(x, rank)
+        best = (u[..., :rank] * sigma[..., None, :rank]) @ vh[..., :rank, :]
+        assert a.shape == (2, 200, rank) and b.shape == (2, rank, 64)
+        assert torch.allclose((a @ b).double(), best, atol=1e-4)
+        assert torch.allclose(rel_error(x, a, b), optimum(sigma, rank), rtol=1e-5)
+    # beyond the rank of the second image A is orthonormal all the same
+    a, b = gram_eigh(x, 60)
+    assert torch.allclose(a.mT @ a, torch.eye(60).expand(2, 60, 60), atol=1e-5)
+    assert float(rel_error(x, a, b)[1]) < 1e-6
+    assert sizes == {(64, 64)}
+
+
 def test_nothing_beats_the_svd(tokens):
     sigma = exact_singular_values(tokens)
     axes = fit_pca([tokens])

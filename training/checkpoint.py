@@ -2,6 +2,10 @@
 
 One file format for `best_model.pt` and `last_model.pt`: tensors and plain values only, read with
 `torch.load(weights_only=True)`, so that a checkpoint cannot run code.
+
+A checkpoint goes on (--resume) on its own cache only; its model factors the tokens of any cache of
+the same encoder, T and D. Where test numbers are reported, images that it was trained or validated
+on are left out (`unseen_test`).
 """
 
 from __future__ import annotations
@@ -12,13 +16,15 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+import pyarrow as pa
 import torch
+from torch import Tensor
 
 from common import cli
 from common.errors import UserError
 from common.files import atomic_path, first_difference
 from model import LowRankFactorModel, canonical_arch
-from qwenvl_dataloader import RealQwenVLDataset
+from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset
 from task.trained_norm import build_model
 
 FORMAT = 2
@@ -37,6 +43,64 @@ def cache_identity(dataset: RealQwenVLDataset) -> dict:
         "split": dataset.split.hash,
         "demo": dataset.is_demo,
     }
+
+
+def seen_images(dataset: RealQwenVLDataset) -> dict[str, list[str]]:
+    """Image hashes and groups of the training and validation rows, sorted: what a run has seen.
+
+    Validation images count: they chose the epoch.
+    """
+    rows = dataset.rows.take(torch.cat([dataset.split.train, dataset.split.val]).tolist())
+    found = {"image_sha256": [], "group": []} | {n: rows[n].to_pylist() for n in _names(rows)}
+    return {name: sorted({v for v in values if v is not None}) for name, values in found.items()}
+
+
+def _names(rows: pa.Table) -> list[str]:
+    return [name for name in ("image_sha256", "group") if name in rows.column_names]
+
+
+def rows_seen(state: dict, dataset: RealQwenVLDataset, rows: Tensor) -> Tensor | None:
+    """Which of `rows` [n] a checkpoint's run has seen, by image hash or group: [n] bool.
+
+    None where it cannot be known: an older checkpoint, which holds none, and another cache.
+    """
+    if "images" not in state:
+        own = state["cache"] == cache_identity(dataset)
+        return torch.zeros(len(rows), dtype=torch.bool) if own else None
+    found = torch.zeros(len(rows), dtype=torch.bool)
+    table = dataset.rows.take(rows.tolist())
+    for name in _names(table):
+        known = set(state["images"][name])
+        found |= torch.tensor([value in known for value in table[name].to_pylist()])
+    return found
+
+
+def unseen_test(state: dict, loaders: Loaders) -> tuple[Loaders, int | None, str]:
+    """The loaders with test images that the checkpoint's run has not seen.
+
+    Returns them, how many were left out (None: cannot be known) and that in words, "" for none.
+    Raises UserError where no test image is left.
+    """
+    test = loaders.test
+    seen = rows_seen(state, test.dataset, test.sampler.rows)
+    if seen is None:
+        return (
+            loaders,
+            None,
+            "overlap unknown: the checkpoint does not say what it saw",
+        )
+    count = int(seen.sum())
+    if not count:
+        return loaders, 0, ""
+    rows = test.sampler.rows[~seen]
+    if not len(rows):
+        raise UserError(
+            f"--cache_dir {test.dataset.cache_dir}: the network was trained or validated on every "
+            "test image of this cache: name the cache it was trained on, or one of other images"
+        )
+    unseen = BatchLoader(test.dataset, rows, test.sampler.batch_size, test.device)
+    words = f"{count} test images left out: the network was trained or validated on them"
+    return loaders._replace(test=unseen), count, words
 
 
 def rng_state() -> dict:
@@ -64,8 +128,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path, dataset: RealQwenVLDataset | None = None) -> dict:
-    """Read a checkpoint onto the CPU. Raises UserError where it is missing, damaged, or belongs to
-    another cache than `dataset`."""
+    """Read a checkpoint onto the CPU. Raises UserError where it is missing, damaged, or was trained
+    on another cache or split than `dataset`, the one to go on with."""
     arch = path.parent.name
     try:
         # torch does not look at the checksums of the zip file that it reads
@@ -97,10 +161,19 @@ def load_checkpoint(path: Path, dataset: RealQwenVLDataset | None = None) -> dic
 
 
 def load_model(
-    path: Path, device: torch.device, dataset: RealQwenVLDataset | None = None
+    path: Path,
+    device: torch.device,
+    dataset: RealQwenVLDataset | None = None,
+    other_images: bool = False,
 ) -> tuple[LowRankFactorModel, dict]:
-    """The trained model in evaluation mode, and its checkpoint; no flag is needed to rebuild it."""
-    state = load_checkpoint(path, dataset)
+    """The trained model in evaluation mode, and its checkpoint; no flag is needed to rebuild it.
+
+    dataset: the cache it has to fit; with other_images any of the same encoder and shape, of which
+    who reports test numbers leaves out those it has seen (`unseen_test`).
+    """
+    state = load_checkpoint(path, None if other_images else dataset)
+    if other_images and dataset is not None:
+        _check_encoder(path, state["cache"], dataset)
     try:
         model = build_model(state["config"])
         model.load_state_dict(state["model"])
@@ -113,11 +186,11 @@ def load_model(
 
 
 class Trained(NamedTuple):
-    """The best model of an architecture with the data it was trained on."""
+    """The best model of an architecture with a cache whose tokens it can factor."""
 
     folder: Path  # <results_dir>/<arch>
     device: torch.device
-    dataset: RealQwenVLDataset
+    dataset: RealQwenVLDataset  # of the encoder it was trained for, maybe of other images
     model: LowRankFactorModel  # in evaluation mode, on the device
     state: dict  # its checkpoint
 
@@ -127,7 +200,8 @@ def open_trained(args: argparse.Namespace) -> Trained:
     device = cli.pick_device(args.device)
     folder = Path(args.results_dir) / canonical_arch(args.arch)
     dataset = RealQwenVLDataset(args.cache_dir)
-    return Trained(folder, device, dataset, *load_model(folder / "best_model.pt", device, dataset))
+    path = folder / "best_model.pt"
+    return Trained(folder, device, dataset, *load_model(path, device, dataset, other_images=True))
 
 
 def evaluated_rank(model: LowRankFactorModel, requested: int | None) -> int:
@@ -147,4 +221,20 @@ def _check_cache(path: Path, trained: dict, now: dict, cache_dir: Path) -> None:
         raise UserError(
             f"{path} was trained on a cache with {key} = {before}, --cache_dir {cache_dir} has "
             f"{here}: name the cache it was trained on, or train again"
+        )
+
+
+def _check_encoder(path: Path, trained: dict, dataset: RealQwenVLDataset) -> None:
+    """Refuse tokens that the model was not made for: of another encoder or shape."""
+    shape = ("encoder", "num_tokens", "feature_dim")
+    before, now = ({k: c[k] for k in shape} for c in (trained, cache_identity(dataset)))
+    if all("weights_sha256" in c["encoder"] for c in (before, now)):
+        # a hub id and a folder's name may be of the same weights
+        for c in (before, now):
+            c["encoder"] = {k: c["encoder"].get(k) for k in ("weights_sha256", "preprocessor")}
+    if different := first_difference(before, now):
+        key, value, here = different
+        raise UserError(
+            f"{path} was trained on a cache with {key} = {value}, --cache_dir "
+            f"{dataset.cache_dir} has {here}: name a cache of the same encoder and size"
         )

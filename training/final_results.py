@@ -12,7 +12,7 @@ from figures import task_training, token_grid, training_curves
 from model import LowRankFactorModel
 from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset
 from svd_baseline import evaluate, gram_eigh, report_ranks, summarise, token_error
-from training.checkpoint import load_model
+from training.checkpoint import load_model, unseen_test
 
 
 def test_and_draw(
@@ -25,12 +25,14 @@ def test_and_draw(
     write_json(folder / "history.json", history)  # a run cut off after its last checkpoint has none
     device = loaders.test.device
     model, state = load_model(folder / "best_model.pt", device, dataset)
+    loaders, left_out, _ = unseen_test(state, loaders)  # one file may be in two groups
     rank = model.current_effective_rank()
     results = {
         "arch": state["config"]["arch"],
         "data": dataset.label,
         "split": "test",
         "n_images": loaders.test.num_images,
+        "n_seen_left_out": left_out,
         "best_epoch": state["progress"]["best_epoch"],
         "epochs": history[-1]["epoch"],
         "effective_rank": rank,

@@ -21,7 +21,13 @@ from subspace import pivoted_features
 from svd_baseline import second_moment
 from task.metric import check_head, load_metric
 from task.trained_norm import TaskFactorModel
-from training.checkpoint import cache_identity, load_checkpoint, rng_state, set_rng_state
+from training.checkpoint import (
+    cache_identity,
+    load_checkpoint,
+    rng_state,
+    seen_images,
+    set_rng_state,
+)
 from training.rank_allocator import RankAllocator
 
 if TYPE_CHECKING:
@@ -60,6 +66,7 @@ class TrainState:
     history: list[dict] = field(default_factory=list)
     head: TaskHead | None = None  # frozen; what --task_head trains for
     start: dict | None = None  # checkpoint of the untrained model, not yet written
+    images: dict = field(default_factory=dict)  # hashes and groups that the run has seen
 
     progress_names = ("last_epoch", "epoch", "batches_done", "step", "best", "best_epoch",
                       "bad_epochs", "finished", "sums", "history")  # fmt: skip
@@ -79,6 +86,7 @@ class TrainState:
             "progress": {name: getattr(self, name) for name in self.progress_names},
             "args": {k: v for k, v in vars(self.args).items() if k != "typed"},
             "cache": self.identity,
+            "images": self.images,
         }
 
     def distance(self, record: dict) -> float:
@@ -164,10 +172,9 @@ def build_run(
     if not processes.is_main():  # from here on: all have begun with the same weights
         seed_process(args.seed, step=0)
     sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
-    identity = cache_identity(dataset)
-    return TrainState(
-        args, model, optimizer, scheduler, allocator, identity, args.epochs, sums=sums, head=head
-    )
+    identity, images = cache_identity(dataset), seen_images(dataset)
+    return TrainState(args, model, optimizer, scheduler, allocator, identity, args.epochs,
+                      sums=sums, head=head, images=images)  # fmt: skip
 
 
 def in_learned_norm(
