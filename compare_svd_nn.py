@@ -46,7 +46,7 @@ from svd_baseline import (
     truncated_svd,
 )
 from task.boxes import PARTS, box_report, part_errors, tokens_in_boxes
-from task.metric import in_metric, load_metric, metric_svd
+from task.metric import load_metric, metric_svd, network_in_metric
 from training.checkpoint import evaluated_rank, open_trained, unseen_test
 
 Method = Callable[[Tensor, int], Factors]
@@ -77,6 +77,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     folder, device, dataset, model, state = open_trained(args)
     rank = evaluated_rank(model, args.rank)
+    metric = load_metric(args.metric, dataset).to(device) if args.metric else None
+    in_metric = network_in_metric(model, metric) if metric else None
     loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
     loaders, left_out, overlap = unseen_test(state, loaders)
     footer = (
@@ -88,10 +90,11 @@ def main(args: argparse.Namespace) -> None:
     if per_image_rank := args.target_error is not None or args.mean_rank is not None:
         budget, budget_arrays = rank_per_image(model, loaders, rank, args)
     methods = reference_methods(model, loaders)
-    if args.metric:
-        metric = load_metric(args.metric, dataset).to(device)
+    if metric:
         methods["svd_in_metric"] = lambda x, r: metric_svd(x, r, metric)
-        methods["network_in_metric"] = in_metric(model, metric)
+        methods["network_in_metric"] = in_metric
+        if in_metric is model:
+            print("note: the network was trained in this metric: network_in_metric is network")
     ranks = report_ranks(rank)
     per_image = {
         r: {

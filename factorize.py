@@ -33,7 +33,7 @@ from common.files import sha256_file
 from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
 from svd_baseline import rel_error
-from task.metric import ModelInMetric, load_metric
+from task.metric import load_metric, network_in_metric
 from training.checkpoint import cache_identity, evaluated_rank, open_trained
 
 # An error measured with float32 products may lie this much above the float64 curve that chose the
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
     rank = evaluated_rank(model, args.rank)
     metric = load_metric(args.metric, dataset).to(device) if args.metric else None
     if metric:
-        model = ModelInMetric(model, metric)
+        model = network_in_metric(model, metric)
     if args.target_error is not None:
         check_target(model, dataset, rank, args, device)
     header = {

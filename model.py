@@ -204,6 +204,8 @@ class LowRankFactorModel(nn.Module):
     """
 
     hidden_layers = 1
+    # which metric it was trained in: None for the Frobenius norm (`TaskFactorModel` has another)
+    norm: dict[str, str | None] | None = None
 
     def __init__(
         self,

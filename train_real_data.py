@@ -111,12 +111,13 @@ def get_args_parser() -> argparse.ArgumentParser:
                        help="go on from best_model.pt, or exactly from last_model.pt")  # fmt: skip
     task = parser.add_argument_group("training for a task")
     task.add_argument("--task_head", type=cli.name, default=None, metavar="HEAD",
-                      help="saliency or qwen-answer: its error joins the loss")  # fmt: skip
+                      help="saliency or qwen-answer: its error joins the loss, and the norm that "
+                      "X is factored in is learned")  # fmt: skip
     task.add_argument("--lambda_task", type=number(float, above=0), default=1.0,
                       help="weight of the mean log task error, ranks 4 to 32 in turn")  # fmt: skip
     task.add_argument("--metric", type=cli.name, default=None, metavar="FILE",
                       help="of experiments.estimate_metric: X is factored in it; with --task_head "
-                      "the start of a learned norm")  # fmt: skip
+                      "the start of the learned norm, which is else the plain one")  # fmt: skip
     task.add_argument("--head_model", type=cli.name, default=None, metavar="NAME",
                       help="of qwen-answer: its folder or hub id")  # fmt: skip
     alloc = parser.add_argument_group("rank allocator (AdaLoRA)")

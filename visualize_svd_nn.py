@@ -29,7 +29,7 @@ from svd_baseline import (
     token_error,
     truncated_svd,
 )
-from task.metric import in_metric, load_metric, metric_svd
+from task.metric import load_metric, metric_svd, network_in_metric
 from training.checkpoint import evaluated_rank, open_trained, rows_seen
 
 RANKS_SHOWN = (8, 32, 128)  # of rank_comparison, as far as the model goes
@@ -59,14 +59,14 @@ def main(args: argparse.Namespace) -> None:
             f"--image_idx {row}: the cache has {len(dataset)}, type 0 to {len(dataset) - 1}"
         )
     rank = evaluated_rank(model, args.rank)
+    metric = load_metric(args.metric, dataset).to(device) if args.metric else None
 
     x = normalise(dataset[[row]].to(device))[0]  # [1, T, D]
     sigma = dataset.singular_values[[row]].to(device)
     with torch.inference_mode():
         factors = {"network": model(x, rank), "svd": truncated_svd(x, rank)}
-        if args.metric:
-            metric = load_metric(args.metric, dataset).to(device)
-            factors["network_in_metric"] = in_metric(model, metric)(x, rank)
+        if metric:
+            factors["network_in_metric"] = network_in_metric(model, metric)(x, rank)
             factors["svd_in_metric"] = metric_svd(x, rank, metric)
     metrics = {
         name: {key: number_or_none(value) for key, value in image_metrics(x, *ab, sigma).items()}

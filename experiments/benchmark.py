@@ -43,7 +43,7 @@ from svd_baseline import (
     summarise,
     truncated_svd,
 )
-from task.metric import TaskMetric, in_metric, load_metric, metric_svd
+from task.metric import TaskMetric, factors_in, in_metric, load_metric, metric_svd
 from training.checkpoint import load_model
 
 DEFAULT_STEPS, DEFAULT_OVERSAMPLE = 1, 32  # of the random sketch where no network sets them
@@ -83,6 +83,9 @@ def main(args: argparse.Namespace) -> None:
     dataset = RealQwenVLDataset(args.cache_dir)
     ranks = checked_ranks(args, min(dataset.num_tokens, dataset.feature_dim))
     networks = trained_networks(results_dir, device, dataset)
+    in_metric_too = []
+    if args.metric:
+        in_metric_too = contenders_in_metric(networks, load_metric(args.metric, dataset), device)
     batches = sorted(set(args.batch_sizes))
     loaders = create_data_loaders_real(dataset, batches[0], device=device)
     environment = describe(args, device, dataset, loaders.test.num_images)
@@ -90,9 +93,7 @@ def main(args: argparse.Namespace) -> None:
     footer += f"{torch.__version__}; error: {loaders.test.num_images} test images"
     print(footer)
 
-    contenders = networks + references(networks, loaders, ranks, device)
-    if args.metric:
-        contenders += contenders_in_metric(networks, load_metric(args.metric, dataset), device)
+    contenders = networks + references(networks, loaders, ranks, device) + in_metric_too
     errors = measure_quality(contenders, ranks, loaders.test) if quality else {}
     rates = [matmul_rates(device)]
     times = measure_speed(contenders, ranks, batches, loaders.test, args.repeats) if speed else {}
@@ -168,6 +169,7 @@ class Contender(NamedTuple):
     steps: int | None = None  # K
     columns: Callable[[int], int] | None = None  # rank → columns of the sketch
     branches: Callable[[int], float] | None = None  # rank → multiply-adds of a network's branches
+    norm: dict | None = None  # of a network: what it was trained in
 
 
 def trained_networks(
@@ -193,6 +195,7 @@ def network_contender(model: LowRankFactorModel) -> Contender:
         steps=model.refine_steps if projected else None,
         columns=model.sketch_columns if projected else None,
         branches=lambda r: branch_multiply_adds(model, model.sketch_columns(r) if projected else r),
+        norm=model.norm,
     )
 
 
@@ -240,9 +243,15 @@ def contenders_in_metric(
         "svd_in_metric", lambda x, r: metric_svd(x, r, metric), "float64", len(metric.root)
     )
     return [svd] + [
-        n._replace(method="network_in_metric", factorise=in_metric(n.factorise, metric))
+        n._replace(method="network_in_metric", factorise=network_factors_in(metric, n))
         for n in networks
     ]
+
+
+def network_factors_in(metric: TaskMetric, network: Contender) -> Callable[[Tensor, int], Factors]:
+    """A network's factors in the metric: as they are where it was trained in it."""
+    own = factors_in(metric, network.norm, f"the network {network.arch}")
+    return network.factorise if own else in_metric(network.factorise, metric)
 
 
 def random_sketch_method(

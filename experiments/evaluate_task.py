@@ -39,9 +39,9 @@ from task.load_head import HEADS, load_head
 from task.metric import (
     TaskMetric,
     check_head,
-    in_metric,
     load_metric,
     metric_svd,
+    network_in_metric,
     predicted_error,
 )
 from task.refinement import refine_factors
@@ -181,7 +181,7 @@ def factor_methods(
         most = model.current_effective_rank()
         methods[name] = (lambda batch, r, full, m=model: m(batch.x, r), most)
         if name == "network":
-            mapped = in_metric(model, metric)
+            mapped = network_in_metric(model, metric)
             methods["network_in_metric"] = (lambda batch, r, full, f=mapped: f(batch.x, r), most)
     if steps:
         for name in ("svd_in_metric", "network_task"):

@@ -153,6 +153,36 @@ class ModelInMetric:
         return getattr(self.model, name)
 
 
+def factors_in(metric: TaskMetric, norm: dict[str, str | None] | None, what: str) -> bool:
+    """Whether a network whose `norm` is this factors in `metric` by itself, mapped back already.
+
+    So does one that was trained in this metric, or for the same head from the plain norm; one of
+    the Frobenius norm (None) does not. what: the network, for the UserError where it was trained
+    in another metric, on which this one cannot be laid.
+    """
+    if norm is None:
+        return False
+    trained = (norm["head"], norm["head_sha256"], norm["metric_sha256"] or metric.sha256)
+    if trained != (metric.head, metric.info["head_sha256"], metric.sha256):
+        raise UserError(
+            f"{what} was trained in another metric (head {norm['head']}, file "
+            f"{(norm['metric_sha256'] or 'none')[:12]}) than --metric (head {metric.head}, file "
+            f"{(metric.sha256 or 'none')[:12]}): type the metric it was trained in, or omit --metric"
+        )
+    return True
+
+
+def network_in_metric(
+    model: LowRankFactorModel, metric: TaskMetric
+) -> LowRankFactorModel | ModelInMetric:
+    """`model` factoring in `metric`: one that was trained in it as it is, another in `in_metric`.
+
+    Raises UserError for a model of another metric (`factors_in`).
+    """
+    own = factors_in(metric, model.norm, f"the network {model.config['arch']}")
+    return model if own else ModelInMetric(model, metric)
+
+
 def metric_svd(x: Tensor, rank: int, metric: TaskMetric) -> Factors:
     """argmin over rank-r A·B of tr((X − A B) M (X − A B)ᵀ): A = U_r of X M^½, B = U_rᵀ X.
 

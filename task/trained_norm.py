@@ -101,13 +101,15 @@ class TaskFactorModel(nn.Module):
     """A `LowRankFactorModel` in a learned norm; same calls, same attributes.
 
     Args: core: with projected factors; task: {"head", "head_sha256", "metric_sha256"} of what it
-    is trained for, kept in the checkpoint.
+    is trained for, kept in the checkpoint; metric_sha256 is None where it began at the plain norm.
     """
 
-    def __init__(self, core: LowRankFactorModel, task: dict[str, str]) -> None:
+    def __init__(self, core: LowRankFactorModel, task: dict[str, str | None]) -> None:
         super().__init__()
         if core.factors != "projected":
-            raise UserError("--metric needs --factors projected: leave --factors direct away")
+            raise UserError(
+                "--task_head and --metric need --factors projected: omit --factors direct"
+            )
         self.core, self.task = core, task
         self.weighting = TaskWeighting(core.input_dim)
 
@@ -117,6 +119,11 @@ class TaskFactorModel(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("core"), name)
+
+    @property
+    def norm(self) -> dict[str, str | None]:
+        """Which head and metric its norm was made from: see `metric.network_in_metric`."""
+        return self.task
 
     @property
     def config(self) -> dict:

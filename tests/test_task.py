@@ -359,7 +359,11 @@ def test_the_task_trained_network_is_judged_beside_the_others(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--task_head", "saliency"], "needs a start.*--metric FILE"),
+        (["--task_head", "saliency", "--factors", "direct"], "--task_head.*projected"),
+        (
+            ["--task_head", "saliency", "--use_rank_allocator", "--arch", "AdaLoRA"],
+            "--task_head keeps every rank: omit --use_rank_allocator",
+        ),
         (["--task_head", "depth", "--metric", "FILE"], "depth is unknown"),
         (["--task_head", "saliency", "--metric", "/none"], "--metric /none does not exist"),
         (["--lambda_task", "2"], "does nothing without --task_head"),
@@ -418,3 +422,81 @@ def test_training_with_a_metric_alone_gives_the_network_of_that_metric(
         found = torch.matmul(*model(test_batch.x, 4))
     expected = torch.matmul(*task_metric.metric_svd(test_batch.x, 4, metric))
     assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+# ------------------------------------------------------------------------- a model knows its norm
+
+
+@pytest.fixture(scope="module")
+def metric_trained(metric_file, tiny_cache, tmp_path_factory):
+    """Results of a network that was trained in the metric, without a head."""
+    return trained(tmp_path_factory.mktemp("metric_trained"), tiny_cache, "--metric", metric_file)
+
+
+def trained(folder, cache, *flags):
+    argv = ["--cache_dir", cache, "--results_dir", folder / "results", "--log_dir", folder]
+    argv += ["--epochs", 1, "--rank", 4, "--oversample", 2, "--hidden_dim", 16, *flags]
+    args = cli.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
+    assert train_real_data.main(args) == 0
+    return folder / "results"
+
+
+def test_a_metric_is_not_applied_again_to_a_network_that_was_trained_in_it(
+    metric_trained, metric_file, tiny_cache, script, tmp_path
+):
+    where = ["--results_dir", metric_trained, "--cache_dir", tiny_cache]
+    errors = []
+    for name, flags in (("plain", []), ("metric", ["--metric", metric_file])):
+        assert script("factorize.py", *where, *flags, "--out", tmp_path / name).returncode == 0
+        errors.append(json.loads((tmp_path / name / "manifest.json").read_text())["errors"])
+    assert errors[0] == errors[1]
+
+    where += ["--metric", metric_file]
+    done = script("compare_svd_nn.py", *where)
+    assert done.returncode == 0, done.stderr
+    assert "trained in this metric" in done.stdout
+    folder = metric_trained / "ResMLP"
+    methods = json.loads((folder / "svd_nn_comparison.json").read_text())["ranks"]["4"]
+    assert methods["network_in_metric"] == methods["network"]
+    assert script("visualize_svd_nn.py", *where).returncode == 0
+    image = json.loads((folder / "image_0_comparison_results.json").read_text())
+    assert image["network_in_metric"] == image["network"]
+    assert script("experiments.benchmark", *where, "--quality", "--ranks", 4).returncode == 0
+    records = json.loads((metric_trained / "benchmark.json").read_text())["records"]
+    excess = {record["method"]: record["excess_mean"] for record in records}
+    assert excess["network_in_metric"] == excess["network"] > excess["svd"] + 1
+    done = script("experiments.evaluate_task", *where, "--ranks", 4)
+    assert done.returncode == 0, done.stderr
+    methods = json.loads((folder / "task_sweep.json").read_text())["methods"]
+    assert methods["network_in_metric"] == methods["network"]
+
+
+def test_a_network_of_one_metric_is_refused_in_another(
+    metric_trained, metric, tiny_cache, script, tmp_path
+):
+    other = tmp_path / "other.safetensors"
+    matrix = task_metric.shrunk(metric.matrix, 1.0)
+    task_metric.save_metric(other, task_metric.TaskMetric(matrix, metric.info))
+    where = ["--results_dir", metric_trained, "--cache_dir", tiny_cache, "--metric", other]
+    for name in ("compare_svd_nn", "factorize", "visualize_svd_nn", "experiments.benchmark",
+                 "experiments.evaluate_task"):  # fmt: skip
+        done = script(name, *where)
+        assert done.returncode == 2 and "trained in another metric" in done.stderr, name
+
+
+def test_training_for_a_head_without_a_metric_starts_at_the_plain_svd(
+    metric_file, tiny_cache, dataset, test_batch, script, tmp_path
+):
+    results = trained(tmp_path, tiny_cache, "--task_head", "saliency", "--lambda_B", 0,
+                      "--epochs", 3, "--oversample", 12, "--lr", 1e-4)  # fmt: skip
+    history = json.loads((results / "ResMLP" / "history.json").read_text())
+    assert history[0]["val_excess_pct"] < 0.01
+    assert min(r["val_task_error"] for r in history[1:]) < 0.97 * history[0]["val_task_error"]
+    model, state = load_model(results / "ResMLP" / "best_model.pt", torch.device("cpu"), dataset)
+    assert state["config"]["task"]["metric_sha256"] is None
+    # a norm that was learned for this head is not multiplied by the head's metric either
+    done = script("compare_svd_nn.py", "--results_dir", results, "--cache_dir", tiny_cache,
+                  "--metric", metric_file)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    table = json.loads((results / "ResMLP" / "svd_nn_comparison.json").read_text())["ranks"]["4"]
+    assert table["network_in_metric"] == table["network"]

@@ -183,23 +183,27 @@ def in_learned_norm(
     dataset: RealQwenVLDataset,
     device: torch.device,
 ) -> tuple[TaskFactorModel, TaskHead | None]:
-    """`core` in the norm of --metric, which --task_head, frozen, goes on to train where given."""
-    if not args.metric:
-        raise UserError("--task_head needs a start: make one with experiments.estimate_metric and "
-                        "type --metric FILE")  # fmt: skip
+    """`core` in the norm of --metric, or the plain one, which --task_head, frozen, goes on to train.
+
+    Without a head the metric stays as it is."""
     if args.use_rank_allocator:
-        raise UserError("--metric keeps every rank: leave --use_rank_allocator away")
-    metric = load_metric(args.metric, dataset)
+        flag = "task_head" if args.task_head else "metric"
+        raise UserError(f"--{flag} keeps every rank: omit --use_rank_allocator")
+    metric = load_metric(args.metric, dataset) if args.metric else None
+    head = None
+    if args.task_head:
+        from task.load_head import load_head  # a head's libraries take seconds to load
+
+        head = load_head(args.task_head, dataset, device=device, model=args.head_model)
+    if metric is None:  # the plain norm, whose untrained network is the plain SVD
+        task = {"head": head.name, "head_sha256": head.sha256, "metric_sha256": None}
+        return TaskFactorModel(core, task), head
+    if head:
+        check_head(metric, head)
     task = {key: metric.info[key] for key in ("head", "head_sha256")}
     model = TaskFactorModel(core, task | {"metric_sha256": metric.sha256})
     model.weighting.start_from(metric)
-    if not args.task_head:
-        model.weighting.requires_grad_(False)
-        return model, None
-    from task.load_head import load_head  # a head's libraries take seconds to load
-
-    head = load_head(args.task_head, dataset, device=device, model=args.head_model)
-    check_head(metric, head)
+    model.weighting.requires_grad_(head is not None)
     return model, head
 
 
