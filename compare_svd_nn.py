@@ -33,10 +33,10 @@ from model import LowRankFactorModel
 from qwenvl_dataloader import Loaders, create_data_loaders_real
 from svd_baseline import (
     Factors,
-    bootstrap_interval,
     evaluate,
     exact_singular_values,
     fit_pca,
+    interval_95,
     pca,
     percent_text,
     random_sketch,
@@ -125,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
         },
     }
     results["network_excess_pct_95"] = {
-        str(r): interval(per_image[r]["network"]["excess_pct"], groups) for r in ranks
+        str(r): interval_95(per_image[r]["network"]["excess_pct"], groups) for r in ranks
     }
     results["box"], box_errors = error_by_box(methods, loaders, rank)
     print_table(results)
@@ -240,11 +240,6 @@ def rank_per_image(
     return entry, arrays | {"target_error": args.target_error}
 
 
-def interval(excess: Tensor, groups: list[str]) -> list[float] | None:
-    """95 % bootstrap interval over groups of the mean excess; None where it is undefined."""
-    return None if excess.isnan().any() else list(bootstrap_interval(excess, groups))
-
-
 def print_table(results: dict) -> None:
     names = list(next(iter(results["ranks"].values())))
     print(
@@ -268,7 +263,10 @@ def print_box(box: dict) -> None:
         f"at the others, rank {box['rank']}, {box['n_images']} test images of {box['n_groups']} "
         f"groups, {box['n_left_out']} left out without such a box"
     )
-    print(f"{'':14}{'inside':>10}{'outside':>10}    inside − outside, 95 % interval")
+    words = "inside − outside"
+    if box["svd"]["inside_minus_outside"]["interval_95"]:
+        words += ", approximate 95 % interval"
+    print(f"{'':14}{'inside':>10}{'outside':>10}    {words}")
     for name in ("network", "svd"):
         inside, outside = (box[name][part]["mean"] for part in PARTS)
         apart = difference_text(box[name]["inside_minus_outside"])

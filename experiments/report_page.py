@@ -199,7 +199,7 @@ def _finding(comparison: dict) -> str:
     text += f"groups; 90th percentile {p90}"
     interval = (comparison.get("network_excess_pct_95") or {}).get(rank)
     if interval:
-        text += f"; 95 % interval of the mean {interval[0]:.4f} to {interval[1]:.4f} %"
+        text += f"; approximate 95 % interval of the mean {interval[0]:.4f} to {interval[1]:.4f} %"
     return text + "). No matrix of this rank can have a smaller error than the SVD's."
 
 
@@ -249,7 +249,7 @@ def _box_table(box: dict) -> str:
         rows.append([name, *(_error(box[name][part]["mean"]) for part in ("inside", "outside")),
                      f"{difference['mean']:.2g}",
                      " to ".join(f"{v:.2g}" for v in interval) if interval else ""])  # fmt: skip
-    header = ["method", "in the box", "outside", "inside − outside", "95 % interval"]
+    header = ["method", "in the box", "outside", "inside − outside", "approximate 95 % interval"]
     return paragraph(words) + table(header, rows)
 
 

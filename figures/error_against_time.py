@@ -206,7 +206,7 @@ def ablation(
 ) -> None:  # fmt: skip
     """Excess over ms of each sketch, a curve over K, one panel for each number of extra columns.
 
-    records: of ablate.summarise_runs; gains: of ablate.gains_at_equal_time, the largest first.
+    records: of ablate.summarise_runs; gains: of ablate.gains_at_equal_time, best first.
     """
     panels = sorted({record["oversample"] for record in records})
     figure = new_figure(max(10.5, 5.4 * len(panels)), 5.6)
@@ -224,7 +224,8 @@ def ablation(
                 exact = [r["excess_mean"] <= ROUNDING_PCT for r in curve]
                 curve = curve[: exact.index(True) + 1] if True in exact else curve
                 ms = as_array([r["ms"] for r in curve])
-                low, high = np.fmax(as_array([r["excess_interval"] for r in curve]).T, ROUNDING_PCT)
+                ends = [r["excess_interval"] or [r["excess_mean"]] * 2 for r in curve]
+                low, high = np.fmax(as_array(ends).T, ROUNDING_PCT)
                 mean = np.fmax(as_array([r["excess_mean"] for r in curve]), ROUNDING_PCT)
                 ax.plot(ms, mean, line, marker="o", ms=4, color=colour)
                 ax.vlines(ms, low, high, color=colour, lw=0.8)
@@ -245,13 +246,14 @@ def ablation(
         label, colour = SKETCHES[sketch]
         note(axes[-1], 1.08, 0.75 - 0.1 * i, label, colour, va="top")
     note(axes[0], 0.02, 0.03, "K refinement steps, from left to right\ndotted: shifts as at the "
-         f"start\nbars: 95 % interval over groups\n{ROUNDING} % and less is rounding",
+         f"start\nbars: approximate 95 % interval over groups\n{ROUNDING} % and less is rounding",
          va="bottom")  # fmt: skip
     title = f"Rank {rank}: at equal time no trained sketch comes nearer than an untrained one"
-    if gains and gains[0]["gain_interval"][0] > 0:
+    low = (gains[0]["gain_interval"] or [gains[0]["gain_pct"]])[0] if gains else 0
+    if low > 0:
         best = gains[0]
-        title = (f"Rank {rank}: at equal time training saves up to {best['gain_pct']:.0f} % of the "
-                 f"excess ({best['sketch']}, K = {best['steps']}, p = "
-                 f"{best['oversample']})")  # fmt: skip
+        title = (f"Rank {rank}: at equal time training saves {best['gain_pct']:.0f} % of the "
+                 f"excess ({best['sketch']}, K = {best['steps']}, p = {best['oversample']}; "
+                 "picked on validation images)")  # fmt: skip
     axes[0].margins(x=0.14)
     save(figure, path, title, footer)

@@ -32,6 +32,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "svd_in_metric": ("SVD in the metric", "#6699CC"),
     "network_in_metric": ("network in the metric", "#E8935A"),
     "network_task": ("task-trained network", "#AA4466"),
+    "svd_refined": ("SVD + head steps", "#999933"),
     "svd_in_metric_refined": ("SVD in the metric + head steps", "#117744"),
     "network_task_refined": ("task-trained + head steps", "#661100"),
     "token_dropping": ("tokens dropped", "#888888"),

@@ -70,7 +70,7 @@ def task_sweep(path: str | Path, results: dict, output: str, footer: str) -> Non
     steps = results["head_steps"]
     if steps:
         footer += f"; {steps} head steps: its gradient steps on the factors of each image"
-    footer += "; bands: 95 % intervals over photographs"
+    footer += "; bands: approximate 95 % intervals over photographs"
     save(figure, path, _finding(methods), footer, ends)
 
 
@@ -111,15 +111,18 @@ def _calibration(ax: Axes, found: dict) -> None:
 
 
 def _finding(methods: dict) -> str:
-    """The gains of the best method, and of the closed form, over the ranks that both reach."""
+    """The gains of the closed form, of the best method, and of the head steps alone."""
 
     def span(name: str) -> str:
         gains = [entry["gain_pct"]["mean"] for entry in methods[name].values()]
-        return f"{min(gains):.0f} to {max(gains):.0f} %"
+        gains = [gain for gain in gains if gain is not None]
+        return f"{min(gains):.0f} to {max(gains):.0f} %" if gains else "as much"
 
     title = f"The SVD in the task's metric has {span('svd_in_metric')} less task error than the SVD"
     best = [n for n in ("network_task_refined", "svd_in_metric_refined", "network_task")
             if n in methods]  # fmt: skip
     if best:
         title += f"; {METHODS[best[0]][0]}: {span(best[0])}"
+    if "svd_refined" in methods:
+        title += f"; the same head steps on the plain SVD: {span('svd_refined')}"
     return title

@@ -53,7 +53,7 @@ def box_report(
 
     errors: "network" and "svd" → `part_errors` of n images, none of them NaN; inside [n, T];
     groups: of the n images; left_out: images without a box, or whose box covers no token or all.
-    Differences are paired by image; their 95 % intervals resample groups, None with a single one.
+    Differences are paired by image; the 95 % intervals are over groups, None below four.
     """
     report = {
         "rank": rank,

@@ -11,6 +11,7 @@ image (T = g/2 · g/2). Gradients flow through a head to its tokens; its weights
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import onnx
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from common.errors import UserError
 from features.encoders import DemoEncoder, demo_onnx_path, demo_onnx_sha256
 from qwenvl_dataloader import RealQwenVLDataset
+
+Score = Callable[[Tensor, Tensor], Tensor]  # (raw tokens [b, T, D], rows [b]) → [b]
 
 
 class TaskHead(ABC):
@@ -43,6 +46,11 @@ class TaskHead(ABC):
     @abstractmethod
     def agreement(self, outputs: Tensor, full: Tensor) -> Tensor:
         """[b] in [0, 1]: how much of the answer is the one that the full tokens give."""
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        """What it generates and how that is scored: name → (raw tokens, rows) → [b] float64."""
+        return {}
 
     def error(self, outputs: Tensor, full: Tensor) -> Tensor:
         """‖ŷ − y‖ / ‖y‖ of each image's logits, [b] float64: the task error."""

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -23,7 +24,7 @@ from common.boxes import Box
 from common.errors import UserError
 from features.encoders import checkpoint_weights_sha256, whole_checkpoint_folder
 from qwenvl_dataloader import RealQwenVLDataset, box_in_view
-from task.heads import TaskHead
+from task.heads import Score, TaskHead
 
 # Qwen2.5-VL's chat template for one image and one request, written out
 PROMPT = (
@@ -103,19 +104,26 @@ class QwenAnswerHead(TaskHead):
     def generate(
         self, tokens: Tensor, rows: Tensor, max_new_tokens: int = 16, request: str = ANSWER
     ) -> list[str]:
-        """The greedy answers to the `request` of the rows with raw tokens [b, T, D]."""
+        """The greedy answers to the `request` of the rows with raw tokens [b, T, D], all at once.
+
+        The answers are those of one row at a time but for rounding, which in bf16 can decide
+        between two words that are as good as equally likely.
+        """
         end = self._ids(END).item()
         # the checkpoint's own settings sample and punish repetition
         greedy = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
         )
-        answers = []
-        for image, row in zip(tokens, rows.tolist(), strict=True):
-            prompt = self._ids(self.prompt(row, request))
-            ids = self.model.generate(**self._inputs(prompt, image), generation_config=greedy)
-            new = ids[0, len(prompt) :]
-            answers.append(self.tokenizer.decode(new, skip_special_tokens=True).strip())
-        return answers
+        prompts = [self._ids(self.prompt(row, request)) for row in rows.tolist()]
+        inputs = self._padded_inputs(prompts, tokens, padding=end)
+        ids = self.model.generate(**inputs, generation_config=greedy)
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        answers = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [answer.strip() for answer in answers]
+
+    @property
+    def scores(self) -> dict[str, Score]:
+        return {"vqa_accuracy": self.answer_scores, "box_overlap": self.box_scores}
 
     def answer_scores(self, tokens: Tensor, rows: Tensor) -> Tensor:
         """VQA accuracy of the generated answers, [b] float64; NaN where a row has no answers."""
@@ -154,6 +162,21 @@ class QwenAnswerHead(TaskHead):
     def _ids(self, text: str) -> Tensor:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, device=self.device)
+
+    def _padded_inputs(self, prompts: list[Tensor], images: Tensor, padding: int) -> dict:
+        """`_inputs` of several prompts, padded on the left: the next word of each comes last."""
+        ids = pad_sequence(prompts, True, padding, "left")  # [b, L]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        places = torch.arange(ids.shape[1], device=self.device)
+        return {
+            "input_ids": ids,
+            "attention_mask": (places >= ids.shape[1] - lengths[:, None]).long(),
+            "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
+            "image_grid_thw": self.grid_thw.expand(len(ids), -1),
+            "mm_encoder_outputs": {
+                "image": BaseModelOutputWithPooling(pooler_output=tuple(images))
+            },
+        }
 
     def _inputs(self, ids: Tensor, image: Tensor) -> dict:
         return {

@@ -167,7 +167,7 @@ def factors_in(metric: TaskMetric, norm: dict[str, str | None] | None, what: str
         raise UserError(
             f"{what} was trained in another metric (head {norm['head']}, file "
             f"{(norm['metric_sha256'] or 'none')[:12]}) than --metric (head {metric.head}, file "
-            f"{(metric.sha256 or 'none')[:12]}): type the metric it was trained in, or omit --metric"
+            f"{(metric.sha256 or 'none')[:12]}): type that metric, or omit --metric"
         )
     return True
 

@@ -32,17 +32,18 @@ def refine_factors(
     batch: Batch,
     a: Tensor,
     b: Tensor,
-    metric: TaskMetric,
+    metric: TaskMetric | None,
     steps: int,
     full: Tensor | None = None,
 ) -> Factors:
     """A [b, T, r], B [b, r, D] after `steps` Adam steps against the head's output of the full X.
 
     Steps are taken on A Σ^½ and Σ^-½ B M^½, Σ the norms of the rows of B M^½: there both factors
-    have one scale. A step moves a number by about STEP · e of that scale, e the task error that the
-    image has now (at most LARGEST), so that a good start is changed little. Where a step makes an
-    image's loss larger it is taken back and the next is half as long: no image ends worse than it
-    began. The head's loss decides: relative error, or KL.
+    have one scale. Without a metric M = I: the steps then know nothing of it. A step moves a number
+    by about STEP · e of that scale, e the task error that the image has now (at most LARGEST), so
+    that a good start is changed little. Where a step makes an image's loss larger it is taken back
+    and the next is half as long: no image ends worse than it began. The head's loss decides:
+    relative error, or KL.
 
     Args: full: the head's output of the full tokens where it is known already.
     Cost: steps + 1 forward and `steps` backward passes of the head, an image.
@@ -50,9 +51,13 @@ def refine_factors(
     with torch.no_grad():
         if full is None:
             full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
-        scaled = b @ metric.root  # [b, r, D]
+        scaled = b if metric is None else b @ metric.root  # [b, r, D]
         norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
         start = (a * norms.mT, scaled / norms)
+
+    def mapped_back(right: Tensor) -> Tensor:
+        return right if metric is None else right @ metric.inverse_root
+
     adam = [_Adam(p) for p in start]
     best, slope = [p.clone() for p in start], [torch.zeros_like(p) for p in start]
     lowest = torch.full((len(a), 1, 1), torch.inf, device=a.device)
@@ -61,7 +66,7 @@ def refine_factors(
     for step in range(steps + 1):
         left, right = (p.detach().requires_grad_(step < steps) for p in now)
         with torch.enable_grad():
-            tokens = denormalise(left @ (right @ metric.inverse_root), batch.mean, batch.std)
+            tokens = denormalise(left @ mapped_back(right), batch.mean, batch.std)
             outputs = head.outputs(tokens, batch.rows)
             loss = head.loss(outputs, full)
             if step < steps:
@@ -78,7 +83,7 @@ def refine_factors(
         error = torch.where(better, found.clamp_max(LARGEST), error)
         sizes = STEP * error * length
         now = [p + o.step(g, sizes) for p, g, o in zip(best, slope, adam, strict=True)]
-    return best[0], best[1] @ metric.inverse_root
+    return best[0], mapped_back(best[1])
 
 
 class _Adam:

@@ -68,7 +68,7 @@ def made_up_errors():
     return {"network": {part: e + 0.001 for part, e in svd.items()}, "svd": svd}
 
 
-def test_differences_are_paired_by_image_and_resampled_by_group():
+def test_differences_are_paired_by_image_and_their_intervals_are_over_groups():
     inside = torch.arange(16).expand(40, 16) < 4
     report = box_report(made_up_errors(), inside, [str(i // 4) for i in range(40)], 8, left_out=3)
     counts = {"rank": 8, "n_images": 40, "n_groups": 10, "n_left_out": 3, "tokens_inside_pct": 25.0}

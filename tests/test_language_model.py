@@ -115,6 +115,16 @@ def test_the_greedy_answer_is_the_argmax_of_one_forward_after_another(qwen_head,
     assert qwen_head.generate(tokens, torch.tensor([row]), max_new_tokens=4) == [expected]
 
 
+def test_answers_of_a_batch_are_those_of_one_image_at_a_time(qwen_head, qwen_cache):
+    dataset, rows = RealQwenVLDataset(qwen_cache), torch.arange(8)
+    tokens = dataset[rows].float()
+    lengths = {len(qwen_head._ids(qwen_head.prompt(row))) for row in rows.tolist()}
+    assert len(lengths) > 1  # some are padded
+    alone = [qwen_head.generate(tokens[i : i + 1], rows[i : i + 1])[0] for i in rows.tolist()]
+    assert qwen_head.generate(tokens, rows) == alone
+    assert len(set(alone)) > 1
+
+
 def test_kl_and_agreement_of_the_answer_ignore_the_padding_of_shorter_answers(
     qwen_head, qwen_cache
 ):

@@ -1,18 +1,21 @@
+import numpy as np
 import pytest
 import torch
 
 from svd_baseline import (
-    bootstrap_interval,
     exact_singular_values,
     excess_pct,
     fit_pca,
+    gain,
     gram_eigh,
     image_metrics,
+    interval_95,
     optimum,
     pca,
     random_sketch,
     randomized_svd,
     rel_error,
+    student_t_95,
     summarise,
     token_error,
     truncated_svd,
@@ -117,9 +120,67 @@ def test_random_references_are_reproducible_and_leave_the_global_generator_alone
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_the_bootstrap_resamples_groups_and_not_images():
+EIGHT = [str(i // 8) for i in range(64)]  # 8 groups of 8 images
+
+
+def draws(kind, count=1500):
+    """Group effects [count, 8, 1] of mean 0 and spread 1, and noise [count, 8, 8] of the images."""
+    random = np.random.default_rng(0)
+    effects = {"normal": random.standard_normal, "exponential": random.standard_exponential}[kind]
+    groups = effects((count, 8, 1)) - (kind == "exponential")
+    return groups, 0.5 * random.standard_normal((count, 8, 8))
+
+
+def test_student_t_is_that_of_the_tables():
+    known = {1: 12.7062047, 2: 4.3026527, 3: 3.1824463, 7: 2.3646243, 8: 2.3060041,
+             30: 2.0422725, 100: 1.9839715}  # fmt: skip
+    for freedom, t in known.items():
+        assert student_t_95(freedom) == pytest.approx(t, abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "least"), [("normal", 0.93), ("exponential", 0.88)])
+def test_the_interval_of_a_mean_covers_what_it_says(kind, least):
+    groups, noise = draws(kind)
+    found = [interval_95(torch.tensor(v).flatten(), EIGHT) for v in groups + noise]
+    assert np.mean([low <= 0 <= high for low, high in found]) >= least
+
+
+@pytest.mark.parametrize(("kind", "least"), [("normal", 0.93), ("exponential", 0.88)])
+def test_the_interval_of_a_gain_covers_what_it_says(kind, least):
+    groups, noise = draws(kind)
+    # a group's errors have a level of their own, which both methods share, and a ratio of their own
+    base = torch.tensor(np.exp(0.3 * draws("normal")[0][::-1].copy() + 0.2 * noise))
+    own = base * torch.tensor(0.5 + 0.1 * groups)
+    found = [gain(a.flatten(), b.flatten(), EIGHT) for a, b in zip(own, base, strict=True)]
+    covered = [low <= 50 <= high for low, high in (entry["interval_95"] for entry in found)]
+    assert np.mean(covered) >= least
+    assert all(e["interval_95"][0] < e["mean"] < e["interval_95"][1] for e in found)
+
+
+def test_groups_scatter_and_not_their_images_and_lie_about_the_mean_over_images():
     values = torch.tensor([0.0] * 50 + [1.0] * 50)
-    low, high = bootstrap_interval(values, ["a"] * 50 + ["b"] * 50)
-    assert (low, high) == (0, 1)  # two groups: one of them may be missing
-    low, high = bootstrap_interval(values, [str(i) for i in range(100)])
-    assert 0.35 < low < 0.5 < high < 0.65
+    alone = interval_95(values, [str(i) for i in range(100)])
+    together = interval_95(values, [str(i // 25) for i in range(100)])
+    assert alone == pytest.approx([0.4003, 0.5997], abs=1e-3)
+    # four means 0, 0, 1, 1: 0.5 ± 3.1824 · (1/3)^½ / 2
+    assert together == pytest.approx([0.5 - 0.91869, 0.5 + 0.91869], abs=1e-4)
+    uneven = torch.tensor([1.0] * 30 + [2.0, 3.0, 4.0, torch.nan])
+    low, high = interval_95(uneven, ["a"] * 30 + ["b", "c", "d", "e"])
+    assert (low + high) / 2 == pytest.approx(39 / 33)
+
+
+def test_a_gain_is_of_the_ratio_of_both_means():
+    base = torch.tensor([1.0, 2, 3, 4])
+    assert gain(0.75 * base, base, list("abcd"))["interval_95"] == pytest.approx([25, 25])
+    found = gain(torch.tensor([1.0, 1, 1, 1]), base, list("abcd"))
+    assert found["mean"] == pytest.approx(60)
+    low, high = found["interval_95"]
+    assert 0 < low < 60 < high < 100
+    assert gain(base, 0 * base, list("abcd")) == {"mean": None, "interval_95": None}
+
+
+def test_fewer_than_four_groups_have_no_interval():
+    values = torch.tensor([1.0, 2, 3, 4])
+    assert interval_95(values, list("abcc")) is None and interval_95(values, list("abcd"))
+    assert interval_95(values.where(values < 4, torch.nan), list("abcd")) is None
+    assert gain(values / 2, values, list("abcc")) == {"mean": 50, "interval_95": None}

@@ -183,9 +183,10 @@ def in_learned_norm(
     dataset: RealQwenVLDataset,
     device: torch.device,
 ) -> tuple[TaskFactorModel, TaskHead | None]:
-    """`core` in the norm of --metric, or the plain one, which --task_head, frozen, goes on to train.
+    """`core` in the norm of --metric, or the plain one, which --task_head, frozen, trains on.
 
-    Without a head the metric stays as it is."""
+    Without a head the metric stays as it is.
+    """
     if args.use_rank_allocator:
         flag = "task_head" if args.task_head else "metric"
         raise UserError(f"--{flag} keeps every rank: omit --use_rank_allocator")

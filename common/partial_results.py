@@ -1,0 +1,58 @@
+"""What is done of a long measurement, in a file from which a run that was cut off goes on.
+
+One JSON object a line: a header, what the measurement depends on, then one record for each image
+and stage. Lines are appended and synced; one that a cut left unfinished is dropped when the file is
+opened again, so that a record is whole or absent and a cut costs what came after the last `add`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from common.errors import UserError
+from common.files import atomic_path, first_difference
+
+
+class PartialResults:
+    """Records of the file `path`, by (stage, row): plain JSON values, NaN among them.
+
+    header: JSON values. Raises UserError where the file was begun with another one or is damaged.
+    """
+
+    def __init__(self, path: Path, header: dict) -> None:
+        self.path, self.records = path, {}
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last is unended
+        try:
+            begun, *records = map(json.loads, lines or [json.dumps(header)])
+            different = first_difference(begun, header)
+            self.records = {(r["stage"], r["row"]): r["values"] for r in records}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{path} is damaged: remove it and start again") from None
+        if different:
+            key, before, now = different
+            raise UserError(
+                f"{path} was begun with {key} = {before}, now it is {now}: type the same command "
+                "to go on, or remove it to start anew"
+            )
+        with atomic_path(path) as temporary:
+            whole = [json.dumps(header).encode(), *lines[1:]]
+            temporary.write_bytes(b"".join(line + b"\n" for line in whole))
+
+    def add(self, stage: str, values: dict[int, dict]) -> None:
+        """Keep the values of some rows, row → values, for good."""
+        records = [{"stage": stage, "row": row, "values": v} for row, v in values.items()]
+        try:
+            with open(self.path, "ab") as file:
+                file.write(b"".join(json.dumps(r).encode() + b"\n" for r in records))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            error.filename = str(self.path)  # a write that fails does not say where
+            raise
+        self.records |= {(stage, row): v for row, v in values.items()}
+
+    def remove(self) -> None:
+        """All is done and written elsewhere."""
+        self.path.unlink(missing_ok=True)
