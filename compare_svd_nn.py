@@ -28,6 +28,7 @@ from coding.rank_budget import (
 )
 from common import cli
 from common.files import with_content_hash, write_json
+from common.locks import sole_writer
 from figures import comparison
 from model import LowRankFactorModel
 from qwenvl_dataloader import Loaders, create_data_loaders_real
@@ -47,7 +48,7 @@ from svd_baseline import (
 )
 from task.boxes import PARTS, box_report, part_errors, tokens_in_boxes
 from task.metric import load_metric, metric_svd, network_in_metric
-from training.checkpoint import evaluated_rank, open_trained, unseen_test
+from training.checkpoint import Trained, evaluated_rank, open_trained, unseen_test
 
 Method = Callable[[Tensor, int], Factors]
 
@@ -75,7 +76,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    folder, device, dataset, model, state = open_trained(args)
+    trained = open_trained(args)
+    with sole_writer(trained.folder, "--results_dir"):
+        compare(args, trained)
+
+
+def compare(args: argparse.Namespace, trained: Trained) -> None:
+    """All numbers and figures of the trained model, into its folder."""
+    folder, device, dataset, model, state = trained
     rank = evaluated_rank(model, args.rank)
     metric = load_metric(args.metric, dataset).to(device) if args.metric else None
     in_metric = network_in_metric(model, metric) if metric else None

@@ -100,8 +100,8 @@ def main(args: argparse.Namespace) -> None:
         return
     print_skipped(skipped)
     print_summary(RealQwenVLDataset(args.cache_dir), verify=False)
-    where = f" --cache_dir {args.cache_dir}" if "cache_dir" in args.typed else ""
-    print(f"next: python train_real_data.py --arch ResMLP{where}")
+    again = cli.flags_again(args, "cache_dir")
+    print(f"next: python train_real_data.py --arch ResMLP{again}")
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -147,9 +147,10 @@ def write_cache(
     """Fill --cache_dir, from where it was left; returns the rows that cannot be read."""
     with processes.main_first():
         overwrite = args.overwrite and processes.is_main()
-        header = cache_header(args, encoder, rows)
-        writer = FeatureCacheWriter(args.cache_dir, header, len(rows), overwrite)
-    demo = "DEMO data, " if is_demo(args, rows) else ""
+        header = cache_header(encoder, rows)
+        conditions = encoder.conditions(args.batch_size)
+        writer = FeatureCacheWriter(args.cache_dir, header, len(rows), overwrite, conditions)
+    demo = "DEMO data, " if rows.kind == "demo" else ""
     print(
         f"{demo}{len(rows)} rows, encoder {encoder.id} on {device}: "
         f"{encoder.num_tokens} tokens × {encoder.feature_dim} an image"
@@ -344,19 +345,14 @@ def find_rows(args: argparse.Namespace) -> ImageSource:
         raise UserError(f"{error}: run experiments.make_demo_data first") from None
 
 
-def is_demo(args: argparse.Namespace, rows: ImageSource) -> bool:
-    """Whether images or encoder are the demo's, which the cache and all made from it must say."""
-    return args.demo or args.model == DEMO_ENCODER or rows.kind == "demo"
-
-
-def cache_header(args: argparse.Namespace, encoder: VisionEncoder, rows: ImageSource) -> dict:
+def cache_header(encoder: VisionEncoder, rows: ImageSource) -> dict:
     """What identifies the features: another value of any of these is another cache.
 
     In the order in which a difference is reported: what a user typed before what follows from it.
     """
     revision = {"revision": encoder.revision} if encoder.revision else {}
     return {
-        "kind": "demo" if is_demo(args, rows) else "real",
+        "kind": rows.kind,  # of the data: the encoder says for itself what it is
         "dataset_sha256": rows.sha256,
         "image_size": encoder.image_size,
         "resize": encoder.resize,

@@ -188,6 +188,7 @@ class RealQwenVLDataset(Dataset):
 
     @property
     def is_demo(self) -> bool:
+        """Whether the images are the demo's, whatever encoded them."""
         return self.manifest["kind"] == "demo"
 
     @property
@@ -195,6 +196,8 @@ class RealQwenVLDataset(Dataset):
         """What the numbers were made from, for first lines and figure footers."""
         encoder = self.manifest["encoder"]["id"]
         demo = "DEMO data, " if self.is_demo else ""
+        if not demo and encoder.startswith("demo-"):  # a user's own images
+            demo = "demo encoder "
         return f"{demo}{encoder}, {len(self)} images, T={self.num_tokens}, D={self.feature_dim}"
 
     def image_record(self, row: int) -> dict:

@@ -355,6 +355,8 @@ def main(args: argparse.Namespace) -> int:
         if args.resume:
             lr = run.optimizer.param_groups[0]["lr"]
             log(f"going on with epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}")
+            if run.note:
+                log(run.note)
             if args.resume == "best":
                 log(f"epoch {run.epoch - 1} is the best: later ones, if there were any, are left "
                     "behind and come out the same again; type --lr to train otherwise")  # fmt: skip

@@ -19,6 +19,7 @@ from torch import Tensor
 from common import cli
 from common.errors import UserError
 from common.files import write_json
+from common.locks import sole_writer
 from figures import token_grid
 from model import LowRankFactorModel
 from qwenvl_dataloader import box_in_view, normalise
@@ -30,7 +31,7 @@ from svd_baseline import (
     truncated_svd,
 )
 from task.metric import load_metric, metric_svd, network_in_metric
-from training.checkpoint import evaluated_rank, open_trained, rows_seen
+from training.checkpoint import Trained, evaluated_rank, open_trained, rows_seen
 
 RANKS_SHOWN = (8, 32, 128)  # of rank_comparison, as far as the model goes
 CHANNELS = 8  # the first ones: the same in every image, so that figures can be compared
@@ -52,7 +53,14 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    folder, device, dataset, model, state = open_trained(args)
+    trained = open_trained(args)
+    with sole_writer(trained.folder, "--results_dir"):
+        visualise(args, trained)
+
+
+def visualise(args: argparse.Namespace, trained: Trained) -> None:
+    """All figures and numbers of one image, into the model's folder."""
+    folder, device, dataset, model, state = trained
     row = args.image_idx
     if row >= len(dataset):
         raise UserError(

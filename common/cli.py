@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ def run(
     """Parse `argv` (default sys.argv), call `main(args)`, leave the process with its status.
 
     UserError, a full or read-only disk and CUDA out of memory end with exit status 2 and one line
-    on stderr; anything else is a programming error and keeps its traceback.
+    on stderr, Ctrl-C with 130; anything else is a programming error and keeps its traceback.
     """
     args = parse(parser, argv)
     try:
@@ -50,6 +51,9 @@ def run(
         message = mistake(error, args)
         if message is None:
             raise
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
@@ -59,15 +63,29 @@ def mistake(error: Exception, args: argparse.Namespace) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, torch.cuda.OutOfMemoryError):
-        size = getattr(args, "batch_size", None)
-        return "CUDA is out of memory: " + (
-            f"--batch_size {size} is too large, try --batch_size {max(1, size // 2)}"
-            if size
-            else "try --device cpu"
-        )
+        return f"CUDA is out of memory: {less_memory(args)}"
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:
         return f"{error.filename or 'a file'}: {error.strerror}: choose another folder or disk"
     return None
+
+
+def less_memory(args: argparse.Namespace) -> str:
+    """What to type instead where the device's memory is too small."""
+    size = getattr(args, "batch_size", None)
+    resume = getattr(args, "resume", None)
+    head = getattr(args, "task_head", None) or getattr(args, "head", None)
+    if size is None:
+        return "type --device cpu" + (f", the head {head} does not fit" if head else "")
+    if size == 1:  # what is left are the model and the head
+        cause = f"the head {head} may not fit beside one image" if head else "one image is too much"
+        return f"{cause} (--batch_size 1): type --device cpu, or use a smaller model"
+    if resume and "batch_size" not in args.typed:
+        words = "type a smaller --batch_size than the run was begun with"
+    else:
+        words = f"--batch_size {size} is too large, try --batch_size {size // 2}"
+        # a run that was begun goes on with fewer images a step, and says what that changes
+        words += " (a run that was begun takes it with --resume last)" if "resume" in args else ""
+    return words + (f"; if that is too large too, the head {head} does not fit" if head else "")
 
 
 def one_line(message: str) -> str:

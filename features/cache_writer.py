@@ -82,10 +82,17 @@ class FeatureCacheWriter:
         header: what identifies the features (kind, encoder, image size, resize, T, D, grid …); a
             cache that was begun with another one is refused with both values.
         num_rows: rows of the data set.
+        conditions: what an unfinished cache has to be gone on with beside the header, and a
+            finished one need not be known by (device, precision, batch size).
     """
 
     def __init__(
-        self, cache_dir: str | Path, header: dict, num_rows: int, overwrite: bool = False
+        self,
+        cache_dir: str | Path,
+        header: dict,
+        num_rows: int,
+        overwrite: bool = False,
+        conditions: dict | None = None,
     ) -> None:
         self.cache_dir = Path(cache_dir)
         self.header = {"format": FORMAT, **header}
@@ -105,7 +112,7 @@ class FeatureCacheWriter:
             self._remove_leftovers()  # it may have been killed after the manifest
             refuse_finished(self.cache_dir)
         sweep_temporaries(self.cache_dir)
-        self._check_or_write_header()
+        self._check_or_write_header(self.header | (conditions or {}))
 
     def rows_of(self, shard: int) -> range:
         """Rows of the data set that belong to a shard, readable or not."""
@@ -214,15 +221,15 @@ class FeatureCacheWriter:
         (self.cache_dir / "partial.json").unlink(missing_ok=True)
         sweep_temporaries(self.cache_dir)
 
-    def _check_or_write_header(self) -> None:
+    def _check_or_write_header(self, header: dict) -> None:
         path = self.cache_dir / "partial.json"
         if not path.exists():
             if any(self.cache_dir.glob("part-*.parquet")):
                 raise UserError(f"{path} is missing: start again with --overwrite")
-            write_json(path, self.header)
+            write_json(path, header)
             return
         started = read_json(path, "start again with --overwrite")
-        check_same_header(f"--cache_dir {self.cache_dir}", started, self.header)
+        check_same_header(f"--cache_dir {self.cache_dir}", started, header)
         for part in sorted(self.cache_dir.glob("part-*.parquet")):
             _read_part(part)
 

@@ -83,6 +83,11 @@ class VisionEncoder(ABC):
         self.num_tokens = self.grid[0] * self.grid[1]
         self.device, self.dtype = torch.device(device), dtype
 
+    def conditions(self, batch_size: int) -> dict[str, str | int]:
+        """What the last bits of features depend on beside all that: flag, or name → value."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"--device": self.device.type, "dtype": dtype, "--batch_size": batch_size}
+
     @abstractmethod
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """One image's pixels as the tower reads them, float32 on the CPU. Safe in threads."""

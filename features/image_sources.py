@@ -34,7 +34,7 @@ class ImageCell(NamedTuple):
 
     data: bytes | None  # an encoded image; where None, `path` is read
     path: str | None  # as the data set names it: relative to one of `folders`, or absolute
-    folders: tuple[Path, ...] = ()
+    folders: tuple[Path, ...] = ()  # the last is the data set's, out of which no path may lead
 
 
 class UnreadableImage(Exception):
@@ -67,8 +67,12 @@ def image_bytes(cell: ImageCell) -> bytes:
     if not cell.path:
         raise ValueError("no image bytes and no path")
     for folder in cell.folders:
-        if (folder / cell.path).is_file():  # an absolute path replaces the folder
-            return (folder / cell.path).read_bytes()
+        # an absolute path replaces the folder; links are the user's own and may lead anywhere
+        path = Path(os.path.abspath(folder / cell.path))
+        if not path.is_relative_to(os.path.abspath(cell.folders[-1])):
+            raise ValueError("leads outside the data set's folder")
+        if path.is_file():
+            return path.read_bytes()
     raise ValueError("no such file")
 
 

@@ -43,10 +43,11 @@ IMAGE, END = "<|image_pad|>", "<|im_end|>"
 
 
 class QwenAnswerHead(TaskHead):
-    """Next-token logits [b, L, V] float32 of the row's first answer and its end, teacher-forced.
+    """Next-token logits [b, L, V] float32 of the row's answer and its end, teacher-forced.
 
     L is the longest answer of the batch; positions after a shorter one hold zeros. sha256 is over
-    all weight files of the checkpoint. Raises UserError for tokens of another width.
+    all weight files of the checkpoint. Raises UserError for tokens of another width, and where a
+    row of the cache lacks question or answer.
     """
 
     name = "qwen-answer"
@@ -67,6 +68,7 @@ class QwenAnswerHead(TaskHead):
                 f"{name} reads tokens of {width} features, {dataset.cache_dir} holds tokens of "
                 f"{dataset.feature_dim}: name the checkpoint that the cache was made with"
             )
+        _check_rows(dataset)
         del model.model.visual  # its outputs are given
         self.model = model.to(device).eval().requires_grad_(False)
         self.dataset, self.device = dataset, torch.device(device)
@@ -155,9 +157,8 @@ class QwenAnswerHead(TaskHead):
         return PROMPT.format(image=IMAGE * self.dataset.num_tokens, request=request)
 
     def reference_answer(self, row: int) -> str | None:
-        """The row's first answer; None where it has none."""
-        answers = self.dataset.image_record(row)["answers"]
-        return answers[0] if answers else None
+        """The row's consensus; None where it has no answer."""
+        return consensus(self.dataset.image_record(row)["answers"])
 
     def _ids(self, text: str) -> Tensor:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -185,6 +186,13 @@ class QwenAnswerHead(TaskHead):
             "image_grid_thw": self.grid_thw,
             "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=(image,))},
         }
+
+
+def consensus(answers: list[str] | None) -> str | None:
+    """The answer that most people gave, as the first of them wrote it; the first one on ties."""
+    answers = [answer for answer in answers or () if answer and answer.strip()]
+    plain = [_plain(answer) for answer in answers]
+    return max(answers, key=lambda answer: plain.count(_plain(answer)), default=None)
 
 
 def vqa_accuracy(answer: str, answers: list[str] | None) -> float:
@@ -216,6 +224,18 @@ def box_overlap(one: Box, other: Box) -> float:
 
 def _plain(text: str) -> str:
     return " ".join(text.lower().strip(" .,!?\"'").split())
+
+
+def _check_rows(dataset: RealQwenVLDataset) -> None:
+    """Refuse a cache in which rows have no question to ask, or no answer to judge by."""
+    for column, filled in (("question", str.strip), ("answers", consensus)):
+        values = dataset.rows[column].to_pylist()
+        if bare := [str(row) for row, value in enumerate(values) if not (value and filled(value))]:
+            shown = ", ".join(bare[:5]) + (f" and {len(bare) - 5} more" if len(bare) > 5 else "")
+            raise UserError(
+                f"{dataset.cache_dir}: row {shown} without {column}, which the head qwen-answer "
+                "needs: extract a data set whose rows all have question and answer"
+            )
 
 
 def _read(kind: type, folder: Path, **options):

@@ -10,6 +10,7 @@ import torch
 from conftest import hashes, manifest_of, picture, write_parquet
 from safetensors.torch import load_file, save_file
 
+import extract_features
 from features import cache_writer, encoders
 
 
@@ -35,8 +36,8 @@ def interrupted(encode, data, monkeypatch, after: int) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_writer.FeatureCacheWriter, "write_shard", break_off)
-        with pytest.raises(KeyboardInterrupt):
-            encode(data, "cache", "--batch_size", 3)
+        done = encode(data, "cache", "--batch_size", 3)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (130, "interrupted")
 
 
 @pytest.mark.parametrize("after", [0, 1, 4])
@@ -88,13 +89,40 @@ def test_another_model_size_rule_or_data_set_is_refused_with_both_values(
         write_parquet(mixed / "b.parquet", {"image": [picture(9)], "question": ["new"]})
         expected = "dataset_sha256 = "
     args = ["--dataset_dir", mixed, "--cache_dir", tmp_path / "cache", "--model", folder]
-    args += ["--image_size", 112, *flags]
+    args += ["--image_size", 112, "--batch_size", 3, *flags]
     done = script("extract_features.py", *args)
     assert done.returncode == 2 and expected in done.stderr, done.stderr
     assert hashes(tmp_path / "cache") == before
     if state == "finished":
         assert script("extract_features.py", *args, "--overwrite").returncode == 0
         assert hashes(tmp_path / "cache") != before
+
+
+def test_an_interrupted_extraction_goes_on_only_with_its_device_precision_and_batch_size(
+    mixed, encode, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 4)
+    interrupted(encode, mixed, monkeypatch, 2)
+    before = hashes(tmp_path / "cache")
+    done = encode(mixed, "cache", "--batch_size", 4)
+    assert done.returncode == 2 and "--batch_size = 3, now it is 4" in done.stderr
+    for name, value, words in (
+        ("dtype", torch.bfloat16, "dtype = float32, now it is bfloat16"),
+        ("device", torch.device("cuda"), "--device = cpu, now it is cuda"),
+    ):
+        load = extract_features.load_encoder
+
+        def other(*args, name=name, value=value, load=load, **options):
+            encoder = load(*args, **options)
+            setattr(encoder, name, value)
+            return encoder
+
+        with monkeypatch.context() as patch:
+            patch.setattr(extract_features, "load_encoder", other)
+            done = encode(mixed, "cache", "--batch_size", 3)
+        assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert hashes(tmp_path / "cache") == before
+    assert encode(mixed, "cache", "--batch_size", 3).returncode == 0
 
 
 def test_another_revision_of_a_hub_model_is_refused_with_both_values(

@@ -152,8 +152,7 @@ def test_an_interrupted_import_ends_byte_identical(old_cache, tmp_path, script, 
 
     with monkeypatch.context() as patch:
         patch.setattr(cache_writer.FeatureCacheWriter, "write_shard", break_off)
-        with pytest.raises(KeyboardInterrupt):
-            do_import(script, tmp_path, old_cache)
+        assert do_import(script, tmp_path, old_cache).returncode == 130
     assert do_import(script, tmp_path, old_cache).returncode == 0
     assert hashes(tmp_path / "cache") == hashes(tmp_path / "whole")
 

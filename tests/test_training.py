@@ -84,6 +84,37 @@ def test_resume_last_equals_the_unbroken_run_bit_for_bit(arch, tiny_cache, tmp_p
     assert equal(*histories) and len(histories[0]) == 5
 
 
+def test_a_run_goes_on_with_another_batch_size_and_its_order_of_images(
+    tiny_cache, tmp_path, monkeypatch, capsys
+):
+    options = ["--epochs", "3", *RUNS["ResMLP"]]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)  # in the middle of the second epoch, after 16 of its 24 images
+        assert train(tmp_path, tiny_cache, *options) == 128 + signal.SIGTERM
+    path = tmp_path / "results" / "ResMLP" / "last_model.pt"
+    assert load_checkpoint(path)["progress"]["batches_done"] == 2
+    with pytest.raises(cli.UserError, match="after 16 images, which is no multiple of 5"):
+        train(tmp_path, tiny_cache, "--resume", "last", "--batch_size", "5")
+    steps, original = [], train_real_data.train_step
+
+    def train_step(run, batch):
+        steps.append(batch.rows.tolist())
+        return original(run, batch)
+
+    monkeypatch.setattr(train_real_data, "train_step", train_step)
+    capsys.readouterr()
+    assert train(tmp_path, tiny_cache, "--resume", "last", "--batch_size", "4") == 0
+    assert "4 images a step instead of 8" in capsys.readouterr().out
+    assert [len(rows) for rows in steps] == [4] * (2 + 6)
+    dataset = RealQwenVLDataset(tiny_cache)
+    loader = create_data_loaders_real(dataset, 8).train
+    for epoch, rows in ((2, steps[:2]), (3, steps[2:])):
+        loader.set_epoch(epoch)
+        order = sum((share.rows for share in loader.sampler.shares()), [])
+        assert sum(rows, []) == order[-4 * len(rows) :]
+    assert load_checkpoint(path)["args"]["batch_size"] == 4
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_cache, tmp_path):
     histories = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

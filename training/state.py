@@ -40,7 +40,7 @@ MODEL_FLAGS = ("rank", "factors", "refine_steps", "oversample", "lambda_B", "hid
                "num_blocks", "dropout", "precision")  # fmt: skip
 # flags that may differ from the run that is resumed; --lr wins where typed
 FREE_ON_RESUME = {"arch", "resume", "epochs", "lr", "patience", "results_dir", "cache_dir"}
-FREE_ON_RESUME |= {"log_dir", "device", "tensorboard"}
+FREE_ON_RESUME |= {"log_dir", "device", "tensorboard", "batch_size"}
 
 
 @dataclass
@@ -67,6 +67,7 @@ class TrainState:
     head: TaskHead | None = None  # frozen; what --task_head trains for
     start: dict | None = None  # checkpoint of the untrained model, not yet written
     images: dict = field(default_factory=dict)  # hashes and groups that the run has seen
+    note: str = ""  # what --resume changed, for the log
 
     progress_names = ("last_epoch", "epoch", "batches_done", "step", "best", "best_epoch",
                       "bad_epochs", "finished", "sums", "history")  # fmt: skip
@@ -216,7 +217,7 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
     path = folder / f"{args.resume}_model.pt"
     state = load_checkpoint(path, dataset)
     # the model's own values where a flag was left to its default
-    before = {**state["args"], **state["config"], "batch_size": own_batch_size(state, path)}
+    before = {**state["args"], **state["config"]}
     for name in sorted(args.typed - FREE_ON_RESUME):
         if getattr(args, name) != before[name]:
             raise UserError(
@@ -231,12 +232,15 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
     typed_lr = args.lr if "lr" in args.typed else None
     epochs = args.epochs
     kept = {k: v for k, v in state["args"].items() if k not in FREE_ON_RESUME}
-    kept["batch_size"] = before["batch_size"]
+    typed_size = args.batch_size if "batch_size" in args.typed else None
+    kept["batch_size"], note = batch_size_on_resume(state, path, typed_size)
     untyped = {"lr", "patience"} | ({"epochs"} if args.resume == "last" else set())
     kept |= {name: before[name] for name in untyped - args.typed}
     args = argparse.Namespace(**{**vars(args), **kept})
     run = build_run(args, dataset, device)
     run.restore(state)
+    run.batches_done = batches_done(state, args.batch_size)
+    run.note = note
     if args.resume == "last":
         # a run that was cut off after its last epoch still has its test and figures to make
         results = folder / "test_results.json"
@@ -272,9 +276,38 @@ def start_from_data(run: TrainState, dataset: RealQwenVLDataset) -> None:
     model.see_features(processes.from_main(seen))
 
 
+def batch_size_on_resume(state: dict, path: Path, typed: int | None) -> tuple[int, str]:
+    """Images a step of each process, the `typed` ones or as before; and what changes, or ""."""
+    before, now = images_a_step(state), (typed or 0) * processes.world()
+    if typed is None or now == before:
+        return own_batch_size(state, path), ""
+    done = state["progress"]["batches_done"] * before
+    if done % now:
+        raise UserError(
+            f"--batch_size {typed}: the epoch that was cut off stands after {done} images, which "
+            f"is no multiple of {now} a step: halve the {before} it was begun with, or omit "
+            "--batch_size"
+        )
+    return typed, (
+        f"--batch_size: {now} images a step instead of {before}, in the same order: results are "
+        "no longer those of an unbroken run bit for bit"
+    )
+
+
+def batches_done(state: dict, batch_size: int) -> int:
+    """Steps done of the checkpoint's epoch, counted in steps of batch_size a process."""
+    done = state["progress"]["batches_done"] * images_a_step(state)
+    return done // (batch_size * processes.world())
+
+
+def images_a_step(state: dict) -> int:
+    """Of all processes together, as the checkpoint's run had them."""
+    return state["args"]["batch_size"] * state.get("processes", 1)
+
+
 def own_batch_size(state: dict, path: Path) -> int:
     """Images a step of each process, so that all together have as many as the run began with."""
-    images = state["args"]["batch_size"] * state.get("processes", 1)
+    images = images_a_step(state)
     world = processes.world()
     if images % world:
         counts = ", ".join(str(n) for n in range(1, images + 1) if images % n == 0)
