@@ -40,7 +40,10 @@ def test_a_module_imports_only_what_stands_before_it(name):
         if layer(name) == "shared":
             assert layer(other) != "figures", other
         if layer(other) == "top":  # a command or an experiment is nobody's library
-            assert other.startswith("experiments.") and name.startswith("experiments."), other
+            # but what checks the commands on a GPU runs them
+            checked = name.startswith("experiments.gpu_") and other == "train_real_data"
+            both = other.startswith("experiments.") and name.startswith("experiments.")
+            assert both or checked, other
 
 
 def test_no_modules_import_each_other_in_a_circle():

@@ -1,0 +1,186 @@
+"""What the parts of `experiments.gpu_check` share: setting, rows, guards, tokens, timing.
+
+A part is a module with CHECKS = {part: {what: function}}; function(setting) yields or returns rows
+made by `row`. One that raises becomes a row with its error, and the next one runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.errors import UserError
+from common.timing import synchronise, warm_up
+from qwenvl_dataloader import RealQwenVLDataset, normalise
+
+# what a check may raise and leave the others something to do; a bug of ours is among it, and shows
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, OSError)
+FAILURES += (AssertionError, NotImplementedError, UserError, SafetensorError)
+
+
+class Skipped(Exception):
+    """Names what this machine lacks for a check."""
+
+
+class Sizes(NamedTuple):
+    """T, D, rank, batches and so on: the 3B model's, or tiny ones."""
+
+    tokens: int
+    features: int
+    rank: int
+    batches: tuple[int, int]  # of training
+    long_tokens: int
+    svd_batch: int
+    svd_ranks: tuple[int, int]
+    encode_batches: tuple[int, ...]
+    seconds: float  # that one timing may take
+
+
+FULL = Sizes(256, 2048, 128, (8, 128), 1369, 256, (32, 128), (1, 16, 64), 1.0)
+TINY = Sizes(16, 48, 8, (2, 4), 24, 3, (2, 4), (1, 2), 0.05)
+
+
+@dataclass
+class Setting:
+    """Where and how large; pickled to the process of each part."""
+
+    device_name: str
+    tiny: bool
+    cache_dir: str
+    tokens_file: str | None
+    limit: float  # seconds of this part
+    begun: float = field(default_factory=time.time)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.device_name)
+
+    @property
+    def sizes(self) -> Sizes:
+        return TINY if self.tiny else FULL
+
+    @property
+    def seconds_left(self) -> float:
+        return self.limit - (time.time() - self.begun)
+
+    @cached_property
+    def found_tokens(self) -> tuple[Tensor, str]:
+        """A few images' tokens [n, T, D] as cached, and what they are."""
+        if self.tokens_file:
+            with safe_open(self.tokens_file, framework="pt") as file:
+                return file.get_tensor("features"), (file.metadata() or {}).get("data", "tokens")
+        if Path(self.cache_dir).is_dir():
+            dataset = RealQwenVLDataset(self.cache_dir)
+            return dataset[list(range(min(8, len(dataset))))], dataset.label
+        generator = torch.Generator().manual_seed(0)
+        t, d = self.sizes.tokens, self.sizes.features
+        wide = torch.randn(4, t, t, generator=generator) * torch.logspace(1, -2, t)
+        return wide @ torch.randn(4, t, d, generator=generator), "made-up tokens, no cache at hand"
+
+    def x(self, batch: int, tokens: int, features: int) -> Tensor:
+        """[batch, tokens, features] float32 normalised, on the CPU: `found_tokens` repeated.
+
+        1 % of noise keeps repeated rows and columns independent. Products and Choleskys take one
+        time whatever the values; iterations of an SVD or an eigensolver may not.
+        """
+        found = self.found_tokens[0][:batch].float()
+        repeats = [-(-want // have) for want, have in zip((tokens, features), found.shape[1:],
+                                                          strict=True)]  # fmt: skip
+        found = found.repeat(1, *repeats)[:, :tokens, :features]
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(found.shape, generator=generator) * found.std()
+        x = normalise(found + 0.01 * noise)[0]
+        return x.repeat(-(-batch // len(x)), 1, 1)[:batch]
+
+    def need_cuda(self, what: str) -> None:
+        if self.device.type != "cuda":
+            raise Skipped(f"{what} needs CUDA")
+
+
+def row(
+    what: str, value: float | str | None = None, unit: str = "", note: str = "",
+    status: str = "measured",
+) -> dict:  # fmt: skip
+    """One line of the table. status: measured, ok, differs, failed or skipped."""
+    return {"what": what, "status": status, "value": value, "unit": unit, "note": note}
+
+
+def compared(what: str, difference: float, tolerance: float, note: str = "") -> dict:
+    """A row that is ok where the difference is within the tolerance; NaN is not."""
+    status = "ok" if difference <= tolerance else "differs"
+    return row(what, float(difference), "", f"at most {tolerance:g}; {note}".rstrip("; "), status)
+
+
+def rows_of(part: str, module: str, setting: Setting) -> Iterator[dict]:
+    """All rows of a part, whatever its checks raise."""
+    try:
+        checks = importlib.import_module(f"experiments.{module}").CHECKS[part]
+    except ImportError as error:
+        yield row(part, note=f"lacks {error.name or error}", status="skipped")
+        return
+    for what, check in checks.items():
+        try:
+            yield from check(setting)
+        except Skipped as reason:
+            yield row(what, note=str(reason), status="skipped")
+        except ImportError as error:
+            yield row(what, note=f"cannot import: {error}", status="skipped")
+        except FAILURES as error:
+            yield row(what, note=error_line(error), status="failed")
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def error_line(error: Exception) -> str:
+    """Its class and first line."""
+    line = (str(error).strip().splitlines() or [""])[0][:300]
+    return f"{type(error).__name__}: {line}"
+
+
+class Time(NamedTuple):
+    """Of one call."""
+
+    seconds: float  # median of the repeats
+    repeats: int
+    peak_mb: float | None  # CUDA memory above what was there before, 2^20 bytes
+
+
+def timed(call: Callable[[], object], setting: Setting) -> Time:
+    """Warmed up, synchronised, repeated 3 to 30 times or for `sizes.seconds`."""
+    device = setting.device
+    peak = warm_up(call, device)
+    seconds: list[float] = []
+    while len(seconds) < 3 or (sum(seconds) < setting.sizes.seconds and len(seconds) < 30):
+        synchronise(device)
+        start = time.perf_counter()
+        call()
+        synchronise(device)
+        seconds.append(time.perf_counter() - start)
+        if sum(seconds) > 2 * setting.sizes.seconds:
+            break  # a slow one: fewer than three
+    return Time(sorted(seconds)[len(seconds) // 2], len(seconds), peak)
+
+
+def largest_batch(call: Callable[[int], object], full: int, setting: Setting) -> int:
+    """The batch of `full`, or the largest tried (1, 8, 64 …) of which a call takes no longer than
+    sizes.seconds: loops over matrices at a time would take minutes."""
+    batch = 1
+    while batch < full:
+        call(batch)
+        synchronise(setting.device)
+        start = time.perf_counter()
+        call(batch)
+        synchronise(setting.device)
+        if (time.perf_counter() - start) * 8 > setting.sizes.seconds:
+            break
+        batch = min(full, 8 * batch)
+    return batch

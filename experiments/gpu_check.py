@@ -1,0 +1,205 @@
+"""Run everything that a GPU is to tell us, in one call of at most nine minutes.
+
+    python -m experiments.gpu_check --out gpu_check                  # on the machine with a GPU
+    python -m experiments.gpu_check --out check --sizes tiny         # rehearsal on any CPU
+    python -m experiments.gpu_check --out small --pack 8             # tokens to take along
+
+Each part is a process with a time limit of its own; the next one starts whatever became of the
+last. Writes OUT/gpu_check.json and OUT/gpu_check.md. A part that lacks a library, a file or CUDA
+is skipped by name. Parts are in gpu_correctness.py, gpu_speed.py and gpu_qwen.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from common import cli
+from common.files import write_json
+from experiments import gpu_bench
+from qwenvl_dataloader import RealQwenVLDataset
+
+# part → module, and its share of --time_limit in seconds of 540; what one leaves, the later get
+PARTS = {
+    "correctness": ("gpu_correctness", 90),
+    "training": ("gpu_speed", 90),
+    "svd": ("gpu_speed", 170),
+    "extraction": ("gpu_qwen", 70),
+    "language": ("gpu_qwen", 60),
+    "codec": ("gpu_codec", 50),
+}
+STARTS_IN = 25  # seconds until torch and transformers are there: less is left to no part
+PACKAGES = ("torch", "transformers", "numpy", "safetensors", "pyarrow", "constriction")
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        description="Check and time every CUDA path in one call: results equal to the CPU's,\n"
+        "training, factorisations, extraction, language model, codec.",
+        epilog="examples:\n  python -m experiments.gpu_check --out gpu_check\n"
+        "  python -m experiments.gpu_check --out check --parts correctness --sizes tiny",
+    )
+    what = parser.add_argument_group("what is run")
+    what.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+                      help=", ".join(PARTS))  # fmt: skip
+    what.add_argument("--sizes", choices=("auto", "full", "tiny"), default="auto",
+                      help="auto: those of the 3B model on CUDA, tiny ones elsewhere")  # fmt: skip
+    what.add_argument("--time_limit", type=cli.number(float, 1), default=540.0,
+                      help="seconds of all parts together")  # fmt: skip
+    what.add_argument("--in_process", action="store_true",
+                      help="parts in this process, without limits of their own")  # fmt: skip
+    where = parser.add_argument_group("files and device")
+    where.add_argument("--out", type=cli.folder, default="gpu_check",
+                       help="folder of the two files that are written")  # fmt: skip
+    where.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
+    where.add_argument("--cache_dir", type=cli.folder, default="feature_cache_real",
+                       help="cache whose first images' tokens are used, if it exists")  # fmt: skip
+    where.add_argument("--tokens", type=cli.name, default=None, metavar="FILE",
+                       help="what --pack wrote, instead of a cache")  # fmt: skip
+    where.add_argument("--pack", type=cli.number(int, 1, 64), default=None, metavar="N",
+                       help="only write the tokens of the cache's first N images to "
+                       "OUT/tokens.safetensors")  # fmt: skip
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if args.pack:
+        return pack(args, out)
+    device = cli.pick_device(args.device)
+    begun = time.perf_counter()
+    report = {"environment": describe(device), "sizes": sizes_of(args, device), "parts": []}
+    print(json.dumps(report["environment"]))
+    for index, name in enumerate(args.parts):
+        left = args.time_limit - (time.perf_counter() - begun)
+        later = sum(PARTS[other][1] for other in args.parts[index:])
+        limit = left * PARTS[name][1] / later
+        print(f"{name}: at most {limit:.0f} s", flush=True)
+        report["parts"].append(run_part(args, name, out, limit))
+        report["seconds"] = round(time.perf_counter() - begun, 1)
+        # after every part: a call that is cut off leaves what it had
+        write_json(out / "gpu_check.json", report)
+        (out / "gpu_check.md").write_text(as_markdown(report))
+    print((out / "gpu_check.md").read_text())
+    rows = [row for part in report["parts"] for row in part["rows"]]
+    wrong = [r for r in rows if r["status"] in ("failed", "differs")]
+    broken = [p for p in report["parts"] if p["status"] != "done"]
+    print(f"wrote {out}/gpu_check.json and gpu_check.md: {len(rows)} rows, {len(wrong)} of them "
+          f"failed or differ, {len(broken)} parts not done")  # fmt: skip
+    return 1 if wrong or broken else 0
+
+
+def pack(args: argparse.Namespace, out: Path) -> int:
+    """Write a few images' tokens [n, T, D] as cached."""
+    dataset = RealQwenVLDataset(args.cache_dir)
+    rows = list(range(min(args.pack, len(dataset))))
+    path = out / "tokens.safetensors"
+    save_file({"features": dataset[rows].contiguous()}, path, {"data": dataset.label})
+    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB): type --tokens {path}")
+    return 0
+
+
+def sizes_of(args: argparse.Namespace, device: torch.device) -> str:
+    if args.sizes != "auto":
+        return args.sizes
+    return "full" if device.type == "cuda" else "tiny"
+
+
+def describe(device: torch.device) -> dict:
+    """Card, driver and versions, each beside what pyproject.toml pins."""
+    found = dict(cli.environment(device)) | {"cuda": torch.version.cuda, "device_type": device.type}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["memory_gib"] = round(properties.total_memory / 2**30, 1)
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            found["driver"] = answer.stdout.split("\n")[0].strip() or answer.stderr.strip()[:100]
+        except (OSError, subprocess.TimeoutExpired) as error:
+            found["driver"] = f"not told: {error}"
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "missing"
+    pinned = Path(__file__).resolve().parent.parent / "requirements.txt"
+    lines = pinned.read_text().splitlines() if pinned.exists() else []
+    pins = dict(line.split(" ")[0].split("==") for line in lines if "==" in line)
+    found["differs_from_requirements"] = [
+        f"{name} {found[name]}, pinned {pins[name]}"
+        for name in PACKAGES
+        if name in pins and found[name].split("+")[0] != pins[name].split("+")[0]
+    ]
+    return found
+
+
+# -------------------------------------------------------------------------------------- one part
+
+
+def run_part(args: argparse.Namespace, name: str, out: Path, limit: float) -> dict:
+    """{"name", "status", "seconds", "error", "rows"} of one part; its rows reach us one by one, so
+    that those measured before a crash or the limit are kept."""
+    if limit < STARTS_IN and not args.in_process:
+        return {"name": name, "status": "no time left", "seconds": 0.0, "rows": []}
+    begun, path = time.perf_counter(), out / f"rows-{name}.jsonl"
+    path.unlink(missing_ok=True)
+    device = cli.pick_device(args.device)
+    tiny = sizes_of(args, device) == "tiny"
+    setting = gpu_bench.Setting(str(device), tiny, args.cache_dir, args.tokens, limit)
+    status = "done"
+    if args.in_process:
+        work(name, setting, path)
+    else:
+        # a CUDA process that met an illegal address is of no further use, and a fork of one neither
+        process = multiprocessing.get_context("spawn").Process(
+            target=work, args=(name, setting, path)
+        )
+        process.start()
+        process.join(limit)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            status = f"cut off at its limit of {limit:.0f} s"
+        elif process.exitcode:
+            status = f"its process ended with {process.exitcode}"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    path.unlink(missing_ok=True)
+    seconds = round(time.perf_counter() - begun, 1)
+    return {"name": name, "status": status, "seconds": seconds, "rows": rows}
+
+
+def work(name: str, setting: gpu_bench.Setting, path: Path) -> None:
+    """Run a part in this process, its rows into `path`, one JSON object a line."""
+    with path.open("w") as file:
+        for row in gpu_bench.rows_of(name, PARTS[name][0], setting):
+            print(json.dumps(row), file=file, flush=True)
+
+
+def as_markdown(report: dict) -> str:
+    """One table of all rows, below the line of card, driver and versions."""
+    lines = ["# One call on " + str(report["environment"]["device"]), ""]
+    lines += [f"- {key}: {value}" for key, value in report["environment"].items()]
+    lines += [f"- sizes: {report['sizes']}; {report['seconds']} s in all"]
+    lines += [f"- part {p['name']}: {p['status']}, {p['seconds']} s" for p in report["parts"]]
+    lines += ["", "| part | what | status | value | unit | note |", "| --- " * 6 + "|"]
+    for part in report["parts"]:
+        for row in part["rows"]:
+            value = row["value"]
+            shown = f"{value:.4g}" if isinstance(value, float) else "" if value is None else value
+            note = str(row["note"]).replace("|", "/")
+            lines.append(f"| {part['name']} | {row['what']} | {row['status']} | {shown} "
+                         f"| {row['unit']} | {note} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())
