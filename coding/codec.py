@@ -1,0 +1,443 @@
+"""Codec of factors: the bytes of one image's tokens, from what all images share.
+
+    codec = Codec.load("codecs/demo.safetensors")
+    data = codec.encode(raw, grid=(16, 16), step=1.0)    # raw [T, D] tokens in the encoder's units
+    raw = codec.decode(data)                             # [T, D] float32
+
+X, the tokens normalised by the statistics that are stored, goes through the 2-D DCT of its grid on
+one side and the KLT of training tokens on the other, Z = C X P. Of its SVD Z = U S Vᵀ, σ_k u_k is
+rounded in units of the step Δ; then B = QᵀZ, Q an orthonormal basis of what is left of them, is
+rounded likewise. The level of a coefficient's table is i_σ + i_var: σ_k / Δ on the logarithmic grid
+of `entropy`, and the training images' variance of that coefficient in the bucket of k. All of it is
+integers, so that the same symbols are read on every machine.
+
+Legend: T tokens on a grid [H, W], D features, d directions kept of the KLT, r rank that Δ leaves.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Callable, Iterable
+from decimal import Decimal
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from coding.entropy import (
+    HIGHEST,
+    LARGEST_TABLE,
+    LOWEST,
+    STEPS_AN_OCTAVE,
+    bits_table,
+    decode_symbols,
+    encode_symbols,
+    read_varint,
+    varint,
+)
+from common.errors import UserError
+from common.files import save_tensors, sha256_file
+from qwenvl_dataloader import normalise
+
+FORMAT = 1
+KIND = "codec"
+# format, crc32 of all that follows, height, width, step, rank, i_σ of the first component
+HEADER = struct.Struct("<BIHHfHh")
+STATISTICS_STEPS = (0.01, 0.02)  # of the mean and of log std
+DROPPED_BELOW = 2.0  # components with σ_k less than this many steps
+LAMBDA = 0.15  # rounding minimises (z / Δ − q)² + λ bits(q)
+DEPENDENT = 0.05  # a rounded column of which less than this is new is dropped
+SIGMA_LEVEL = 0  # of differences of i_σ
+UNITS = 16  # of a level, in which the file keeps variances
+BUCKETS = 16
+TAIL = 1e-5  # energy of training tokens outside the directions that are kept
+
+Factors = tuple[Tensor, Tensor, Tensor]  # u [T, r], s [r], v [D, r]
+
+
+class Codec:
+    """What all images share, and `encode`, `decode` and `factors` of one image.
+
+    tensors: klt [D, d] bf16 (P), inverse [D, d] bf16 (back to tokens; absent where it is P), rows
+    [buckets, H, W], columns [buckets, d] and statistics [2, H, W] int16, all log variances in
+    1 / UNITS of a level; starts [buckets] int16, the first component of each bucket. info: what it
+    was made from. sha256: of the file, None before it is saved.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], info: dict, sha256: str | None = None) -> None:
+        self.tensors, self.info, self.sha256 = tensors, info, sha256
+        self._klt = tensors["klt"].float()
+        self._inverse = tensors.get("inverse", tensors["klt"]).float()
+        self._rows, self._columns, self._statistics, starts = (
+            tensors[name].numpy().astype(np.int64)
+            for name in ("rows", "columns", "statistics", "starts")
+        )
+        self._starts = starts
+        self.feature_dim = len(self._klt)
+        self.statistics_steps = tuple(info["statistics_steps"])
+
+    @classmethod
+    def load(cls, path: str | Path) -> Codec:
+        """Read a file of `save`. Raises UserError where it is missing, damaged or something else."""
+        remedy = "make one with experiments.fit_codec"
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is no codec, or damaged ({error}): {remedy}") from None
+        if metadata.get("kind") != KIND or metadata.get("format") != str(FORMAT):
+            raise UserError(f"{path} is not a codec of format {FORMAT}: {remedy}")
+        return cls(tensors, json.loads(metadata["info"]), sha256_file(path))
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, whole or not at all, and set `sha256`."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"kind": KIND, "format": str(FORMAT), "info": json.dumps(self.info)}
+        save_tensors(Path(path), self.tensors, metadata)
+        self.sha256 = sha256_file(path)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in the file."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    # ---------------------------------------------------------------------------------- encoding
+
+    def prepare(
+        self, raw: Tensor, grid: tuple[int, int], factors: Factors | None = None
+    ) -> Prepared:
+        """All of `encode` that does not depend on the step: search a step with this done once."""
+        if raw.shape != (grid[0] * grid[1], self.feature_dim):
+            raise UserError(
+                f"tokens {list(raw.shape)} do not fit a grid of {grid[0]} x {grid[1]} and the "
+                f"codec's {self.feature_dim} features: fit a codec on a cache of this encoder"
+            )
+        raw = raw.float()
+        statistics, mean, std = self._round_statistics(raw, grid)
+        if factors is None:
+            x = (raw - mean[:, None]) / std[:, None]
+            z = dct(grid) @ (x @ self._klt)
+        else:
+            u, s, v = factors
+            z = (dct(grid) @ (u.float() * s)) @ (v.float().mT @ self._klt)
+        return Prepared(z, *leading(z), statistics, grid)
+
+    def encode(
+        self, raw: Tensor, grid: tuple[int, int], step: float, factors: Factors | None = None
+    ) -> bytes:
+        """The bytes of raw tokens [T, D] float32, all that `decode` needs beside the codec.
+
+        factors: (u [T, r], s [r], v [D, r]) with X ≈ u diag(s) vᵀ of the normalised tokens, e.g.
+        from the network; None for the exact ones.
+        """
+        return self.encode_prepared(self.prepare(raw, grid, factors), step)
+
+    def encode_prepared(self, prepared: Prepared, step: float) -> bytes:
+        """The bytes at one step; see `prepare`."""
+        z, u, s, statistics, grid = prepared
+        step = struct.unpack("<f", struct.pack("<f", step))[0]
+        count = int((s >= DROPPED_BELOW * step).sum())
+        sigma = sigma_levels(s[:count], step)
+        levels = self._row_levels(sigma, grid)
+        q_a = rate_rounded((u[:, :count] * (s[:count] / step)).numpy(), levels)
+        keep = independent(q_a)
+        q_a, sigma = q_a[:, keep], sigma[keep]
+        basis = orthonormal(q_a)
+        q_b = rate_rounded((basis.mT @ z / step).mT.numpy(), self._column_levels(sigma))
+        first = int(sigma[0]) if len(sigma) else 0
+        head = encode_symbols(*self._head(statistics, -np.diff(sigma), grid))
+        body = encode_symbols(np.concatenate([q_a.ravel(), q_b.ravel()]), self._levels(sigma, grid))
+        return self._framed(grid, step, len(sigma), first, varint(len(head)) + head + body)
+
+    def _framed(
+        self, grid: tuple[int, int], step: float, rank: int, first: int, payload: bytes
+    ) -> bytes:
+        header = HEADER.pack(FORMAT, 0, *grid, step, rank, first)
+        return header[:1] + struct.pack("<I", crc(header + payload)) + header[5:] + payload
+
+    # ---------------------------------------------------------------------------------- decoding
+
+    def factors(self, data: bytes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A [T, r], B [r, D], mean [T] and std [T] float32; tokens are A·B · std + mean.
+
+        Raises UserError where the bytes are not those that `encode` gave.
+        """
+        if len(data) < HEADER.size or data[0] != FORMAT:
+            raise UserError("a coded image is damaged, or of another format: write it again")
+        _, found, height, width, step, rank, first = HEADER.unpack_from(data)
+        if crc(data) != found:
+            raise UserError("a coded image is damaged (its checksum differs): write it again")
+        grid = height, width
+        tokens = height * width
+        length, at = read_varint(data, HEADER.size)
+        levels = self._head(None, np.zeros(max(rank - 1, 0), dtype=np.int64), grid)[1]
+        symbols = decode_symbols(data[at : at + length], levels)
+        mean, std = self._statistics_of(symbols[: 2 * tokens].reshape(2, tokens), grid)
+        sigma = first - np.concatenate([[0], symbols[2 * tokens :].cumsum()])[:rank]
+        body = decode_symbols(data[at + length :], self._levels(sigma, grid))
+        q_a = body[: tokens * rank].reshape(tokens, rank)
+        q_b = body[tokens * rank :].reshape(-1, rank)
+        a = dct(grid).mT @ orthonormal(q_a)
+        b = torch.from_numpy(q_b.T.astype(np.float32)) * step @ self._inverse.mT
+        return a, b, mean, std
+
+    def decode(self, data: bytes) -> Tensor:
+        """Raw tokens [T, D] float32 of `encode`'s bytes; errors as `factors`."""
+        a, b, mean, std = self.factors(data)
+        return (a * std[:, None]) @ b + mean[:, None]
+
+    # ------------------------------------------------------------------------------------ levels
+
+    def _levels(self, sigma: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        rows, columns = self._row_levels(sigma, grid), self._column_levels(sigma)
+        return np.concatenate([rows.ravel(), columns.ravel()])
+
+    def _row_levels(self, sigma: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+        """Of σ_k u_k: [T, r]."""
+        shift = tokens_shift(self._rows.shape[1:], grid)
+        maps = on_grid(self._rows, grid).reshape(len(self._rows), -1) + shift
+        return to_levels(maps[self._bucket(len(sigma))].T) + sigma
+
+    def _column_levels(self, sigma: np.ndarray) -> np.ndarray:
+        """Of σ_k v_k: [d, r]."""
+        return to_levels(self._columns[self._bucket(len(sigma))].T) + sigma
+
+    def _bucket(self, rank: int) -> np.ndarray:
+        return np.searchsorted(self._starts, np.arange(rank), side="right") - 1
+
+    def _head(
+        self, statistics: np.ndarray | None, differences: np.ndarray, grid: tuple[int, int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Symbols and levels of what comes first: the statistics [2, T] and differences of i_σ."""
+        levels = to_levels(on_grid(self._statistics, grid)).ravel()
+        levels = np.concatenate([levels, np.full(len(differences), SIGMA_LEVEL)])
+        if statistics is None:
+            return differences, levels
+        return np.concatenate([statistics.ravel(), differences]), levels
+
+    # -------------------------------------------------------------------------------- statistics
+
+    def _round_statistics(
+        self, raw: Tensor, grid: tuple[int, int]
+    ) -> tuple[np.ndarray, Tensor, Tensor]:
+        """Symbols [2, T] of LayerNorm's mean and log std, and the mean and std [T] they stand for."""
+        _, mean, std = normalise(raw)
+        both = torch.stack([mean[:, 0], std[:, 0].log() - self.info["log_std"]])
+        steps = torch.tensor(self.statistics_steps)[:, None]
+        symbols = (both @ dct(grid).mT / steps).round().to(torch.int64).numpy()
+        return symbols, *self._statistics_of(symbols, grid)
+
+    def _statistics_of(self, symbols: np.ndarray, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        steps = torch.tensor(self.statistics_steps)[:, None]
+        mean, log_std = (torch.from_numpy(symbols).float() * steps) @ dct(grid)
+        return mean, (log_std + self.info["log_std"]).exp()
+
+
+class Prepared(tuple):
+    """z [T, d], u [T, r], s [r], statistics [2, T] and the grid of one image."""
+
+    def __new__(cls, *parts):
+        return super().__new__(cls, parts)
+
+
+# ------------------------------------------------------------------------------ parts of the code
+
+
+def crc(data: bytes) -> int:
+    """Checksum of a coded image without the four bytes in which it stands."""
+    return zlib.crc32(data[5:], zlib.crc32(data[:1]))
+
+
+@lru_cache(16)
+def dct(grid: tuple[int, int]) -> Tensor:
+    """Orthonormal 2-D DCT of a grid's tokens, row by row: [T, T] float32."""
+
+    def one(side: int) -> Tensor:
+        k = torch.arange(side, dtype=torch.float64)
+        matrix = torch.cos(torch.pi / side * (k + 0.5) * k[:, None]) * (2 / side) ** 0.5
+        matrix[0] *= 0.5**0.5
+        return matrix
+
+    return torch.kron(one(grid[0]), one(grid[1])).float()
+
+
+def leading(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors [T, r] and singular values [r] of z [T, d], largest first."""
+    wide = z.double()
+    if z.shape[0] <= z.shape[1]:
+        values, u = torch.linalg.eigh(wide @ wide.mT)
+        return u.flip(-1).float(), values.flip(-1).clamp_min(0).sqrt().float()
+    values, v = torch.linalg.eigh(wide.mT @ wide)
+    s = values.flip(-1).clamp_min(0).sqrt()
+    return (wide @ v.flip(-1) / s.clamp_min(1e-12)).float(), s.float()
+
+
+def sigma_levels(s: Tensor, step: float) -> np.ndarray:
+    """i_σ [r] int64, never rising: σ_k / Δ on the grid of levels."""
+    levels = (STEPS_AN_OCTAVE * (s.double() / step).log2()).round().to(torch.int64).numpy()
+    return np.minimum.accumulate(levels) if len(levels) else levels
+
+
+def to_levels(units: np.ndarray) -> np.ndarray:
+    return (units + UNITS // 2) // UNITS
+
+
+def tokens_shift(fitted: tuple[int, int], grid: tuple[int, int]) -> int:
+    """What a unit vector's entries are smaller by on a grid with more tokens, in UNITS."""
+    ratio = Decimal(fitted[0] * fitted[1]) / Decimal(grid[0] * grid[1])
+    octaves = ratio.ln() / Decimal(2).ln() / 2
+    return int((octaves * STEPS_AN_OCTAVE * UNITS).to_integral_value())
+
+
+def on_grid(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """maps [n, H, W] int64 over frequency, read at the same frequencies of another grid, bilinear,
+    in integers: [n, *grid]."""
+    for axis, side in ((1, grid[0]), (2, grid[1])):
+        fitted = maps.shape[axis]
+        if fitted == side:
+            continue
+        at = np.arange(side) * fitted * 256 // side
+        low = np.minimum(at >> 8, fitted - 1)
+        high = np.minimum(low + 1, fitted - 1)
+        shape = [1, 1, 1]
+        shape[axis] = side
+        weight = (at & 255).reshape(shape)
+        maps = (maps.take(low, axis) * (256 - weight) + maps.take(high, axis) * weight) >> 8
+    return maps
+
+
+def rate_rounded(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Integers q of values [n, m]: of the nearest, one nearer to 0, and 0 the one with the least
+    (value − q)² + λ bits(q)."""
+    size = np.abs(values)
+    nearest = np.rint(size).astype(np.int64)
+    # a flat view: one gather a candidate
+    bits, width = bits_table().ravel(), LARGEST_TABLE + 2
+    base = (np.clip(levels, LOWEST, HIGHEST) - LOWEST) * width
+    best = np.zeros_like(nearest)
+    todo = nearest > 0
+    size, nearest, base = size[todo], nearest[todo], base[todo]
+    cost = size**2 + LAMBDA * bits[base]
+    chosen = np.zeros_like(nearest)
+    for q in (nearest, np.maximum(nearest - 1, 0)):
+        own = (size - q) ** 2 + LAMBDA * bits[base + np.minimum(q, LARGEST_TABLE + 1)]
+        better = own < cost
+        chosen, cost = np.where(better, q, chosen), np.where(better, own, cost)
+    best[todo] = chosen
+    return np.where(values < 0, -best, best)
+
+
+def independent(q: np.ndarray) -> np.ndarray:
+    """Indices of the columns of q [T, r] that are not all but a combination of those before."""
+    norms = np.linalg.norm(q.astype(np.float64), axis=0)
+    keep = np.flatnonzero(norms > 0)
+    while len(keep):
+        unit = torch.from_numpy(q[:, keep] / norms[keep])
+        pivots = torch.linalg.qr(unit, mode="r").R.diagonal().abs().numpy()
+        bad = np.flatnonzero(pivots < DEPENDENT)
+        if not len(bad):
+            break
+        keep = np.delete(keep, bad[0])
+    return keep
+
+
+def orthonormal(q: np.ndarray) -> Tensor:
+    """Orthonormal basis of the columns of q [T, r], in their order and direction: float32."""
+    unit = torch.from_numpy(q.astype(np.float64))
+    unit = unit / unit.norm(dim=0).clamp_min(1e-30)
+    basis, upper = torch.linalg.qr(unit)
+    return (basis * upper.diagonal().sign()).float()
+
+
+# --------------------------------------------------------------------------------------- fitting
+
+
+def fit(
+    batches: Callable[[], Iterable[Tensor]],
+    grid: tuple[int, int],
+    metric: Tensor | None = None,
+    info: dict | None = None,
+    statistics_steps: tuple[float, float] = STATISTICS_STEPS,
+) -> Codec:
+    """A codec from training images, streamed twice.
+
+    batches: gives raw tokens [b, T, D] anew at each call; metric: M [D, D], of tokens; grid: theirs.
+    """
+    root, inverse_root = _roots(metric)
+    moment, log_std, images = 0.0, 0.0, 0
+    for raw in batches():
+        x, _, std = normalise(raw)
+        x = x.flatten(0, 1)
+        x = x if root is None else x @ root.to(x)
+        moment = moment + (x.mT @ x).double().cpu()
+        log_std += float(std.log().mean()) * len(raw)
+        images += len(raw)
+    if not images:
+        raise UserError("there are no training images to fit a codec on")
+    values, vectors = (t.flip(-1) for t in torch.linalg.eigh(moment))
+    outside = values.clamp_min(0).flip(0).cumsum(0).flip(0) / values.clamp_min(0).sum()
+    vectors = vectors[:, outside > TAIL]
+    tensors = {"klt": vectors if root is None else root.double() @ vectors}
+    if root is not None:
+        tensors["inverse"] = inverse_root.double() @ vectors
+    tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in tensors.items()}
+    made = (info or {}) | {
+        "images": images,
+        "log_std": log_std / images,
+        "statistics_steps": list(statistics_steps),
+        "grid": list(grid),
+    }
+    tensors |= _variances(batches, tensors["klt"].float(), grid, made)
+    return Codec(tensors, made)
+
+
+def _roots(metric: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if metric is None:
+        return None, None
+    values, vectors = torch.linalg.eigh(metric.double().cpu())
+    return (vectors * values.sqrt()) @ vectors.mT, (vectors / values.sqrt()) @ vectors.mT
+
+
+def bucket_starts(rank: int) -> list[int]:
+    """First component of each bucket, at most BUCKETS, geometric in k."""
+    edges = {round(rank ** (i / BUCKETS)) - 1 for i in range(BUCKETS)}
+    return sorted(edges)
+
+
+def _variances(
+    batches: Callable[[], Iterable[Tensor]], klt: Tensor, grid: tuple[int, int], info: dict
+) -> dict[str, Tensor]:
+    """Log variances of u_k and v_k, a bucket of k each, and of the statistics in their steps."""
+    transform, steps = dct(grid), torch.tensor(info["statistics_steps"])[:, None]
+    rank = min(len(transform), klt.shape[1])
+    starts = bucket_starts(rank)
+    bounds = list(zip(starts, [*starts[1:], rank], strict=True))
+    rows, columns, statistics = 0.0, 0.0, 0.0
+    for batch in batches():
+        for raw in batch.float().cpu():
+            x, mean, std = normalise(raw)
+            z = transform @ (x @ klt)
+            u, s = leading(z)
+            u, s = u[:, :rank], s[:rank]
+            v = z.mT @ u / s.clamp_min(1e-6 * s[0])
+            rows = rows + torch.stack([u[:, a:b].square().mean(1) for a, b in bounds])
+            columns = columns + torch.stack([v[:, a:b].square().mean(1) for a, b in bounds])
+            both = torch.stack([mean[:, 0], std[:, 0].log() - info["log_std"]])
+            statistics = statistics + (both @ transform.mT / steps).square()
+
+    def units(total: Tensor) -> Tensor:
+        variance = (total / info["images"]).double().clamp_min(1e-12)
+        return (variance.log2() / 2 * STEPS_AN_OCTAVE * UNITS).round().to(torch.int16)
+
+    return {
+        "rows": units(rows).reshape(-1, *grid),
+        "columns": units(columns),
+        "statistics": units(statistics).reshape(2, *grid),
+        "starts": torch.tensor(starts, dtype=torch.int16),
+    }
