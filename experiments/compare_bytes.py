@@ -1,0 +1,362 @@
+"""Compare every way to write an image's tokens at equal bytes, on held-out images.
+
+    python -m experiments.compare_bytes --codec codecs/saliency.safetensors
+    python -m experiments.compare_bytes --codec codecs/saliency.safetensors --quick
+
+Writes bytes.json and bytes.png to --results_dir: bytes of an image against raw_error and, where
+a head reads the cache's tokens, task error, each method's one knob swept; and how often the
+nearest mean token is that of another picture of the same photograph (`retrieval`), which no metric
+was made for. Everything is fitted on training images; test images are only measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from coding import rivals
+from coding.fitted_rivals import PcaDeflate, Pictures, ProductQuantiser, fit_token_basis
+from coding.rivals import Rival, TokenImage
+from common import cli, progress
+from common.errors import UserError
+from common.files import write_json
+from features.encoders import load_encoder, resize_image
+from features.image_sources import image_bytes, open_source, read_image
+from figures.bytes_against_error import bytes_against_error
+from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real, normalise
+from svd_baseline import interval_95, summarise
+from task.heads import TaskHead
+from task.load_head import HEADS, load_head
+
+QUICK_METHODS = ("factors_int8", "factors_deflate", "klt_dct", "coded")
+QUICK_KNOBS, QUICK_IMAGES = 5, 24
+TARGETS = {"raw_error": (0.24, 0.16, 0.10, 0.05), "task_error": (0.10, 0.05, 0.03)}
+SHARED_BY = (328, 4370)  # images that a table shares the codec file between
+DATA_SETS = {"demo": "demo_data", "real": "textVQA_groundingtask_bbox"}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        description="Compare every way to write an image's tokens at equal bytes.",
+        epilog="example:\n"
+        "  python -m experiments.compare_bytes --codec codecs/saliency.safetensors --quick",
+    )
+    what = parser.add_argument_group("what is compared")
+    what.add_argument("--codec", type=cli.name, default=None, metavar="FILE",
+                      help="of experiments.fit_codec; without one only its rivals")  # fmt: skip
+    what.add_argument("--head", choices=HEADS, default=None,
+                      help="whose output counts; default saliency on the demo's cache")  # fmt: skip
+    what.add_argument("--quick", action="store_true",
+                      help=f"{len(QUICK_METHODS)} methods, {QUICK_KNOBS} knobs, {QUICK_IMAGES} "
+                           "images: a minute and a half")  # fmt: skip
+    where = parser.add_argument_group("files and device")
+    where.add_argument("--cache_dir", type=cli.folder, default="feature_cache_real",
+                       help="feature cache to read")  # fmt: skip
+    where.add_argument("--dataset_dir", type=cli.folder, default=None, metavar="DIR",
+                       help="the cache's pictures, for JPEG and WebP; default "
+                            + " or ".join(DATA_SETS.values()))  # fmt: skip
+    where.add_argument("--results_dir", type=cli.folder, default="results",
+                       help="where bytes.json and bytes.png go")  # fmt: skip
+    where.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    device = cli.pick_device(args.device)
+    dataset = RealQwenVLDataset(args.cache_dir)
+    if not args.quick:  # missing packages are named before anything takes time
+        for package in ("faiss", "zstandard"):
+            rivals.needed(package)
+    head_name = args.head or ("saliency" if dataset.is_demo else None)
+    head = load_head(head_name, dataset, device=device) if head_name else None
+    rows = test_rows(dataset, QUICK_IMAGES if args.quick else None)
+    groups = dataset.rows["group"].take(rows).to_pylist()
+    footer = f"{dataset.label}; {len(rows)} test images of {len(set(groups))} groups"
+    print(footer + (f"; head {head.name}" if head else "; no head reads these tokens"))
+    methods = every_rival(args, dataset, rows, device)
+    images = [TokenImage(row, dataset[[row]][0]) for row in rows]
+    measured = measure(methods, images, head, groups, device)
+    results = {
+        "data": dataset.label,
+        "split": "test",
+        "n_images": len(rows),
+        "n_groups": len(set(groups)),
+        "head": head.name if head else None,
+        "quick": args.quick,
+        "methods": {name: summarise_method(points, groups) for name, points in measured.items()},
+    }
+    results["tables"] = tables(results["methods"], measured)
+    print_tables(results["tables"])
+    print_retrieval(results["methods"])
+    results["seconds"] = round(time.perf_counter() - started, 1)
+    folder = Path(args.results_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "bytes.json", results)
+    bytes_against_error(folder / "bytes.png", results, footer)
+    print(f"wrote {folder}/bytes.json and bytes.png in {results['seconds']:.0f} s")
+
+
+def test_rows(dataset: RealQwenVLDataset, most: int | None) -> list[int]:
+    """Rows of the test split, or `most` of them at even distances, so that all groups have some."""
+    rows = dataset.split.test.tolist()
+    if most is None or most >= len(rows):
+        return rows
+    return [rows[i * len(rows) // most] for i in range(most)]
+
+
+# ----------------------------------------------------------------------------------------- rivals
+
+
+def every_rival(
+    args: argparse.Namespace, dataset: RealQwenVLDataset, rows: list[int], device: torch.device
+) -> list[Rival]:
+    """All methods that this cache and these files allow; what is left out is said in one line."""
+    shape, grid = (dataset.num_tokens, dataset.feature_dim), dataset.grid
+    found: list[Rival] = [
+        rivals.Bf16(shape),
+        rivals.Bf16Zstd(shape),
+        rivals.FactorsBf16(shape),
+        rivals.FactorsInt8(shape),
+        rivals.FactorsDeflate(shape),
+        rivals.TokensAveraged(shape, grid),
+        rivals.TokensDropped(shape, grid),
+    ]
+    if args.quick:
+        found = [rival for rival in found if rival.name in QUICK_METHODS]
+        for rival in found:
+            rival.knobs = thinned(rival.knobs, QUICK_KNOBS)
+        return found
+    loader = create_data_loaders_real(dataset, device=device).train
+    basis = fit_token_basis(loader.with_progress("basis of training tokens"), loader.num_images)
+    found += [PcaDeflate(shape, basis), ProductQuantiser(shape, basis)]
+    return found + picture_rivals(args, dataset, rows, device)
+
+
+def thinned(knobs, most: int) -> list:
+    """At most `most` of the knobs, at even distances, first and last among them."""
+    if len(knobs) <= most:
+        return list(knobs)
+    return [knobs[round(i * (len(knobs) - 1) / (most - 1))] for i in range(most)]
+
+
+def picture_rivals(
+    args: argparse.Namespace, dataset: RealQwenVLDataset, rows: list[int], device: torch.device
+) -> list[Rival]:
+    """JPEG and WebP of the encoder's input, where the cache's own pictures and encoder are."""
+    kind = dataset.manifest["kind"]
+    folder = Path(args.dataset_dir or DATA_SETS.get(kind, ""))
+    if not args.dataset_dir and (kind not in DATA_SETS or not folder.is_dir()):
+        print("note: no JPEG and WebP, the cache's pictures are not here: name --dataset_dir")
+        return []
+    pictures = read_pictures(dataset, rows, folder)
+    manifest = dataset.manifest
+    name = "demo" if dataset.is_demo else manifest["encoder"]["id"]
+    encoder = load_encoder(
+        name, device=device, image_size=manifest["image_size"], resize=manifest["resize"]
+    )
+    if encoder.weights_sha256 != manifest["encoder"]["weights_sha256"]:
+        raise UserError(f"{name} has other weights than the encoder of {dataset.cache_dir}")
+    shape = (dataset.num_tokens, dataset.feature_dim)
+    return [Pictures(form, shape, pictures, encoder) for form in ("jpeg", "webp")]
+
+
+def read_pictures(
+    dataset: RealQwenVLDataset, rows: list[int], folder: Path
+) -> dict[int, Image.Image]:
+    """Row of the cache → picture as the encoder saw it; UserError where it is another one."""
+    records = {r: dataset.image_record(r) for r in rows}
+    wanted = {record["row_id"]: (row, record) for row, record in records.items()}
+    size, rule = dataset.manifest["image_size"], dataset.manifest["resize"]
+    found = {}
+    for batch in open_source(folder).batches(16):
+        for row_id, entry in batch:
+            if row_id not in wanted:
+                continue
+            row, record = wanted[row_id]
+            cell = entry["image"]
+            if hashlib.sha256(image_bytes(cell)).hexdigest() != record["image_sha256"]:
+                raise UserError(
+                    f"--dataset_dir {folder}: the picture of row {row_id} is not the one that "
+                    f"{dataset.cache_dir} was made from: name that data set's folder"
+                )
+            found[row] = resize_image(read_image(cell), size, rule)
+    if len(found) < len(rows):
+        raise UserError(
+            f"--dataset_dir {folder} lacks {len(rows) - len(found)} pictures of "
+            f"{dataset.cache_dir}: name the folder that it was made from"
+        )
+    return found
+
+
+# ------------------------------------------------------------------------------------ measurement
+
+
+class Point(NamedTuple):
+    """A method at one knob: of each image [n] float64."""
+
+    knob: rivals.Knob
+    shared_bytes: int
+    values: dict[str, Tensor]  # bytes, raw_error, rel_error, retrieval, …
+
+
+def measure(
+    methods: list[Rival],
+    images: list[TokenImage],
+    head: TaskHead | None,
+    groups: list[str],
+    device: torch.device,
+) -> dict[str, list[Point]]:
+    """Every method at every knob, from few bytes to many."""
+    pairs = [(method, knob) for method in methods for knob in method.knobs]
+    full = [output(head, image.raw, image.row, device) for image in images]
+    found: dict[str, list[Point]] = {method.name: [] for method in methods}
+    for method, knob in progress.over(pairs, "bytes and errors", "points"):
+        parts, means = [], []
+        for image, wanted in zip(images, full, strict=True):
+            data = method.encode(image, knob)
+            raw = method.decode(data, knob)
+            parts.append({"bytes": float(len(data)), **errors(raw, image)})
+            if head is not None:
+                got = output(head, raw, image.row, device)
+                parts[-1]["task_error"] = float(head.error(got, wanted))
+            means.append(raw.mean(0))
+        values = {
+            name: torch.tensor([part[name] for part in parts], dtype=torch.float64)
+            for name in parts[0]
+        }
+        values["retrieval"] = nearest_is_kin(torch.stack(means), groups)
+        if isinstance(method, Pictures):
+            seconds = torch.tensor(method.seconds[-len(images) :], dtype=torch.float64)
+            values["encode_again_seconds"] = seconds
+        found[method.name].append(Point(knob, method.shared_bytes(knob), values))
+    return found
+
+
+def errors(raw: Tensor, image: TokenImage) -> dict[str, float]:
+    """raw_error, and rel_error of the normalised tokens of what was decoded."""
+    x = normalise(raw)[0]
+    return {
+        "raw_error": float((raw - image.raw).double().norm() / image.raw.double().norm()),
+        "rel_error": float((x - image.x).double().norm() / image.x.double().norm()),
+    }
+
+
+@torch.no_grad()
+def output(head: TaskHead | None, raw: Tensor, row: int, device: torch.device) -> Tensor | None:
+    """The head's output [1, ...] of one image's raw tokens [T, D]."""
+    if head is None:
+        return None
+    return head.outputs(raw[None].to(device), torch.tensor([row], device=device))
+
+
+def nearest_is_kin(means: Tensor, groups: list[str]) -> Tensor:
+    """1 where the nearest other mean token [n, D] by cosine has the same group, else 0: [n].
+
+    NaN for an image that is alone in its group.
+    """
+    unit = torch.nn.functional.normalize(means.double(), dim=-1)
+    near = (unit @ unit.mT).fill_diagonal_(-torch.inf).argmax(-1)
+    right = [float(groups[i] == groups[j]) if groups.count(groups[i]) > 1 else math.nan
+             for i, j in enumerate(near.tolist())]  # fmt: skip
+    return torch.tensor(right, dtype=torch.float64)
+
+
+def summarise_method(points: list[Point], groups: list[str]) -> list[dict]:
+    """The JSON's entry: knob, shared bytes, and mean, 90th percentile and interval of each."""
+    return [
+        {"knob": point.knob, "shared_bytes": point.shared_bytes}
+        | {
+            name: summarise(value) | {"interval_95": interval_95(value, groups)}
+            for name, value in point.values.items()
+        }
+        for point in points
+    ]
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def bytes_at(error: list[float], size: list[float], target: float) -> float | None:
+    """Bytes at which a swept curve reaches `target`; None where it is outside the sweep.
+
+    error, size: of each knob, in any order. The logarithm of bytes is interpolated linearly in the
+    error between neighbours in bytes; of several crossings the one of fewest bytes counts.
+    """
+    points = sorted(zip(size, error, strict=True))
+    for (low, high_error), (high, low_error) in zip(points, points[1:], strict=False):
+        if low_error <= target <= high_error:
+            if high_error == low_error:
+                return low
+            share = (high_error - target) / (high_error - low_error)
+            return math.exp((1 - share) * math.log(low) + share * math.log(high))
+    return None
+
+
+def tables(methods: dict[str, list[dict]], measured: dict[str, list[Point]]) -> dict:
+    """error → target → method → bytes an image: alone, with its share of what is shared between N
+    images, and (`each_image`) where every image reaches the target by a knob of its own."""
+    found: dict = {}
+    for key, targets in TARGETS.items():
+        for target in targets:
+            for name, points in methods.items():
+                if key not in points[0]:
+                    continue
+                error = [point[key]["mean"] for point in points]
+                entry = {"each_image": each_image(measured[name], key, target)}
+                for n in (math.inf, *SHARED_BY):
+                    size = [p["bytes"]["mean"] + p["shared_bytes"] / n for p in points]
+                    label = "alone" if n == math.inf else f"shared_by_{n}"
+                    entry[label] = bytes_at(error, size, target)
+                found.setdefault(key, {}).setdefault(str(target), {})[name] = entry
+    return found
+
+
+def each_image(points: list[Point], key: str, target: float) -> float | None:
+    """Mean over images of the bytes at which each one's own curve reaches the target; None where
+    one of them does not."""
+    error = torch.stack([point.values[key] for point in points], dim=-1).tolist()
+    size = torch.stack([point.values["bytes"] for point in points], dim=-1).tolist()
+    found = [bytes_at(e, s, target) for e, s in zip(error, size, strict=True)]
+    return None if None in found else sum(found) / len(found)
+
+
+def print_tables(found: dict) -> None:
+    labels = ["alone", *(f"shared_by_{n}" for n in SHARED_BY), "each_image"]
+    for key, targets in found.items():
+        for label in labels:
+            words = {
+                "alone": "without what all images share",
+                "each_image": "the same target for each image, without what all images share",
+            }.get(label, f"with the share of one of {label.rpartition('_')[2]} images")
+            print(f"bytes an image at {key.replace('_', ' ')}, {words}")
+            print(" " * 28 + "".join(f"{target:>12}" for target in targets))
+            for name in next(iter(targets.values())):
+                values = [targets[target][name][label] for target in targets]
+                if any(value is not None for value in values):
+                    cells = ["-" if value is None else f"{value:,.0f}" for value in values]
+                    print(f"  {name:<26}" + "".join(f"{cell:>12}" for cell in cells))
+
+
+def print_retrieval(methods: dict[str, list[dict]]) -> None:
+    """What a reader that no metric was made for finds, at the fewest bytes of each method."""
+    print("nearest mean token is of the same photograph (share of images), from few bytes to many")
+    for name, points in methods.items():
+        cells = (
+            f"{point['retrieval']['mean']:.2f} at {point['bytes']['mean']:,.0f}"
+            for point in points
+            if point["retrieval"]["mean"] is not None
+        )
+        print(f"  {name:<26}" + ", ".join(cells))
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

@@ -1,0 +1,226 @@
+"""Rivals at equal bytes: real streams round trip, tables interpolate and never extrapolate."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny import TinyEncoder, steep_tokens
+
+from coding import rivals
+from coding.fitted_rivals import (
+    BITS,
+    PcaDeflate,
+    Pictures,
+    ProductQuantiser,
+    TokenBasis,
+    allocate_bits,
+    balanced,
+    quantise,
+)
+from coding.rivals import TokenImage
+from experiments.compare_bytes import bytes_at, nearest_is_kin, thinned
+from qwenvl_dataloader import denormalise
+
+T, D, GRID = 16, 48, (4, 4)
+STATISTICS_ERROR = 0.02  # half a step of log std and of the mean, and float32
+
+
+@pytest.fixture
+def image():
+    return TokenImage(0, steep_tokens(1, T, D)[0].bfloat16())
+
+
+def error(raw, image):
+    return float((raw - image.raw).norm() / image.raw.norm())
+
+
+def of_training(n=64):
+    """A basis of n images of the same kind."""
+    x = torch.nn.functional.layer_norm(steep_tokens(n, T, D, seed=1), (D,)).flatten(0, 1)
+    centre = x.mean(0)
+    variances, axes = torch.linalg.eigh(torch.cov(x.mT, correction=0).double())
+    axes = axes.flip(-1).float()
+    return TokenBasis(centre, axes, variances.flip(-1), (x - centre) @ axes)
+
+
+def test_bf16_and_its_zstd_give_the_cached_tokens_back_to_the_bit(image):
+    for code in (rivals.Bf16((T, D)), rivals.Bf16Zstd((T, D))):
+        assert torch.equal(code.decode(code.encode(image, None), None), image.raw)
+    assert len(rivals.Bf16((T, D)).encode(image, None)) == 2 * T * D
+
+
+@pytest.mark.parametrize("kind", [rivals.FactorsBf16, rivals.FactorsInt8, rivals.FactorsDeflate])
+def test_factors_come_back_from_their_bytes_and_more_bytes_mean_less_error(kind, image):
+    code = kind((T, D))
+    streams = [code.encode(image, knob) for knob in code.knobs]
+    found = [error(code.decode(s, k), image) for s, k in zip(streams, code.knobs, strict=True)]
+    assert found[-1] < 0.07 < found[0]
+    assert found == sorted(found, reverse=True)
+    assert [len(s) for s in streams] == sorted(len(s) for s in streams)
+
+
+def test_int8_factors_hold_r_times_t_plus_d_plus_8_bytes_and_statistics(image):
+    code = rivals.FactorsInt8((T, D))
+    statistics = code.statistics.encode(image.mean, image.std)
+    assert len(code.encode(image, 4)) == 4 * (T + D + 8) + 4 + len(statistics)
+
+
+def test_int8_factors_have_the_error_of_the_truncated_svd(image):
+    code = rivals.FactorsInt8((T, D))
+    u, sigma, vh = torch.linalg.svd(image.x, full_matrices=False)
+    best = denormalise(u[:, :8] * sigma[:8] @ vh[:8], image.mean, image.std)
+    assert abs(error(code.decode(code.encode(image, 8), 8), image) - error(best, image)) < 0.01
+
+
+def test_statistics_come_back_within_half_a_step(image):
+    coder = rivals.Statistics()
+    mean, std = coder.decode(coder.encode(image.mean, image.std), T)
+    assert (mean - image.mean).abs().max() <= rivals.MEAN_STEP / 2 + 1e-5
+    assert (std / image.std).log().abs().max() <= rivals.LOG_STD_STEP / 2 + 1e-5
+
+
+def test_symbols_of_any_size_come_back_from_deflate():
+    symbols = torch.tensor([[0, -1, 127, -127], [-128, 128, 32767, -32768]], dtype=torch.int16)
+    assert torch.equal(rivals.inflate(rivals.deflate(symbols), (2, 4)), symbols)
+
+
+def test_rounding_has_its_dead_zone():
+    values = torch.tensor([0.59, -0.59, 0.61, -0.61, 1.4])
+    assert rivals.round_down(values).tolist() == [0, 0, 1, -1, 1]
+
+
+def test_averaged_tokens_are_the_means_of_their_blocks_and_count_only_those(image):
+    code = rivals.TokensAveraged((T, D), GRID)
+    data = code.encode(image, 2)
+    assert len(data) == 4 * D * 2
+    first = code.decode(data, 2)[0]
+    assert torch.allclose(first, image.raw[[0, 1, 4, 5]].mean(0), rtol=1e-2, atol=1e-2)
+
+
+def test_dropped_tokens_are_filled_by_one_that_was_kept(image):
+    code = rivals.TokensDropped((T, D), GRID)
+    data = code.encode(image, 4)
+    raw = code.decode(data, 4)
+    assert len(data) == 4 * D * 2
+    assert len(raw.unique(dim=0)) == 4
+    assert all((image.raw == token).all(-1).any() for token in raw)
+
+
+def test_bits_are_allocated_as_the_best_of_all_allocations():
+    generator = torch.Generator().manual_seed(0)
+    table = torch.rand(3, len(BITS), generator=generator, dtype=torch.float64).sort(descending=True)
+    best = {}
+    for budget in range(13):
+        choices = [
+            (table.values[0, i] + table.values[1, j] + table.values[2, k]).item()
+            for i, a in enumerate(BITS)
+            for j, b in enumerate(BITS)
+            for k, c in enumerate(BITS)
+            if a + b + c <= budget
+        ]
+        best[budget] = min(choices)
+    for budget, least in best.items():
+        chosen = allocate_bits(table.values, budget)
+        assert sum(BITS[i] for i in chosen) <= budget
+        found = sum(table.values[g, i].item() for g, i in enumerate(chosen))
+        assert found == pytest.approx(least)
+
+
+def test_quantised_values_are_within_half_a_step():
+    values = torch.linspace(-1, 1, 11)
+    symbols, scale = quantise(values, 4)
+    assert (symbols.float() * float(scale) - values).abs().max() <= 0.5 / 7 + 1e-3
+
+
+def test_pca_and_product_quantisation_come_back_from_their_bytes(image, monkeypatch):
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(ProductQuantiser, "knobs", (1, 4, 16))
+    for code in (PcaDeflate((T, D), of_training()), ProductQuantiser((T, D), of_training())):
+        data = [code.encode(image, knob) for knob in code.knobs]
+        found = [error(code.decode(s, k), image) for s, k in zip(data, code.knobs, strict=True)]
+        assert found[-1] < 0.5 * found[0]
+        assert len(data[0]) < len(data[-1])
+        assert code.shared_bytes(code.knobs[-1]) >= 2 * D
+
+
+def test_parts_of_a_product_quantiser_share_every_component_once():
+    variances = torch.logspace(0, -4, 12, dtype=torch.float64)
+    order = balanced(variances, 3, 4)
+    assert sorted(order.tolist()) == list(range(12))
+    products = variances[order].log().reshape(3, 4).sum(-1)
+    assert products.max() - products.min() < 0.35 * products.abs().mean()
+
+
+@pytest.mark.parametrize("form", ["jpeg", "webp"])
+def test_pictures_are_compressed_decoded_and_encoded_again(form, tiny_data):
+    from features.image_sources import open_source, read_image
+
+    encoder = TinyEncoder()
+    picture = read_image(next(open_source(tiny_data).batches(1))[0][1]["image"]).resize((28, 28))
+    raw = encoder.encode(encoder.preprocess(picture)[None])[0]
+    image = TokenImage(3, raw)
+    code = Pictures(form, (16, 12), {3: picture}, encoder)
+    low, high = code.encode(image, 5), code.encode(image, 95)
+    assert len(low) < len(high)
+    assert error(code.decode(high, 95), image) < error(code.decode(low, 5), image) < 0.5
+    assert len(code.seconds) == 2
+
+
+def test_log_bytes_are_interpolated_linearly_between_knobs():
+    # halfway between the errors 0.2 and 0.1: the geometric mean of 100 and 400 bytes
+    assert bytes_at([0.2, 0.1], [100.0, 400.0], 0.15) == pytest.approx(200)
+    assert bytes_at([0.1, 0.2], [400.0, 100.0], 0.175) == pytest.approx(math.sqrt(2) * 100)
+    assert bytes_at([0.2, 0.1, 0.05], [100.0, 400.0, 800.0], 0.05) == pytest.approx(800)
+
+
+def test_nothing_is_extrapolated():
+    for target in (0.21, 0.09):
+        assert bytes_at([0.2, 0.1], [100.0, 400.0], target) is None
+    assert bytes_at([0.2], [100.0], 0.2) is None
+
+
+def test_the_crossing_of_fewest_bytes_counts():
+    assert bytes_at([0.3, 0.1, 0.3, 0.1], [1.0, 100.0, 200.0, 400.0], 0.2) == pytest.approx(10)
+
+
+def test_a_missing_package_is_named_with_what_to_type():
+    with pytest.raises(rivals.UserError, match="pip install -r experiments/requirements.txt"):
+        rivals.needed("no_such_package")
+
+
+def test_retrieval_counts_the_nearest_mean_token():
+    means = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [1.0, 0.3], [-1.0, -1.0]])
+    right = nearest_is_kin(means, ["a", "a", "b", "b", "c"])
+    assert right[:4].tolist() == [1, 1, 1, 0]
+    assert right[4].isnan()
+
+
+def test_knobs_are_thinned_to_both_ends():
+    assert thinned([1, 2, 3, 4, 5, 6, 7], 4) == [1, 3, 5, 7]
+    assert thinned([None], 5) == [None]
+
+
+def test_the_command_writes_bytes_of_every_method_that_the_cache_allows(
+    script, tiny_cache, tiny_data, tmp_path, monkeypatch
+):
+    pytest.importorskip("faiss")
+    pytest.importorskip("zstandard")
+    monkeypatch.setattr(ProductQuantiser, "knobs", (1, 2))
+    monkeypatch.setattr(PcaDeflate, "knobs", (4, 16))
+    monkeypatch.setattr(Pictures, "knobs", (30, 90))
+    done = script("experiments.compare_bytes", "--cache_dir", tiny_cache, "--dataset_dir",
+                  tiny_data, "--results_dir", tmp_path / "r", "--device", "cpu")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "r" / "bytes.json").read_text())
+    assert found["data"].startswith("DEMO") and found["split"] == "test"
+    names = ["bf16", "bf16_zstd", "factors_bf16", "factors_int8", "factors_deflate", "jpeg"]
+    assert set(names + ["webp", "pca_deflate", "pq", "tokens_averaged", "tokens_dropped"]) <= set(
+        found["methods"]
+    )
+    for points in found["methods"].values():
+        for point in points:
+            assert point["bytes"]["mean"] > 0
+            assert {"raw_error", "rel_error", "task_error", "retrieval"} <= set(point)
+    assert found["methods"]["bf16"][0]["raw_error"]["mean"] == 0
+    assert (tmp_path / "r" / "bytes.png").stat().st_size > 10_000
