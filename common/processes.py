@@ -4,12 +4,9 @@ torch.distributed.
     torchrun --nproc_per_node 2 train_real_data.py --batch_size 4
 
 `run` is what a script calls in place of `cli.run`. Without torchrun nothing is joined, and every
-function here answers as for one process. With it the processes share
-
-- collectives (gloo on the CPU, nccl between GPUs): every process has to call them, in one order;
-- torchrun's key-value store, which outlives them. A thread of each process waits there for the word
-  that one of them failed, and ends its own process at once, wherever that stands: no process is
-  left in a collective that another will never join, and only the main one prints the error.
+function here answers as for one process. With it every process has to call the collectives (gloo on
+the CPU, nccl between GPUs), in one order. The first process that fails says so and ends; torchrun
+ends the others.
 
 rank: number of a process, 0 is the main one; world: how many there are, on all hosts.
 """
@@ -18,17 +15,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
-import json
+import io
 import os
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,15 +33,11 @@ from tqdm import tqdm
 from common import cli, locks, progress
 from common.errors import UserError
 
-# Waits have no limit of their own: a process may encode for an hour while others are done, and one
-# that fails ends them all through the store.
+# Waits have no limit of their own: a process may encode for an hour while others are done. Where
+# one has failed, torchrun ends those that wait.
 NO_LIMIT = timedelta(days=30)
-END_TIME = timedelta(seconds=10)  # after which a process does not wait for the others to end
 
 T = TypeVar("T")
-
-_store: dist.Store | None = None  # torchrun's; None while there is one process only
-_leaving = threading.Event()
 
 
 # --------------------------------------------------------------------------- joining and leaving
@@ -59,58 +50,62 @@ def run(
 ) -> None:
     """`cli.run` for a script that torchrun may start: joins the others, calls `main`, leaves.
 
-    Whatever ends one process ends all of them with its status: 2 and one line of the main process
-    for a user's mistake, 130 for Ctrl-C, 1 and a traceback for a programming error. All but the
-    main process are silent.
+    What the first process to fail prints is all that is printed: one line and status 2 for a user's
+    mistake, a traceback and 1 for a programming error. Where one has ended, collectives of the
+    others fail too: that is silent. All but the main process print nothing on stdout.
     """
     if not dist.is_torchelastic_launched():
         cli.run(main, parser, argv)
-    _join()
-    args = argparse.Namespace()
+    store, rank, world = next(dist.rendezvous("env://"))  # torchrun's store outlives the processes
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    args = _parse(parser, argv, store)
     try:
-        args = _parse(parser, argv)
         device = _own_device(args.device)
         args = argparse.Namespace(**{**vars(args), "device": str(device)})
-        _open_group(device)
+        # what is small (flags, errors per image) goes through gloo and waits for no GPU
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        group = dist.PrefixStore("group", store)
+        dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=NO_LIMIT)
         flags = {k: v for k, v in vars(args).items() if k != "device"}
         check_same("was started with other flags or on another device", (device.type, flags))
         status = main(args) or 0
         barrier()
-        if status:  # at once, as after an error: an interpreter takes long to shut down
-            _end_all(status)
     except KeyboardInterrupt:
-        _end_all(128 + signal.SIGINT)
+        _is_first(store)  # the others may notice by a collective that fails, which is no error
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         message = cli.mistake(error, args)
-        if message is None:
-            traceback.print_exc()
-            _end_all(1)
-        _end_all(2, f"error: {cli.one_line(message)}")
-    _leaving.set()
+        if _is_first(store):
+            if message is None:
+                traceback.print_exc()
+            else:
+                tqdm.write(f"error: {cli.one_line(message)}", file=sys.stderr)  # leaves a bar whole
+        sys.exit(1 if message is None else 2)
     dist.destroy_process_group()
-    # at once: an interpreter that shuts down over the watching thread can abort (seen once)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(0)
+    sys.exit(status)
 
 
-def _join() -> None:
-    global _store
-    _store, rank, _ = next(dist.rendezvous("env://"))
-    if rank:
-        sys.stdout = open(os.devnull, "w")  # all print; the main process is heard
-    # a connection of its own: a wait holds the connection
-    threading.Thread(target=_watch, args=(_store.clone(), rank), daemon=True).start()
-
-
-def _parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    main = os.environ["RANK"] == "0"
-    quiet = contextlib.nullcontext() if main else contextlib.redirect_stderr(sys.stdout)
+def _is_first(store: dist.Store) -> bool:
+    """Whether no other process has failed before (asked once in each that fails)."""
     try:
-        with quiet:
+        return store.add("failed", 1) == 1
+    except dist.DistError:  # torchrun has ended, nobody else may be there to say it
+        return True
+
+
+def _parse(
+    parser: argparse.ArgumentParser, argv: list[str] | None, store: dist.Store
+) -> argparse.Namespace:
+    """`cli.parse`; a mistake, or the help, is printed by the first process that finds it."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return cli.parse(parser, argv)
-    except SystemExit as end:  # a mistake or --help: all alike, printed by the main process
-        _end_this(_store, end.code)
+    except SystemExit as end:
+        if _is_first(store):
+            print(said.getvalue(), end="", file=sys.stderr if end.code else sys.__stdout__)
+        raise
 
 
 def _own_device(name: str) -> torch.device:
@@ -131,57 +126,6 @@ def _own_device(name: str) -> torch.device:
     return device
 
 
-def _open_group(device: torch.device) -> None:
-    # what is small (flags, errors per image) goes through gloo and waits for no GPU
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore("group", _store),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=NO_LIMIT,
-    )
-
-
-def _end_all(status: int, message: str = "") -> NoReturn:
-    """End all processes with `status`; the main one prints `message`. The first call counts."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the end comes by itself, printed first
-        signal.signal(number, signal.SIG_IGN)
-    _store.compare_set("end", "", json.dumps([status, message]))
-    while True:  # the watching thread ends this process
-        threading.Event().wait()
-
-
-def _watch(store: dist.Store, rank: int) -> None:
-    """Body of the thread that ends this process when one of the group says so."""
-    try:
-        store.wait(["end"], NO_LIMIT)
-        status, message = json.loads(store.get("end"))
-        if rank == 0 and message:
-            tqdm.write(message, file=sys.stderr)  # leaves a progress bar whole
-        _end_this(store, status)
-    except dist.DistError:  # torchrun was killed: nobody looks after this process any more
-        if not _leaving.is_set():
-            os._exit(1)
-
-
-def _end_this(store: dist.Store, status: int) -> NoReturn:
-    """End this process when all are about to, the main one having printed what there is to say.
-
-    At once: the main thread may be in a collective. And with SIGTERM ignored: torchrun sends it to
-    the others as soon as it sees one end, and must find them all with a status of their own.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    # signal.signal is for the main thread alone, this may be the watching one
-    ctypes.pythonapi.PyOS_setsig(signal.SIGTERM, ctypes.c_void_p(int(signal.SIG_IGN)))
-    with contextlib.suppress(dist.DistError):  # a process that cannot hear is not waited for
-        if store.add("ending", 1) == int(os.environ["WORLD_SIZE"]):
-            store.set("all are ending", "")
-        store.wait(["all are ending"], END_TIME)
-    os._exit(status)
-
-
 # -------------------------------------------------------------------------------- who and how many
 
 
@@ -195,7 +139,7 @@ def world() -> int:
 
 def local_world() -> int:
     """Processes on this host."""
-    return int(os.environ["LOCAL_WORLD_SIZE"]) if _store else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
@@ -324,33 +268,27 @@ def main_first() -> Iterator[None]:
     barrier()
 
 
-def deal(items: list[T]) -> Iterator[T]:
-    """Each item to exactly one process, in the list's order, to whichever asks next.
+def deal(items: list[T]) -> list[T]:
+    """This process's part of the main process's list: every world-th, in the list's order.
 
-    So an item's predecessors are done, or in the hands of a process that waits for none but theirs.
-    The main process's list counts. Once in a process's life: the count is not started again.
+    So the first item that is not done waits for none: all before it are.
     """
-    if world() == 1:
-        yield from items
-        return
-    items = from_main(items)
-    while (index := _store.add("dealt", 1) - 1) < len(items):
-        yield items[index]
+    return from_main(items)[rank() :: world()]
 
 
 class Progress:
-    """One `progress.bar` for what all processes do; leaving its `with` waits for all of them."""
+    """One `progress.bar` for what all processes do; leaving its `with` waits for all of them.
+
+    The main process counts each of its own as one of every process, and the exact total at the end.
+    """
 
     def __init__(self, total: int, desc: str, initial: int = 0) -> None:
         self.bar = progress.bar(total, desc, initial=initial, show=is_main())
-        self.initial = initial
+        self.total = total
 
     def update(self, count: int) -> None:
         """`count` more of them are done by this process."""
-        if world() == 1:
-            self.bar.update(count)
-        else:
-            self.bar.update(self.initial + _store.add("progress", count) - self.bar.n)
+        self.bar.update(min(count * world(), self.total - self.bar.n))
 
     def __enter__(self) -> Progress:
         return self
@@ -358,5 +296,5 @@ class Progress:
     def __exit__(self, kind, *_) -> None:
         if kind is None:
             barrier()
-            self.update(0)
+            self.bar.update(self.total - self.bar.n)
         self.bar.close()

@@ -76,10 +76,8 @@ def main(args: argparse.Namespace) -> None:
     device = cli.pick_device(args.device)
     torch.set_num_threads(args.threads)
     results_dir = Path(args.results_dir)
-    if results_dir.exists() and not results_dir.is_dir():
-        raise UserError(f"--results_dir {results_dir} is a file: name a folder")
-    quality, speed = (wanted or not (args.quality or args.speed)
-                      for wanted in (args.quality, args.speed))  # fmt: skip
+    neither = not (args.quality or args.speed)
+    quality, speed = args.quality or neither, args.speed or neither
     dataset = RealQwenVLDataset(args.cache_dir)
     ranks = checked_ranks(args, min(dataset.num_tokens, dataset.feature_dim))
     networks = trained_networks(results_dir, device, dataset)
@@ -206,16 +204,8 @@ def references(
     dataset = loaders.train.dataset
     limit = min(dataset.num_tokens, dataset.feature_dim)
     axes = fit_pca(batch.x for batch in loaders.train.with_progress("PCA"))
-    # one with the steps and columns of each network, so that only the sketch differs
-    most = min(limit, max(ranks) + DEFAULT_OVERSAMPLE)
-    by_default = (DEFAULT_STEPS, tuple(columns_for(r, DEFAULT_OVERSAMPLE, most) for r in ranks))
-    settings = {
-        (n.steps, tuple(n.columns(r) if r <= n.max_rank else c
-                        for r, c in zip(ranks, by_default[1], strict=True)))
-        for n in networks if n.columns
-    } or {by_default}  # fmt: skip
     found = []
-    for steps, columns in sorted(settings):
+    for steps, columns in sorted(sketch_settings(networks, ranks, limit)):
         of_rank = dict(zip(ranks, columns, strict=True))
         factorise = random_sketch_method(dataset, steps, of_rank, device)
         found.append(Contender("random_sketch", factorise, "float64", limit, sketch="random",
@@ -232,6 +222,26 @@ def references(
         ),
         Contender("pca", lambda x, r: pca(x, r, axes), "float32", limit),
     ]  # fmt: skip
+
+
+class SketchSetting(NamedTuple):
+    """What two methods have to share if only their sketches are to differ."""
+
+    steps: int  # K
+    columns: tuple[int, ...]  # of the sketch, at each rank that is measured
+
+
+def sketch_settings(networks: list[Contender], ranks: list[int], limit: int) -> set[SketchSetting]:
+    """Those of the networks, the defaults' columns above a network's rank; or the defaults."""
+    most = min(limit, max(ranks) + DEFAULT_OVERSAMPLE)
+    default = [columns_for(r, DEFAULT_OVERSAMPLE, most) for r in ranks]
+    found = set()
+    for n in networks:
+        if n.columns:
+            pairs = zip(ranks, default, strict=True)
+            columns = tuple(n.columns(r) if r <= n.max_rank else other for r, other in pairs)
+            found.add(SketchSetting(n.steps, columns))
+    return found or {SketchSetting(DEFAULT_STEPS, tuple(default))}
 
 
 def contenders_in_metric(
@@ -380,8 +390,10 @@ def refine_multiply_adds(
     shift = t * c * c / 2 + c**3 / 6  # QᵀGQ and its pivot, for μ
     finish = 3 / 2 * t * c * c + c**3 / 6 + 2 / 3 * c**3 + c * c * r + t * c * r
     algebra = basis + steps * (shift + basis) + finish
-    either = {True: (0, by_gram), False: (by_x, 0)}[gram_is_cheaper(t, d, c, products)]
-    return {"float32": sketch + t * d * r + either[0], "float64": algebra + either[1]}
+    single = sketch + t * d * r
+    if gram_is_cheaper(t, d, c, products):
+        return {"float32": single, "float64": algebra + by_gram}
+    return {"float32": single + by_x, "float64": algebra}
 
 
 # -------------------------------------------------------------------------------------- results
@@ -396,10 +408,8 @@ def record(
     if timing:
         low, ms, high = np.percentile(timing.seconds, [25, 50, 75]) * 1e3 / batch
         ms, iqr = float(ms), float(high - low)
-        counts = multiply_adds(
-            contender, environment["num_tokens"], environment["feature_dim"], rank
-        )
-        if counts:
+        shape = environment["num_tokens"], environment["feature_dim"]
+        if counts := multiply_adds(contender, *shape, rank):
             rates = environment["matmul_multiply_adds_per_s"]
             floor_ms = sum(1e3 * count / rates[dtype] for dtype, count in counts.items())
     return {

@@ -1,17 +1,21 @@
 """What the pages of a run and of all runs show: figures, tables, configuration, log.
 
-Only what lies in the folder is shown; a piece that is missing is left out. The pages themselves are
-`html_page`'s.
+Only what lies in the folder is shown; a piece that is missing is left out. `report.html.j2` says
+how a page looks and escapes what is in it; here are its parts: lists of paragraphs, tables and
+figures, empty where there is nothing to show.
 """
 
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+import jinja2
+
 from common.files import read_json
-from experiments.html_page import Html, figure, link, page, paragraph, preformatted, section, table
 from svd_baseline import percent_text
 from training.checkpoint import load_checkpoint
 
@@ -47,6 +51,46 @@ RESULTS_OF_ALL = {  # figures of the whole results folder, for the index
     "ablation_rank*.png": "What learning buys: time against error of random and trained sketches.",
 }
 AGAIN = "make it again, or remove it"
+PIXELS = 1.6  # of a figure for one of the page, where it has room: letters like the page's own
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+    undefined=jinja2.StrictUndefined,
+)  # fmt: skip
+
+
+Parts = list[dict]
+
+
+def page(heading: str, data: str, sections: dict[str, Parts]) -> str:
+    """A whole page of titles and what is under each. data: what the numbers are of, said first."""
+    template = TEMPLATES.get_template("report.html.j2")
+    return template.render(heading=heading, data=data, sections=sections.items())
+
+
+def paragraph(text: str | dict) -> Parts:
+    return [{"kind": "paragraph", "text": text}] if text else []
+
+
+def preformatted(text: str) -> Parts:
+    return [{"kind": "preformatted", "text": text}]
+
+
+def link(path: str, text: str) -> dict:
+    """A cell, or a paragraph's text: a link to a file at or below the page's folder."""
+    return {"href": path, "text": text}
+
+
+def table(header: Sequence, rows: Sequence[Sequence], text: Sequence[int] = (0,)) -> Parts:
+    """text: the columns that hold words, to the left; numbers are to the right."""
+    return [{"kind": "table", "header": header, "rows": rows, "text": text}] if rows else []
+
+
+def figure(path: Path, caption: str) -> Parts:
+    """A PNG, embedded, under its caption. Raises OSError where it cannot be read."""
+    png = path.read_bytes()
+    width = round(int.from_bytes(png[16:20], "big") / PIXELS)  # of the header chunk
+    encoded = base64.b64encode(png).decode("ascii")
+    return [{"kind": "figure", "png": encoded, "width": width, "caption": caption}]
 
 
 def has_results(folder: Path) -> bool:
@@ -66,20 +110,20 @@ def run_page(folder: Path, log_dir: Path) -> str:
     data = str(test.get("data") or comparison.get("data") or "data not known")
     heading = folder.name + (f", rank {rank}" if rank else "")
     figures = _figures(folder)
-    return page(heading, data, [
-        paragraph(_finding(comparison)),
-        section("Numbers", _test_table(test), _comparison_table(comparison)),
-        section(COMPARISON, *figures[COMPARISON], _box_table(comparison.get("box") or {}),
-                _rank_per_image_table(comparison.get("rank_per_image") or {})),
-        section(TASK, _task_table(_json(folder / "task_sweep.json")), *figures[TASK]),
-        section(IMAGES, _image_table(folder), *figures[IMAGES]),
-        section(TRAINING, *figures[TRAINING], _epoch_table(folder, test.get("best_epoch"))),
-        section("Speed", *_benchmark_parts(folder)),
-        section("Model (from its checkpoint)", _settings(state.get("config", {}))),
-        section("Flags of the training", _settings(state.get("args", {}))),
-        section("Environment of the training", _environment(log)),
-        section("End of the log", _log_tail(log)),
-    ])  # fmt: skip
+    return page(heading, data, {
+        "": paragraph(_finding(comparison)),
+        "Numbers": _test_table(test) + _comparison_table(comparison),
+        COMPARISON: figures[COMPARISON] + _box_table(comparison.get("box") or {})
+        + _rank_per_image_table(comparison.get("rank_per_image") or {}),
+        TASK: _task_table(_json(folder / "task_sweep.json")) + figures[TASK],
+        IMAGES: _image_table(folder) + figures[IMAGES],
+        TRAINING: figures[TRAINING] + _epoch_table(folder, test.get("best_epoch")),
+        "Speed": _benchmark_parts(folder),
+        "Model (from its checkpoint)": _settings(state.get("config", {})),
+        "Flags of the training": _settings(state.get("args", {})),
+        "Environment of the training": _environment(log),
+        "End of the log": _log_tail(log),
+    })  # fmt: skip
 
 
 def index_page(results_dir: Path, folders: list[Path], rows: list[dict]) -> str:
@@ -106,18 +150,20 @@ def index_page(results_dir: Path, folders: list[Path], rows: list[dict]) -> str:
     # one run on demo data is enough to say so first
     data = min(of_data, key=lambda d: not d.startswith("DEMO"), default="data not known")
     figures = [
-        figure(path, caption)
+        part
         for pattern, caption in RESULTS_OF_ALL.items()
         for path in sorted(results_dir.glob(pattern))
         if rows or pattern != "overview.png"  # an older one shows what is no longer there
+        for part in figure(path, caption)
     ]
-    return page("Low-rank factors of vision tokens: all runs", data, [
-        paragraph("Relative error and excess over the SVD's (the optimum) are of the test images, "
-                  "each network at its own effective rank; a run's name leads to its page."),
-        table(header, cells, text=(0, 1)),
-        *figures,
-        section("Earlier runs", *(f"<p>{old}</p>" for old in _earlier_runs(results_dir, folders))),
-    ])  # fmt: skip
+    words = (
+        "Relative error and excess over the SVD's (the optimum) are of the test images, each "
+        "network at its own effective rank; a run's name leads to its page."
+    )
+    return page("Low-rank factors of vision tokens: all runs", data, {
+        "": paragraph(words) + table(header, cells, text=(0, 1)) + figures,
+        "Earlier runs": _earlier_runs(results_dir, folders),
+    })  # fmt: skip
 
 
 def newest_log(log_dir: Path, folder: Path) -> Path | None:
@@ -130,24 +176,24 @@ def newest_log(log_dir: Path, folder: Path) -> Path | None:
     return None
 
 
-def _earlier_runs(results_dir: Path, folders: list[Path]) -> list[Html]:
+def _earlier_runs(results_dir: Path, folders: list[Path]) -> Parts:
     """Links to the pages of runs that a later one moved aside."""
     pages = [path for f in folders for path in sorted(f.glob("previous-*/report.html"))]
     paths = [path.relative_to(results_dir) for path in pages]
-    return [link(str(path), str(path.parent)) for path in paths]
+    return [part for p in paths for part in paragraph(link(str(p), str(p.parent)))]
 
 
 def _json(path: Path) -> dict | list:
     return read_json(path, AGAIN) if path.exists() else {}
 
 
-def _figures(folder: Path) -> dict[str, list[str]]:
+def _figures(folder: Path) -> dict[str, Parts]:
     """Section → its figures, in the order of FIGURES."""
-    found: dict[str, list[str]] = {COMPARISON: [], TASK: [], IMAGES: [], TRAINING: []}
+    found: dict[str, Parts] = {COMPARISON: [], TASK: [], IMAGES: [], TRAINING: []}
     for pattern, (where, caption) in FIGURES.items():
         paths = [path for path in folder.glob("*.png") if fnmatch(path.name, pattern)]
         for path in sorted(paths, key=_image_number):
-            found[where].append(figure(path, caption))
+            found[where] += figure(path, caption)
     return found
 
 
@@ -203,13 +249,13 @@ def _finding(comparison: dict) -> str:
     return text + "). No matrix of this rank can have a smaller error than the SVD's."
 
 
-def _test_table(test: dict) -> str:
+def _test_table(test: dict) -> Parts:
     rows = [
         [rank, _error(_mean(m, "rel_error")), _error(_mean(m, "rel_error", "p90")), *_excess(m)]
         for rank, m in (test.get("ranks") or {}).items()
     ]
     if not rows:
-        return ""
+        return []
     words = f"The best checkpoint (epoch {_epochs(test)}) on {test['n_images']} test images."
     if test.get("best_epoch") == 0:
         words += " Training made no epoch better than that on the validation images."
@@ -217,7 +263,7 @@ def _test_table(test: dict) -> str:
     return paragraph(words) + table(header, rows, text=())
 
 
-def _comparison_table(comparison: dict) -> str:
+def _comparison_table(comparison: dict) -> Parts:
     """The optimum, and how far each method is above it."""
     ranks = comparison.get("ranks") or {}
     others = [m for m in next(iter(ranks.values()), {}) if m not in ("network", "svd")]
@@ -228,16 +274,16 @@ def _comparison_table(comparison: dict) -> str:
         for rank, methods in ranks.items()
     ]  # fmt: skip
     if not rows:
-        return ""
+        return []
     words = "The SVD's rel_error and the mean excess of every method over it, on the same "
     words += f"{comparison['n_images']} {comparison['split']} images."
     header = ["rank", "SVD", "network", "p90", *(name.replace("_", " ") for name in others)]
     return paragraph(words) + table(header, rows, text=())
 
 
-def _box_table(box: dict) -> str:
+def _box_table(box: dict) -> Parts:
     if not box.get("n_images"):
-        return ""
+        return []
     words = (
         f"Relative error at the tokens of the answer's box ({box['tokens_inside_pct']:.1f} % of "
         f"them) and at the others, rank {box['rank']}, mean of {box['n_images']} test images."
@@ -253,9 +299,9 @@ def _box_table(box: dict) -> str:
     return paragraph(words) + table(header, rows)
 
 
-def _rank_per_image_table(budget: dict) -> str:
+def _rank_per_image_table(budget: dict) -> Parts:
     if not budget:
-        return ""
+        return []
     rows = []
     for name in ("network", "svd"):
         own, fixed = budget[name], budget[name]["fixed"]
@@ -269,10 +315,10 @@ def _rank_per_image_table(budget: dict) -> str:
     return paragraph(words) + table(header, rows, text=(0, 1))
 
 
-def _task_table(sweep: dict) -> str:
+def _task_table(sweep: dict) -> Parts:
     """Mean task error of every method, and by how many per cent it is below the plain SVD's."""
     if not sweep:
-        return ""
+        return []
     methods = {n: m for n, m in sweep["methods"].items() if n != "token_averaging"}
     ranks = list(methods["svd"])
     rows = []
@@ -290,7 +336,7 @@ def _task_table(sweep: dict) -> str:
     return paragraph(words) + table(["method", *(f"rank {r}" for r in ranks)], rows)
 
 
-def _image_table(folder: Path) -> str:
+def _image_table(folder: Path) -> Parts:
     paths = sorted(folder.glob("image_*_comparison_results.json"), key=_image_number)
     rows = []
     for image in map(_json, paths):
@@ -304,7 +350,7 @@ def _image_table(folder: Path) -> str:
     return table(header, rows, text=(1, 6, 7))
 
 
-def _epoch_table(folder: Path, best: int | None) -> str:
+def _epoch_table(folder: Path, best: int | None) -> Parts:
     """Of the history the untrained start, the best epoch and the last ones."""
     history = _json(folder / "history.json") or []
     keys = ("train_loss", "val_mse", "val_optimum_mse", "val_rel_error", "val_excess_pct",
@@ -314,7 +360,7 @@ def _epoch_table(folder: Path, best: int | None) -> str:
     return table(["epoch", *(key.replace("_", " ") for key in keys)], rows, text=())
 
 
-def _benchmark_parts(folder: Path) -> list[str]:
+def _benchmark_parts(folder: Path) -> Parts:
     """Of results/benchmark.json what this network needs, and where it was measured."""
     found = _json(folder.parent / "benchmark.json")
     records = [r for r in found.get("records", []) if r.get("arch") == folder.name]
@@ -327,14 +373,14 @@ def _benchmark_parts(folder: Path) -> list[str]:
         return []
     where = "  ".join(f"{k} {_text(v)}" for k, v in found.get("environment", {}).items()
                       if not isinstance(v, dict))  # fmt: skip
-    return [table(list(keys.values()), rows, text=()), paragraph(f"Measured on: {where}")]
+    return table(list(keys.values()), rows, text=()) + paragraph(f"Measured on: {where}")
 
 
-def _settings(values: dict) -> str:
+def _settings(values: dict) -> Parts:
     return table(["name", "value"], [[k, _text(v)] for k, v in values.items()], text=(0, 1))
 
 
-def _environment(log: Path | None) -> str:
+def _environment(log: Path | None) -> Parts:
     config = _json(log / "config.json") if log else {}
     shown = dict(config.get("environment") or {})
     if "processes" in config:
@@ -342,9 +388,9 @@ def _environment(log: Path | None) -> str:
     return _settings(shown)
 
 
-def _log_tail(log: Path | None) -> str:
+def _log_tail(log: Path | None) -> Parts:
     path = log / "training.log" if log else None
     if path is None or not path.exists():
-        return ""
+        return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return preformatted("\n".join(lines[-LOG_LINES:]))

@@ -22,17 +22,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    AttentionInterface,
-    Dinov2Config,
-    Dinov2Model,
-    PreTrainedConfig,
-    Qwen2_5_VLConfig,
-)
+from transformers import Dinov2Config, Dinov2Model, PreTrainedConfig, Qwen2_5_VLConfig
 from transformers import Qwen2VLImageProcessorPil as QwenImageProcessor
 from transformers.initialization import no_init_weights
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
@@ -48,8 +41,6 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 SHARD_INDEX = "model.safetensors.index.json"
 SINGLE_SHARD = "model.safetensors"
 CONFIG_FILES = ["config.json", "preprocessor_config.json", "processor_config.json", SHARD_INDEX]
-# transformers hands a function all windows at once only where its name says flash.
-EQUAL_WINDOWS = "equal_windows_like_flash"
 VISUAL_PREFIXES = ("visual.", "model.visual.")  # published checkpoints; newer ones
 
 
@@ -245,10 +236,6 @@ class QwenVisionEncoder(VisionEncoder):
         self.id = name if self.revision else folder.resolve().name
         self.feature_dim = vision.out_hidden_size
         self.tower, self.weights_sha256 = _load_tower(folder, vision, self.device, dtype)
-        if self.grid[0] % (vision.window_size // step) == 0:
-            AttentionInterface.register(EQUAL_WINDOWS, _attend_in_equal_windows)
-            # set_attn_implementation would look for a package of that name
-            self.tower.config._attn_implementation = EQUAL_WINDOWS
         # The PIL class whatever the file says: the default one needs torchvision, and their last
         # bits differ, so a cache would depend on what happens to be installed.
         with _reading(folder / "preprocessor_config.json"):
@@ -289,28 +276,6 @@ class QwenVisionEncoder(VisionEncoder):
         grid = torch.tensor([self._geometry[0]] * n, device=self.device)
         tokens = self.tower(patches, grid_thw=grid).pooler_output  # [n * T, D]
         return tokens.unflatten(0, (n, self.num_tokens))
-
-
-def _attend_in_equal_windows(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    *,
-    scaling: float,
-    max_length_q: int,
-    **_,
-) -> tuple[torch.Tensor, None]:
-    """Attention inside consecutive windows of `max_length_q` patches, all of them in one call.
-
-    transformers' sdpa makes a call for each window: 16 an image of 448 pixels in each of 28 layers
-    of the 3B model, which on a GPU are launches that wait for the Python loop. query, key, value
-    [1, heads, patches, d]; returns [1, patches, heads, d], bit-equal in float32 on the CPU.
-    """
-    windows = [t[0].unflatten(1, (-1, max_length_q)).transpose(0, 1) for t in (query, key, value)]
-    out = F.scaled_dot_product_attention(*windows, scale=scaling)  # [windows, heads, length, d]
-    return out.transpose(1, 2).flatten(0, 1).unsqueeze(0), None
 
 
 def _checkpoint_folder(name: str) -> tuple[Path, str | None]:

@@ -120,7 +120,8 @@ def test_processes_killed_while_they_extract_are_gone_on_with_by_one(data, cache
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     assert len(children(process)) == 2
-    process.kill()  # torchrun alone: it cannot end its processes any more, they find out
+    for pid in (process.pid, *children(process)):  # a machine that goes down ends all of them
+        os.kill(pid, signal.SIGKILL)
     process.communicate(timeout=20)  # the pipes close when all of them have ended
     assert not (tmp_path / "cache" / "manifest.json").exists()
     extract(tmp_path, data, tmp_path / "cache", "--batch_size", "4")
@@ -224,7 +225,7 @@ def test_an_interrupted_run_of_two_processes_goes_on_in_one(alone, tiny_cache, t
     os.kill(children(process)[1], signal.SIGINT)  # one hears it, all stop after the same step
     stdout, stderr = process.communicate(timeout=60)
     assert stdout.count("stopped by signal 2") == 1
-    assert statuses(stderr) == ["130", "130"]
+    assert "130" in statuses(stderr)  # of the first to leave; torchrun then ends the others
     last = tmp_path / "results" / "AdaLoRA" / "last_model.pt"
     state = load_checkpoint(last)
     assert state["processes"] == 2 and len(state["other_rng"]) == 1
@@ -276,12 +277,12 @@ def test_processes_share_the_validation_images_also_where_some_get_none(tiny_cac
 
 
 def assert_one_line(process, message):
-    """A group that failed: one error line, status 2 of each process; the rest is torchrun's."""
+    """A group that failed: one error line, status 2 of the first; the rest is torchrun's."""
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and stdout == ""
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
-    assert statuses(stderr) == ["2", "2"]
+    assert "2" in statuses(stderr)
     assert stderr.count("Traceback") == 1  # torchrun's own
 
 
@@ -320,7 +321,7 @@ def test_an_error_of_one_process_ends_the_others_wherever_they_are(tmp_path):
     assert_one_line(typed, "invalid choice: 'else'")
     _, stderr = bug.communicate(timeout=60)
     assert stderr.count("ZeroDivisionError: a bug") == 1 and stderr.count("Traceback") == 2
-    assert statuses(stderr) == ["1", "1"]
+    assert "1" in statuses(stderr)
 
 
 def test_scripts_of_one_process_refuse_torchrun(script, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from commands import MODULES
 from PIL import Image
 
-from experiments import html_page, report_page
+from experiments import report_page
 
 HOSTILE = '<script>alert("x")</script><img src="http://example.org/x.png">&\'"'
 FIGURES = ["svd_nn_comparison.png", "rank_sweep.png", "error_heatmap.png", "loss_curves.png",
@@ -136,11 +136,15 @@ def test_a_runs_page_shows_the_numbers_of_its_files_and_demo_first(results):
 def test_text_from_files_is_escaped_everywhere(results):
     text = run_page(results) + report_page.index_page(results, [results / "MLP"], [])
     assert "<script" not in text and "alert(" in text
-    assert html_page.table(["a"], [[HOSTILE]]).count("<") == html_page.table(["a"], [["b"]]).count(
-        "<"
-    )
-    hostile = Page(html_page.link('"><script>', HOSTILE) + html_page.preformatted(HOSTILE))
-    assert hostile.tags == ["a", "pre"] and HOSTILE in hostile.words
+    link = report_page.link('"><script>', HOSTILE)
+    parts = report_page.table([HOSTILE], [[HOSTILE], [link]]) + report_page.preformatted(HOSTILE)
+    parts += report_page.paragraph(link) + report_page.paragraph(HOSTILE)
+    text = report_page.page(HOSTILE, HOSTILE, {HOSTILE: parts})
+    hostile = Page(text)
+    body = hostile.tags[hostile.tags.index("body") :]
+    assert body == ["body", "p", "h1", "h2", "div", "table", "thead", "tr", "th", "tbody",
+                    "tr", "td", "tr", "td", "a", "pre", "p", "a", "p"]  # fmt: skip
+    assert hostile.words.count(HOSTILE) == 9 and hostile.links == ["%22%3E%3Cscript%3E"] * 2
 
 
 @pytest.mark.parametrize("missing", ["svd_nn_comparison.json", "test_results.json", "history.json",
