@@ -133,6 +133,7 @@ def main(args: argparse.Namespace) -> None:
     results = {
         "head": head.name,
         "head_sha256": head.sha256,
+        "loss_name": head.loss_name,  # of task_loss, where that is not the error squared
         "metric": {"sha256": metric.sha256, **metric.info},
         "head_steps": args.head_steps,
         "split": "test",
@@ -402,6 +403,14 @@ def print_table(results: dict) -> None:
             gains = [sizes[r]["gain_pct"] if r in sizes else None for r in ranks]
             cells = ["-" if gain is None else gain_text(gain) for gain in gains]
             print(f"{'':26}" + "".join(f"{cell:>19}" for cell in cells))
+    if results["loss_name"]:
+        print(f"{results['loss_name']}, mean over test images")
+        for name, sizes in methods.items():
+            if name != "token_averaging":
+                found = [
+                    f"{sizes[r]['task_loss']['mean']:.3g}" if r in sizes else "-" for r in ranks
+                ]
+                print(f"{name:26}" + "".join(f"{cell:>19}" for cell in found))
     for score, full in results["full_tokens"].items():
         whole = "no row has any" if full["mean"] is None else f"{full['mean']:.4f}"
         print(f"{score}, mean; full tokens: {whole}")
