@@ -160,7 +160,7 @@ def write_cache(
     if writer.rows_done:
         print(f"going on after {writer.rows_done} images that {args.cache_dir} already holds")
     extract(rows, encoder, writer, args.batch_size)
-    return writer.finish() if processes.is_main() else []
+    return writer.finish(encoder_folder=encoder.folder) if processes.is_main() else []
 
 
 def import_features(args: argparse.Namespace) -> list[dict]:

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -36,10 +37,10 @@ from qwenvl_dataloader import (
     create_data_loaders_real,
 )
 from svd_baseline import evaluate, optimum, percent_text, summarise
-from task.trained_norm import task_error, task_loss
+from task.trained_norm import in_own_norm, task_loss, task_record
 from training.checkpoint import save_checkpoint
 from training.final_results import test_and_draw
-from training.run_log import RunLog, epoch_line, print_header, report
+from training.run_log import RunLog, epoch_line, print_header, report, task_words
 from training.state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run, start_from_data
 
 CLIP_NORM = 1.0
@@ -94,8 +95,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     train.add_argument("--weight_decay", type=number(float, 0, 1e6), default=1e-5,
                        help="AdamW's")  # fmt: skip
     train.add_argument("--patience", type=number(int, 1), default=10,
-                       help="epochs without a smaller validation mse above its optimum before "
-                       "stopping; that decides the best epoch too")  # fmt: skip
+                       help="epochs without a smaller validation mse above its optimum (with "
+                       "--task_head: the head's loss) before stopping; that decides the best "
+                       "epoch too")  # fmt: skip
     train.add_argument("--lambda_B", type=number(float, 0, 1e6), default=1e-4,
                        help="ridge of B, and weight of ‖B‖²/(TD)")  # fmt: skip
     train.add_argument("--lambda_ortho", type=number(float, 0, 1e6), default=1e-3,
@@ -245,28 +247,37 @@ def check_finite(broken: Tensor, folder: Path) -> None:
 
 
 def validate(run: TrainState, loaders: Loaders) -> dict:
-    """Validation part of a history entry: whole-matrix errors of A·B itself.
+    """Validation part of a history entry: whole-matrix errors of A·B itself, in the norm that the
+    model trains in; of a learned norm the excess in the Frobenius norm too.
 
     Each process evaluates its part of the images; the entry is of all of them, in all.
     """
-    run.model.eval()
-    rank = run.model.current_effective_rank()
+    model = run.model.eval()
+    rank = model.current_effective_rank()
     batches = loaders.val.with_progress("validation", show=processes.is_main())
-    own = evaluate(lambda x: run.model(x), batches, rank)
-    metrics = processes.gather_columns(own)
-    dataset = loaders.val.dataset
-    sigma = dataset.singular_values[dataset.split.val]
-    mean_square = sigma.square().sum(-1) / (run.model.num_tokens * run.model.input_dim)
-    mean_square = torch.where(
-        mean_square > 0, mean_square, 1
-    )  # the unit of rel_error for an X of zeros
-    return {
+    core, batches = in_own_norm(model, batches)
+    sigma: list[Tensor] = []
+
+    def noted() -> Iterator[Batch]:
+        for batch in batches:
+            sigma.append(batch.singular_values.cpu())
+            yield batch
+
+    own = evaluate(lambda x: core(x), noted(), rank)
+    metrics = processes.gather_columns(own | ({"sigma": torch.cat(sigma)} if own else {}))
+    mean_square = metrics["sigma"].square().sum(-1) / (model.num_tokens * model.input_dim)
+    mean_square = torch.where(mean_square > 0, mean_square, 1)  # for an X of zeros
+    record = {
         "val_mse": float((metrics["rel_error"].square() * mean_square).mean()),
-        "val_optimum_mse": float((optimum(sigma, rank).square() * mean_square).mean()),
+        "val_optimum_mse": float((optimum(metrics["sigma"], rank).square() * mean_square).mean()),
         "val_rel_error": float(metrics["rel_error"].mean()),
         "val_excess_pct": summarise(metrics["excess_pct"])["mean"],
         "effective_rank": rank,
-    } | ({"val_task_error": task_error(run.model, run.head, loaders.val)} if run.head else {})
+    }
+    if model.norm:
+        plain = processes.gather_columns(evaluate(lambda x: model(x), loaders.val, rank))
+        record["val_frobenius_excess_pct"] = summarise(plain["excess_pct"])["mean"]
+    return record | (task_record(model, run.head, loaders.val) if run.head else {})
 
 
 def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int) -> dict:
@@ -299,11 +310,13 @@ def save(run: TrainState, path: Path, log: Callable[[str], None]) -> None:
     if processes.is_main():
         if run.fresh:
             set_aside(path.parent, log)
+        if run.cuts_history:
+            keep_copy(path.parent, run, log)
         if run.start:  # the best so far, until training has found a better one
             save_checkpoint(path.parent / "best_model.pt", run.start)
         (path.parent / "test_results.json").unlink(missing_ok=True)
         save_checkpoint(path, state)
-    run.fresh, run.start = False, None
+    run.fresh, run.start, run.cuts_history = False, None, False
 
 
 def set_aside(folder: Path, log: Callable[[str], None]) -> None:
@@ -316,6 +329,16 @@ def set_aside(folder: Path, log: Callable[[str], None]) -> None:
         for path in old:
             path.rename(target / path.name)
         log(f"results of an earlier run were moved to {target}")
+
+
+def keep_copy(folder: Path, run: TrainState, log: Callable[[str], None]) -> None:
+    """Copy what holds the epochs that a resumed run leaves behind to previous-<time>/."""
+    names = ("history.json", "test_results.json", "last_model.pt")
+    found = [folder / name for name in names if (folder / name).exists()]
+    target = new_folder(folder / time.strftime("previous-%Y%m%d-%H%M%S"))
+    for path in found:
+        shutil.copy2(path, target / path.name)
+    log(f"the history after epoch {run.best_epoch} is kept in {target}")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -369,7 +392,7 @@ def main(args: argparse.Namespace) -> int:
                 f"untrained   val_mse {initial['val_mse']:.6e}  optimum "
                 f"{initial['val_optimum_mse']:.6e}  excess "
                 + percent_text(initial["val_excess_pct"])
-                + (f"  val_task_error {initial['val_task_error']:.5f}" if run.head else "")
+                + (f"  {task_words(initial)}" if run.head else "")
             )
         with processes.Stop() as stop:
             train(run, loaders, folder, log, stop)

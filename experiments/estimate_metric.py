@@ -2,27 +2,44 @@
 
     python -m experiments.estimate_metric --head saliency
     python -m experiments.estimate_metric --head qwen-answer
-Writes metrics/<head>.safetensors, for --metric of the other scripts (format: task_metric.py). The
+Writes metrics/<head>.safetensors, for --metric of the other scripts (format: task/metric.py). The
 gradients are those of training images; the shrinkage is the one with the least task error on
-validation images. Test images are not looked at.
+validation images. Test images are not looked at. What is done is written every minute to
+<out>.partial: cut off, the same command goes on from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from common import cli
 from common.errors import UserError
+from common.files import first_difference, save_tensors
 from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real, denormalise
 from svd_baseline import gram_eigh
 from task.heads import TaskHead
 from task.load_head import HEADS, load_head
-from task.metric import TaskMetric, cache_hashes, metric_svd, save_metric, second_moment, shrunk
+from task.metric import (
+    CONTENT_HASH,
+    MomentSum,
+    TaskMetric,
+    cache_hashes,
+    content_sha256,
+    metric_svd,
+    save_metric,
+    shrunk,
+)
 
 JUDGED_AT = (8, 32)  # ranks at which a shrinkage is judged
+SAVE_EVERY = 60  # seconds between writes of the sums so far, D² float64 each
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -37,6 +54,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                              "the cache's encoder")  # fmt: skip
     task.add_argument("--probes", type=cli.number(int, 1), default=3,
                         help="random projections an image: noise of M against time")  # fmt: skip
+    task.add_argument("--images", type=cli.number(int, 1), default=None, metavar="N",
+                        help="training images (and validation images) to use at most, drawn by "
+                             "--seed: noise of M against time; default all")  # fmt: skip
     task.add_argument("--shrinkage", type=cli.number(float, above=0), nargs="+",
                         default=[1e-3, 1e-2, 1e-1], metavar="S",
                         help="of the mean diagonal, to try on validation images")  # fmt: skip
@@ -60,42 +80,142 @@ def main(args: argparse.Namespace) -> None:
     device = cli.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
     head = load_head(args.head, dataset, device=device, model=args.head_model)
-    loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
+    train, val = loaders_of(dataset, args, device)
     print(f"{dataset.label}; head {head.name}, {args.probes} probes of "
-          f"{loaders.train.num_images} training images")  # fmt: skip
-    batches = loaders.train.with_progress("gradients")
-    moment, images = second_moment(head, batches, args.probes, args.seed)
-
-    tried = {}
-    for amount in args.shrinkage:
-        metric = TaskMetric(shrunk(moment, amount), {})
-        tried[amount] = validation_errors(head, loaders.val, metric, f"shrinkage {amount:g}")
-    plain = validation_errors(head, loaders.val, None, "plain SVD")
-    best = min(tried, key=lambda a: sum(e / p for e, p in zip(tried[a], plain, strict=True)))
-    print("task error on validation images at rank " + " and ".join(map(str, JUDGED_AT)))
-    print("  SVD               " + "  ".join(f"{e:.5f}" for e in plain))
-    for amount, errors in tried.items():
-        chosen = "  chosen" if amount == best else ""
-        print(f"  shrinkage {amount:<8g}" + "  ".join(f"{e:.5f}" for e in errors) + chosen)
-
-    info = {
+          f"{train.num_images} training images")  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = {
         "head": head.name,
         "head_sha256": head.sha256,
         "cache": cache_hashes(dataset),
+        "probes": args.probes,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "images": train.num_images,
+        "validation_images": val.num_images,
+    }
+    work = PartialWork.open(path.with_name(f"{path.name}.partial"), header)
+    sum_gradients(head, train, work, args)
+    moment = work.sum.mean(head)
+
+    tried = {
+        amount: work.errors(f"shrinkage {amount:g}", head, val, shrunk(moment, amount))
+        for amount in args.shrinkage
+    }
+    plain = work.errors("plain SVD", head, val, None)
+    best = min(tried, key=lambda a: sum(e / p for e, p in zip(tried[a], plain, strict=True)))
+    print_tried(tried, plain, best)
+
+    info = {key: header[key] for key in ("head", "head_sha256", "cache")} | {
         "data": dataset.label,
-        "images": images,
+        "images": work.sum.images,
         "probes": args.probes,
         "seed": args.seed,
         "shrinkage": best,
         "scale": float(moment.diagonal().mean() * (1 + best)),
         "validation": {str(a): errors for a, errors in tried.items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     save_metric(path, TaskMetric(shrunk(moment, best), info))
+    work.path.unlink(missing_ok=True)
     print(
         f"wrote {path}; next: "
         f"python -m experiments.evaluate_task --head {head.name} --metric {path}"
     )
+
+
+def loaders_of(
+    dataset: RealQwenVLDataset, args: argparse.Namespace, device: torch.device
+) -> tuple[BatchLoader, BatchLoader]:
+    """Loaders of training and validation images, of at most --images each, drawn by --seed."""
+    loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
+    if args.images is None:
+        return loaders.train, loaders.val
+    chosen = []
+    for rows in (dataset.split.train, dataset.split.val):
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
+        chosen.append(rows[order[: args.images].sort().values])
+    return (BatchLoader(dataset, chosen[0], args.batch_size, device, shuffle_seed=args.seed),
+            BatchLoader(dataset, chosen[1], args.batch_size, device))  # fmt: skip
+
+
+def sum_gradients(
+    head: TaskHead, train: BatchLoader, work: PartialWork, args: argparse.Namespace
+) -> None:
+    """Add the images that `work` lacks, and write it as it goes."""
+    if work.sum.images:
+        print(f"going on after {work.sum.images} images that {work.path} already holds")
+    train.set_epoch(0, start=-(-work.sum.images // args.batch_size))
+    for batch in train.with_progress("gradients"):
+        work.sum.add(head, batch, args.probes, args.seed)
+        if time.monotonic() - work.saved > SAVE_EVERY:
+            work.save()
+    work.save()
+
+
+def print_tried(tried: dict[float, list[float]], plain: list[float], best: float) -> None:
+    print("task error on validation images at rank " + " and ".join(map(str, JUDGED_AT)))
+    print("  SVD               " + "  ".join(f"{e:.5f}" for e in plain))
+    for amount, errors in tried.items():
+        chosen = "  chosen" if amount == best else ""
+        print(f"  shrinkage {amount:<8g}" + "  ".join(f"{e:.5f}" for e in errors) + chosen)
+
+
+@dataclass
+class PartialWork:
+    """What is done of an estimate, in a file beside --out that goes when the metric is written.
+
+    header: what the sums depend on; validation: label → task errors found so far. One sum in the
+    order of the batches: an estimate that was cut off ends in the same bits.
+    """
+
+    path: Path
+    header: dict
+    sum: MomentSum = field(default_factory=MomentSum)
+    validation: dict[str, list[float]] = field(default_factory=dict)
+    saved: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def open(cls, path: Path, header: dict) -> PartialWork:
+        """What `path` holds, or nothing yet. UserError where it is damaged or of another header."""
+        work, remedy = cls(path, header), f"remove {path} to begin anew"
+        if not path.exists():
+            return work
+        try:
+            with safe_open(path, framework="pt") as file:
+                said, total = file.metadata() or {}, file.get_tensor("total")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+        if said.get(CONTENT_HASH) != content_sha256(total, said):
+            raise UserError(f"{path} is damaged (its content hash is another): {remedy}")
+        if different := first_difference(json.loads(said["header"]), header):
+            key, before, now = different
+            raise UserError(
+                f"{path} was begun with {key} = {before}, now it is {now}: type the same command "
+                f"again to go on, or {remedy}"
+            )
+        images, tokens = json.loads(said["done"])
+        work.sum, work.validation = MomentSum(total, images, tokens), json.loads(said["validation"])
+        return work
+
+    def save(self) -> None:
+        total = self.sum.total.cpu()
+        said = {"header": self.header, "done": [self.sum.images, self.sum.tokens],
+                "validation": self.validation}  # fmt: skip
+        said = {key: json.dumps(value) for key, value in said.items()}
+        save_tensors(
+            self.path, {"total": total}, said | {CONTENT_HASH: content_sha256(total, said)}
+        )
+        self.saved = time.monotonic()
+
+    def errors(
+        self, label: str, head: TaskHead, val: BatchLoader, matrix: Tensor | None
+    ) -> list[float]:
+        """`validation_errors` in the metric of `matrix`, unless they were found before."""
+        if label not in self.validation:
+            metric = None if matrix is None else TaskMetric(matrix, {})
+            self.validation[label] = validation_errors(head, val, metric, label)
+            self.save()
+        return self.validation[label]
 
 
 @torch.inference_mode()

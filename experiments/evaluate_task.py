@@ -265,6 +265,7 @@ def evaluate(
     return {
         "head": head.name,
         "head_sha256": head.sha256,
+        "loss_name": head.loss_name,  # of task_loss, where that is not the error squared
         "metric": {"sha256": metric.sha256, **metric.info},
         "head_steps": args.head_steps,
         "split": "test",
@@ -315,6 +316,13 @@ def print_tables(results: dict) -> None:
     print("task error, mean over test images; below it, by how many per cent it is below another's "
           "[approximate 95 % interval]")  # fmt: skip
     print_columns(rows)
+    if results["loss_name"]:
+        print(f"{results['loss_name']}, mean over test images")
+        rows = [header]
+        for name, sizes in methods.items():
+            found = [sizes.get(r) for r in ranks]
+            rows.append([name, *(f"{e['task_loss']['mean']:.3g}" if e else "-" for e in found)])
+        print_columns(rows)
     for score, full in results[FULL].items():
         whole = "no row has any" if full["mean"] is None else f"{full['mean']:.4f}"
         print(f"{score}, mean; full tokens: {whole}")

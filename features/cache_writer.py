@@ -177,11 +177,12 @@ class FeatureCacheWriter:
         with safe_open(self._shard_path(shard), framework="pt") as file:
             return file.get_slice("features")[self._row_ids[shard].index(row_id)]
 
-    def finish(self, missing: Sequence[dict] = ()) -> list[dict]:
+    def finish(self, missing: Sequence[dict] = (), encoder_folder: str | None = None) -> list[dict]:
         """Write rows, singular values and, last of all, the manifest, once every shard is there.
 
-        missing: {"row_id", "reason"} of what no shard counts among its rows. Returns all that was
-        skipped, these first.
+        missing: {"row_id", "reason"} of what no shard counts among its rows. encoder_folder: where
+        the encoder's checkpoint lies, for who needs the rest of it; it identifies nothing. Returns
+        all that was skipped, these first.
         """
         every = range(-(-self.num_rows // ROWS_PER_SHARD))
         read = [_read_part(self._part_path(shard)) for shard in every]
@@ -198,6 +199,7 @@ class FeatureCacheWriter:
             pq.write_table(table.drop_columns("singular_values"), temporary)
         manifest = {
             **self.header,
+            **({"encoder_folder": encoder_folder} if encoder_folder else {}),
             "dtype": "bfloat16",
             "count": table.num_rows,
             "groups": len(set(table["group"].to_pylist())),

@@ -48,6 +48,7 @@ class VisionEncoder(ABC):
     """A frozen vision tower with its preprocessing, described for the cache's manifest.
 
     id: a hub id, the last part of a folder's path, or the demo's name; revision: the hub commit
+    folder: the absolute path of a checkpoint that did not come from a hub
     weights_sha256: of the vision weights, see each class; equal means the same weights
     grid: merged tokens (rows, columns); num_tokens: T, their product; feature_dim: D
     image_size, resize: side in pixels of the square that images become, and how (`resize_image`)
@@ -56,6 +57,7 @@ class VisionEncoder(ABC):
 
     id: str
     revision: str | None = None
+    folder: str | None = None
     weights_sha256: str
     feature_dim: int
     preprocessor: str
@@ -234,6 +236,7 @@ class QwenVisionEncoder(VisionEncoder):
         step = vision.patch_size * vision.spatial_merge_size
         super().__init__(device, image_size, resize, dtype, step)
         self.id = name if self.revision else folder.resolve().name
+        self.folder = None if self.revision else str(folder.resolve())
         self.feature_dim = vision.out_hidden_size
         self.tower, self.weights_sha256 = _load_tower(folder, vision, self.device, dtype)
         # The PIL class whatever the file says: the default one needs torchvision, and their last
@@ -291,12 +294,17 @@ def _checkpoint_folder(name: str) -> tuple[Path, str | None]:
     return folder, folder.name  # a snapshot's folder is named after its commit
 
 
-def whole_checkpoint_folder(name: str) -> Path:
-    """The folder of a whole Qwen2.5-VL checkpoint: `name` itself, or the hub's snapshot of it."""
+def whole_checkpoint_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a whole Qwen2.5-VL checkpoint: `name` itself, or the hub's snapshot of it.
+
+    revision: the hub's commit; None is its newest.
+    """
     folder = Path(name)
     if not folder.is_dir():
         with _reading(f"{name}: no such folder, and the hub says"):
-            folder = Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pth"]))
+            folder = Path(
+                snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pth"])
+            )
     _vision_config(folder)
     return folder
 
@@ -307,6 +315,14 @@ def checkpoint_weights_sha256(folder: Path) -> str:
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"{path.name} {sha256_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+def tower_of_checkpoint(folder: Path) -> tuple[int, str]:
+    """Width D of the tokens of a checkpoint's vision tower, and its weights_sha256, not loaded."""
+    digest = hashlib.sha256()
+    for name, tensor in _vision_tensors(folder):
+        _digest_tensor(digest, name, tensor)
+    return _vision_config(folder).out_hidden_size, digest.hexdigest()
 
 
 @contextmanager
@@ -345,6 +361,21 @@ def _vision_files(folder: Path) -> dict[str, str]:
     return {key: file for key, file in files.items() if key.startswith(VISUAL_PREFIXES)}
 
 
+def _vision_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    # sorted by name, `visual.` and before it left out
+    files = _vision_files(folder)
+    for name, key in sorted((key.split("visual.", 1)[1], key) for key in files):
+        path = folder / files[key]
+        with _reading(path), safe_open(path, framework="pt") as shard:
+            tensor = shard.get_tensor(key).contiguous()
+        yield name, tensor
+
+
+def _digest_tensor(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    digest.update(tensor.flatten().view(torch.uint8).numpy())
+
+
 def _load_tower(
     folder: Path, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.nn.Module, str]:
@@ -355,14 +386,9 @@ def _load_tower(
         tower = qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel._from_config(
             config, dtype=dtype, attn_implementation="sdpa"
         )
-    files = _vision_files(folder)
     digest, state = hashlib.sha256(), {}
-    for name, key in sorted((key.split("visual.", 1)[1], key) for key in files):
-        path = folder / files[key]
-        with _reading(path), safe_open(path, framework="pt") as shard:
-            tensor = shard.get_tensor(key).contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    for name, tensor in _vision_tensors(folder):
+        _digest_tensor(digest, name, tensor)
         state[name] = tensor.to(device, dtype)
     with _reading(folder):
         tower.load_state_dict(state, strict=True, assign=True)

@@ -34,6 +34,7 @@ class TaskHead(ABC):
     name: str
     sha256: str
     output: str
+    loss_name: str | None = None  # what `loss` is where it says more than `error`, in words
 
     @abstractmethod
     def outputs(self, tokens: Tensor, rows: Tensor) -> Tensor:
@@ -52,9 +53,17 @@ class TaskHead(ABC):
         """What it generates and how that is scored: name → (raw tokens, rows) → [b] float64."""
         return {}
 
+    def compared(self, outputs: Tensor) -> Tensor:
+        """`outputs` without what changes nothing in what they mean: the y of error and metric."""
+        return outputs
+
+    def own_shapes(self, outputs: Tensor, rows: Tensor) -> list[torch.Size]:
+        """The shape of each image's own output, first in a batch's padded one."""
+        return [outputs.shape[1:]] * len(outputs)
+
     def error(self, outputs: Tensor, full: Tensor) -> Tensor:
-        """‖ŷ − y‖ / ‖y‖ of each image's logits, [b] float64: the task error."""
-        return squared_error(outputs, full).double().sqrt()
+        """‖ŷ − y‖ / ‖y‖ of each image's `compared` logits, [b] float64: the task error."""
+        return squared_error(self.compared(outputs), self.compared(full)).double().sqrt()
 
 
 def squared_error(outputs: Tensor, full: Tensor) -> Tensor:

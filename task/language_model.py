@@ -22,7 +22,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from common.boxes import Box
 from common.errors import UserError
-from features.encoders import checkpoint_weights_sha256, whole_checkpoint_folder
+from features.encoders import (
+    checkpoint_weights_sha256,
+    tower_of_checkpoint,
+    whole_checkpoint_folder,
+)
 from qwenvl_dataloader import RealQwenVLDataset, box_in_view
 from task.heads import Score, TaskHead
 
@@ -46,28 +50,22 @@ class QwenAnswerHead(TaskHead):
     """Next-token logits [b, L, V] float32 of the row's answer and its end, teacher-forced.
 
     L is the longest answer of the batch; positions after a shorter one hold zeros. sha256 is over
-    all weight files of the checkpoint. Raises UserError for tokens of another width, and where a
-    row of the cache lacks question or answer.
+    all weight files of the checkpoint. Raises UserError for tokens of another vision tower, and
+    where a row of the cache lacks question or answer.
     """
 
     name = "qwen-answer"
     output = "answer logits"
+    loss_name = "KL divergence of the answer's tokens, nats"
 
     def __init__(
         self, dataset: RealQwenVLDataset, device: torch.device | str, name: str | None = None
     ) -> None:
-        name = name or dataset.manifest["encoder"]["id"]
-        folder = whole_checkpoint_folder(name)
+        folder = _folder_of(dataset, name)
         self.sha256 = checkpoint_weights_sha256(folder)
         self.tokenizer = _read(AutoTokenizer, folder)
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         model = _read(Qwen2_5_VLForConditionalGeneration, folder, dtype=dtype)
-        width = model.config.text_config.hidden_size
-        if width != dataset.feature_dim:
-            raise UserError(
-                f"{name} reads tokens of {width} features, {dataset.cache_dir} holds tokens of "
-                f"{dataset.feature_dim}: name the checkpoint that the cache was made with"
-            )
         _check_rows(dataset)
         del model.model.visual  # its outputs are given
         self.model = model.to(device).eval().requires_grad_(False)
@@ -81,10 +79,7 @@ class QwenAnswerHead(TaskHead):
     def outputs(self, tokens: Tensor, rows: Tensor) -> Tensor:
         found = []
         for image, row in zip(tokens, rows.tolist(), strict=True):
-            answer = self.reference_answer(row)
-            if answer is None:
-                raise UserError(f"row {row} of {self.dataset.cache_dir} has no answer to judge by")
-            prompt, wanted = self._ids(self.prompt(row)), self._ids(answer + END)
+            prompt, wanted = self._ids(self.prompt(row)), self._wanted(row)
             # the logits at one position are those of the next token
             inputs = self._inputs(torch.cat([prompt, wanted[:-1]]), image)
             found.append(self.model(**inputs, logits_to_keep=len(wanted)).logits[0].float())
@@ -97,6 +92,14 @@ class QwenAnswerHead(TaskHead):
         full = F.log_softmax(full, dim=-1)
         divergence = (full.exp() * (full - F.log_softmax(outputs, dim=-1))).sum((-2, -1))
         return divergence / length
+
+    def compared(self, outputs: Tensor) -> Tensor:
+        """Logits less their mean over the vocabulary: a softmax does not see a constant."""
+        return outputs - outputs.mean(-1, keepdim=True)
+
+    def own_shapes(self, outputs: Tensor, rows: Tensor) -> list[torch.Size]:
+        lengths = (len(self._wanted(row)) for row in rows.tolist())
+        return [torch.Size((length, outputs.shape[-1])) for length in lengths]
 
     def agreement(self, outputs: Tensor, full: Tensor) -> Tensor:
         """1 where every token of the answer has the most likely next token that `full` has."""
@@ -159,6 +162,13 @@ class QwenAnswerHead(TaskHead):
     def reference_answer(self, row: int) -> str | None:
         """The row's consensus; None where it has no answer."""
         return consensus(self.dataset.image_record(row)["answers"])
+
+    def _wanted(self, row: int) -> Tensor:
+        """Tokens of the answer that the row is judged by, and of its end."""
+        answer = self.reference_answer(row)
+        if answer is None:
+            raise UserError(f"row {row} of {self.dataset.cache_dir} has no answer to judge by")
+        return self._ids(answer + END)
 
     def _ids(self, text: str) -> Tensor:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -236,6 +246,42 @@ def _check_rows(dataset: RealQwenVLDataset) -> None:
                 f"{dataset.cache_dir}: row {shown} without {column}, which the head qwen-answer "
                 "needs: extract a data set whose rows all have question and answer"
             )
+
+
+def _folder_of(dataset: RealQwenVLDataset, name: str | None) -> Path:
+    """The folder of the checkpoint called `name`, or (None) of the one the cache was made with.
+
+    A hub's checkpoint is that of the revision that the cache records. Raises UserError where it
+    cannot be found, and where its vision tower is another than the one that made the tokens.
+    """
+    encoder, remedy = dataset.manifest["encoder"], "type --head_model with its folder or hub id"
+    revision, recorded = encoder.get("revision"), dataset.manifest.get("encoder_folder")
+    if name is None and not revision:
+        if not recorded:
+            raise UserError(
+                f"{dataset.cache_dir} does not say where the checkpoint of its encoder "
+                f"{encoder['id']} lies: {remedy}"
+            )
+        if not Path(recorded).is_dir():
+            raise UserError(
+                f"{dataset.cache_dir} was made with {recorded}, which is not there: {remedy}"
+            )
+    name = name or (encoder["id"] if revision else recorded)
+    folder = whole_checkpoint_folder(name, revision if name == encoder["id"] else None)
+    width, weights = tower_of_checkpoint(folder)
+    if width != dataset.feature_dim:
+        raise UserError(
+            f"{name} reads tokens of {width} features, {dataset.cache_dir} holds tokens of "
+            f"{dataset.feature_dim}: name the checkpoint that the cache was made with"
+        )
+    # nothing is known of the encoder of imported features
+    if (made_with := encoder.get("weights_sha256")) and made_with != weights:
+        raise UserError(
+            f"{name} has another vision tower (sha256 {weights[:12]}) than the one that made the "
+            f"tokens of {dataset.cache_dir} ({made_with[:12]}): name the checkpoint that the cache "
+            "was made with"
+        )
+    return folder
 
 
 def _read(kind: type, folder: Path, **options):

@@ -14,8 +14,11 @@ Legend: b images, T tokens, D features, r rank. The files read here are made by
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import UserError
-from common.files import save_tensors, sha256_file
+from common.files import check_keys, save_tensors, sha256_file
 from qwenvl_dataloader import Batch, RealQwenVLDataset, denormalise
 from svd_baseline import Factors, gram_eigh
 
@@ -34,8 +37,14 @@ if TYPE_CHECKING:
     from model import LowRankFactorModel
     from task.heads import TaskHead
 
-FORMAT = "1"
-NEEDED = ("format", "head", "head_sha256", "cache", "shrinkage", "images", "probes")
+FORMAT = "2"
+OLDER_FORMAT = "1"  # the same without a hash of the content
+CONTENT_HASH = "content_sha256"
+ASYMMETRY = 1e-5  # of the largest entry: sums of float32 products differ by their order
+INFO = {  # what a metric's file says at least
+    **{"head": str, "head_sha256": str, "cache": dict, "shrinkage": (int, float)},
+    **{"scale": (int, float), "images": int, "probes": int},
+}
 
 
 class TaskMetric:
@@ -82,12 +91,17 @@ class TaskMetric:
 def probe_gradients(head: TaskHead, batch: Batch, probe: int, seed: int) -> Tensor:
     """g = ∂⟨v, y⟩/∂X / ‖y‖ [b, T, D] float32 for a Gaussian v an image: E g gᵀ = JᵀJ / ‖y‖².
 
-    y the head's output of the raw tokens, J its derivative by the normalised X. v depends on the
-    image's row, the number of the probe and the seed alone. One forward and one backward pass.
+    y the head's output of the raw tokens, as its error compares it, J its derivative by the
+    normalised X. v depends on the image's row and own output's shape, the number of the probe and
+    the seed alone, and is 0 where a batch pads the output. One forward and one backward pass.
     """
     x = batch.x.clone().requires_grad_()
-    y = head.outputs(denormalise(x, batch.mean, batch.std), batch.rows)
-    v = torch.stack([_gaussian(y.shape[1:], (seed, row, probe)) for row in batch.rows.tolist()])
+    y = head.compared(head.outputs(denormalise(x, batch.mean, batch.std), batch.rows))
+    v = torch.zeros(y.shape)
+    shapes = head.own_shapes(y, batch.rows)
+    for padded, row, shape in zip(v, batch.rows.tolist(), shapes, strict=True):
+        own = tuple(slice(size) for size in shape)
+        padded[own] = _gaussian(shape, (seed, row, probe))
     norm = y.detach().flatten(1).norm(dim=-1).clamp_min(torch.finfo(y.dtype).tiny)
     (gradient,) = torch.autograd.grad(((y * v.to(y)).flatten(1).sum(-1) / norm).sum(), x)
     return gradient
@@ -98,24 +112,43 @@ def _gaussian(shape: torch.Size, key: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+@dataclass
+class MomentSum:
+    """Σ g_t g_tᵀ [D, D] float64 over the tokens of `images` images so far, `tokens` g in all.
+
+    Streaming: memory is that of one batch and of M.
+    """
+
+    total: Tensor | float = 0.0
+    images: int = 0
+    tokens: int = 0
+
+    def add(self, head: TaskHead, batch: Batch, probes: int, seed: int) -> None:
+        for probe in range(probes):
+            g = probe_gradients(head, batch, probe, seed).flatten(0, 1)
+            product = (g.mT @ g).double()
+            self.total = product + torch.as_tensor(self.total).to(product)
+            self.tokens += len(g)
+        self.images += len(batch.x)
+
+    def mean(self, head: TaskHead) -> Tensor:
+        """[D, D] float64. Raises UserError where it is not finite."""
+        moment = self.total / self.tokens
+        if not moment.isfinite().all():
+            raise UserError(
+                f"the gradients of --head {head.name} are not finite: look at the cache"
+            )
+        return moment
+
+
 def second_moment(
     head: TaskHead, batches: Iterable[Batch], probes: int, seed: int
 ) -> tuple[Tensor, int]:
-    """Mean over images, probes and tokens of g_t g_tᵀ, [D, D] float64, and the number of images.
-
-    Streaming: memory is that of one batch and of M. Raises UserError where it is not finite.
-    """
-    total, images, tokens = 0.0, 0, 0
+    """Mean over images, probes and tokens of g_t g_tᵀ, [D, D] float64, and the number of images."""
+    found = MomentSum()
     for batch in batches:
-        for probe in range(probes):
-            g = probe_gradients(head, batch, probe, seed).flatten(0, 1)
-            total = total + (g.mT @ g).double()
-            tokens += len(g)
-        images += len(batch.x)
-    moment = total / tokens
-    if not moment.isfinite().all():
-        raise UserError(f"the gradients of --head {head.name} are not finite: look at the cache")
-    return moment, images
+        found.add(head, batch, probes, seed)
+    return found.mean(head), found.images
 
 
 def shrunk(moment: Tensor, amount: float) -> Tensor:
@@ -214,37 +247,74 @@ def cache_hashes(dataset: RealQwenVLDataset) -> dict[str, str]:
     return {"manifest_sha256": manifest, "split": dataset.split.hash}
 
 
+def content_sha256(matrix: Tensor, info: dict[str, str]) -> str:
+    """Of M's bytes and of everything that its file says of it, but for the hash itself."""
+    digest = hashlib.sha256(matrix.contiguous().numpy().tobytes())
+    said = {key: value for key, value in info.items() if key != CONTENT_HASH}
+    digest.update(json.dumps(said, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
 def save_metric(path: Path, metric: TaskMetric) -> None:
-    """Write M and what it was made from, atomically."""
+    """Write M and what it was made from, with a hash of both, atomically."""
+    matrix = metric.matrix.cpu().contiguous()
     info = {"format": FORMAT} | {k: json.dumps(v) for k, v in metric.info.items()}
-    save_tensors(path, {"metric": metric.matrix.cpu().contiguous()}, info)
+    info[CONTENT_HASH] = content_sha256(matrix, info)
+    save_tensors(path, {"metric": matrix}, info)
 
 
 def load_metric(path: str | Path, dataset: RealQwenVLDataset) -> TaskMetric:
-    """The metric at `path`. Raises UserError where it is missing, damaged, or of another cache."""
-    path = Path(path)
+    """The metric at `path`. Raises UserError where it is missing, damaged, or of another cache.
+
+    Everything is looked at here: content hash (which files of an older version lack), what the
+    file says, M's shape, symmetry and positive definiteness.
+    """
+    path, what = Path(path), f"--metric {path}"
     remedy = "make it with experiments.estimate_metric"
     if not path.is_file():
-        raise UserError(f"--metric {path} does not exist: {remedy}")
+        raise UserError(f"{what} does not exist: {remedy}")
     try:
         with safe_open(path, framework="pt") as file:
             stored = file.metadata() or {}
             matrix = file.get_tensor("metric")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"--metric {path} is damaged ({error}): {remedy}") from None
-    if missing := [key for key in NEEDED if key not in stored]:
-        raise UserError(f"--metric {path} lacks {', '.join(missing)}: {remedy}")
-    info = {k: json.loads(v) for k, v in stored.items() if k != "format"}
+        raise UserError(f"{what} is damaged ({error}): {remedy}") from None
+    info = _read_info(what, stored, matrix, remedy)
     for key, value in cache_hashes(dataset).items():
-        if info["cache"][key] != value:
+        if info["cache"].get(key) != value:
             raise UserError(
-                f"--metric {path} was made from another cache than {dataset.cache_dir} ({key} "
+                f"{what} was made from another cache than {dataset.cache_dir} ({key} "
                 f"differs): {remedy} --cache_dir {dataset.cache_dir}"
             )
-    d = dataset.feature_dim
-    if stored["format"] != FORMAT or matrix.shape != (d, d) or not matrix.isfinite().all():
-        raise UserError(f"--metric {path} does not hold a finite {d} × {d} matrix: {remedy}")
+    _check_matrix(what, matrix, dataset.feature_dim, remedy)
     return TaskMetric(matrix, info, sha256_file(path))
+
+
+def _read_info(what: str, stored: dict[str, str], matrix: Tensor, remedy: str) -> dict:
+    """What the file's header says of M, checked; `what` names the file."""
+    if stored.get("format") not in (FORMAT, OLDER_FORMAT):
+        raise UserError(f"{what} is no metric of format {FORMAT}: {remedy}")
+    has_hash = CONTENT_HASH in stored or stored["format"] == FORMAT
+    if has_hash and stored.get(CONTENT_HASH) != content_sha256(matrix, stored):
+        raise UserError(f"{what} is damaged (its content hash is another): {remedy}")
+    try:
+        info = {k: json.loads(v) for k, v in stored.items() if k not in ("format", CONTENT_HASH)}
+    except ValueError as error:
+        raise UserError(f"{what} is damaged ({error}): {remedy}") from None
+    check_keys(what, info, INFO, remedy)
+    if not (math.isfinite(info["scale"]) and info["scale"] >= 0):
+        raise UserError(f"{what} is damaged (scale is {info['scale']}): {remedy}")
+    return info
+
+
+def _check_matrix(what: str, matrix: Tensor, d: int, remedy: str) -> None:
+    """Refuse what is not a symmetric positive definite float64 [D, D]."""
+    if matrix.dtype != torch.float64 or matrix.shape != (d, d) or not matrix.isfinite().all():
+        raise UserError(f"{what} does not hold a finite {d} × {d} matrix of float64: {remedy}")
+    if (matrix - matrix.mT).abs().max() > ASYMMETRY * matrix.abs().max():
+        raise UserError(f"{what} is damaged (its matrix is not symmetric): {remedy}")
+    if torch.linalg.cholesky_ex(matrix).info != 0:
+        raise UserError(f"{what} is damaged (its matrix is not positive definite): {remedy}")
 
 
 def check_head(metric: TaskMetric, head: TaskHead) -> None:

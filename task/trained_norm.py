@@ -11,7 +11,7 @@ Legend: b images, T tokens, D features, r rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -155,6 +155,26 @@ class TaskFactorModel(nn.Module):
         return projector @ (w * x) / w
 
 
+def in_own_norm(
+    model: LowRankFactorModel | TaskFactorModel, batches: Iterable[Batch]
+) -> tuple[LowRankFactorModel, Iterator[Batch]]:
+    """What factors, and what it is given, in the norm that the model trains in.
+
+    Of a model of a learned norm: its core and Z with Z's singular values. What the core leaves of Z
+    is what A·B leaves of X, in that norm: w (X − A B) S. Any other model and its batches are given
+    back as they are.
+    """
+    if model.norm is None:
+        return model, iter(batches)
+
+    def mapped() -> Iterator[Batch]:
+        for batch in batches:
+            z = model.weighting(batch.x)[0]
+            yield batch._replace(x=z, singular_values=exact_singular_values(z.nan_to_num()))
+
+    return model.core, mapped()
+
+
 def task_loss(model: TaskFactorModel, head: TaskHead, batch: Batch, step: int) -> Tensor:
     """Mean over images of ½ log(head.loss), a scalar: for relative errors, their mean logarithm.
 
@@ -166,25 +186,40 @@ def task_loss(model: TaskFactorModel, head: TaskHead, batch: Batch, step: int) -
     with torch.no_grad():
         full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
     loss = head.loss(head.outputs(denormalise(x_hat, batch.mean, batch.std), batch.rows), full)
-    return loss.clamp_min(torch.finfo(loss.dtype).eps ** 2).log().mean() / 2
+    return _log_loss(loss).mean() / 2
+
+
+def _log_loss(loss: Tensor) -> Tensor:
+    return loss.clamp_min(torch.finfo(loss.dtype).eps ** 2).log()
 
 
 @torch.inference_mode()
-def task_error(model: TaskFactorModel, head: TaskHead, batches: Iterable[Batch]) -> float:
-    """Geometric mean over the trained ranks of the mean task error of A·B on `batches`.
+def task_record(
+    model: TaskFactorModel, head: TaskHead, batches: Iterable[Batch]
+) -> dict[str, float]:
+    """What the head makes of A·B on `batches` at the trained ranks, for a history entry.
 
-    Each process has its part of the images; the result is of all of them, in all.
+    val_task_error: geometric mean over ranks of the mean task error. val_task_loss: geometric mean
+    over ranks and images of the head's loss, exp(2 · task_loss): what is trained. Each process has
+    its part of the images; the result is of all of them, in all.
     """
-    errors: dict[int, list[Tensor]] = {rank: [] for rank in trained_ranks(model)}
+    ranks = trained_ranks(model)
+    parts: dict[str, list[Tensor]] = {}
     for batch in batches:
         full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
-        for rank, found in errors.items():
+        for rank in ranks:
             a, b = model(batch.x, rank)
             outputs = head.outputs(denormalise(a @ b, batch.mean, batch.std), batch.rows)
-            found.append(head.error(outputs, full).cpu())
-    own = {str(rank): torch.cat(found) for rank, found in errors.items() if found}
-    means = torch.stack([found.mean() for found in processes.gather_columns(own).values()])
-    return float(means.log().mean().exp())
+            parts.setdefault(f"error {rank}", []).append(head.error(outputs, full).cpu())
+            found = _log_loss(head.loss(outputs, full)).double().cpu()
+            parts.setdefault(f"log loss {rank}", []).append(found)
+    columns = processes.gather_columns({name: torch.cat(found) for name, found in parts.items()})
+    errors = torch.stack([columns[f"error {rank}"].mean() for rank in ranks])
+    losses = torch.stack([columns[f"log loss {rank}"].mean() for rank in ranks])
+    return {
+        "val_task_error": float(errors.log().mean().exp()),
+        "val_task_loss": float(losses.mean().exp()),
+    }
 
 
 def trained_ranks(model: TaskFactorModel) -> list[int]:

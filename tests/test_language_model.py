@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import QWEN_PREPROCESSOR
+from safetensors.torch import load_file, save_file
 from test_encoders import photograph
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -21,9 +24,10 @@ import extract_features
 from common import cli
 from common.errors import UserError
 from features import encoders
-from qwenvl_dataloader import RealQwenVLDataset
+from qwenvl_dataloader import BatchLoader, RealQwenVLDataset
 from task import language_model
 from task.load_head import load_head
+from task.metric import probe_gradients
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +147,29 @@ def test_kl_and_agreement_of_the_answer_ignore_the_padding_of_shorter_answers(
     assert qwen_head.agreement(full, full).tolist() == [1, 1, 1]
 
 
+def test_a_constant_added_to_all_logits_is_no_error(qwen_head, qwen_cache):
+    rows = torch.tensor([0, 1, 2])
+    full = qwen_head.outputs(RealQwenVLDataset(qwen_cache)[[0, 1, 2]].float(), rows)
+    assert qwen_head.error(full + 30, full).max() < 1e-5
+    assert qwen_head.loss(full + 30, full).abs().max() < 1e-4
+    # what is not the same for all counts as before
+    centred = full - full.mean(-1, keepdim=True)
+    assert qwen_head.error(full + 0.25 * centred, full).tolist() == pytest.approx([0.25] * 3)
+
+
+def test_a_probe_does_not_depend_on_the_longest_answer_of_its_batch(qwen_head, qwen_cache):
+    dataset = RealQwenVLDataset(qwen_cache)
+    lengths = {}
+    for row in range(len(dataset)):
+        lengths.setdefault(len(qwen_head._wanted(row)), row)
+    short, long = lengths[min(lengths)], lengths[max(lengths)]
+    assert min(lengths) < max(lengths)
+    loaders = (BatchLoader(dataset, torch.tensor(rows), 2, torch.device("cpu"))
+               for rows in ([short], [short, long]))  # fmt: skip
+    alone, beside = (probe_gradients(qwen_head, next(iter(loader)), 0, 1) for loader in loaders)
+    assert torch.allclose(alone[0], beside[0], rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
+
+
 def test_gradients_reach_the_tokens_through_the_frozen_language_model(qwen_head, qwen_cache):
     tokens = RealQwenVLDataset(qwen_cache)[[0]].float().requires_grad_()
     rows = torch.tensor([0])
@@ -157,6 +184,48 @@ def test_the_language_model_refuses_tokens_of_another_width(small_qwen, tiny_cac
     dataset = RealQwenVLDataset(tiny_cache)
     with pytest.raises(UserError, match="reads tokens of 64 features.*tokens of 1536"):
         load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
+
+
+def test_a_cache_made_from_a_folder_finds_its_language_model_again(
+    small_qwen, qwen_cache, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    dataset = RealQwenVLDataset(qwen_cache)
+    found = load_head("qwen-answer", dataset, device="cpu")
+    assert found.sha256 == encoders.checkpoint_weights_sha256(small_qwen)
+    del dataset.manifest["encoder_folder"]  # a cache of an older version
+    with pytest.raises(UserError, match="does not say where.*small-qwen.*--head_model"):
+        load_head("qwen-answer", dataset, device="cpu")
+    dataset.manifest["encoder_folder"] = str(tmp_path / "moved")
+    with pytest.raises(UserError, match="moved, which is not there: type --head_model"):
+        load_head("qwen-answer", dataset, device="cpu")
+
+
+def test_a_language_model_beside_another_vision_tower_is_refused(small_qwen, qwen_cache, tmp_path):
+    other = Path(shutil.copytree(small_qwen, tmp_path / "other"))
+    path = other / encoders.SINGLE_SHARD
+    tensors = load_file(path)
+    next(t for key, t in tensors.items() if "visual." in key).view(-1)[0] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="other has another vision tower .*name the checkpoint"):
+        load_head("qwen-answer", RealQwenVLDataset(qwen_cache), device="cpu", model=str(other))
+
+
+def test_a_hubs_language_model_is_that_of_the_recorded_revision(
+    small_qwen, qwen_cache, monkeypatch
+):
+    asked = []
+
+    def download(name, revision=None, **_):
+        asked.append((name, revision))
+        return str(small_qwen)
+
+    monkeypatch.setattr(encoders, "snapshot_download", download)
+    dataset = RealQwenVLDataset(qwen_cache)
+    dataset.manifest["encoder"] |= {"id": "Qwen/some", "revision": "aaa111"}
+    load_head("qwen-answer", dataset, device="cpu")
+    load_head("qwen-answer", dataset, device="cpu", model="Qwen/some")
+    assert asked == [("Qwen/some", "aaa111")] * 2
 
 
 def test_a_checkpoint_without_its_language_model_is_refused_in_one_line(qwen_cache, tmp_path):
@@ -207,24 +276,27 @@ def test_a_generated_box_is_held_against_the_rows_own_in_the_square_that_the_tow
     assert scores.tolist() == [pytest.approx(1), 0] and "bbox" in asked[0]
 
 
-def test_every_step_runs_end_to_end_on_qwens_own_head(small_qwen, qwen_cache, script, tmp_path):
-    options = ["--cache_dir", qwen_cache, "--head", "qwen-answer", "--head_model", small_qwen]
+def test_every_step_runs_end_to_end_on_qwens_own_head(qwen_cache, script, tmp_path):
+    options = ["--cache_dir", qwen_cache, "--head", "qwen-answer"]  # the checkpoint: the cache's
     path = tmp_path / "qwen.safetensors"
     done = script("experiments.estimate_metric", *options, "--probes", 1, "--out", path)
     assert done.returncode == 0, done.stderr
     files = ["--results_dir", tmp_path / "task", "--log_dir", tmp_path / "log"]
     done = script("train_real_data.py", "--cache_dir", qwen_cache, "--task_head", "qwen-answer",
-                  "--head_model", small_qwen, "--metric", path, "--rank", 4, "--epochs", 1,
+                  "--metric", path, "--rank", 4, "--epochs", 1,
                   *files)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "val_task_error" in done.stdout
+    history = json.loads((tmp_path / "task" / "ResMLP" / "history.json").read_text())
+    assert history[-1]["val_task_loss"] > 0
     done = script(
         "experiments.evaluate_task", *options, "--metric", path, "--ranks", 2, 4, "--head_steps", 1,
         "--answers", "--boxes", "--task_results_dir", tmp_path / "task", "--results_dir", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())
-    assert results["head"] == "qwen-answer"
+    assert results["head"] == "qwen-answer" and "KL divergence" in results["loss_name"]
+    assert f"{results['loss_name']}, mean over test images" in done.stdout
     for method, rank in (("svd_in_metric", "2"), ("network_task_refined", "4")):
         found = results["methods"][method][rank]
         assert 0 <= found["vqa_accuracy"]["mean"] <= 1 and found["task_loss"]["mean"] >= 0

@@ -8,6 +8,8 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import train_real_data
 from common import cli
@@ -24,6 +26,7 @@ from task.load_head import load_head
 from task.refinement import refine_factors
 from task.trained_norm import TaskFactorModel, leading_projector
 from training.checkpoint import load_model
+from training.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +183,146 @@ def test_a_missing_or_damaged_metric_is_refused(content, dataset, tmp_path):
         task_metric.load_metric(path, dataset)
 
 
+def stored(path):
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("metric"), file.metadata()
+
+
+def flip(tensor):
+    tensor.view(torch.uint8).flatten()[12345] ^= 1
+
+
+NOT_SYMMETRIC = torch.eye(1536, dtype=torch.float64)
+NOT_SYMMETRIC[0, 5] = 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m, info: flip(m), "content hash is another"),
+        (lambda m, info: info.update(scale="2.0"), "content hash is another"),
+        (lambda m, info: info.pop("content_sha256"), "content hash is another"),
+        (lambda m, info: info.update(format="1", content_sha256="0"), "content hash is another"),
+        (lambda m, info: info.update(format="3"), "no metric of format 2"),
+    ],
+)
+def test_a_metric_that_was_changed_is_found_by_its_hash(
+    change, message, metric_file, dataset, tmp_path
+):
+    matrix, info = stored(metric_file)
+    change(matrix, info)
+    save_file({"metric": matrix}, tmp_path / "m.safetensors", info)
+    with pytest.raises(UserError, match=message):
+        task_metric.load_metric(tmp_path / "m.safetensors", dataset)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "said", "message"),
+    [
+        (NOT_SYMMETRIC, {}, "not symmetric"),
+        (-torch.eye(1536, dtype=torch.float64), {}, "not positive definite"),
+        (torch.zeros(1536, 1536, dtype=torch.float64), {}, "not positive definite"),
+        (torch.eye(1536), {}, "matrix of float64"),
+        (torch.eye(1535, dtype=torch.float64), {}, "1536 × 1536"),
+        (torch.full((1536, 1536), torch.nan, dtype=torch.float64), {}, "does not hold a finite"),
+        (None, {"scale": None}, "lacks scale"),
+        (None, {"scale": "NaN"}, "scale is nan"),
+        (None, {"cache": "[]"}, "cache is"),
+        (None, {"cache": "{}"}, "another cache"),
+        (None, {"images": "{"}, "is damaged"),
+        (None, {}, None),
+    ],
+)
+def test_a_metric_of_an_older_version_is_read_after_every_other_check(
+    matrix, said, message, metric_file, metric, dataset, tmp_path
+):
+    own, info = stored(metric_file)
+    info.pop("content_sha256")
+    info = {k: v for k, v in (info | {"format": "1"} | said).items() if v is not None}
+    path = tmp_path / "m.safetensors"
+    save_file({"metric": own if matrix is None else matrix}, path, info)
+    if message:
+        with pytest.raises(UserError, match=message) as refused:
+            task_metric.load_metric(path, dataset)
+        assert "make it with experiments.estimate_metric" in str(refused.value)
+    else:
+        assert torch.equal(task_metric.load_metric(path, dataset).matrix, metric.matrix)
+
+
 def test_the_metric_does_not_depend_on_how_images_are_batched(saliency, dataset):
 
     loaders = [create_data_loaders_real(dataset, size).val for size in (2, 3)]
     moments = [task_metric.second_moment(saliency, loader, 1, seed=3)[0] for loader in loaders]
     assert (moments[0] - moments[1]).norm() < 1e-5 * moments[0].norm()
+
+
+class CutOff(Exception):
+    """What ends a script in the middle of its work."""
+
+
+def test_an_estimate_that_was_cut_off_goes_on_and_ends_in_the_same_bits(
+    metric_file, tiny_cache, script, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(estimate_metric, "SAVE_EVERY", 0)
+    out, partial = tmp_path / "m.safetensors", tmp_path / "m.safetensors.partial"
+    flags = ["--cache_dir", tiny_cache, "--probes", 2, "--out", out]
+    done_before, seen = task_metric.MomentSum.add, []
+
+    def add(total, head, batch, *rest):
+        if total.images and len(seen) == 1:
+            raise CutOff
+        seen.append(total.images)
+        done_before(total, head, batch, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(task_metric.MomentSum, "add", add)
+        with pytest.raises(CutOff):
+            script("experiments.estimate_metric", *flags)
+    assert partial.exists() and not out.exists()
+    other = script("experiments.estimate_metric", *flags, "--seed", 1)
+    assert other.returncode == 2 and "was begun with seed = 42, now it is 1" in other.stderr
+
+    with monkeypatch.context() as patch:  # cut off again, after the first shrinkage was judged
+        patch.setattr(estimate_metric, "validation_errors", judged := Judged(2))
+        with pytest.raises(CutOff):
+            script("experiments.estimate_metric", *flags)
+    assert judged.labels == ["shrinkage 0.001", "shrinkage 0.01"]
+    with monkeypatch.context() as patch:
+        patch.setattr(estimate_metric, "validation_errors", judged := Judged(9))
+        done = script("experiments.estimate_metric", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "going on after" in done.stdout and judged.labels[0] == "shrinkage 0.01"
+    assert out.read_bytes() == metric_file.read_bytes() and not partial.exists()
+
+
+class Judged:
+    """`validation_errors` that notes what it judges, and is cut off at the last of `at_most`."""
+
+    def __init__(self, at_most):
+        self.labels, self.at_most, self.judge = [], at_most, estimate_metric.validation_errors
+
+    def __call__(self, head, loader, metric, label):
+        self.labels.append(label)
+        if len(self.labels) == self.at_most:
+            raise CutOff
+        return self.judge(head, loader, metric, label)
+
+
+def test_a_damaged_partial_estimate_is_refused_in_words(tiny_cache, script, tmp_path):
+    partial = tmp_path / "m.safetensors.partial"
+    partial.write_bytes(b"garbage")
+    flags = ["--cache_dir", tiny_cache, "--out", tmp_path / "m.safetensors"]
+    done = script("experiments.estimate_metric", *flags)
+    assert done.returncode == 2 and f"remove {partial} to begin anew" in done.stderr
+
+
+def test_an_estimate_of_few_images_uses_that_many(tiny_cache, dataset, script, tmp_path):
+    out = tmp_path / "m.safetensors"
+    done = script("experiments.estimate_metric", "--cache_dir", tiny_cache, "--probes", 1,
+                  "--images", 3, "--out", out)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "1 probes of 3 training images" in done.stdout
+    assert task_metric.load_metric(out, dataset).info["images"] == 3
 
 
 # -------------------------------------------------------------------------- refinement by the head
@@ -582,6 +720,36 @@ def test_a_network_of_one_metric_is_refused_in_another(
                  "experiments.evaluate_task"):  # fmt: skip
         done = script(name, *where)
         assert done.returncode == 2 and "trained in another metric" in done.stderr, name
+
+
+def test_a_run_in_a_metric_validates_in_it(metric_trained, metric, dataset):
+    history = json.loads((metric_trained / "ResMLP" / "history.json").read_text())
+    path = metric_trained / "ResMLP" / "best_model.pt"
+    model, state = load_model(path, torch.device("cpu"), dataset)
+    entry = history[state["progress"]["best_epoch"]]
+    losses, optima = [], []
+    with torch.no_grad():
+        for batch in create_data_loaders_real(dataset, 4).val:
+            a, b = model(batch.x)
+            for x, x_hat in zip(batch.x, a @ b, strict=True):
+                left = ((x - x_hat) @ metric.root).double()
+                losses.append(left.square().mean())
+                sigma = torch.linalg.svdvals((x @ metric.root).double())
+                optima.append(sigma[4:].square().sum() / left.numel())
+    assert entry["val_mse"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-3)
+    assert entry["val_optimum_mse"] == pytest.approx(float(torch.stack(optima).mean()), rel=1e-3)
+    assert state["progress"]["best"] == entry["val_mse"] - entry["val_optimum_mse"]
+    # in the norm that it is trained in it is near the optimum, in the Frobenius norm it is not
+    assert entry["val_excess_pct"] < 5 < entry["val_frobenius_excess_pct"]
+
+
+def test_the_best_epoch_of_a_head_is_the_one_with_the_least_of_what_is_trained():
+    entries = [{"val_task_error": 0.5, "val_task_loss": 2.0},
+               {"val_task_error": 0.6, "val_task_loss": 1.0}]  # fmt: skip
+    run = TrainState(None, None, None, None, None, {}, 1, head=object(), history=entries)
+    assert min(entries, key=run.distance) is entries[1]
+    del entries[0]["val_task_loss"]  # a run of an older version goes on by what it was begun with
+    assert min(entries, key=run.distance) is entries[0]
 
 
 def test_training_for_a_head_without_a_metric_starts_at_the_plain_svd(

@@ -12,6 +12,7 @@ from common import cli
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import evaluate, optimum
 from training.checkpoint import load_checkpoint, load_model
+from training.state import TrainState
 
 SMALL = ["--rank", "4", "--hidden_dim", "16", "--batch_size", "8", "--lr", "1e-3"]
 ALLOCATOR = ["--use_rank_allocator", "--allocator_init_warmup", "4", "--allocator_final_warmup",
@@ -136,7 +137,32 @@ def test_resume_from_the_best_model_adds_epochs_and_a_typed_learning_rate_wins(
     assert [record["epoch"] for record in history] == list(range(best + 4))
     assert history[-1]["lr"] == 5e-4
     assert "lr 5.000e-04" in capsys.readouterr().out
-    assert not list(folder.glob("previous-*"))
+
+
+def test_a_run_resumed_from_an_early_best_epoch_keeps_a_copy_of_the_later_ones(
+    tiny_cache, tmp_path, capsys, monkeypatch
+):
+    with monkeypatch.context() as patch:  # every epoch is worse than the one before
+        patch.setattr(TrainState, "distance", lambda run, record: record["epoch"])
+        train(tmp_path, tiny_cache, "--epochs", "2")
+    folder = tmp_path / "results" / "ResMLP"
+    before = {n: (folder / n).read_bytes() for n in ("history.json", "last_model.pt")}
+    assert load_checkpoint(folder / "best_model.pt")["progress"]["best_epoch"] == 0
+    train(tmp_path, tiny_cache, "--resume", "--epochs", "1")
+    (copy,) = folder.glob("previous-*")
+    assert {n: (copy / n).read_bytes() for n in before} == before
+    assert f"the history after epoch 0 is kept in {copy}" in capsys.readouterr().out
+    assert len(json.loads((folder / "history.json").read_text())) == 2
+
+
+def test_a_patience_typed_with_resume_is_the_schedulers_too(tiny_cache, tmp_path):
+    train(tmp_path, tiny_cache, "--epochs", "1", "--patience", "4")
+    path = tmp_path / "results" / "ResMLP" / "last_model.pt"
+    assert load_checkpoint(path)["scheduler"]["patience"] == 1
+    train(tmp_path, tiny_cache, "--resume", "--epochs", "1", "--patience", "20")
+    assert load_checkpoint(path)["scheduler"]["patience"] == 9
+    train(tmp_path, tiny_cache, "--resume", "--epochs", "1")
+    assert load_checkpoint(path)["scheduler"]["patience"] == 9
 
 
 def test_a_finished_run_is_not_resumed_and_a_contradicting_flag_is_named(tiny_cache, tmp_path):

@@ -93,13 +93,17 @@ def epoch_line(record: dict, run: TrainState) -> str:
     """One line of a history entry."""
     best = f"best epoch {run.best_epoch}" if math.isfinite(run.best) else "rank not final"
     if run.head:
-        best = f"val_task_error {record['val_task_error']:.5f}  {best}"
+        best = f"{task_words(record)}  {best}"
     return (
         f"epoch {record['epoch']:4d}  loss {record['train_loss']:.6f}  "
         f"val_mse {record['val_mse']:.6e}  optimum {record['val_optimum_mse']:.6e}  "
         f"excess {percent_text(record['val_excess_pct'])}  rank {record['effective_rank']}  "
         f"lr {record['lr']:.2e}  {record['samples_per_s']:.1f} images/s  {best}"
     )
+
+
+def task_words(record: dict) -> str:
+    return f"val_task_error {record['val_task_error']:.5f} loss {record['val_task_loss']:.3e}"
 
 
 def report(run: TrainState, results: dict, folder: Path, log: RunLog, seconds: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,6 +69,7 @@ class TrainState:
     start: dict | None = None  # checkpoint of the untrained model, not yet written
     images: dict = field(default_factory=dict)  # hashes and groups that the run has seen
     note: str = ""  # what --resume changed, for the log
+    cuts_history: bool = False  # the folder's history has later epochs, which the next save ends
 
     progress_names = ("last_epoch", "epoch", "batches_done", "step", "best", "best_epoch",
                       "bad_epochs", "finished", "sums", "history")  # fmt: skip
@@ -91,9 +93,13 @@ class TrainState:
         }
 
     def distance(self, record: dict) -> float:
-        """What decides which epoch is the best, of a history entry: the smaller, the better."""
+        """What decides which epoch is the best, of a history entry: the smaller, the better.
+
+        With a head what its loss measures. A run of an older version noted the error alone.
+        """
         if self.head:
-            return record["val_task_error"]
+            older = any("val_task_loss" not in entry for entry in self.history)
+            return record["val_task_error" if older else "val_task_loss"]
         return record["val_mse"] - record["val_optimum_mse"]
 
     def keep_start(self) -> None:
@@ -163,7 +169,7 @@ def build_run(
     # fused: one kernel a step, and it skips a step by a flag on the device (see train_step)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=0.5, patience=max(1, args.patience // 2 - 1)
+        optimizer, factor=0.5, patience=plateau_patience(args.patience)
     )
     allocator = None
     if args.use_rank_allocator:
@@ -176,6 +182,11 @@ def build_run(
     identity, images = cache_identity(dataset), seen_images(dataset)
     return TrainState(args, model, optimizer, scheduler, allocator, identity, args.epochs,
                       sums=sums, head=head, images=images)  # fmt: skip
+
+
+def plateau_patience(patience: int) -> int:
+    """Epochs without progress before the rate is halved, where `patience` of them end the run."""
+    return max(1, patience // 2 - 1)
 
 
 def in_learned_norm(
@@ -251,6 +262,9 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
     else:
         run.last_epoch = run.epoch - 1 + epochs
         run.bad_epochs, run.finished = 0, False
+        run.cuts_history = _differs(folder / "history.json", run.history)
+    if "patience" in args.typed:
+        run.scheduler.patience = plateau_patience(args.patience)
     if typed_lr is not None:
         for group, factor in zip(run.optimizer.param_groups, (1, 1, SHIFT_LR_FACTOR), strict=True):
             group["lr"] = typed_lr * factor
@@ -316,6 +330,16 @@ def own_batch_size(state: dict, path: Path) -> int:
             f"share evenly: start one of {counts} processes"
         )
     return images // world
+
+
+def _differs(path: Path, history: list[dict]) -> bool:
+    """Whether history.json holds something else than `history`; damaged, it does too."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) != history
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
 
 
 def _epochs_of(results: Path) -> int | None:
