@@ -92,9 +92,10 @@ def main(args: argparse.Namespace) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     save_metric(path, TaskMetric(shrunk(moment, best), info))
+    again = cli.flags_again(args, "head_model", "cache_dir", "device")
     print(
         f"wrote {path}; next: "
-        f"python -m experiments.evaluate_task --head {head.name} --metric {path}"
+        f"python -m experiments.evaluate_task --head {head.name} --metric {path}{again}"
     )
 
 

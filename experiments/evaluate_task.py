@@ -120,7 +120,7 @@ def main(args: argparse.Namespace) -> None:
     ):
         if getattr(args, flag):
             if not hasattr(head, score):
-                raise UserError(f"--{flag}: --head {head.name} generates none, leave it away")
+                raise UserError(f"--{flag}: --head {head.name} generates none, omit it")
             scores[name] = getattr(head, score)
     loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
     footer = f"{dataset.label}; head {head.name}, {loaders.test.num_images} test images"

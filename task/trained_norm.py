@@ -107,7 +107,7 @@ class TaskFactorModel(nn.Module):
     def __init__(self, core: LowRankFactorModel, task: dict[str, str]) -> None:
         super().__init__()
         if core.factors != "projected":
-            raise UserError("--metric needs --factors projected: leave --factors direct away")
+            raise UserError("--metric needs --factors projected: omit --factors direct")
         self.core, self.task = core, task
         self.weighting = TaskWeighting(core.input_dim)
 
