@@ -18,9 +18,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from coding.factor_files import restore, store
 from coding.rank_budget import (
     against_fixed_rank,
     error_curve,
+    first_rank_as_stored,
     first_rank_within,
     nested_factors,
     optimum_curve,
@@ -50,6 +52,7 @@ from task.boxes import PARTS, box_report, part_errors, tokens_in_boxes
 from task.metric import load_metric, metric_svd, network_in_metric
 from training.checkpoint import Trained, evaluated_rank, open_trained, unseen_test
 
+STORED_AS = "bf16"  # factorize.py's default: its ranks for a target are those that are reported
 Method = Callable[[Tensor, int], Factors]
 
 
@@ -157,7 +160,7 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
         folder / "rank_sweep.png", results["ranks"], dataset.num_tokens, dataset.feature_dim, footer
     )
     print(f"wrote {folder}/{written}: look at svd_nn_comparison.png")
-    again = cli.flags_again(args, "rank", "metric", "results_dir", "cache_dir")
+    again = cli.flags_again(args, "rank", "metric", "results_dir", "cache_dir", "device")
     excess = per_image[rank]["network"]["excess_pct"].nan_to_num(nan=-1.0)
     worst = int(loaders.test.sampler.rows[excess.argmax()])
     print("next, the test image with the largest excess: python visualize_svd_nn.py "
@@ -226,11 +229,14 @@ def rank_per_image(
     """Ranks up to `rank` for each test image, as --target_error or --mean_rank asks.
 
     Returns: the JSON's entry, and for the figure method → arrays of `against_fixed_rank`. A target
-    is met by the measured error of each method; a budget is split by σ of X, alike for both.
+    is met by the measured error of each method; a budget is split by σ of X, alike for both. The
+    network's errors are of factors rounded as factorize.py stores them, the SVD's are the optimum.
     """
     sigma = loaders.test.dataset.singular_values[loaders.test.sampler.rows]
-    batches = loaders.test.with_progress("error over rank")
-    network = [error_curve(b.x, *nested_factors(model, b.x, rank)).cpu() for b in batches]
+    network = []
+    for batch in loaders.test.with_progress("error over rank"):
+        stored = store(*nested_factors(model, batch.x, rank), STORED_AS)
+        network.append(error_curve(batch.x, *restore(stored)).cpu())
     curves = {"network": torch.cat(network), "svd": optimum_curve(sigma, rank)}
     if args.target_error is None:
         entry = {"mode": "mean_rank", "mean_rank": args.mean_rank}
@@ -238,7 +244,9 @@ def rank_per_image(
     else:
         entry = {"mode": "target_error", "target_error": args.target_error}
         # the SVD first: where even the optimum is out of reach, no network is to blame
-        ranks = {n: first_rank_within(curves[n], args.target_error) for n in ("svd", "network")}
+        ranks = {"svd": first_rank_within(curves["svd"], args.target_error)}
+        ranks["network"] = first_rank_as_stored(curves["network"], args.target_error)
+    entry["network_stored_as"] = STORED_AS
     values_per_rank = model.num_tokens + model.input_dim
     arrays = {}
     for name, curve in curves.items():
@@ -291,7 +299,8 @@ def difference_text(difference: dict) -> str:
 
 def print_budget(budget: dict) -> None:
     mode = budget["mode"]
-    print(f"ranks per image, --{mode} {budget[mode]:g}, against one fixed rank that stores as much")
+    print(f"ranks per image, --{mode} {budget[mode]:g}, against one fixed rank that stores as much "
+          f"(network as stored in {budget['network_stored_as']})")  # fmt: skip
     keys = ("mean", "p90", "max", "rms")
     print(f"{'':9}{'ranks':>24}{'values stored':>15}" + "".join(f"{key:>11}" for key in keys))
     for name in ("network", "svd"):

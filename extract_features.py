@@ -100,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
         return
     print_skipped(skipped)
     print_summary(RealQwenVLDataset(args.cache_dir), verify=False)
-    again = cli.flags_again(args, "cache_dir")
+    again = cli.flags_again(args, "cache_dir", "device")
     print(f"next: python train_real_data.py --arch ResMLP{again}")
 
 
@@ -111,7 +111,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.import_pt:
         cli.refuse_beside(args, "import_pt", {"cache_dir", "overwrite"})
     if args.demo and "model" in args.typed:
-        raise UserError("--demo brings its own encoder: leave --model away")
+        raise UserError("--demo brings its own encoder: omit --model")
 
 
 def encode_images(args: argparse.Namespace) -> list[dict]:

@@ -29,7 +29,7 @@ from coding.factor_files import (
     restore,
     store,
 )
-from coding.rank_budget import error_curve, first_rank_within, nested_factors, optimum_curve
+from coding.rank_budget import error_curve, first_rank_as_stored, nested_factors, optimum_curve
 from coding.rate_control import coded_image, image_for_target
 from common import cli, processes
 from common.files import sha256_file
@@ -38,10 +38,6 @@ from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
 from svd_baseline import rel_error
 from task.metric import load_metric, network_in_metric
 from training.checkpoint import cache_identity, evaluated_rank, open_trained
-
-# An error measured with float32 products may lie this much above the float64 curve that chose the
-# rank: the target is met either way.
-ROUNDING = 1e-6
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -312,7 +308,7 @@ def factorise(
     if target_error is not None:
         # rounding leaves components apart, so one curve holds the stored error at every rank
         curve = error_curve(x, *restore(stored))
-        ranks = first_rank_within(curve, target_error * (1 - ROUNDING)).tolist()
+        ranks = first_rank_as_stored(curve, target_error).tolist()
         for i, r in enumerate(ranks):  # the columns that are left out
             for tensor in (a[i, :, r:], b[i, r:], stored.a[i, :, r:], stored.b[i, r:]):
                 tensor.zero_()

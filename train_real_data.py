@@ -44,6 +44,7 @@ from training.run_log import RunLog, epoch_line, print_header, report, task_word
 from training.state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run, start_from_data
 
 CLIP_NORM = 1.0
+RESUME_FLAGS = ("results_dir", "cache_dir", "log_dir", "device", "tensorboard", "patience")
 CHECK_EVERY = 50  # steps between looks at the non-finite flag, each a wait for the device
 
 
@@ -354,7 +355,7 @@ def main(args: argparse.Namespace) -> int:
     if "lambda_task" in args.typed and not (args.task_head or args.resume):
         raise UserError("--lambda_task does nothing without --task_head: type both")
     if "seen_features" in args.typed and args.factors == "direct":
-        raise UserError("--factors direct sees all features: leave --seen_features away")
+        raise UserError("--factors direct sees all features: omit --seen_features")
     folder = Path(args.results_dir) / args.arch
     dataset = RealQwenVLDataset(args.cache_dir)
     run = open_run(args, folder, dataset)
@@ -397,8 +398,11 @@ def main(args: argparse.Namespace) -> int:
         with processes.Stop() as stop:
             train(run, loaders, folder, log, stop)
         if stop.signal and not run.finished:
-            log(f"stopped by signal {stop.signal} in epoch {run.epoch}: wrote last_model.pt; "
-                f"go on with --arch {args.arch} --resume last")  # fmt: skip
+            again = cli.flags_again(args, *RESUME_FLAGS)
+            log(
+                f"stopped by signal {stop.signal} in epoch {run.epoch}: wrote last_model.pt; "
+                f"go on with python train_real_data.py --arch {args.arch} --resume last{again}"
+            )
             return 128 + stop.signal
         if processes.is_main():
             results = test_and_draw(folder, dataset, loaders, run.history)

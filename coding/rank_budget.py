@@ -20,6 +20,10 @@ from common.errors import UserError
 from model import LowRankFactorModel, truncate_product
 from svd_baseline import Factors
 
+# An error measured with float32 products may lie this much above the float64 curve that chose the
+# rank: the target is met either way.
+ROUNDING = 1e-6
+
 # ------------------------------------------------------------------------------------ error curves
 
 
@@ -89,6 +93,12 @@ def first_rank_within(curve: Tensor, target_error: float) -> Tensor:
             "--rank"
         )
     return within.long().argmax(-1)  # the first True
+
+
+def first_rank_as_stored(curve: Tensor, target_error: float) -> Tensor:
+    """`first_rank_within` for the measured error of what is stored: the one rule that factorize.py
+    writes by and compare_svd_nn.py reports."""
+    return first_rank_within(curve, target_error * (1 - ROUNDING))
 
 
 def split_ranks(

@@ -144,7 +144,7 @@ def refuse_beside(args: argparse.Namespace, flag: str, used: set[str]) -> None:
     """Refuse what was typed beside --`flag` and would do nothing there; `used` would not."""
     if others := sorted(args.typed - used - {flag}):
         names = ", ".join(f"--{name}" for name in others)
-        raise UserError(f"--{others[0]} does nothing beside --{flag}: leave {names} away")
+        raise UserError(f"--{others[0]} does nothing beside --{flag}: omit {names}")
 
 
 LARGEST_INT = 10**9  # of a flag without a limit of its own: more is a slip of the finger
@@ -201,9 +201,7 @@ def number(
 def name(text: str) -> str:
     """The type of a flag that is a name: text, not empty."""
     if not text.strip():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a name: leave the flag away, or type one"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name: omit the flag, or type one")
     return text
 
 
@@ -220,8 +218,8 @@ def check_head_model(head_model: str | None, head: str | None) -> None:
     """Raises UserError where --head_model is typed and no head reads it."""
     if head_model is not None and head != "qwen-answer":
         raise UserError(
-            f"--head_model {head_model} is of the head qwen-answer only: type that head, or leave "
-            "--head_model away"
+            f"--head_model {head_model} is of the head qwen-answer only: type that head, or omit "
+            "--head_model"
         )
 
 
@@ -245,8 +243,10 @@ def add_evaluation_flags(parser: argparse.ArgumentParser, *, metric: bool = True
 
 def flags_again(args: argparse.Namespace, *names: str) -> str:
     """Those of the flags that the user typed, as the next command needs them: " --name value"."""
-    typed = (name for name in names if name in args.typed)
-    return "".join(f" --{name} {shlex.quote(str(getattr(args, name)))}" for name in typed)
+    typed = ((f" --{name}", getattr(args, name)) for name in names if name in args.typed)
+    return "".join(
+        flag if value is True else f"{flag} {shlex.quote(str(value))}" for flag, value in typed
+    )
 
 
 def pick_device(name: str) -> torch.device:

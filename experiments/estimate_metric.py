@@ -117,9 +117,10 @@ def main(args: argparse.Namespace) -> None:
     }
     save_metric(path, TaskMetric(shrunk(moment, best), info))
     work.path.unlink(missing_ok=True)
+    again = cli.flags_again(args, "head_model", "cache_dir", "device")
     print(
         f"wrote {path}; next: "
-        f"python -m experiments.evaluate_task --head {head.name} --metric {path}"
+        f"python -m experiments.evaluate_task --head {head.name} --metric {path}{again}"
     )
 
 

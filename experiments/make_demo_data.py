@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
@@ -309,7 +310,7 @@ def main(args: argparse.Namespace) -> None:
             f"--out {out}: cannot write ({error.strerror or error}): name a folder with space"
         ) from None
 
-    flag = "" if args.out == "demo_data" else f" --dataset_dir {args.out}"
+    flag = "" if args.out == "demo_data" else f" --dataset_dir {shlex.quote(args.out)}"
     print(
         f"wrote {target}: {table.num_rows} rows, {len(PHOTOGRAPHS)} photographs, {groups} groups, "
         f"{target.stat().st_size / 1e6:.1f} MB; next: python extract_features.py --demo{flag}"

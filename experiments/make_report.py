@@ -12,6 +12,7 @@ the SVD at its own effective rank.
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 from pathlib import Path
 
@@ -94,21 +95,21 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
                   f"(python {script} --arch {arch})")  # fmt: skip
             return None
     history, test, comparison = (
-        read_json(folder / name, f"run python {script} --arch {arch} again")
+        read_json(folder / name, f"run python {script} --arch {arch}{where(folder)} again")
         for name, script in MADE_BY.items()
     )
     check_results(folder, history, test, comparison)
     if comparison["rank"] != test["effective_rank"]:
         print(f"note: {arch} is not in the overview: compared at rank {comparison['rank']}, "
               f"trained to rank {test['effective_rank']} (python compare_svd_nn.py --arch "
-              f"{arch})")  # fmt: skip
+              f"{arch}{where(folder)})")  # fmt: skip
         return None
     return history, test, comparison
 
 
 def check_results(folder: Path, history: object, test: object, comparison: object) -> None:
     """Refuse results that are not as they were written: a flipped digit is no result."""
-    again = f"run python {{}} --arch {folder.name} again"
+    again = f"run python {{}} --arch {folder.name}{where(folder)} again"
     for name, found in (("test_results.json", test), ("svd_nn_comparison.json", comparison)):
         if not isinstance(found, dict) or not content_hash_fits(found):
             raise UserError(
@@ -118,8 +119,14 @@ def check_results(folder: Path, history: object, test: object, comparison: objec
     if last.exists() and load_checkpoint(last)["progress"]["history"] != history:
         raise UserError(
             f"{folder}/history.json is not that of last_model.pt: go on with python "
-            f"train_real_data.py --arch {folder.name} --resume last"
+            f"train_real_data.py --arch {folder.name} --resume last{where(folder)}"
         )
+
+
+def where(folder: Path) -> str:
+    """The flag that names the results of an architecture's `folder`; "" for the default."""
+    results = str(folder.parent)
+    return "" if results == "results" else f" --results_dir {shlex.quote(results)}"
 
 
 def of_newest_data(found: dict[str, tuple], results_dir: Path) -> dict[str, tuple]:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
+from common.files import sha256_file
 from features.cache_writer import ROW_SCHEMA, ROWS_PER_SHARD
 from qwenvl_dataloader import FORMAT, RealQwenVLDataset, normalise
 
@@ -39,7 +40,9 @@ def sparse_shard(path: Path, rows: int) -> None:
 
 def write_cache(folder: Path) -> None:
     def entry(path: Path, **more: int) -> dict:
-        return {"file": path.name, "bytes": path.stat().st_size, "sha256": "", **more}
+        # opening hashes rows and singular values, and of the shards the sizes only
+        sha = "0" * 64 if path.name.startswith("features-") else sha256_file(path)
+        return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha, **more}
 
     shards = []
     for number, first in enumerate(range(0, COUNT, ROWS_PER_SHARD)):
@@ -60,6 +63,7 @@ def write_cache(folder: Path) -> None:
         "format": FORMAT, "kind": "real", "encoder": {"id": "size test"}, "num_tokens": TOKENS,
         "feature_dim": WIDTH, "grid": [16, 16], "resize": "stretch", "count": COUNT,
         "shards": shards, "rows": entry(rows), "singular_values": entry(sigma), "skipped": [],
+        "dtype": "bfloat16", "split_by": "image",
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from conftest import TRAIN, manifest_of, picture, write_parquet
+from conftest import TRAIN, extract, manifest_of, picture, write_parquet
 from PIL import Image
 from transformers import Qwen2Config, Qwen2VLConfig, Qwen3VLConfig
 
@@ -122,6 +122,35 @@ def test_an_image_column_of_every_form_gives_the_same_features(encode, tmp_path)
         seen.append((dataset[range(5)], dataset.rows["image_sha256"].to_pylist()))
     assert len(seen) == 7
     assert all(torch.equal(x, seen[0][0]) and hashes == seen[0][1] for x, hashes in seen)
+
+
+def test_only_the_demos_own_images_are_called_demo_data(tmp_path, tiny_cache, capsys):
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    extract(tmp_path, tmp_path, tmp_path / "cache")
+    said = capsys.readouterr().out
+    dataset = RealQwenVLDataset(tmp_path / "cache")
+    assert "DEMO" not in said and not dataset.is_demo and dataset.manifest["kind"] == "real"
+    assert dataset.label.startswith("demo encoder demo-dinov2")
+    assert RealQwenVLDataset(tiny_cache).label.startswith("DEMO data, demo-dinov2")
+
+
+def test_no_path_of_a_data_set_leads_out_of_it(encode, tmp_path):
+    (tmp_path / "secret.png").write_bytes(picture(9))
+    folder = tmp_path / "set"
+    (folder / "images").mkdir(parents=True)
+    for i in range(4):
+        (folder / "images" / f"{i}.png").write_bytes(picture(i))
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")  # the user's own doing
+    paths = [f"images/{i}.png" for i in range(3)] + ["../images/3.png", "link.png"]
+    out = ["../secret.png", "../../secret.png", str(tmp_path / "secret.png"), "images/../../a.png"]
+    write_parquet(folder / "data/a.parquet", {"image": paths + out})
+    done = encode(folder)
+    assert done.returncode == 0, done.stderr
+    skipped = RealQwenVLDataset(tmp_path / "cache").manifest["skipped"]
+    assert [entry["row_id"] for entry in skipped] == [5, 6, 7, 8]
+    for entry, path in zip(skipped, out, strict=True):
+        assert path in entry["reason"] and "leads outside the data set" in entry["reason"]
 
 
 def test_rows_of_several_files_stand_in_file_order_with_what_each_says(encode, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from conftest import hashes
 
 import factorize
-from coding import factor_files
+from coding import factor_files, rank_budget
 from coding.factor_files import load_factors, read_factors, restore, store
 from common.errors import UserError
 from qwenvl_dataloader import RealQwenVLDataset, normalise
@@ -232,8 +232,8 @@ def test_the_target_that_a_refusal_suggests_can_be_reached(write):
 
 @pytest.mark.parametrize("flags", [["--rank", 4], ["--target_error", TARGET, "--dtype", "int8"]])
 def test_factors_that_are_not_finite_are_refused(flags, write, monkeypatch):
-    def broken(*args):
-        model, state = load_model(*args)
+    def broken(*args, **options):
+        model, state = load_model(*args, **options)
         model.row_net.head.weight.data[0, 0] = torch.nan
         return model, state
 
@@ -298,6 +298,32 @@ def test_compare_holds_ranks_per_image_against_one_fixed_rank(
         assert network["ranks"]["mean"] >= svd["ranks"]["mean"]
         assert network["fixed_for_all"]["rank"] == network["ranks"]["max"]
         assert network["fixed_for_all"]["images_within_target"] == 6
+
+
+def test_compare_and_factorize_agree_about_the_rank_that_meets_a_target(
+    write, script, tiny_cache, results, tmp_path
+):
+    dataset = RealQwenVLDataset(tiny_cache)
+    rows = dataset.split.test
+    model, _ = load_model(results / "ResMLP" / "best_model.pt", torch.device("cpu"))
+    x = normalise(dataset[rows])[0]
+    with torch.inference_mode():
+        a, b = model(x, 12)
+    # a target that an image meets at rank r before its factors are rounded, and not after it
+    curve = rank_budget.error_curve(x, a, b)
+    r = int((curve[0] <= TARGET).long().argmax())
+    target = float(curve[0, r]) * (1 + 3e-6)
+    assert rank_budget.error_curve(x, *restore(store(a, b, "bf16")))[0, r] > target
+    write("--target_error", target)
+    written = read_factors(tmp_path / "out", rows).ranks
+    assert written[0] == r + 1
+    where = ["--cache_dir", tiny_cache, "--results_dir", results]
+    done = script("compare_svd_nn.py", *where, "--target_error", target)
+    assert done.returncode == 0 and "network as stored in bf16" in done.stdout
+    comparison = json.loads((results / "ResMLP" / "svd_nn_comparison.json").read_text())
+    ranks = comparison["rank_per_image"]["network"]["ranks"]
+    assert ranks["mean"] == float(written.double().mean())
+    assert (ranks["min"], ranks["max"]) == (int(written.min()), int(written.max()))
 
 
 def test_help_fits_80_columns_and_ends_with_an_example():

@@ -1,6 +1,9 @@
 """What ends a command before its work is done: memory, Ctrl-C, another command in its folder."""
 
 import argparse
+import os
+import shlex
+import signal
 
 import pytest
 import torch
@@ -46,6 +49,35 @@ def test_out_of_memory_ends_a_script_with_one_line(tiny_cache, script, monkeypat
     monkeypatch.setattr(train_real_data, "train", full)
     done = script("train_real_data.py", "--cache_dir", tiny_cache, "--rank", 4)
     assert done.returncode == 2 and "try --batch_size 4" in done.stderr
+
+
+def test_each_next_line_repeats_the_typed_flags_that_its_command_needs(
+    tiny_cache, tmp_path, script, monkeypatch
+):
+    """Every such line is typed as it stands, from a folder without any default folder in it."""
+    where = ["--cache_dir", tiny_cache, "--results_dir", tmp_path / "my results"]
+    small = "--epochs 2 --rank 4 --oversample 2 --refine_steps 1 --hidden_dim 16".split()
+    original, steps = train_real_data.train_step, []
+
+    def train_step(*args):
+        steps.append(os.kill(os.getpid(), signal.SIGTERM) if len(steps) == 4 else None)
+        return original(*args)
+
+    monkeypatch.setattr(train_real_data, "train_step", train_step)
+    logs = ["--log_dir", tmp_path / "logs", "--device", "cpu"]
+    done = script("train_real_data.py", *where, *logs, *small)
+    assert done.returncode == 128 + signal.SIGTERM
+    seen = []
+    while " python " in (line := done.stdout.splitlines()[-1]):
+        words = shlex.split(line.split(" python ", 1)[1])
+        seen.append(words[0])
+        words = words[1:] if words[0] == "-m" else words
+        assert str(tmp_path / "my results") in words
+        done = script(*words)
+        assert done.returncode == 0, (line, done.stderr)
+    assert seen == ["train_real_data.py", "compare_svd_nn.py", "visualize_svd_nn.py", "-m"]
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"my results", "logs"}  # nothing went to a default folder
 
 
 @pytest.mark.parametrize("name", ["compare_svd_nn", "visualize_svd_nn"])

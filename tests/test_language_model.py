@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -232,6 +233,29 @@ def test_a_checkpoint_without_its_language_model_is_refused_in_one_line(qwen_cac
     with pytest.raises(UserError, match="no-such-model") as refused:
         dataset = RealQwenVLDataset(qwen_cache)
         load_head("qwen-answer", dataset, device="cpu", model="/no-such-model")
+    assert "\n" not in str(refused.value)
+
+
+def test_the_answer_of_a_row_is_the_one_that_most_people_gave():
+    consensus = language_model.consensus
+    assert consensus(["halt", "Stop!", "stop", "go", "go"]) == "Stop!"
+    assert consensus(["b", "a", "a"]) == "a"
+    assert consensus(["", "only"]) == "only"
+    assert consensus(["  "]) is consensus([]) is consensus(None) is None
+
+
+@pytest.mark.parametrize("column", ["question", "answers"])
+def test_rows_without_question_or_answer_are_found_when_the_head_is_loaded(
+    column, small_qwen, qwen_cache
+):
+    dataset = RealQwenVLDataset(qwen_cache)
+    values = dataset.rows[column].to_pylist()
+    values[3], values[7] = None, "" if column == "question" else [""]
+    index = dataset.rows.column_names.index(column)
+    kind = dataset.rows.schema.field(column)
+    dataset.rows = dataset.rows.set_column(index, kind, pa.array(values, kind.type))
+    with pytest.raises(UserError, match=f"row 3, 7 without {column}") as refused:
+        load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
     assert "\n" not in str(refused.value)
 
 

@@ -233,12 +233,12 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
         if getattr(args, name) != before[name]:
             raise UserError(
                 f"--{name} {getattr(args, name)} differs from the {before[name]} that {path} was "
-                f"trained with: leave --{name} away to go on, or --resume away to start anew"
+                f"trained with: omit --{name} to go on, or --resume to start anew"
             )
     if args.resume == "last" and args.typed & {"epochs"} and args.epochs != before["epochs"]:
         raise UserError(
             f"--epochs {args.epochs}: --resume last goes on to the end of its run, which was begun "
-            f"with {before['epochs']}: leave --epochs away, or add epochs with --resume"
+            f"with {before['epochs']}: omit --epochs, or add epochs with --resume"
         )
     typed_lr = args.lr if "lr" in args.typed else None
     epochs = args.epochs
