@@ -171,7 +171,7 @@ def measure(
         sweep[name] = {}
         for size, measures in sizes.items():
             values = {
-                key: torch.tensor([image[name][size][key] for image in images]).double()
+                key: torch.tensor([image[name][size][key] for image in images], dtype=torch.float64)
                 for key in measures
             }
             sweep[name][int(size)] = Measured(stored_values(dataset, name, int(size)), values)

@@ -14,8 +14,15 @@ from safetensors.torch import save_file
 import train_real_data
 from common import cli
 from common.errors import UserError
+from common.partial_results import PartialResults
 from experiments import estimate_metric, evaluate_task
-from experiments.task_measures import Measured, spread_over_groups, summarise_methods
+from experiments.task_measures import (
+    Measured,
+    judge_factors,
+    measure,
+    spread_over_groups,
+    summarise_methods,
+)
 from figures import task_sweep
 from model import get_model_by_name
 from qwenvl_dataloader import Batch, RealQwenVLDataset, create_data_loaders_real, denormalise
@@ -466,6 +473,23 @@ def test_an_evaluation_that_was_cut_off_goes_on_with_what_is_missing(
     assert evaluate(tmp_path / "cut", "--batch_size", 2) == whole
     assert len(counted) == whole["n_images"] - 2 and not set(counted) & set(batches[0])
     assert not partial.exists()
+
+
+def test_what_is_kept_is_what_was_measured_to_the_last_bit(metric, dataset, saliency, tmp_path):
+    loader = create_data_loaders_real(dataset, 4).test
+    methods = {"svd": evaluate_task.factor_methods({}, metric, saliency, 0)["svd"]}
+
+    def judge(batch):
+        return judge_factors(methods, saliency, dataset, batch, [3], {})
+
+    path = tmp_path / "partial.jsonl"
+    measure(PartialResults(path, {}), "test", loader, judge)
+    kept = measure(PartialResults(path, {}), "test", loader, lambda batch: None)["svd"][3]
+    direct = [judge(batch)["svd"][3] for batch in loader]
+    assert kept.stored == 3 * (16 + 1536)
+    for name, values in kept.measures.items():
+        expected = torch.cat([found[name] for found in direct]).double()
+        assert torch.equal(values.nan_to_num(), expected.nan_to_num()), name
 
 
 def test_a_damaged_partial_file_is_refused_in_one_line(evaluate, tmp_path):
