@@ -219,7 +219,8 @@ def test_coded_factors_meet_the_target_as_read_by_every_reader_and_by_workers(
     error = (tokens - raw).flatten(1).norm(dim=1) / raw.flatten(1).norm(dim=1)
     assert (error <= 0.2 + 1e-6).all() and error.max() > 0.18
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["errors"]["rel_error_original"]["mean"] == pytest.approx(float(error.mean()))
+    mean = manifest["errors"]["rel_error_original"]["mean"]
+    assert mean == pytest.approx(float(error.mean()), rel=1e-4)
     read = read_factors(folder, [7, 2])
     assert torch.allclose(read.a @ read.b * read.std + read.mean, tokens[[7, 2]], atol=1e-4)
     data = VisionTokens(folder)
