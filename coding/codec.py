@@ -16,6 +16,7 @@ Legend: T tokens on a grid [H, W], D features, d directions kept of the KLT, r r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import zlib
@@ -48,10 +49,12 @@ FORMAT = 1
 KIND = "codec"
 # format, crc32 of all that follows, height, width, step, rank, i_σ of the first component
 HEADER = struct.Struct("<BIHHfHh")
-STATISTICS_STEPS = (0.01, 0.02)  # of the mean and of log std
+# coarse: X is normalised by what is stored, so that factors carry what the steps lose
+STATISTICS_STEPS = (0.05, 0.3)  # of the mean and of log std
 DROPPED_BELOW = 2.0  # components with σ_k less than this many steps
 SIGMA_LEVEL = 0  # of differences of i_σ
 BUCKETS = 16
+UNSEEN_ENERGY = 0.05  # of a v_k outside the span of few training tokens
 TAIL = 1e-5  # energy of training tokens outside the directions that are kept
 
 Factors = tuple[Tensor, Tensor, Tensor]  # u [T, r], s [r], v [D, r]
@@ -90,12 +93,16 @@ class Codec:
             raise UserError(f"{path} is no codec, or damaged ({error}): {remedy}") from None
         if metadata.get("kind") != KIND or metadata.get("format") != str(FORMAT):
             raise UserError(f"{path} is not a codec of format {FORMAT}: {remedy}")
+        if metadata.get("content_sha256") != content_sha256(tensors, metadata.get("info", "")):
+            raise UserError(f"{path} is damaged (its content does not match its hash): {remedy}")
         return cls(tensors, json.loads(metadata["info"]), sha256_file(path))
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all, and set `sha256`."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"kind": KIND, "format": str(FORMAT), "info": json.dumps(self.info)}
+        info = json.dumps(self.info)
+        metadata = {"kind": KIND, "format": str(FORMAT), "info": info}
+        metadata["content_sha256"] = content_sha256(self.tensors, info)
         save_tensors(Path(path), self.tensors, metadata)
         self.sha256 = sha256_file(path)
 
@@ -184,7 +191,7 @@ class Codec:
         sigma = first - np.concatenate([[0], symbols[2 * tokens :].cumsum()])[:rank]
         body = decode_symbols(data[at + length :], self._levels(sigma, grid))
         q_a = body[: tokens * rank].reshape(tokens, rank)
-        q_b = body[tokens * rank :].reshape(-1, rank)
+        q_b = body[tokens * rank :].reshape(self.num_directions, rank)
         a = dct(grid).mT @ orthonormal(q_a)
         b = torch.from_numpy(q_b.T.astype(np.float32)) * step @ self._inverse.mT
         return a, b, mean, std
@@ -248,6 +255,15 @@ class Prepared(tuple):
         return super().__new__(cls, parts)
 
 
+def content_sha256(tensors: dict[str, Tensor], info: str) -> str:
+    """Of all that a codec's file holds."""
+    digest = hashlib.sha256(info.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def crc(data: bytes) -> int:
     """Checksum of a coded image without the four bytes in which it stands."""
     return zlib.crc32(data[5:], zlib.crc32(data[:1]))
@@ -280,7 +296,11 @@ def fit(
         raise UserError("there are no training images to fit a codec on")
     values, vectors = (t.flip(-1) for t in torch.linalg.eigh(moment))
     outside = values.clamp_min(0).flip(0).cumsum(0).flip(0) / values.clamp_min(0).sum()
-    vectors = vectors[:, outside > TAIL]
+    # few training tokens do not span those to come: then all directions are kept, and the energy
+    # outside the training tokens' span is guessed
+    unseen = max(0.0, 1 - images * raw.shape[1] / (4 * len(moment)))
+    if not unseen:
+        vectors = vectors[:, outside > TAIL]
     tensors = {"klt": vectors if root is None else root.double() @ vectors}
     if root is not None:
         tensors["inverse"] = inverse_root.double() @ vectors
@@ -291,7 +311,8 @@ def fit(
         "statistics_steps": list(statistics_steps),
         "grid": list(grid),
     }
-    tensors |= _variances(batches, tensors["klt"].float(), grid, made)
+    floor = UNSEEN_ENERGY * unseen / len(moment)
+    tensors |= _variances(batches, tensors["klt"].float(), grid, made, floor)
     return Codec(tensors, made)
 
 
@@ -309,7 +330,11 @@ def bucket_starts(rank: int) -> list[int]:
 
 
 def _variances(
-    batches: Callable[[], Iterable[Tensor]], klt: Tensor, grid: tuple[int, int], info: dict
+    batches: Callable[[], Iterable[Tensor]],
+    klt: Tensor,
+    grid: tuple[int, int],
+    info: dict,
+    floor: float,
 ) -> dict[str, Tensor]:
     """Log variances of u_k and v_k, a bucket of k each, and of the statistics in their steps."""
     transform, steps = dct(grid), torch.tensor(info["statistics_steps"])[:, None]
@@ -335,7 +360,7 @@ def _variances(
 
     return {
         "rows": units(rows).reshape(-1, *grid),
-        "columns": units(columns),
+        "columns": units(columns + floor * info["images"]),
         "statistics": units(statistics).reshape(2, *grid),
         "starts": torch.tensor(starts, dtype=torch.int16),
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coding.entropy import HIGHEST, LARGEST_TABLE, LOWEST, STEPS_AN_OCTAVE, bits_table
 
-LAMBDA = 0.15  # rounding minimises (z / Δ − q)² + λ bits(q)
+LAMBDA = 0.12  # rounding minimises (z / Δ − q)² + λ bits(q)
 DEPENDENT = 0.05  # a rounded column of which less than this is new is dropped
 UNITS = 16  # of a level, in which the codec's file keeps variances
 
