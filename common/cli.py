@@ -57,7 +57,8 @@ def run(
 def mistake(error: Exception, args: argparse.Namespace) -> str | None:
     """What to tell the user of an error that he can mend; None for a programming error."""
     if isinstance(error, UserError):
-        return str(error)
+        # of a loader's worker process the message is a traceback, and what it says stands last
+        return str(error).rsplit("UserError: ", 1)[-1].strip()
     if isinstance(error, torch.cuda.OutOfMemoryError):
         size = getattr(args, "batch_size", None)
         return "CUDA is out of memory: " + (
