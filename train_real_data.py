@@ -155,7 +155,8 @@ def train_step(run: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
     """One optimiser step of all processes, on this process's images of it.
 
     Returns the means of TERMS over the step's images [len(TERMS)] float64 and a scalar flag, 1
-    where the step is not finite; then it changed no weight. Nothing waits for the device.
+    where the step is not finite; then it changed no weight. On CUDA only the eigenproblem of the
+    refinement waits for the device (`subspace.refine`), and a rank allocator where it sets a mask.
     """
     terms = run.model.loss_terms(batch.x, batch.singular_values)._asdict()
     energy = terms.pop("component_energy")

@@ -61,7 +61,8 @@ def run(
 def mistake(error: Exception, args: argparse.Namespace) -> str | None:
     """What to tell the user of an error that he can mend; None for a programming error."""
     if isinstance(error, UserError):
-        return str(error)
+        # of a loader's worker process the message is a traceback, and what it says stands last
+        return str(error).rsplit("UserError: ", 1)[-1].strip()
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return f"CUDA is out of memory: {less_memory(args)}"
     if isinstance(error, OSError) and error.errno in _STORAGE_ERRORS:

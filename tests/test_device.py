@@ -1,0 +1,137 @@
+"""What runs on CUDA, tried without it: torch's meta device.
+
+It computes shapes only, refuses to mix with the CPU's tensors, and has no numbers to hand to the
+host: a tensor left on the CPU, or a step that waits for a value, raises here as it would be wrong
+or slow there. What an eigensolver or a Cholesky checks for itself does not show.
+"""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import train_real_data
+from coding import factor_files, rank_budget
+from common import cli
+from common.errors import UserError
+from model import LowRankFactorModel, get_model_by_name
+from qwenvl_dataloader import Batch, denormalise, normalise
+from svd_baseline import (
+    exact_singular_values,
+    gram_eigh,
+    image_metrics,
+    pca,
+    random_sketch,
+    randomized_svd,
+    token_error,
+    truncated_svd,
+)
+from task.token_reduction import average_tokens, drop_tokens
+from task.trained_norm import TaskFactorModel
+from training.state import build_run
+
+META = torch.device("meta")
+B, T, D, R = 2, 16, 48, 8
+SHAPE = {"input_dim": D, "num_tokens": T, "rank": R, "hidden_dim": 16}
+
+
+@pytest.fixture(autouse=True)
+def without_autocast(monkeypatch):
+    """The device has none; it changes types, not places."""
+    nothing = lambda self, x: contextlib.nullcontext()  # noqa: E731
+    monkeypatch.setattr(LowRankFactorModel, "_branch_precision", nothing)
+
+
+@pytest.fixture
+def x():
+    return torch.empty(B, T, D, device=META)
+
+
+class UnfusedAdamW(torch.optim.AdamW):
+    """The fused kernel is not made for this device; here only its flag is looked at."""
+
+    def __init__(self, *args, fused, **options):
+        super().__init__(*args, foreach=False, **options)
+
+    def step(self):
+        assert self.found_inf.device == META
+
+
+def test_the_device_refuses_what_these_tests_look_for():
+    with pytest.raises(RuntimeError, match="not on the expected device meta"):
+        torch.ones(2, device=META) + torch.ones(2)
+    with pytest.raises(RuntimeError, match="item"):
+        torch.ones(2, device=META).sum().item()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["", "--oversample 0", "--arch AdaLoRA", "--factors direct", "--dropout 0.1", "--arch MLP",
+     "--arch AdaLoRA --use_rank_allocator"],
+)  # fmt: skip
+def test_a_training_step_stays_on_its_device_and_asks_it_for_no_value(flags, x, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", UnfusedAdamW)
+    argv = f"--rank {R} --hidden_dim 16 {flags}".split()
+    args = cli.parse(train_real_data.get_args_parser(), argv)
+    dataset = SimpleNamespace(
+        feature_dim=D, num_tokens=T, manifest={"encoder": {}}, is_demo=False,
+        split=SimpleNamespace(hash=""),
+    )  # fmt: skip
+    run = build_run(args, dataset, META)
+    run.model.train()
+    ones = torch.ones(B, T, 1, device=META)
+    sigma = torch.empty(B, T, dtype=torch.float64, device=META)
+    rows = torch.arange(B, device=META)
+    means, broken = train_real_data.train_step(run, Batch(rows, x, ones, ones, sigma, B, 1.0))
+    assert means.device == broken.device == META
+    assert {p.grad.device for p in run.model.parameters() if p.grad is not None} == {META}
+
+
+@pytest.mark.parametrize("options", [{}, {"factors": "direct"}, {"oversample": 0}])
+def test_a_model_factors_at_every_rank_on_its_device(options, x):
+    model = get_model_by_name("ResMLP", **SHAPE, **options).to(META).eval()
+    for rank in (None, R // 2):
+        assert {factor.device for factor in model(x, rank)} == {META}
+    assert rank_budget.nested_factors(model, x, R)[0].device == META
+
+
+def test_the_model_of_a_task_stays_on_its_device(x):
+    model = TaskFactorModel(get_model_by_name("ResMLP", **SHAPE), {}).to(META)
+    assert model(x)[0].device == model.exact_product(x, 4).device == META
+    assert model.loss_terms(x, exact_singular_values(x)).reconstruction.device == META
+
+
+@pytest.mark.parametrize("method", [
+    truncated_svd, gram_eigh, randomized_svd,
+    lambda x, r: random_sketch(x, r, 1, 2 * r),
+    lambda x, r: pca(x, r, torch.empty(D, D, device=META)),
+])  # fmt: skip
+def test_references_and_metrics_stay_on_their_device(method, x):
+    a, b = method(x, 4)
+    found = image_metrics(x, a, b, exact_singular_values(x))
+    assert {t.device for t in (a, b, token_error(x, a, b), *found.values())} == {META}
+
+
+def test_normalisation_storage_and_fewer_tokens_stay_on_their_device(x):
+    assert denormalise(*normalise(x)).device == META
+    a, b = gram_eigh(x, 4)
+    assert rank_budget.error_curve(x, a, b).device == META
+    for dtype in ("bf16", "int8"):
+        assert factor_files.restore(factor_files.store(a, b, dtype))[0].device == META
+    assert drop_tokens(x, 4, (4, 4)).device == average_tokens(x, 2, (4, 4)).device == META
+
+
+def test_a_mistake_found_in_a_loaders_worker_process_is_told_in_its_own_words():
+    class Damaged(torch.utils.data.Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, row):
+            raise UserError("the features of row 0 are not finite: look for damage")
+
+    with pytest.raises(UserError) as caught:
+        next(iter(DataLoader(Damaged(), batch_size=None, num_workers=1)))
+    message = cli.mistake(caught.value, SimpleNamespace())
+    assert message == "the features of row 0 are not finite: look for damage"
