@@ -20,10 +20,9 @@ from coding.fitted_rivals import (
 )
 from coding.rivals import TokenImage
 from experiments.compare_bytes import bytes_at, nearest_is_kin, thinned
-from qwenvl_dataloader import denormalise
+from qwenvl_dataloader import denormalise, normalise
 
 T, D, GRID = 16, 48, (4, 4)
-STATISTICS_ERROR = 0.02  # half a step of log std and of the mean, and float32
 
 
 @pytest.fixture
@@ -53,8 +52,9 @@ def test_bf16_and_its_zstd_give_the_cached_tokens_back_to_the_bit(image):
 @pytest.mark.parametrize("kind", [rivals.FactorsBf16, rivals.FactorsInt8, rivals.FactorsDeflate])
 def test_factors_come_back_from_their_bytes_and_more_bytes_mean_less_error(kind, image):
     code = kind((T, D))
-    streams = [code.encode(image, knob) for knob in code.knobs]
-    found = [error(code.decode(s, k), image) for s, k in zip(streams, code.knobs, strict=True)]
+    knobs = code.knobs[::-1][:6][::-1]  # the coarsest steps leave nothing of so small an image
+    streams = [code.encode(image, knob) for knob in knobs]
+    found = [error(code.decode(s, k), image) for s, k in zip(streams, knobs, strict=True)]
     assert found[-1] < 0.07 < found[0]
     assert found == sorted(found, reverse=True)
     assert [len(s) for s in streams] == sorted(len(s) for s in streams)
@@ -62,8 +62,7 @@ def test_factors_come_back_from_their_bytes_and_more_bytes_mean_less_error(kind,
 
 def test_int8_factors_hold_r_times_t_plus_d_plus_8_bytes_and_statistics(image):
     code = rivals.FactorsInt8((T, D))
-    statistics = code.statistics.encode(image.mean, image.std)
-    assert len(code.encode(image, 4)) == 4 * (T + D + 8) + 4 + len(statistics)
+    assert len(code.encode(image, 4)) == 4 * (T + D + 8) + 4 + len(image.statistics)
 
 
 def test_int8_factors_have_the_error_of_the_truncated_svd(image):
@@ -74,10 +73,10 @@ def test_int8_factors_have_the_error_of_the_truncated_svd(image):
 
 
 def test_statistics_come_back_within_half_a_step(image):
-    coder = rivals.Statistics()
-    mean, std = coder.decode(coder.encode(image.mean, image.std), T)
-    assert (mean - image.mean).abs().max() <= rivals.MEAN_STEP / 2 + 1e-5
-    assert (std / image.std).log().abs().max() <= rivals.LOG_STD_STEP / 2 + 1e-5
+    _, mean, std = normalise(image.raw)
+    assert (image.mean - mean).abs().max() <= rivals.MEAN_STEP / 2 + 1e-5
+    assert (image.std / std).log().abs().max() <= rivals.LOG_STD_STEP / 2 + 1e-5
+    assert torch.allclose(denormalise(image.x, image.mean, image.std), image.raw, atol=1e-4)
 
 
 def test_symbols_of_any_size_come_back_from_deflate():
