@@ -8,6 +8,14 @@ import torch
 from tiny import TinyEncoder, steep_tokens
 
 from coding import rivals
+from coding.codec import fit
+from coding.coded_rivals import (
+    CodecStatistics,
+    Coded,
+    FactorsDeflateInMetric,
+    FactorsInt8InMetric,
+    KltDct,
+)
 from coding.fitted_rivals import (
     BITS,
     PcaDeflate,
@@ -141,6 +149,32 @@ def test_pca_and_product_quantisation_come_back_from_their_bytes(image, monkeypa
         assert found[-1] < 0.5 * found[0]
         assert len(data[0]) < len(data[-1])
         assert code.shared_bytes(code.knobs[-1]) >= 2 * D
+
+
+@pytest.mark.parametrize("in_metric", [False, True])
+def test_coded_rivals_come_back_from_their_bytes_with_the_statistics_of_the_codec(in_metric):
+    training = steep_tokens(24, T, D, seed=1)
+    metric = torch.diag(torch.linspace(0.5, 1.5, D)) if in_metric else None
+    codec = fit(lambda: training.split(8), GRID, metric)
+    statistics = CodecStatistics(codec, GRID)
+    image = TokenImage(0, steep_tokens(1, T, D)[0].bfloat16(), statistics)
+    assert image.statistics == statistics.encode(image.raw)
+    assert torch.allclose(denormalise(image.x, image.mean, image.std), image.raw, atol=1e-3)
+    codes = [Coded(codec, GRID, statistics), KltDct(codec, GRID, statistics, training.split(8))]
+    names = ["coded", "klt_dct"]
+    if in_metric:
+        names = [f"{name}_in_metric" for name in names]
+        codes += [kind(codec, (T, D), statistics)
+                  for kind in (FactorsInt8InMetric, FactorsDeflateInMetric)]  # fmt: skip
+    assert [code.name for code in codes[:2]] == names
+    for code in codes:
+        coarse, fine = code.knobs[len(code.knobs) // 2], code.knobs[-1]
+        streams = [code.encode(image, knob) for knob in (coarse, fine)]
+        found = [
+            error(code.decode(s, k), image) for s, k in zip(streams, (coarse, fine), strict=True)
+        ]
+        assert len(streams[0]) < len(streams[1])
+        assert found[1] < 0.1 and found[1] < found[0], code.name
 
 
 def test_parts_of_a_product_quantiser_share_every_component_once():
