@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from coding.codec import Codec
+from coding.coded_files import CODED, CodedImage
 from coding.factor_files import (
     DTYPES,
     ERRORS,
@@ -28,6 +30,7 @@ from coding.factor_files import (
     store,
 )
 from coding.rank_budget import error_curve, first_rank_within, nested_factors, optimum_curve
+from coding.rate_control import coded_image, image_for_target
 from common import cli, processes
 from common.files import sha256_file
 from model import LowRankFactorModel, canonical_arch
@@ -57,6 +60,18 @@ def get_args_parser() -> argparse.ArgumentParser:
                        metavar="E",
                        help="rel_error that each image has to meet, as stored, at its own "
                             "smallest rank")  # fmt: skip
+    ranks.add_argument("--step", type=cli.number(float, above=0), default=None, metavar="S",
+                       help="with --codec: the step of every image, in units of normalised "
+                            "tokens")  # fmt: skip
+    ranks.add_argument("--target_kb", type=cli.number(float, above=0), default=None, metavar="KB",
+                       help="with --codec: the most that each image takes, in 1000 "
+                            "bytes")  # fmt: skip
+    what.add_argument("--codec", type=cli.name, default=None, metavar="FILE",
+                      help="of experiments.fit_codec: coded factors, a fraction of int8's bytes, "
+                           "at --step, --target_kb or --target_error (then of raw tokens, "
+                           "as decoded)")  # fmt: skip
+    what.add_argument("--exact", action="store_true",
+                      help="with --codec: exact factors, no trained network")  # fmt: skip
     what.add_argument("--dtype", choices=DTYPES, default="bf16",
                       help="of A and B on disk; int8 has half the bytes of bf16 and the larger "
                              "error")  # fmt: skip
@@ -76,29 +91,73 @@ def main(args: argparse.Namespace) -> None:
         if processes.is_main():
             verify(args)
         return
-    results, device, dataset, model, state = open_trained(args)
-    arch = state["config"]["arch"]
-    rank = evaluated_rank(model, args.rank)
+    check_coded_flags(args)
+    if args.exact:
+        device, dataset = cli.pick_device(args.device), RealQwenVLDataset(args.cache_dir)
+        header, model = {"arch": "exact"}, None
+        rank = min(dataset.num_tokens, dataset.feature_dim)
+    else:
+        results, device, dataset, model, state = open_trained(args)
+        header = {
+            "arch": state["config"]["arch"],
+            "checkpoint_sha256": sha256_file(results / "best_model.pt"),
+        }
+        rank = evaluated_rank(model, args.rank)
     metric = load_metric(args.metric, dataset).to(device) if args.metric else None
     if metric:
         model = ModelInMetric(model, metric)
-    if args.target_error is not None:
+    if args.target_error is not None and not args.codec:
         check_target(model, dataset, rank, args, device)
-    header = {
-        "arch": arch,
-        "checkpoint_sha256": sha256_file(results / "best_model.pt"),
+    header |= {
         "cache": cache_identity(dataset)
         | {"manifest_sha256": sha256_file(dataset.cache_dir / "manifest.json")},
-        "dtype": args.dtype,
-        "rank": rank if args.target_error is None else None,
+        "dtype": CODED if args.codec else args.dtype,
+        "rank": rank if args.target_error is None and not args.codec else None,
         "target_error": args.target_error,
         "num_tokens": dataset.num_tokens,
         "feature_dim": dataset.feature_dim,
         "count": len(dataset),
     } | ({"metric_sha256": metric.sha256} if metric else {})
-    folder = Path(args.out) if args.out else Path("factors") / arch
+    codec = open_codec(args, dataset, metric) if args.codec else None
+    if codec:
+        header |= {"codec_sha256": codec.sha256, "step": args.step, "target_kb": args.target_kb}
+    folder = Path(args.out) if args.out else Path("factors") / header["arch"]
     with processes.sole_writer(folder, "--out"):
-        write_factors(args, folder, header, model, dataset, device)
+        write_factors(args, folder, header, model, dataset, device, codec)
+
+
+def check_coded_flags(args: argparse.Namespace) -> None:
+    """Refuse flags that only coded factors have without --codec, and the others with it."""
+    if not args.codec:
+        for flag in ("step", "target_kb", "exact"):
+            if flag in args.typed:
+                raise cli.UserError(f"--{flag} is of coded factors: name a --codec beside it")
+        return
+    for flag in ("rank", "dtype"):
+        if flag in args.typed:
+            raise cli.UserError(f"--{flag} does nothing beside --codec: leave it away")
+    if args.step is None and args.target_kb is None and args.target_error is None:
+        raise cli.UserError("--codec needs one of --step, --target_error and --target_kb")
+    if args.exact and args.metric:
+        raise cli.UserError("--metric does nothing beside --exact: the codec has its own metric")
+
+
+def open_codec(args: argparse.Namespace, dataset: RealQwenVLDataset, metric) -> Codec:
+    """The codec at --codec. Raises UserError where it does not fit the cache or the metric."""
+    codec = Codec.load(args.codec)
+    if codec.feature_dim != dataset.feature_dim:
+        raise cli.UserError(
+            f"--codec {args.codec} is of {codec.feature_dim} features, --cache_dir has "
+            f"{dataset.feature_dim}: fit one with experiments.fit_codec --cache_dir "
+            f"{dataset.cache_dir}"
+        )
+    own = codec.info.get("metric_sha256")
+    if not args.exact and own != (metric.sha256 if metric else None):
+        raise cli.UserError(
+            f"--codec {args.codec} was fitted {'in' if own else 'without'} a metric: the network "
+            "has to factor in the same one, type the --metric of experiments.fit_codec or --exact"
+        )
+    return codec
 
 
 def verify(args: argparse.Namespace) -> None:
@@ -116,16 +175,21 @@ def write_factors(
     args: argparse.Namespace,
     folder: Path,
     header: dict,
-    model: LowRankFactorModel,
+    model: LowRankFactorModel | None,
     dataset: RealQwenVLDataset,
     device: torch.device,
+    codec: Codec | None,
 ) -> None:
     """Fill `folder`, from where it was left, and report; `header` says what with."""
-    arch, rank = header["arch"], header["rank"] or evaluated_rank(model, None)
+    arch, rank = header["arch"], header["rank"] or (model and evaluated_rank(model, None))
     with processes.main_first():
         writer = FactorWriter(folder, header, args.overwrite and processes.is_main())
+        if codec and processes.is_main():
+            writer.put_codec(Path(args.codec))
     how = f"rank {rank}" if args.target_error is None else f"rel_error ≤ {args.target_error:g}"
-    print(f"{dataset.label}; {arch}, {how}, {args.dtype}")
+    if codec:
+        how = how_coded(args)
+    print(f"{dataset.label}; {arch}, {how}, {header['dtype']}")
     done = writer.rows_done
     to_do = len(dataset) - done
     if done:
@@ -136,6 +200,10 @@ def write_factors(
         for shard in processes.deal(writer.shards_to_do()):
             # batches begin anew with each shard: bits do not depend on where a run was interrupted,
             # nor on the number of processes
+            if codec:
+                writer.write_coded(shard, coded_rows(args, codec, model, dataset, device,
+                                                     writer.rows_of(shard), bar))  # fmt: skip
+                continue
             parts = []
             for batch in torch.tensor(writer.rows_of(shard)).split(args.batch_size):
                 features = dataset[batch].to(device)
@@ -155,6 +223,51 @@ def write_factors(
     seconds = time.perf_counter() - start
     if processes.is_main():
         report(writer.finish(), folder, to_do / seconds if to_do else None)
+
+
+def how_coded(args: argparse.Namespace) -> str:
+    if args.step is not None:
+        return f"step {args.step:g}"
+    if args.target_kb is not None:
+        return f"at most {args.target_kb:g} kB"
+    return f"raw_error ≤ {args.target_error:g}"
+
+
+@torch.inference_mode()
+def coded_rows(
+    args: argparse.Namespace,
+    codec: Codec,
+    model: LowRankFactorModel | None,
+    dataset: RealQwenVLDataset,
+    device: torch.device,
+    rows: range,
+    bar,
+) -> list[CodedImage]:
+    """The rows' images, coded. Raises UserError that names an image whose target cannot be met."""
+    images = []
+    for row in rows:
+        raw = dataset[[row]].float()
+        factors = None
+        if model is not None:
+            rank = evaluated_rank(model, None)
+            a, b = (f[0].cpu() for f in model(normalise(raw.to(device))[0], rank))
+            if not (a.isfinite().all() and b.isfinite().all()):
+                raise cli.UserError("the model's factors are not finite: train it again")
+            factors = a, torch.ones(a.shape[1]), b.mT
+        raw = raw[0].cpu()
+        try:
+            if args.step is not None:
+                image = coded_image(codec, raw, dataset.grid, args.step, factors)
+            else:
+                image = image_for_target(
+                    codec, raw, dataset.grid, factors,
+                    target_error=args.target_error, target_kb=args.target_kb,
+                )  # fmt: skip
+        except cli.UserError as error:
+            raise cli.UserError(f"row {row}: {error}") from None
+        images.append(image)
+        bar.update(1)
+    return images
 
 
 def check_target(
@@ -236,6 +349,8 @@ def report(manifest: dict, folder: Path, per_second: float | None) -> None:
         "rel_error_original": "as stored, in the encoder's units",
     }
     for name, words in lines.items():
+        if name not in errors:  # coded factors have none before rounding
+            continue
         print(f"{words:<34} mean {errors[name]['mean']:.5f}  p90 {errors[name]['p90']:.5f}")
     before = 2 * manifest["count"] * manifest["num_tokens"] * manifest["feature_dim"]
     after = sum(shard["bytes"] for shard in manifest["shards"])
@@ -243,6 +358,8 @@ def report(manifest: dict, folder: Path, per_second: float | None) -> None:
         f"{before / 1e6:.1f} MB of bf16 features, {after / 1e6:.1f} MB of factors: "
         f"ratio {before / after:.2f}"
     )
+    if manifest["dtype"] == CODED:
+        print(f"{after / manifest['count']:.0f} bytes an image, codec.safetensors beside them")
     if per_second is not None:
         print(f"{per_second:.1f} matrices per second (reading, factors, their errors, writing)")
     print(f'wrote {folder}: coding.factor_files.load_factors("{folder}") gives tokens back')

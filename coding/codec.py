@@ -16,12 +16,11 @@ Legend: T tokens on a grid [H, W], D features, d directions kept of the KLT, r r
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable
-from decimal import Decimal
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,16 +28,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from coding.entropy import (
-    HIGHEST,
-    LARGEST_TABLE,
-    LOWEST,
-    STEPS_AN_OCTAVE,
-    bits_table,
-    decode_symbols,
-    encode_symbols,
-    read_varint,
-    varint,
+from coding.entropy import STEPS_AN_OCTAVE, decode_symbols, encode_symbols, read_varint, varint
+from coding.transform import (
+    UNITS,
+    dct,
+    independent,
+    leading,
+    on_grid,
+    orthonormal,
+    rate_rounded,
+    sigma_levels,
+    to_levels,
+    tokens_shift,
 )
 from common.errors import UserError
 from common.files import save_tensors, sha256_file
@@ -48,13 +49,12 @@ FORMAT = 1
 KIND = "codec"
 # format, crc32 of all that follows, height, width, step, rank, i_σ of the first component
 HEADER = struct.Struct("<BIHHfHh")
-STATISTICS_STEPS = (0.01, 0.02)  # of the mean and of log std
+# coarse: X is normalised by what is stored, so that factors carry what the steps lose
+STATISTICS_STEPS = (0.05, 0.3)  # of the mean and of log std
 DROPPED_BELOW = 2.0  # components with σ_k less than this many steps
-LAMBDA = 0.15  # rounding minimises (z / Δ − q)² + λ bits(q)
-DEPENDENT = 0.05  # a rounded column of which less than this is new is dropped
 SIGMA_LEVEL = 0  # of differences of i_σ
-UNITS = 16  # of a level, in which the file keeps variances
 BUCKETS = 16
+UNSEEN_ENERGY = 0.05  # of a v_k outside the span of few training tokens
 TAIL = 1e-5  # energy of training tokens outside the directions that are kept
 
 Factors = tuple[Tensor, Tensor, Tensor]  # u [T, r], s [r], v [D, r]
@@ -83,7 +83,7 @@ class Codec:
 
     @classmethod
     def load(cls, path: str | Path) -> Codec:
-        """Read a file of `save`. Raises UserError where it is missing, damaged or something else."""
+        """Read a file of `save`. Raises UserError where it is missing, damaged or another."""
         remedy = "make one with experiments.fit_codec"
         try:
             with safe_open(path, framework="pt") as file:
@@ -93,14 +93,23 @@ class Codec:
             raise UserError(f"{path} is no codec, or damaged ({error}): {remedy}") from None
         if metadata.get("kind") != KIND or metadata.get("format") != str(FORMAT):
             raise UserError(f"{path} is not a codec of format {FORMAT}: {remedy}")
+        if metadata.get("content_sha256") != content_sha256(tensors, metadata.get("info", "")):
+            raise UserError(f"{path} is damaged (its content does not match its hash): {remedy}")
         return cls(tensors, json.loads(metadata["info"]), sha256_file(path))
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all, and set `sha256`."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"kind": KIND, "format": str(FORMAT), "info": json.dumps(self.info)}
+        info = json.dumps(self.info)
+        metadata = {"kind": KIND, "format": str(FORMAT), "info": info}
+        metadata["content_sha256"] = content_sha256(self.tensors, info)
         save_tensors(Path(path), self.tensors, metadata)
         self.sha256 = sha256_file(path)
+
+    @property
+    def num_directions(self) -> int:
+        """d, directions of the KLT that are kept."""
+        return self._klt.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -182,7 +191,7 @@ class Codec:
         sigma = first - np.concatenate([[0], symbols[2 * tokens :].cumsum()])[:rank]
         body = decode_symbols(data[at + length :], self._levels(sigma, grid))
         q_a = body[: tokens * rank].reshape(tokens, rank)
-        q_b = body[tokens * rank :].reshape(-1, rank)
+        q_b = body[tokens * rank :].reshape(self.num_directions, rank)
         a = dct(grid).mT @ orthonormal(q_a)
         b = torch.from_numpy(q_b.T.astype(np.float32)) * step @ self._inverse.mT
         return a, b, mean, std
@@ -226,7 +235,7 @@ class Codec:
     def _round_statistics(
         self, raw: Tensor, grid: tuple[int, int]
     ) -> tuple[np.ndarray, Tensor, Tensor]:
-        """Symbols [2, T] of LayerNorm's mean and log std, and the mean and std [T] they stand for."""
+        """Symbols [2, T] of LayerNorm's mean and log std, and mean and std [T] as decoded."""
         _, mean, std = normalise(raw)
         both = torch.stack([mean[:, 0], std[:, 0].log() - self.info["log_std"]])
         steps = torch.tensor(self.statistics_steps)[:, None]
@@ -246,113 +255,18 @@ class Prepared(tuple):
         return super().__new__(cls, parts)
 
 
-# ------------------------------------------------------------------------------ parts of the code
+def content_sha256(tensors: dict[str, Tensor], info: str) -> str:
+    """Of all that a codec's file holds."""
+    digest = hashlib.sha256(info.encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def crc(data: bytes) -> int:
     """Checksum of a coded image without the four bytes in which it stands."""
     return zlib.crc32(data[5:], zlib.crc32(data[:1]))
-
-
-@lru_cache(16)
-def dct(grid: tuple[int, int]) -> Tensor:
-    """Orthonormal 2-D DCT of a grid's tokens, row by row: [T, T] float32."""
-
-    def one(side: int) -> Tensor:
-        k = torch.arange(side, dtype=torch.float64)
-        matrix = torch.cos(torch.pi / side * (k + 0.5) * k[:, None]) * (2 / side) ** 0.5
-        matrix[0] *= 0.5**0.5
-        return matrix
-
-    return torch.kron(one(grid[0]), one(grid[1])).float()
-
-
-def leading(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors [T, r] and singular values [r] of z [T, d], largest first."""
-    wide = z.double()
-    if z.shape[0] <= z.shape[1]:
-        values, u = torch.linalg.eigh(wide @ wide.mT)
-        return u.flip(-1).float(), values.flip(-1).clamp_min(0).sqrt().float()
-    values, v = torch.linalg.eigh(wide.mT @ wide)
-    s = values.flip(-1).clamp_min(0).sqrt()
-    return (wide @ v.flip(-1) / s.clamp_min(1e-12)).float(), s.float()
-
-
-def sigma_levels(s: Tensor, step: float) -> np.ndarray:
-    """i_σ [r] int64, never rising: σ_k / Δ on the grid of levels."""
-    levels = (STEPS_AN_OCTAVE * (s.double() / step).log2()).round().to(torch.int64).numpy()
-    return np.minimum.accumulate(levels) if len(levels) else levels
-
-
-def to_levels(units: np.ndarray) -> np.ndarray:
-    return (units + UNITS // 2) // UNITS
-
-
-def tokens_shift(fitted: tuple[int, int], grid: tuple[int, int]) -> int:
-    """What a unit vector's entries are smaller by on a grid with more tokens, in UNITS."""
-    ratio = Decimal(fitted[0] * fitted[1]) / Decimal(grid[0] * grid[1])
-    octaves = ratio.ln() / Decimal(2).ln() / 2
-    return int((octaves * STEPS_AN_OCTAVE * UNITS).to_integral_value())
-
-
-def on_grid(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """maps [n, H, W] int64 over frequency, read at the same frequencies of another grid, bilinear,
-    in integers: [n, *grid]."""
-    for axis, side in ((1, grid[0]), (2, grid[1])):
-        fitted = maps.shape[axis]
-        if fitted == side:
-            continue
-        at = np.arange(side) * fitted * 256 // side
-        low = np.minimum(at >> 8, fitted - 1)
-        high = np.minimum(low + 1, fitted - 1)
-        shape = [1, 1, 1]
-        shape[axis] = side
-        weight = (at & 255).reshape(shape)
-        maps = (maps.take(low, axis) * (256 - weight) + maps.take(high, axis) * weight) >> 8
-    return maps
-
-
-def rate_rounded(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Integers q of values [n, m]: of the nearest, one nearer to 0, and 0 the one with the least
-    (value − q)² + λ bits(q)."""
-    size = np.abs(values)
-    nearest = np.rint(size).astype(np.int64)
-    # a flat view: one gather a candidate
-    bits, width = bits_table().ravel(), LARGEST_TABLE + 2
-    base = (np.clip(levels, LOWEST, HIGHEST) - LOWEST) * width
-    best = np.zeros_like(nearest)
-    todo = nearest > 0
-    size, nearest, base = size[todo], nearest[todo], base[todo]
-    cost = size**2 + LAMBDA * bits[base]
-    chosen = np.zeros_like(nearest)
-    for q in (nearest, np.maximum(nearest - 1, 0)):
-        own = (size - q) ** 2 + LAMBDA * bits[base + np.minimum(q, LARGEST_TABLE + 1)]
-        better = own < cost
-        chosen, cost = np.where(better, q, chosen), np.where(better, own, cost)
-    best[todo] = chosen
-    return np.where(values < 0, -best, best)
-
-
-def independent(q: np.ndarray) -> np.ndarray:
-    """Indices of the columns of q [T, r] that are not all but a combination of those before."""
-    norms = np.linalg.norm(q.astype(np.float64), axis=0)
-    keep = np.flatnonzero(norms > 0)
-    while len(keep):
-        unit = torch.from_numpy(q[:, keep] / norms[keep])
-        pivots = torch.linalg.qr(unit, mode="r").R.diagonal().abs().numpy()
-        bad = np.flatnonzero(pivots < DEPENDENT)
-        if not len(bad):
-            break
-        keep = np.delete(keep, bad[0])
-    return keep
-
-
-def orthonormal(q: np.ndarray) -> Tensor:
-    """Orthonormal basis of the columns of q [T, r], in their order and direction: float32."""
-    unit = torch.from_numpy(q.astype(np.float64))
-    unit = unit / unit.norm(dim=0).clamp_min(1e-30)
-    basis, upper = torch.linalg.qr(unit)
-    return (basis * upper.diagonal().sign()).float()
 
 
 # --------------------------------------------------------------------------------------- fitting
@@ -367,7 +281,7 @@ def fit(
 ) -> Codec:
     """A codec from training images, streamed twice.
 
-    batches: gives raw tokens [b, T, D] anew at each call; metric: M [D, D], of tokens; grid: theirs.
+    batches: gives raw tokens [b, T, D] anew at each call; grid: theirs; metric: M [D, D].
     """
     root, inverse_root = _roots(metric)
     moment, log_std, images = 0.0, 0.0, 0
@@ -382,7 +296,11 @@ def fit(
         raise UserError("there are no training images to fit a codec on")
     values, vectors = (t.flip(-1) for t in torch.linalg.eigh(moment))
     outside = values.clamp_min(0).flip(0).cumsum(0).flip(0) / values.clamp_min(0).sum()
-    vectors = vectors[:, outside > TAIL]
+    # few training tokens do not span those to come: then all directions are kept, and the energy
+    # outside the training tokens' span is guessed
+    unseen = max(0.0, 1 - images * raw.shape[1] / (4 * len(moment)))
+    if not unseen:
+        vectors = vectors[:, outside > TAIL]
     tensors = {"klt": vectors if root is None else root.double() @ vectors}
     if root is not None:
         tensors["inverse"] = inverse_root.double() @ vectors
@@ -393,7 +311,8 @@ def fit(
         "statistics_steps": list(statistics_steps),
         "grid": list(grid),
     }
-    tensors |= _variances(batches, tensors["klt"].float(), grid, made)
+    floor = UNSEEN_ENERGY * unseen / len(moment)
+    tensors |= _variances(batches, tensors["klt"].float(), grid, made, floor)
     return Codec(tensors, made)
 
 
@@ -411,7 +330,11 @@ def bucket_starts(rank: int) -> list[int]:
 
 
 def _variances(
-    batches: Callable[[], Iterable[Tensor]], klt: Tensor, grid: tuple[int, int], info: dict
+    batches: Callable[[], Iterable[Tensor]],
+    klt: Tensor,
+    grid: tuple[int, int],
+    info: dict,
+    floor: float,
 ) -> dict[str, Tensor]:
     """Log variances of u_k and v_k, a bucket of k each, and of the statistics in their steps."""
     transform, steps = dct(grid), torch.tensor(info["statistics_steps"])[:, None]
@@ -437,7 +360,7 @@ def _variances(
 
     return {
         "rows": units(rows).reshape(-1, *grid),
-        "columns": units(columns),
+        "columns": units(columns + floor * info["images"]),
         "statistics": units(statistics).reshape(2, *grid),
         "starts": torch.tensor(starts, dtype=torch.int16),
     }

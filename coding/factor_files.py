@@ -18,7 +18,7 @@ and at ranks that differ, r_i of image i, all components one after another, R = 
 so that image i has those from Σ_{j<i} r_j on; row k of A_columns is a column of its A. Both hold
 the errors of each image, [n] float64, as measured when it was written: `rel_error` of what is
 stored, `rel_error_float32` before rounding to the dtype, and `rel_error_original`, ‖F − F̂‖ / ‖F‖
-of the tokens F in the encoder's own units.
+of the tokens F in the encoder's own units. Coded factors (dtype "coded"): see coded_files.
 
 Tokens are A·B · std + mean. A shard is whole or absent and depends on no other: several processes
 may each write some, an interrupted writer goes on with those that are missing, and the finished
@@ -35,6 +35,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from coding.coded_files import (
+    CODEC_FILE,
+    CODED,
+    CODED_ERRORS,
+    CodedImage,
+    coded_images,
+    copy_codec,
+    write_coded_shard,
+)
 from common.errors import UserError
 from common.files import (
     check_files,
@@ -117,6 +126,7 @@ class FactorWriter:
         self.folder = Path(folder)
         self.header = {"format": FORMAT, "kind": KIND, **header}
         self.ranks_differ = header["rank"] is None
+        self.errors = CODED_ERRORS if header["dtype"] == CODED else ERRORS
         self._refuse_other_folders(overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
@@ -127,6 +137,10 @@ class FactorWriter:
             write_json(partial, self.header)
         for path in self.folder.glob("factors-*.safetensors"):
             _open(path, "start again with --overwrite")
+
+    def put_codec(self, path: Path) -> None:
+        """Copy the codec beside the shards, where it is not yet."""
+        copy_codec(path, self.folder)
 
     def rows_of(self, shard: int) -> range:
         """Rows of the cache that belong to a shard."""
@@ -160,14 +174,18 @@ class FactorWriter:
         path = self._shard_path(shard)
         save_tensors(path, {name: t.cpu().contiguous() for name, t in tensors.items()})
 
+    def write_coded(self, shard: int, images: list[CodedImage]) -> None:
+        """Write one shard of coded images."""
+        write_coded_shard(self._shard_path(shard), images)
+
     def finish(self) -> dict:
         """Write the manifest, which commits the folder, once every shard is there; return it."""
         shards = range(-(-self.header["count"] // ROWS_PER_SHARD))
         paths = {self._shard_path(shard): len(self.rows_of(shard)) for shard in shards}
-        errors, ranks = {name: [] for name in ERRORS}, []
+        errors, ranks = {name: [] for name in self.errors}, []
         for path, rows in paths.items():
             with _open(path, WRITE_AGAIN) as shard:
-                for name in ERRORS:
+                for name in self.errors:
                     errors[name].append(shard.get_tensor(name))
                 if self.ranks_differ:
                     ranks.append(shard.get_tensor("ranks"))
@@ -217,7 +235,7 @@ class FactorWriter:
 
     def _clear(self) -> None:
         # the manifest goes first: a half-removed folder must not look like a whole one
-        for pattern in ("manifest.json", "partial.json", "factors-*.safetensors"):
+        for pattern in ("manifest.json", "partial.json", "factors-*.safetensors", CODEC_FILE):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
@@ -276,7 +294,7 @@ def read_manifest(folder: str | Path) -> dict:
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise UserError(f"{path} is not of factors: name a folder that factorize.py wrote")
     check_keys(path, manifest, MANIFEST_KEYS, WRITE_AGAIN)
-    if manifest["format"] != FORMAT or manifest["dtype"] not in DTYPES:
+    if manifest["format"] != FORMAT or manifest["dtype"] not in {*DTYPES, CODED}:
         raise UserError(
             f"{path} has format {manifest['format']} and dtype {manifest['dtype']}, this version "
             f"reads format {FORMAT} and {', '.join(DTYPES)}: {WRITE_AGAIN}"
@@ -308,7 +326,7 @@ def read_factors(folder: str | Path, rows: list[int] | range | None = None) -> S
     """
     manifest = read_manifest(folder)
     rows = range(manifest["count"]) if rows is None else [int(row) for row in rows]
-    images = list(_read_images(Path(folder), manifest, rows))
+    images = list(_images(Path(folder), manifest, rows))
     ranks = torch.tensor([b.shape[0] for _, b, _, _ in images], dtype=torch.int64)
     most = int(ranks.max()) if images else 0
     tokens, width = manifest["num_tokens"], manifest["feature_dim"]
@@ -330,9 +348,17 @@ def load_factors(folder: str | Path, rows: list[int] | range | None = None) -> T
     rows = range(manifest["count"]) if rows is None else [int(row) for row in rows]
     tokens = torch.empty(len(rows), manifest["num_tokens"], manifest["feature_dim"])
     # one image at a time: factors and tokens together never take twice the room
-    for i, (a, b, mean, std) in enumerate(_read_images(Path(folder), manifest, rows)):
+    for i, (a, b, mean, std) in enumerate(_images(Path(folder), manifest, rows)):
         tokens[i] = denormalise(a @ b, mean.unsqueeze(-1), std.unsqueeze(-1))
     return tokens
+
+
+def _images(
+    folder: Path, manifest: dict, rows: list[int] | range
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """A [T, r], B [r, D], mean [T] and std [T] float32 of each row, coded or not."""
+    read = coded_images if manifest["dtype"] == CODED else _read_images
+    return read(folder, manifest, rows)
 
 
 def _read_images(

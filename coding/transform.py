@@ -1,0 +1,120 @@
+"""The parts of the codec: transform of a grid, integer levels on it, and rounding.
+
+Whatever decides a level is integers or decimals; floats decide symbols only where they are encoded.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coding.entropy import HIGHEST, LARGEST_TABLE, LOWEST, STEPS_AN_OCTAVE, bits_table
+
+LAMBDA = 0.12  # rounding minimises (z / Δ − q)² + λ bits(q)
+DEPENDENT = 0.05  # a rounded column of which less than this is new is dropped
+UNITS = 16  # of a level, in which the codec's file keeps variances
+
+
+@lru_cache(16)
+def dct(grid: tuple[int, int]) -> Tensor:
+    """Orthonormal 2-D DCT of a grid's tokens, row by row: [T, T] float32."""
+
+    def one(side: int) -> Tensor:
+        k = torch.arange(side, dtype=torch.float64)
+        matrix = torch.cos(torch.pi / side * (k + 0.5) * k[:, None]) * (2 / side) ** 0.5
+        matrix[0] *= 0.5**0.5
+        return matrix
+
+    return torch.kron(one(grid[0]), one(grid[1])).float()
+
+
+def leading(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors [T, r] and singular values [r] of z [T, d], largest first."""
+    wide = z.double()
+    if z.shape[0] <= z.shape[1]:
+        values, u = torch.linalg.eigh(wide @ wide.mT)
+        return u.flip(-1).float(), values.flip(-1).clamp_min(0).sqrt().float()
+    values, v = torch.linalg.eigh(wide.mT @ wide)
+    s = values.flip(-1).clamp_min(0).sqrt()
+    return (wide @ v.flip(-1) / s.clamp_min(1e-12)).float(), s.float()
+
+
+def sigma_levels(s: Tensor, step: float) -> np.ndarray:
+    """i_σ [r] int64, never rising: σ_k / Δ on the grid of levels."""
+    levels = (STEPS_AN_OCTAVE * (s.double() / step).log2()).round().to(torch.int64).numpy()
+    return np.minimum.accumulate(levels) if len(levels) else levels
+
+
+def to_levels(units: np.ndarray) -> np.ndarray:
+    return (units + UNITS // 2) // UNITS
+
+
+def tokens_shift(fitted: tuple[int, int], grid: tuple[int, int]) -> int:
+    """What a unit vector's entries are smaller by on a grid with more tokens, in UNITS."""
+    ratio = Decimal(fitted[0] * fitted[1]) / Decimal(grid[0] * grid[1])
+    octaves = ratio.ln() / Decimal(2).ln() / 2
+    return int((octaves * STEPS_AN_OCTAVE * UNITS).to_integral_value())
+
+
+def on_grid(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """maps [n, H, W] int64 over frequency, read at the same frequencies of another grid, bilinear,
+    in integers: [n, *grid]."""
+    for axis, side in ((1, grid[0]), (2, grid[1])):
+        fitted = maps.shape[axis]
+        if fitted == side:
+            continue
+        at = np.arange(side) * fitted * 256 // side
+        low = np.minimum(at >> 8, fitted - 1)
+        high = np.minimum(low + 1, fitted - 1)
+        shape = [1, 1, 1]
+        shape[axis] = side
+        weight = (at & 255).reshape(shape)
+        maps = (maps.take(low, axis) * (256 - weight) + maps.take(high, axis) * weight) >> 8
+    return maps
+
+
+def rate_rounded(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Integers q of values [n, m]: of the nearest, one nearer to 0, and 0 the one with the least
+    (value − q)² + λ bits(q)."""
+    size = np.abs(values)
+    nearest = np.rint(size).astype(np.int64)
+    # a flat view: one gather a candidate
+    bits, width = bits_table().ravel(), LARGEST_TABLE + 2
+    base = (np.clip(levels, LOWEST, HIGHEST) - LOWEST) * width
+    best = np.zeros_like(nearest)
+    todo = nearest > 0
+    size, nearest, base = size[todo], nearest[todo], base[todo]
+    cost = size**2 + LAMBDA * bits[base]
+    chosen = np.zeros_like(nearest)
+    for q in (nearest, np.maximum(nearest - 1, 0)):
+        own = (size - q) ** 2 + LAMBDA * bits[base + np.minimum(q, LARGEST_TABLE + 1)]
+        better = own < cost
+        chosen, cost = np.where(better, q, chosen), np.where(better, own, cost)
+    best[todo] = chosen
+    return np.where(values < 0, -best, best)
+
+
+def independent(q: np.ndarray) -> np.ndarray:
+    """Indices of the columns of q [T, r] that are not all but a combination of those before."""
+    norms = np.linalg.norm(q.astype(np.float64), axis=0)
+    keep = np.flatnonzero(norms > 0)
+    while len(keep):
+        unit = torch.from_numpy(q[:, keep] / norms[keep])
+        pivots = torch.linalg.qr(unit, mode="r").R.diagonal().abs().numpy()
+        bad = np.flatnonzero(pivots < DEPENDENT)
+        if not len(bad):
+            break
+        keep = np.delete(keep, bad[0])
+    return keep
+
+
+def orthonormal(q: np.ndarray) -> Tensor:
+    """Orthonormal basis of the columns of q [T, r], in their order and direction: float32."""
+    unit = torch.from_numpy(q.astype(np.float64))
+    unit = unit / unit.norm(dim=0).clamp_min(1e-30)
+    basis, upper = torch.linalg.qr(unit)
+    return (basis * upper.diagonal().sign()).float()

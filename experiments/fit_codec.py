@@ -1,0 +1,80 @@
+"""Fit the codec of factors: what all images of an encoder share, from training images alone.
+
+    python -m experiments.fit_codec                     # writes codecs/demo.safetensors
+    python factorize.py --exact --codec codecs/demo.safetensors --step 1.3
+
+Two passes over the training images, one batch in memory at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from coding.codec import fit
+from common import cli, progress
+from common.errors import UserError
+from qwenvl_dataloader import RealQwenVLDataset
+from task.metric import cache_hashes, load_metric
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        description="Fit the codec of factors on the training images of a feature cache.",
+        epilog="example:\n  python -m experiments.fit_codec --out codecs/demo.safetensors",
+    )
+    codec = parser.add_argument_group("codec")
+    codec.add_argument("--cache_dir", type=cli.folder, default="feature_cache_real",
+                       help="feature cache to read")  # fmt: skip
+    codec.add_argument("--metric", type=cli.name, default=None, metavar="FILE",
+                       help="of experiments.estimate_metric: code X M^½")  # fmt: skip
+    codec.add_argument("--out", type=cli.name, default=None,
+                       help="file; default codecs/<cache's kind>.safetensors, with the head's name "
+                            "where there is a metric")  # fmt: skip
+    codec.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
+                       help="images at once")  # fmt: skip
+    codec.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    device = cli.pick_device(args.device)
+    dataset = RealQwenVLDataset(args.cache_dir)
+    metric = load_metric(args.metric, dataset) if args.metric else None
+    head = f"-{metric.head}" if metric else ""
+    path = Path(args.out or f"codecs/{dataset.manifest['kind']}{head}.safetensors")
+    if path.is_dir() or any(p.is_file() for p in path.parents):
+        raise UserError(f"--out {path} cannot be a file there: name another")
+    rows = dataset.split.train
+    print(f"{dataset.label}; {len(rows)} training images")
+
+    passes = iter(("directions", "variances"))
+
+    def batches() -> Iterator[Tensor]:
+        parts = rows.split(args.batch_size)
+        for part in progress.over(parts, next(passes), "batches"):
+            yield dataset[part].to(device)
+
+    info = {
+        "data": dataset.label,
+        "encoder": dataset.manifest["encoder"],
+        "cache": cache_hashes(dataset),
+        "metric_sha256": metric.sha256 if metric else None,
+        "head": metric.head if metric else None,
+    }
+    start = time.perf_counter()
+    codec = fit(batches, dataset.grid, metric.matrix if metric else None, info)
+    codec.save(path)
+    print(
+        f"wrote {path}: {codec.nbytes / 1e6:.1f} MB, {codec.num_directions} directions, "
+        f"{time.perf_counter() - start:.0f} s; sha256 {codec.sha256}"
+    )
+    print(f"next: python factorize.py --exact --codec {path} --target_error 0.16")
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())

@@ -1,0 +1,298 @@
+"""The codec of factors: what is read is what was written, everywhere, or it is refused."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from conftest import hashes
+from tiny import steep_tokens
+from torch.utils.data import DataLoader
+
+import factorize
+from coding import factor_files
+from coding.codec import HEADER, Codec, fit
+from coding.entropy import (
+    HIGHEST,
+    LOWEST,
+    TOTAL,
+    bits_table,
+    decode_symbols,
+    encode_symbols,
+    table,
+)
+from coding.factor_files import load_factors, read_factors
+from coding.rate_control import coded_image, image_for_target
+from coding.transform import dct, on_grid
+from coding.vision_tokens import VisionTokens
+from common.errors import UserError
+from qwenvl_dataloader import RealQwenVLDataset, normalise
+
+GRID = (4, 6)
+SYMBOLS = np.array([0, 1, -1, 5, -300, 0, 2, 70000, -3, 0, 0, 12])
+LEVELS = np.array([-30, -4, 0, 6, 20, -9, 3, 10, 2, -12, 44, 16])
+STREAM = "04fcc4084fbf71b7938e3dc35505010000"
+
+
+def some_tokens(n, grid=GRID, seed=0):
+    """[n, T, 48] raw tokens with a spread of means and lengths."""
+    tokens = steep_tokens(n, grid[0] * grid[1], seed=seed)
+    rng = torch.Generator().manual_seed(seed)
+    scale = (0.3 * torch.randn(n, tokens.shape[1], 1, generator=rng)).exp()
+    return tokens * scale + 0.2 * torch.randn(n, tokens.shape[1], 1, generator=rng)
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return fit(lambda: some_tokens(24).split(5), GRID)
+
+
+def raw_error(raw, decoded):
+    return float((raw - decoded).norm() / raw.norm())
+
+
+def test_a_stored_stream_decodes_to_the_stored_symbols():
+    assert encode_symbols(SYMBOLS, LEVELS).hex() == STREAM
+    assert decode_symbols(bytes.fromhex(STREAM), LEVELS).tolist() == SYMBOLS.tolist()
+
+
+def test_tables_are_integers_that_fall_with_the_symbol_and_sum_to_the_whole():
+    for level in range(LOWEST, HIGHEST + 1):
+        frequencies = table(level)
+        assert sum(frequencies) == TOTAL and min(frequencies) >= 1
+        both = [frequencies[0], *(2 * f for f in frequencies[1:-1:2])]
+        assert all(a >= b for a, b in pairwise(both[1:]))
+    zeros = [table(level)[0] for level in range(LOWEST, HIGHEST + 1)]
+    assert all(a >= b for a, b in pairwise(zeros)) and zeros[-1] < zeros[0] / 1000
+
+
+def test_no_value_is_clipped_and_the_bytes_are_those_that_the_tables_promise():
+    rng = np.random.default_rng(0)
+    levels = rng.integers(LOWEST - 4, HIGHEST + 4, 20_000)
+    symbols = np.rint(rng.normal(size=20_000) * 2.0 ** (levels / 4)).astype(np.int64)
+    symbols[:3] = 10**9, -(10**9), 12345
+    data = encode_symbols(symbols, levels)
+    assert np.array_equal(decode_symbols(data, levels), symbols)
+    bits = bits_table()[np.clip(levels, LOWEST, HIGHEST) - LOWEST, np.minimum(abs(symbols), 2049)]
+    assert abs(8 * len(data) / bits.sum() - 1) < 0.01
+    assert decode_symbols(encode_symbols(symbols[:0], levels[:0]), levels[:0]).size == 0
+
+
+@pytest.mark.parametrize("grid", [GRID, (4, 4), (1, 7), (9, 8), (12, 3)])
+def test_any_grid_is_decoded_and_a_finer_step_errs_less(codec, grid):
+    raw = some_tokens(1, grid, seed=1)[0]
+    errors, sizes = [], []
+    for step in (2.0, 0.5, 0.1, 0.02):
+        data = codec.encode(raw, grid, step)
+        assert HEADER.unpack_from(data)[2:4] == grid
+        errors.append(raw_error(raw, codec.decode(data)))
+        sizes.append(len(data))
+    assert errors == sorted(errors, reverse=True) and sizes == sorted(sizes)
+    assert errors[-1] < 0.02
+
+
+def test_tokens_are_the_factors_with_the_statistics_and_the_rank_is_what_the_step_leaves(codec):
+    raw = some_tokens(1, seed=2)[0]
+    ranks = []
+    for step in (3.0, 0.3):
+        data = codec.encode(raw, GRID, step)
+        a, b, mean, std = codec.factors(data)
+        assert torch.allclose((a @ b) * std[:, None] + mean[:, None], codec.decode(data), atol=1e-4)
+        ranks.append(a.shape[1])
+        _, true_mean, true_std = normalise(raw)
+        far = codec.statistics_steps[0] * 24**0.5 / 2, codec.statistics_steps[1] * 24**0.5 / 2
+        assert (mean - true_mean[:, 0]).abs().max() <= far[0] + 1e-5
+        assert (std.log() - true_std[:, 0].log()).abs().max() <= far[1] + 1e-5
+    assert 0 < ranks[0] < ranks[1]
+
+
+def test_factors_from_outside_are_coded_as_the_exact_ones(codec):
+    raw = some_tokens(1, seed=3)[0]
+    u, s, vh = torch.linalg.svd(normalise(raw)[0], full_matrices=False)
+    given = codec.decode(codec.encode(raw, GRID, 0.3, (u, s, vh.mT)))
+    exact = codec.decode(codec.encode(raw, GRID, 0.3))
+    # the exact ones are of tokens normalised by the statistics as stored
+    assert raw_error(raw, given) < 1.3 * raw_error(raw, exact) + 0.03
+
+
+def test_constant_tokens_are_coded_at_rank_0(codec):
+    raw = torch.full((24, 48), 3.0)
+    data = codec.encode(raw, GRID, 1.0)
+    assert codec.factors(data)[0].shape == (24, 0)
+    assert raw_error(raw, codec.decode(data)) < 0.05
+
+
+def test_any_flipped_byte_and_any_shorter_stream_is_refused(codec):
+    data = codec.encode(some_tokens(1, seed=4)[0], GRID, 1.5)
+    for i in range(len(data)):
+        flipped = bytearray(data)
+        flipped[i] ^= 1 << i % 8
+        with pytest.raises(UserError, match="damaged"):
+            codec.decode(bytes(flipped))
+        with pytest.raises(UserError, match="damaged"):
+            codec.decode(data[:i])
+
+
+def test_a_codec_is_read_as_it_was_saved_and_a_flipped_byte_of_it_is_found(codec, tmp_path):
+    path = tmp_path / "codec.safetensors"
+    codec.save(path)
+    raw = some_tokens(1, seed=5)[0]
+    read = Codec.load(path)
+    assert read.sha256 == codec.sha256 and read.encode(raw, GRID, 0.5) == codec.encode(
+        raw, GRID, 0.5
+    )
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        Codec.load(path)
+    with pytest.raises(UserError, match="fit a codec"):
+        codec.encode(raw, (5, 5), 0.5)
+
+
+def test_a_target_is_met_and_one_out_of_reach_is_refused(codec):
+    raw = some_tokens(1, seed=6)[0]
+    by_error = image_for_target(codec, raw, GRID, target_error=0.1)
+    assert by_error.errors["rel_error_original"] <= 0.1
+    coarser = coded_image(codec, raw, GRID, by_error.step * 2 ** (1 / 16))
+    assert coarser.errors["rel_error_original"] > 0.1
+    by_size = image_for_target(codec, raw, GRID, target_kb=0.3)
+    assert len(by_size.data) <= 300
+    with pytest.raises(UserError, match="--target_error 1e-09 is out of reach"):
+        image_for_target(codec, raw, GRID, target_error=1e-9)
+    with pytest.raises(UserError, match="--target_kb 0.01 is out of reach"):
+        image_for_target(codec, raw, GRID, target_kb=0.01)
+
+
+def test_in_a_metric_the_features_that_count_err_less():
+    weight = torch.ones(48, dtype=torch.float64)
+    weight[:12] = 25
+    raw = some_tokens(1, seed=7)[0]
+    errors = []
+    for metric in (None, torch.diag(weight)):
+        decoded = (c := fit(lambda: some_tokens(24).split(8), GRID, metric)).decode(
+            image_for_target(c, raw, GRID, target_kb=0.4).data
+        )
+        errors.append(float((raw - decoded)[:, :12].norm()))
+    assert errors[1] < errors[0]
+
+
+def test_the_dct_is_orthonormal_and_maps_read_on_another_grid_keep_their_frequencies():
+    assert torch.allclose(dct((3, 5)) @ dct((3, 5)).mT, torch.eye(15), atol=1e-6)
+    ramp = np.arange(4)[None, :, None] * 64 + np.zeros((1, 4, 4), dtype=np.int64)
+    read = on_grid(ramp, (8, 2))
+    assert read.shape == (1, 8, 2) and read[0, :, 0].tolist() == [0, 32, 64, 96, 128, 160, 192, 192]
+
+
+# ------------------------------------------------------------------------------ folders
+
+
+@pytest.fixture(scope="module")
+def codec_file(tiny_cache, tmp_path_factory):
+    from common import cli
+    from experiments import fit_codec
+
+    path = tmp_path_factory.mktemp("codec") / "tiny.safetensors"
+    argv = ["--cache_dir", str(tiny_cache), "--out", str(path)]
+    fit_codec.main(cli.parse(fit_codec.get_args_parser(), argv))
+    return path
+
+
+@pytest.fixture
+def write(script, tiny_cache, codec_file, tmp_path):
+    def run(*flags, codec=codec_file, fails=False):
+        where = ["--cache_dir", tiny_cache, "--out", tmp_path / "out", "--exact", "--codec", codec]
+        done = script("factorize.py", *where, *flags)
+        assert done.returncode == (2 if fails else 0), done.stderr
+        return done
+
+    return run
+
+
+def test_coded_factors_meet_the_target_as_read_by_every_reader_and_by_workers(
+    write, tiny_cache, tmp_path
+):
+    write("--target_error", 0.2)
+    folder, raw = tmp_path / "out", RealQwenVLDataset(tiny_cache)[range(36)].float()
+    tokens = load_factors(folder)
+    error = (tokens - raw).flatten(1).norm(dim=1) / raw.flatten(1).norm(dim=1)
+    assert (error <= 0.2 + 1e-6).all() and error.max() > 0.18
+    manifest = json.loads((folder / "manifest.json").read_text())
+    mean = manifest["errors"]["rel_error_original"]["mean"]
+    assert mean == pytest.approx(float(error.mean()), rel=1e-4)
+    read = read_factors(folder, [7, 2])
+    assert torch.allclose(read.a @ read.b * read.std + read.mean, tokens[[7, 2]], atol=1e-4)
+    data = VisionTokens(folder)
+    assert len(data) == 36 and torch.equal(data[35], tokens[35])
+    loaded = torch.cat(list(DataLoader(data, 5, num_workers=2)))
+    assert torch.equal(loaded, tokens)
+    with pytest.raises(IndexError):
+        data[36]
+
+
+def test_an_interrupted_run_goes_on_and_its_coded_folder_is_byte_identical(
+    write, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(factor_files, "ROWS_PER_SHARD", 10)
+    write("--step", 2)
+    whole = hashes(tmp_path / "out")
+    assert len(whole) == 6
+    calls = []
+
+    def interrupted(*args, coded_image=factorize.coded_image):
+        calls.append(1)
+        if len(calls) > 25:
+            raise KeyboardInterrupt
+        return coded_image(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(factorize, "coded_image", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write("--step", 2, "--overwrite")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert "was begun with" in write("--step", 3, fails=True).stderr
+    assert "images are already there" in write("--step", 2).stdout
+    assert hashes(tmp_path / "out") == whole
+
+
+def test_an_image_whose_target_cannot_be_met_is_named(write):
+    assert (
+        "row 0: --target_kb 0.01 is out of reach" in write("--target_kb", 0.01, fails=True).stderr
+    )
+
+
+def test_another_codec_and_damage_are_refused(write, tiny_cache, codec_file, tmp_path):
+    write("--step", 2)
+    folder = tmp_path / "out"
+    shard = folder / "factors-00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-50] ^= 16  # of the streams, which come last
+    kept = shard.read_bytes()
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="row 35: .*checksum"):
+        load_factors(folder)
+    shard.write_bytes(kept)
+    load_factors(folder, [35])
+    other = Codec.load(codec_file)
+    other.info["log_std"] += 1e-3
+    other.save(folder / "codec.safetensors")
+    with pytest.raises(UserError, match="another codec"):
+        VisionTokens(folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ((), "--codec needs one of --step, --target_error and --target_kb"),
+        (("--step", 1, "--dtype", "int8"), "--dtype does nothing beside --codec"),
+        (("--step", 1, "--target_kb", 3), "not allowed with argument"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags, says, write):
+    assert says in write(*flags, fails=True).stderr
+
+
+def test_flags_of_coded_factors_need_a_codec(script):
+    done = script("factorize.py", "--step", 1)
+    assert done.returncode == 2 and "name a --codec" in done.stderr
