@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from coding.rivals import Knob, Rival, TokenImage, needed
+from coding.rivals import Knob, Rival, Statistics, TokenImage, needed
 from features.encoders import VisionEncoder
 from qwenvl_dataloader import Batch, denormalise
 
@@ -96,8 +96,10 @@ class PcaDeflate(Rival):
     name = "pca_deflate"
     knobs = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192)
 
-    def __init__(self, shape: tuple[int, int], basis: TokenBasis) -> None:
-        super().__init__(shape)
+    def __init__(
+        self, shape: tuple[int, int], basis: TokenBasis, statistics: Statistics | None = None
+    ) -> None:
+        super().__init__(shape, statistics)
         self.basis = basis
         starts = range(0, shape[1], GROUP)
         # a scale for each image's tokens of a group, as in coding
@@ -167,8 +169,10 @@ class ProductQuantiser(Rival):
     knobs = (1, 2, 4, 8, 16, 32, 64)
     COMPONENTS = 256
 
-    def __init__(self, shape: tuple[int, int], basis: TokenBasis) -> None:
-        super().__init__(shape)
+    def __init__(
+        self, shape: tuple[int, int], basis: TokenBasis, statistics: Statistics | None = None
+    ) -> None:
+        super().__init__(shape, statistics)
         faiss = needed("faiss")
         self.basis, self.books = basis, {}
         most = min(self.COMPONENTS, shape[1])

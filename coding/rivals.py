@@ -45,11 +45,17 @@ def needed(package: str):
 
 
 class TokenImage:
-    """One image to be coded: its row of the cache, and raw tokens [T, D] as cached."""
+    """One image to be coded: its row of the cache, raw tokens [T, D], and X.
 
-    def __init__(self, row: int, raw: Tensor) -> None:
+    X is normalised by the statistics that are stored, as rounded: what they lose, X keeps.
+    """
+
+    def __init__(self, row: int, raw: Tensor, statistics: Statistics | None = None) -> None:
         self.row, self.raw = row, raw.float()
-        self.x, self.mean, self.std = normalise(self.raw)  # [T, D], [T, 1], [T, 1]
+        statistics = statistics or Statistics()
+        self.statistics = statistics.encode(self.raw)
+        self.mean, self.std = statistics.decode(self.statistics, len(raw))  # [T, 1]
+        self.x = (self.raw - self.mean) / self.std  # [T, D]
 
     @cached_property
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +122,9 @@ class Statistics:
     """LayerNorm's mean and std [T, 1] as bytes: steps of log std and of the mean, DEFLATE of the
     differences from token to token."""
 
-    def encode(self, mean: Tensor, std: Tensor) -> bytes:
+    def encode(self, raw: Tensor) -> bytes:
+        """Of raw tokens [T, D] float32."""
+        _, mean, std = normalise(raw)
         levels = torch.stack([std.log() / LOG_STD_STEP, mean / MEAN_STEP]).squeeze(-1).round()
         return deflate(torch.diff(levels, prepend=torch.zeros(2, 1)))
 
@@ -132,7 +140,8 @@ class Statistics:
 class Rival(ABC):
     """A code with one global knob.
 
-    name: of DESIGN's list; knobs: from few bytes to many (None: it has none); shape: (T, D).
+    name: of DESIGN's list; knobs: from few bytes to many (None: it has none); shape: (T, D);
+    statistics: the coder that images are given to it with.
     """
 
     name: str
@@ -153,7 +162,7 @@ class Rival(ABC):
         return 0
 
     def _with_statistics(self, image: TokenImage, payload: bytes) -> bytes:
-        return joined(self.statistics.encode(image.mean, image.std), payload)
+        return joined(image.statistics, payload)
 
     def _payload(self, data: bytes) -> tuple[bytes, Tensor, Tensor]:
         """payload, mean, std."""
@@ -259,8 +268,13 @@ class FactorsDeflate(Rival):
     name = "factors_deflate"
     knobs = (16.0, 11.0, 8.0, 5.6, 4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25)
 
+    @property
+    def width(self) -> int:
+        """d, numbers of a v_k."""
+        return self.shape[1]
+
     def components(self, image: TokenImage) -> tuple[Tensor, Tensor, Tensor]:
-        """u [T, S], σ [S], v [S, D] that are coded."""
+        """u [T, S], σ [S], v [S, d] that are coded."""
         return image.factors
 
     def mapped_back(self, x: Tensor) -> Tensor:
@@ -279,8 +293,8 @@ class FactorsDeflate(Rival):
         payload, mean, std = self._payload(data)
         sigma, coded = parted(payload, 2)
         sigma = torch.from_numpy(np.frombuffer(sigma, np.float16).copy()).float()
-        symbols = inflate(coded, (len(sigma), sum(self.shape))).float() * knob
-        u, v = symbols.split(list(self.shape), dim=-1)  # σ_k u_k and σ_k v_k
+        symbols = inflate(coded, (len(sigma), self.shape[0] + self.width)).float() * knob
+        u, v = symbols.split([self.shape[0], self.width], dim=-1)  # σ_k u_k and σ_k v_k
         return denormalise(self.mapped_back((u / sigma[:, None]).mT @ v), mean, std)
 
 

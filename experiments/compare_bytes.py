@@ -23,8 +23,17 @@ from PIL import Image
 from torch import Tensor
 
 from coding import rivals
+from coding.codec import Codec
+from coding.coded_rivals import (
+    CodecStatistics,
+    Coded,
+    FactorsDeflateInMetric,
+    FactorsInt8InMetric,
+    KltDct,
+    has_metric,
+)
 from coding.fitted_rivals import PcaDeflate, Pictures, ProductQuantiser, fit_token_basis
-from coding.rivals import Rival, TokenImage
+from coding.rivals import Rival, Statistics, TokenImage
 from common import cli, progress
 from common.errors import UserError
 from common.files import write_json
@@ -50,8 +59,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         "  python -m experiments.compare_bytes --codec codecs/saliency.safetensors --quick",
     )
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--codec", type=cli.name, default=None, metavar="FILE",
-                      help="of experiments.fit_codec; without one only its rivals")  # fmt: skip
+    what.add_argument("--codec", type=cli.name, nargs="+", default=[], metavar="FILE",
+                      help="of experiments.fit_codec, a plain one, one in a metric or both; "
+                           "without one only their rivals")  # fmt: skip
     what.add_argument("--head", choices=HEADS, default=None,
                       help="whose output counts; default saliency on the demo's cache")  # fmt: skip
     what.add_argument("--quick", action="store_true",
@@ -82,8 +92,11 @@ def main(args: argparse.Namespace) -> None:
     groups = dataset.rows["group"].take(rows).to_pylist()
     footer = f"{dataset.label}; {len(rows)} test images of {len(set(groups))} groups"
     print(footer + (f"; head {head.name}" if head else "; no head reads these tokens"))
-    methods = every_rival(args, dataset, rows, device)
-    images = [TokenImage(row, dataset[[row]][0]) for row in rows]
+    codecs = load_codecs(args.codec, dataset)
+    # every method's statistics are coded by the codec's own coder, where there is a codec
+    statistics = CodecStatistics(codecs[0], dataset.grid) if codecs else Statistics()
+    methods = every_rival(args, dataset, rows, device, codecs, statistics)
+    images = [TokenImage(row, dataset[[row]][0], statistics) for row in rows]
     measured = measure(methods, images, head, groups, device)
     results = {
         "data": dataset.label,
@@ -92,6 +105,8 @@ def main(args: argparse.Namespace) -> None:
         "n_groups": len(set(groups)),
         "head": head.name if head else None,
         "quick": args.quick,
+        "codec": describe(args.codec, codecs, in_metric=False),
+        "codec_in_metric": describe(args.codec, codecs, in_metric=True),
         "methods": {name: summarise_method(points, groups) for name, points in measured.items()},
     }
     results["tables"] = tables(results["methods"], measured)
@@ -116,28 +131,68 @@ def test_rows(dataset: RealQwenVLDataset, most: int | None) -> list[int]:
 # ----------------------------------------------------------------------------------------- rivals
 
 
+def load_codecs(paths: list[str], dataset: RealQwenVLDataset) -> list[Codec]:
+    """The codecs of --codec; UserError for two of one kind, or one of another width."""
+    codecs = [Codec.load(path) for path in paths]
+    for path, codec in zip(paths, codecs, strict=True):
+        if codec.feature_dim != dataset.feature_dim:
+            raise UserError(
+                f"--codec {path} codes {codec.feature_dim} features, {dataset.cache_dir} has "
+                f"{dataset.feature_dim}: fit one with experiments.fit_codec"
+            )
+    if len({has_metric(codec) for codec in codecs}) < len(codecs):
+        raise UserError("--codec: type one file without a metric, one with a metric, or both")
+    return codecs
+
+
+def describe(paths: list[str], codecs: list[Codec], in_metric: bool) -> dict | None:
+    """The JSON's entry of the codec with or without a metric."""
+    for path, codec in zip(paths, codecs, strict=True):
+        if has_metric(codec) == in_metric:
+            size = Path(path).stat().st_size
+            return {"file": str(path), "sha256": codec.sha256, "bytes": size}
+    return None
+
+
 def every_rival(
-    args: argparse.Namespace, dataset: RealQwenVLDataset, rows: list[int], device: torch.device
+    args: argparse.Namespace,
+    dataset: RealQwenVLDataset,
+    rows: list[int],
+    device: torch.device,
+    codecs: list[Codec],
+    statistics: Statistics,
 ) -> list[Rival]:
     """All methods that this cache and these files allow; what is left out is said in one line."""
     shape, grid = (dataset.num_tokens, dataset.feature_dim), dataset.grid
     found: list[Rival] = [
         rivals.Bf16(shape),
         rivals.Bf16Zstd(shape),
-        rivals.FactorsBf16(shape),
-        rivals.FactorsInt8(shape),
-        rivals.FactorsDeflate(shape),
+        rivals.FactorsBf16(shape, statistics),
+        rivals.FactorsInt8(shape, statistics),
+        rivals.FactorsDeflate(shape, statistics),
         rivals.TokensAveraged(shape, grid),
         rivals.TokensDropped(shape, grid),
     ]
+    for codec in codecs:
+        train = progress.over(dataset.split.train.split(8), "variances of coefficients", "batches")
+        batches = (dataset[rows] for rows in train)
+        found += [Coded(codec, grid, statistics), KltDct(codec, grid, statistics, batches)]
+        if has_metric(codec):
+            found += [
+                FactorsInt8InMetric(codec, shape, statistics),
+                FactorsDeflateInMetric(codec, shape, statistics),
+            ]
     if args.quick:
-        found = [rival for rival in found if rival.name in QUICK_METHODS]
+        # of a codec in a metric, its four methods in the metric
+        found = [rival for rival in found if rival.name.removesuffix("_in_metric") in QUICK_METHODS]
+        if any(has_metric(codec) for codec in codecs) and len(codecs) == 1:
+            found = [rival for rival in found if rival.name.endswith("_in_metric")]
         for rival in found:
             rival.knobs = thinned(rival.knobs, QUICK_KNOBS)
         return found
     loader = create_data_loaders_real(dataset, device=device).train
     basis = fit_token_basis(loader.with_progress("basis of training tokens"), loader.num_images)
-    found += [PcaDeflate(shape, basis), ProductQuantiser(shape, basis)]
+    found += [PcaDeflate(shape, basis, statistics), ProductQuantiser(shape, basis, statistics)]
     return found + picture_rivals(args, dataset, rows, device)
 
 
@@ -243,10 +298,10 @@ def measure(
 
 def errors(raw: Tensor, image: TokenImage) -> dict[str, float]:
     """raw_error, and rel_error of the normalised tokens of what was decoded."""
-    x = normalise(raw)[0]
+    x, wanted = normalise(raw)[0], normalise(image.raw)[0]
     return {
         "raw_error": float((raw - image.raw).double().norm() / image.raw.double().norm()),
-        "rel_error": float((x - image.x).double().norm() / image.x.double().norm()),
+        "rel_error": float((x - wanted).double().norm() / wanted.double().norm()),
     }
 
 

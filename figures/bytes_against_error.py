@@ -52,9 +52,9 @@ def bytes_against_error(path: str | Path, results: dict, footer: str) -> None:
         for name, style in CODES.items():
             if key in methods.get(name, [{}])[0]:
                 ends += _curve(ax, methods[name], key, *style)
+        ax.set_ylim(SHOWN[key])  # before the scale, whose ticks follow what is shown
         for which in "xy":
             log_scale(ax, which)
-        ax.set_ylim(SHOWN[key])
         ax.set_xlabel("bytes an image (log scale)")
         ax.set_title(f"{key.replace('_', ' ')} (log scale)")
         _label(ax, ends)

@@ -1,0 +1,185 @@
+"""The codec among its rivals: coded factors, the transform code with the same coder, and factors
+in the metric that a codec was fitted in.
+
+Legend: T tokens on a grid, D features, d directions of the codec's KLT P [D, d], Z = C X P with the
+DCT C of the grid. A codec in a metric M has P = M^½ V and maps back by M^-½ V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coding.codec import Codec, dct, on_grid, rate_rounded, to_levels
+from coding.entropy import STEPS_AN_OCTAVE, decode_symbols, encode_symbols
+from coding.rivals import (
+    FactorsDeflate,
+    FactorsInt8,
+    Knob,
+    Rival,
+    Statistics,
+    TokenImage,
+    decompose,
+)
+from qwenvl_dataloader import denormalise, normalise
+
+STEPS = (32.0, 22.6, 16.0, 11.3, 8.0, 5.6, 4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18)
+
+
+class CodecStatistics(Statistics):
+    """LayerNorm's statistics by the codec's own steps, transform, tables and entropy code."""
+
+    def __init__(self, codec: Codec, grid: tuple[int, int]) -> None:
+        self.transform = dct(grid)
+        self.log_std = codec.info["log_std"]
+        self.steps = torch.tensor(codec.statistics_steps)[:, None]
+        units = codec.tensors["statistics"].numpy().astype(np.int64)
+        self.levels = to_levels(on_grid(units, grid)).ravel()
+
+    def encode(self, raw: Tensor) -> bytes:
+        _, mean, std = normalise(raw)
+        both = torch.stack([mean[:, 0], std[:, 0].log() - self.log_std])  # [2, T]
+        symbols = (both @ self.transform.mT / self.steps).round().long().numpy()
+        return encode_symbols(symbols.ravel(), self.levels)
+
+    def decode(self, data: bytes, tokens: int) -> tuple[Tensor, Tensor]:
+        symbols = torch.from_numpy(decode_symbols(data, self.levels)).reshape(2, tokens)
+        mean, log_std = (symbols.float() * self.steps) @ self.transform
+        return mean[:, None], (log_std + self.log_std).exp()[:, None]
+
+
+def has_metric(codec: Codec) -> bool:
+    """Whether the codec was fitted in a head's metric."""
+    return "inverse" in codec.tensors
+
+
+def back(codec: Codec) -> Tensor:
+    """[D, d] float32 that maps Z back to features."""
+    return codec.tensors.get("inverse", codec.tensors["klt"]).float()
+
+
+class OfCodec(Rival):
+    """A rival that is named after the codec's metric, where it has one."""
+
+    plain_name: str
+
+    def __init__(self, codec: Codec, grid: tuple[int, int], statistics: Statistics) -> None:
+        super().__init__((grid[0] * grid[1], codec.feature_dim), statistics)
+        self.codec, self.grid = codec, grid
+        self.name = self.plain_name + ("_in_metric" if has_metric(codec) else "")
+
+
+class Coded(OfCodec):
+    """Factors by the codec itself; the knob is its step Δ."""
+
+    plain_name, knobs = "coded", STEPS
+
+    def encode(self, image: TokenImage, knob: Knob) -> bytes:
+        # of one image after another every step is asked for: factors are found once
+        key = f"prepared {self.name}"
+        if key not in image.__dict__:
+            image.__dict__[key] = self.codec.prepare(image.raw, self.grid)
+        return self.codec.encode_prepared(image.__dict__[key], knob)
+
+    def decode(self, data: bytes, knob: Knob) -> Tensor:
+        return self.codec.decode(data)
+
+    def shared_bytes(self, knob: Knob) -> int:
+        return self.codec.nbytes
+
+
+class KltDct(OfCodec):
+    """Transform code of the tokens: Z rounded and coded as the codec does, one level a coefficient.
+
+    batches: raw tokens [b, T, D] of training images, from which the variance of each coefficient
+    is taken; the knob is the step Δ.
+    """
+
+    plain_name, knobs = "klt_dct", STEPS
+
+    def __init__(
+        self,
+        codec: Codec,
+        grid: tuple[int, int],
+        statistics: Statistics,
+        batches: Iterable[Tensor],
+    ) -> None:
+        super().__init__(codec, grid, statistics)
+        self.klt, self.transform = codec.tensors["klt"].float(), dct(grid)
+        energy, images = 0.0, 0
+        for raw in batches:
+            x = normalise(raw.float().cpu())[0]
+            energy = energy + (self.transform @ (x @ self.klt)).square().sum(0)
+            images += len(raw)
+        self.octaves = (energy / images).double().clamp_min(1e-12).log2() / 2  # of Z, [T, d]
+
+    def shared_bytes(self, knob: Knob) -> int:
+        """The KLT, as in the codec's file, and a byte of level a coefficient."""
+        klt = [self.codec.tensors[n] for n in ("klt", "inverse") if n in self.codec.tensors]
+        return 2 * sum(t.numel() for t in klt) + self.octaves.numel()
+
+    def levels(self, step: float) -> np.ndarray:
+        """Of the tables, [T, d] int64."""
+        found = (STEPS_AN_OCTAVE * (self.octaves - np.log2(step))).round()
+        return found.long().numpy()
+
+    def encode(self, image: TokenImage, knob: Knob) -> bytes:
+        levels = self.levels(knob)
+        z = self.transform @ (image.x @ self.klt) / knob
+        symbols = rate_rounded(z.numpy(), levels)
+        return self._with_statistics(image, encode_symbols(symbols.ravel(), levels.ravel()))
+
+    def decode(self, data: bytes, knob: Knob) -> Tensor:
+        payload, mean, std = self._payload(data)
+        levels = self.levels(knob)
+        symbols = decode_symbols(payload, levels.ravel()).reshape(levels.shape)
+        z = torch.from_numpy(symbols.astype(np.float32)) * knob
+        return denormalise((self.transform.mT @ z) @ back(self.codec).mT, mean, std)
+
+
+def in_metric_of(codec: Codec, image: TokenImage) -> tuple[Tensor, Tensor, Tensor]:
+    """u [T, S], σ [S], v [S, d] of X P, once an image: there are two rivals that need it."""
+    key = f"in the metric of {codec.sha256}"
+    if key not in image.__dict__:
+        image.__dict__[key] = decompose(image.x @ codec.tensors["klt"].float())
+    return image.__dict__[key]
+
+
+class FactorsInt8InMetric(FactorsInt8):
+    """int8 factors U Uᵀ X with U those of X M^½: read without the metric."""
+
+    name = "factors_int8_in_metric"
+
+    def __init__(self, codec: Codec, shape: tuple[int, int], statistics: Statistics) -> None:
+        super().__init__(shape, statistics)
+        self.codec = codec
+
+    def factors(self, image: TokenImage, rank: int) -> tuple[Tensor, Tensor]:
+        u = in_metric_of(self.codec, image)[0][:, :rank]
+        return u, u.mT @ image.x
+
+
+class FactorsDeflateInMetric(FactorsDeflate):
+    """One step and DEFLATE of the factors of X P: read with the codec's matrix alone."""
+
+    name = "factors_deflate_in_metric"
+
+    def __init__(self, codec: Codec, shape: tuple[int, int], statistics: Statistics) -> None:
+        super().__init__(shape, statistics)
+        self.codec = codec
+
+    @property
+    def width(self) -> int:
+        return self.codec.tensors["klt"].shape[1]
+
+    def shared_bytes(self, knob: Knob) -> int:
+        return 2 * self.codec.tensors["inverse"].numel()
+
+    def components(self, image: TokenImage) -> tuple[Tensor, Tensor, Tensor]:
+        return in_metric_of(self.codec, image)
+
+    def mapped_back(self, x: Tensor) -> Tensor:
+        return x @ back(self.codec).mT
