@@ -61,7 +61,7 @@ def write_cache(folder: Path) -> None:
     pq.write_table(pa.Table.from_pylist(records, schema=ROW_SCHEMA), rows)
     manifest = {
         "format": FORMAT, "kind": "real", "encoder": {"id": "size test"}, "num_tokens": TOKENS,
-        "feature_dim": WIDTH, "grid": [16, 16], "resize": "stretch", "count": COUNT,
+        "feature_dim": WIDTH, "grid": [1, TOKENS], "resize": "stretch", "count": COUNT,
         "shards": shards, "rows": entry(rows), "singular_values": entry(sigma), "skipped": [],
         "dtype": "bfloat16", "split_by": "image",
     }  # fmt: skip

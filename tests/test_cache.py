@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import large_cache
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -252,3 +253,11 @@ def test_features_are_known_by_their_encoder_and_not_by_row_number(tiny_cache, c
     before = cache_identity(RealQwenVLDataset(tiny_cache))
     edit_manifest(cache_copy, encoder={"id": "other", "weights_sha256": "0"})
     assert cache_identity(RealQwenVLDataset(cache_copy)) != before
+
+
+def test_the_cache_whose_opening_is_measured_by_hand_is_one_that_opens(tmp_path, monkeypatch):
+    for name, value in {"COUNT": 9, "TOKENS": 4, "WIDTH": 6, "ROWS_PER_SHARD": 4}.items():
+        monkeypatch.setattr(large_cache, name, value)
+    large_cache.write_cache(tmp_path)
+    dataset = RealQwenVLDataset(tmp_path)
+    assert len(dataset) == 9 and dataset[[0, 8]].shape == (2, 4, 6)
