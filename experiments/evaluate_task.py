@@ -287,8 +287,9 @@ def evaluate(
 def gain_text(gain: dict | None) -> str:
     if gain is None or gain["mean"] is None:
         return "-"
-    interval = gain["interval_95"]
-    return f"{gain['mean']:.1f}" + (" [{:.1f}, {:.1f}]".format(*interval) if interval else "")
+    # + 0.0: as little below as above is 0.0 and not -0.0
+    mean, *ends = (f"{round(v, 1) + 0.0:.1f}" for v in (gain["mean"], *(gain["interval_95"] or [])))
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 def print_columns(rows: list[list[str]]) -> None:

@@ -517,6 +517,9 @@ def test_columns_do_not_collide(capsys):
     wide = "-112.3 [-1234.5, 99.9]"
     evaluate_task.print_columns([["", "rank 2", "rank 4"], ["svd", wide, wide], ["b", "1", "2"]])
     lines = capsys.readouterr().out.splitlines()
+    found = {"mean": -0.01, "interval_95": [-1234.56, 9.99]}
+    assert evaluate_task.gain_text(found) == "0.0 [-1234.6, 10.0]"
+    assert evaluate_task.gain_text({"mean": 5, "interval_95": None}) == "5.0"
     assert f"{wide}  {wide}" in lines[1] and len({len(line) for line in lines}) == 1
 
 
