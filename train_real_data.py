@@ -27,7 +27,7 @@ from torch import Tensor
 
 from common import cli, processes
 from common.errors import UserError
-from common.files import new_folder, sweep_temporaries, write_json
+from common.files import atomic_path, new_folder, sweep_temporaries, write_json
 from common.locks import LOCK_NAME
 from model import ARCHITECTURES, canonical_arch
 from qwenvl_dataloader import (
@@ -339,7 +339,8 @@ def keep_copy(folder: Path, run: TrainState, log: Callable[[str], None]) -> None
     found = [folder / name for name in names if (folder / name).exists()]
     target = new_folder(folder / time.strftime("previous-%Y%m%d-%H%M%S"))
     for path in found:
-        shutil.copy2(path, target / path.name)
+        with atomic_path(target / path.name) as temporary:
+            shutil.copyfile(path, temporary)
     log(f"the history after epoch {run.best_epoch} is kept in {target}")
 
 
