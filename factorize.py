@@ -56,7 +56,7 @@ def get_args_parser() -> argparse.ArgumentParser:
                        metavar="E",
                        help="rel_error that each image has to meet, as stored, at its own "
                             "smallest rank")  # fmt: skip
-    ranks.add_argument("--step", type=cli.number(float, above=0), default=None, metavar="S",
+    ranks.add_argument("--step", type=cli.number(float, 1e-4, 1e4), default=None, metavar="S",
                        help="with --codec: the step of every image, in units of normalised "
                             "tokens")  # fmt: skip
     ranks.add_argument("--target_kb", type=cli.number(float, above=0), default=None, metavar="KB",

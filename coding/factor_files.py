@@ -316,6 +316,10 @@ def damaged_files(folder: str | Path) -> list[str]:
     bad = [
         s["file"] for s in manifest["shards"] if sha256_file(Path(folder, s["file"])) != s["sha256"]
     ]
+    if manifest["dtype"] == CODED:
+        codec = Path(folder, CODEC_FILE)
+        if not codec.is_file() or sha256_file(codec) != manifest.get("codec_sha256"):
+            bad.append(CODEC_FILE)
     return bad + ["manifest.json"] * (not content_hash_fits(manifest))
 
 

@@ -23,7 +23,7 @@ import factorize
 import train_real_data
 from coding import factor_files
 from common import cli
-from experiments import make_report
+from experiments import fit_codec, make_report
 from features import cache_writer
 from features.image_sources import open_source
 from qwenvl_dataloader import RealQwenVLDataset
@@ -133,6 +133,9 @@ def build(work: Path) -> dict[str, Kind]:
     run(compare_svd_nn, *where, "--device", "cpu")
     run(factorize, *where, "--rank", 3, "--out", work / "factors")
     run(factorize, *where, "--target_error", 0.3, "--dtype", "int8", "--out", work / "ragged")
+    codec = work / "codec.safetensors"
+    run(fit_codec, "--cache_dir", cache, "--out", codec)
+    run(factorize, *where, "--exact", "--codec", codec, "--step", 0.5, "--out", work / "coded")
     data = tiny.write_data_set(work / "images", [tiny.jpeg(i) for i in range(20)])
     write_begun(work / "begun", leave=1)
 
@@ -161,6 +164,10 @@ def build(work: Path) -> dict[str, Kind]:
             kinds[f"{folder} {name}"] = Kind(
                 work / folder, name, read_factors, factor_files.damaged_files
             )
+    for name in ("manifest.json", "factors-00000.safetensors", "codec.safetensors"):
+        kinds[f"coded {name}"] = Kind(
+            work / "coded", name, read_factors, factor_files.damaged_files
+        )
     return kinds
 
 
