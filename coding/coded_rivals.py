@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coding.codec import Codec, dct, on_grid, rate_rounded, to_levels
+from coding.codec import Codec
 from coding.entropy import STEPS_AN_OCTAVE, decode_symbols, encode_symbols
 from coding.rivals import (
     FactorsDeflate,
@@ -24,6 +24,7 @@ from coding.rivals import (
     TokenImage,
     decompose,
 )
+from coding.transform import dct, on_grid, rate_rounded, to_levels
 from qwenvl_dataloader import denormalise, normalise
 
 STEPS = (32.0, 22.6, 16.0, 11.3, 8.0, 5.6, 4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18)

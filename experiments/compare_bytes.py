@@ -1,7 +1,7 @@
 """Compare every way to write an image's tokens at equal bytes, on held-out images.
 
-    python -m experiments.compare_bytes --codec codecs/saliency.safetensors
-    python -m experiments.compare_bytes --codec codecs/saliency.safetensors --quick
+    python -m experiments.compare_bytes --codec codecs/demo.safetensors
+    python -m experiments.compare_bytes --codec codecs/demo.safetensors --quick
 
 Writes bytes.json and bytes.png to --results_dir: bytes of an image against raw_error and, where
 a head reads the cache's tokens, task error, each method's one knob swept; and how often the
@@ -56,10 +56,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         description="Compare every way to write an image's tokens at equal bytes.",
         epilog="example:\n"
-        "  python -m experiments.compare_bytes --codec codecs/saliency.safetensors --quick",
+        "  python -m experiments.compare_bytes --codec codecs/demo.safetensors --quick",
     )
     what = parser.add_argument_group("what is compared")
-    what.add_argument("--codec", type=cli.name, nargs="+", default=[], metavar="FILE",
+    what.add_argument("--codec", type=cli.name, nargs="+", default=None, metavar="FILE",
                       help="of experiments.fit_codec, a plain one, one in a metric or both; "
                            "without one only their rivals")  # fmt: skip
     what.add_argument("--head", choices=HEADS, default=None,
@@ -92,7 +92,8 @@ def main(args: argparse.Namespace) -> None:
     groups = dataset.rows["group"].take(rows).to_pylist()
     footer = f"{dataset.label}; {len(rows)} test images of {len(set(groups))} groups"
     print(footer + (f"; head {head.name}" if head else "; no head reads these tokens"))
-    codecs = load_codecs(args.codec, dataset)
+    paths = args.codec or []
+    codecs = load_codecs(paths, dataset)
     # every method's statistics are coded by the codec's own coder, where there is a codec
     statistics = CodecStatistics(codecs[0], dataset.grid) if codecs else Statistics()
     methods = every_rival(args, dataset, rows, device, codecs, statistics)
@@ -105,8 +106,8 @@ def main(args: argparse.Namespace) -> None:
         "n_groups": len(set(groups)),
         "head": head.name if head else None,
         "quick": args.quick,
-        "codec": describe(args.codec, codecs, in_metric=False),
-        "codec_in_metric": describe(args.codec, codecs, in_metric=True),
+        "codec": describe(paths, codecs, in_metric=False),
+        "codec_in_metric": describe(paths, codecs, in_metric=True),
         "methods": {name: summarise_method(points, groups) for name, points in measured.items()},
     }
     results["tables"] = tables(results["methods"], measured)
@@ -188,7 +189,8 @@ def every_rival(
         if any(has_metric(codec) for codec in codecs) and len(codecs) == 1:
             found = [rival for rival in found if rival.name.endswith("_in_metric")]
         for rival in found:
-            rival.knobs = thinned(rival.knobs, QUICK_KNOBS)
+            # the ends of a sweep are seldom looked at, and the finest knob takes longest
+            rival.knobs = thinned(rival.knobs[1:-1], QUICK_KNOBS)
         return found
     loader = create_data_loaders_real(dataset, device=device).train
     basis = fit_token_basis(loader.with_progress("basis of training tokens"), loader.num_images)
