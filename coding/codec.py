@@ -134,6 +134,8 @@ class Codec:
             z = dct(grid) @ (x @ self._klt)
         else:
             u, s, v = factors
+            # they are of X by the exact statistics; what is stored divides by the rounded ones
+            u = u * (normalise(raw)[2] / std[:, None])
             z = (dct(grid) @ (u.float() * s)) @ (v.float().mT @ self._klt)
         return Prepared(z, *leading(z), statistics, grid)
 

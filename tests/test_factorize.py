@@ -332,3 +332,16 @@ def test_help_fits_80_columns_and_ends_with_an_example():
     assert done.returncode == 0
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "python factorize.py" in done.stdout.split("example", 1)[1]
+
+
+def test_the_network_s_factors_are_coded_about_as_well_as_the_exact_ones(
+    write, script, tiny_cache, tmp_path
+):
+    codec = tmp_path / "codec.safetensors"
+    done = script("experiments.fit_codec", "--cache_dir", tiny_cache, "--out", codec)
+    assert done.returncode == 0, done.stderr
+    errors = []
+    for flags in ([], ["--exact"]):
+        write("--codec", codec, "--step", 3, *flags, "--overwrite")
+        errors.append(manifest_of(tmp_path / "out")["errors"]["rel_error_original"]["mean"])
+    assert abs(errors[0] / errors[1] - 1) < 0.2, errors

@@ -167,6 +167,7 @@ def test_a_flag_that_does_not_exist_is_refused_and_no_flag_can_be_shortened(scri
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_that_exclude_each_other_are_refused_together(script, base, refused):
     values = {"--rank": "3", "--target_error": "0.5", "--mean_rank": "3"}
+    values |= {"--step": "2", "--target_kb": "3"}
     for group in parser_of(script)._mutually_exclusive_groups:
         flags = [action.option_strings[0] for action in group._group_actions]
         for first in flags:
@@ -191,6 +192,8 @@ CONTRADICTIONS = [
     ("extract_features", "--demo --model x", "--model"),
     ("extract_features", "--verify --demo", "--dataset_dir does nothing beside --verify"),
     ("factorize", "--verify --rank 3", "--rank"),
+    ("factorize", "--exact", "--exact is of coded factors"),
+    ("factorize", "--step 2", "--step is of coded factors"),
 ]  # fmt: skip
 
 
