@@ -64,6 +64,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                            "without one only their rivals")  # fmt: skip
     what.add_argument("--head", choices=HEADS, default=None,
                       help="whose output counts; default saliency on the demo's cache")  # fmt: skip
+    what.add_argument("--images", type=cli.number(int, 1), default=None, metavar="N",
+                      help="so many test images, of all groups alike; default all")  # fmt: skip
     what.add_argument("--quick", action="store_true",
                       help=f"{len(QUICK_METHODS)} methods, {QUICK_KNOBS} knobs, {QUICK_IMAGES} "
                            "images: a minute and a half")  # fmt: skip
@@ -88,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
             rivals.needed(package)
     head_name = args.head or ("saliency" if dataset.is_demo else None)
     head = load_head(head_name, dataset, device=device) if head_name else None
-    rows = test_rows(dataset, QUICK_IMAGES if args.quick else None)
+    rows = test_rows(dataset, args.images or (QUICK_IMAGES if args.quick else None))
     groups = dataset.rows["group"].take(rows).to_pylist()
     footer = f"{dataset.label}; {len(rows)} test images of {len(set(groups))} groups"
     print(footer + (f"; head {head.name}" if head else "; no head reads these tokens"))
