@@ -68,7 +68,7 @@ def test_a_module_that_needs_a_missing_library_is_skipped_by_name(monkeypatch):
 def test_a_part_that_is_cut_off_keeps_its_rows_and_the_next_one_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "STARTS_IN", 0)
     monkeypatch.setattr(gpu_check, "work", sleeping)
-    status, report = call(tmp_path, "--parts", "svd", "training", "--time_limit", "15")
+    status, report = call(tmp_path, "--parts", "svd", "training", "--time_limit", "40")
     assert status == 1
     first, second = report["parts"]
     assert first["status"].startswith("cut off at its limit") and first["rows"] == [KEPT]
