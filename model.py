@@ -229,9 +229,7 @@ class LowRankFactorModel(nn.Module):
         if factors not in FACTORS:
             raise UserError(f"--factors {factors} is unknown: type projected or direct")
         if factors == "direct" and (refine_steps is not None or oversample is not None):
-            raise UserError(
-                "--factors direct has no refinement: omit --refine_steps and --oversample"
-            )
+            raise UserError("--factors direct: omit --refine_steps and --oversample")
         if refine_steps is not None and refine_steps < 0:
             raise UserError(f"--refine_steps {refine_steps} is out of range: type 0 or more")
         most = limit - rank
