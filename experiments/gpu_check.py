@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from common import cli
+from common.errors import UserError
 from common.files import write_json
 from experiments import gpu_bench
 from qwenvl_dataloader import RealQwenVLDataset
@@ -71,11 +72,12 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    out = Path(args.out)
+    out, device = Path(args.out), cli.pick_device(args.device)
+    if args.tokens and not Path(args.tokens).is_file():
+        raise UserError(f"--tokens {args.tokens} does not exist: write one with --pack")
     out.mkdir(parents=True, exist_ok=True)
     if args.pack:
         return pack(args, out)
-    device = cli.pick_device(args.device)
     begun = time.perf_counter()
     report = {"environment": describe(device), "sizes": sizes_of(args, device), "parts": []}
     print(json.dumps(report["environment"]))

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -33,9 +34,10 @@ def new_run(setting: Setting, device: torch.device, *flags: str) -> TrainState:
         argv += ["--hidden_dim", "16"]
     args = cli.parse(train_real_data.get_args_parser(), argv)
     args.arch = train_real_data.canonical_arch(args.arch)
+    none = torch.zeros(0, dtype=torch.int64)  # rows: the batch is given, no cache is read
     dataset = SimpleNamespace(
         feature_dim=sizes.features, num_tokens=sizes.tokens, manifest={"encoder": {"id": "check"}},
-        split=SimpleNamespace(hash="check"), is_demo=False,
+        split=SimpleNamespace(hash="check", train=none, val=none), is_demo=False, rows=pa.table({}),
     )  # fmt: skip
     run = build_run(args, dataset, device)
     run.model.train()

@@ -14,11 +14,11 @@ from torch.autograd import DeviceType
 
 import train_real_data
 from common.timing import matmul_rates
-from experiments.benchmark import (
+from experiments.benchmark import multiply_adds
+from experiments.contenders import (
     SVD_LOWRANK_EXTRA,
     SVD_LOWRANK_STEPS,
     Contender,
-    multiply_adds,
     network_contender,
     svd_gesvda,
 )

@@ -15,16 +15,21 @@ HEADS = ("saliency", "qwen-answer")
 
 
 def load_head(
-    name: str, dataset: RealQwenVLDataset, *, device: torch.device | str, model: str | None = None
+    name: str,
+    dataset: RealQwenVLDataset,
+    *,
+    device: torch.device | str,
+    model: str | None = None,
+    flag: str = "--head",
 ) -> TaskHead:
     """The head called `name` for the rows of `dataset`.
 
     model: folder or hub id of the Qwen2.5-VL checkpoint of `qwen-answer` (default: the cache's own
-    encoder). Raises UserError for an unknown name, or where the cache holds another encoder's
-    tokens than the head reads.
+    encoder). flag: that names it. Raises UserError for an unknown name, or where the cache holds
+    another encoder's tokens than the head reads.
     """
     if name not in HEADS:
-        raise UserError(f"--head {name} is unknown: type one of {', '.join(HEADS)}")
+        raise UserError(f"{flag} {name} is unknown: type one of {', '.join(HEADS)}")
     if name == "saliency":
         return SaliencyHead(dataset, device)
     # transformers' language model takes seconds to load

@@ -10,7 +10,7 @@ from PIL import Image
 import svd_baseline
 import train_real_data
 from common import cli, timing
-from experiments import benchmark
+from experiments import benchmark, contenders
 from figures import error_against_time
 from model import get_model_by_name
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
@@ -44,7 +44,7 @@ def quick_pca(monkeypatch):
     def axes(batches):
         return torch.linalg.svd(next(iter(batches))[0], full_matrices=False)[2].mT
 
-    monkeypatch.setattr(benchmark, "fit_pca", axes)
+    monkeypatch.setattr(contenders, "fit_pca", axes)
 
 
 def measured(script, tiny_cache, results, *flags):
@@ -156,7 +156,7 @@ def test_the_branches_count_equals_the_products_that_a_forward_pass_makes():
         x = torch.randn(1, 24, 520)  # of which the column network sees 260
         with FlopCounterMode(display=False) as counter:
             model.sketch(x, columns=12)
-        assert counter.get_total_flops() == 2 * benchmark.branch_multiply_adds(model, columns=12)
+        assert counter.get_total_flops() == 2 * contenders.branch_multiply_adds(model, columns=12)
 
 
 def records(*points):

