@@ -56,7 +56,8 @@ def main(args: argparse.Namespace) -> None:
         )
     found = {folder.name: files for folder in folders if (files := read_results(folder))}
     found = of_newest_data(found, results_dir)
-    rows = [report_row(arch, *files) for arch, files in found.items()]
+    rank = common_rank([comparison for _, _, comparison in found.values()])
+    rows = [report_row(arch, *files, rank) for arch, files in found.items()]
     pages = {f / "report.html": report_page.run_page(f, Path(args.log_dir)) for f in folders}
     written = "report.html of each run"
     if rows:
@@ -145,15 +146,26 @@ def of_newest_data(found: dict[str, tuple], results_dir: Path) -> dict[str, tupl
     return {arch: files for arch, files in found.items() if data(arch) == data(newest)}
 
 
-def report_row(arch: str, history: list[dict], test: dict, comparison: dict) -> dict:
-    """What table, figure and overview.json say of one architecture; excess in per cent."""
-    methods = comparison["ranks"][str(comparison["rank"])]
+def common_rank(comparisons: list[dict]) -> int | None:
+    """The largest rank that all were compared at: excesses at different ranks do not compare."""
+    common = set.intersection(*(set(c["ranks"]) for c in comparisons)) if comparisons else ()
+    return max(map(int, common), default=None)
+
+
+def report_row(
+    arch: str, history: list[dict], test: dict, comparison: dict, rank: int | None = None
+) -> dict:
+    """What table, figure and overview.json say of one architecture, at `rank` (None: its own);
+    excess in per cent."""
+    rank = rank or comparison["rank"]
+    methods = comparison["ranks"][str(rank)]
     excess = methods["network"]["excess_pct"]
     speeds = [record["samples_per_s"] for record in history if "samples_per_s" in record]
     return {
         "arch": arch,
         "factors": comparison["factors"],
         "effective_rank": comparison["rank"],
+        "rank": rank,
         "rel_error": methods["network"]["rel_error"]["mean"],
         "optimum": methods["svd"]["rel_error"]["mean"],
         "excess_mean": excess["mean"],
@@ -173,7 +185,7 @@ def print_table(rows: list[dict]) -> None:
         excess = (row["excess_mean"], row["excess_p90"])
         mean, p90 = map(percent_text, excess)
         print(
-            f"{row['arch']:<13}{row['factors']:<11}{row['effective_rank']:>5}"
+            f"{row['arch']:<13}{row['factors']:<11}{row['rank']:>5}"
             f"{row['rel_error']:>11.5f}{row['optimum']:>9.5f}{mean:>15}{p90:>13}"
             f"{row['samples_per_s']:>10.2f}{row['best_epoch']:>9} of {row['epochs']}"
         )

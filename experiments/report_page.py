@@ -138,7 +138,7 @@ def index_page(results_dir: Path, folders: list[Path], rows: list[dict]) -> str:
         cells.append([link(f"{folder.name}/report.html", folder.name)])
         if row:
             excess = [percent_text(row[key]) for key in ("excess_mean", "excess_p90")]
-            cells[-1] += [row["factors"], _text(row["effective_rank"]), _error(row["rel_error"]),
+            cells[-1] += [row["factors"], _text(row["rank"]), _error(row["rel_error"]),
                           _error(row["optimum"]), *excess, f"{row['samples_per_s']:.1f}",
                           _epochs(row)]  # fmt: skip
         else:

@@ -205,9 +205,9 @@ def b_row_norms(
 def overview(path: str | Path, rows: list[dict], footer: str) -> None:
     """All architectures of a batch side by side: excess, error beside the SVD's, training speed.
 
-    rows: of each architecture {"arch", "factors", "effective_rank", "excess_mean", "excess_p90"
-    (per cent, or None where undefined), "rel_error", "optimum" (the SVD's rel_error at that rank),
-    "samples_per_s", "epochs", "best_epoch"}; drawn from top to bottom.
+    rows: of each architecture {"arch", "factors", "effective_rank", "rank" (compared at),
+    "excess_mean", "excess_p90" (per cent, or None where undefined), "rel_error", "optimum"
+    (the SVD's rel_error at that rank), "samples_per_s", "epochs", "best_epoch"}; drawn from top to bottom.
     """
     figure = new_figure(15, 2.7 + 0.75 * len(rows))
     axes = above, error, speed = figure.subplots(1, 3, sharey=True, width_ratios=[1.2, 1.2, 1])
@@ -237,7 +237,7 @@ def overview(path: str | Path, rows: list[dict], footer: str) -> None:
         ax.grid(axis="y", visible=False)
         ax.tick_params(axis="y", length=0)
     means = [percent(mean) for mean in column(rows, "excess_mean")]
-    ranks = [row["effective_rank"] for row in rows]
+    ranks = [row["rank"] for row in rows]
     if len(set(ranks)) > 1:
         means = [f"{mean} (rank {rank})" for mean, rank in zip(means, ranks, strict=True)]
     found = ", ".join(f"{row['arch']} {mean}" for row, mean in zip(rows, means, strict=True))

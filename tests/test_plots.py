@@ -101,7 +101,7 @@ def batch() -> list[dict]:
     values = [("ResMLP", "projected", 0.03, 0.04, 0.0275), ("MLP", "direct", 1800.0, 3600.0, 0.45),
               ("AdaLoRA", "projected", None, None, 0.0275)]  # fmt: skip
     return [
-        {"arch": arch, "factors": factors, "effective_rank": 4, "excess_mean": mean,
+        {"arch": arch, "factors": factors, "effective_rank": 4, "rank": 4, "excess_mean": mean,
          "excess_p90": p90, "rel_error": error, "optimum": 0.0274, "samples_per_s": 10.0 + i,
          "epochs": 1 + i, "best_epoch": i}
         for i, (arch, factors, mean, p90, error) in enumerate(values)
@@ -424,7 +424,7 @@ def test_overview_shows_each_architecture_beside_the_svd_and_states_every_excess
 
 def test_an_overview_of_different_ranks_says_so_and_one_row_of_rounding_is_drawn(tmp_path, drawn):
     rows = batch()[:2]
-    rows[1]["effective_rank"] = 2
+    rows[1]["rank"] = 2
     training_curves.overview(tmp_path / "o.png", rows, FOOTER)
     training_curves.overview(tmp_path / "o.png", [rows[0] | {"excess_mean": -1e-7}], FOOTER)
     assert title(drawn[0]) == (

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments import make_report
+
 ROOT = Path(__file__).resolve().parent.parent
 
 SMALL = "--epochs 1 --rank 4 --oversample 2 --refine_steps 1 --hidden_dim 16".split()
@@ -248,3 +250,18 @@ def test_a_checkpoint_of_another_encoder_is_refused(trained, cache_copy, script)
     done = script("compare_svd_nn.py", *files(cache_copy, trained))
     assert done.returncode == 2
     assert "was trained on a cache with encoder" in done.stderr
+
+
+def test_the_overview_compares_architectures_at_one_rank():
+    def comparison(ranks):
+        error = {"mean": 0.1, "p90": 0.2}
+        method = {"rel_error": error, "excess_pct": error}
+        return {"factors": "projected", "rank": ranks[-1],
+                "ranks": {str(r): {"network": method, "svd": method} for r in ranks}}  # fmt: skip
+
+    two = [comparison([8, 32, 128]), comparison([8, 32])]
+    assert make_report.common_rank(two) == 32
+    assert make_report.common_rank([comparison([4]), comparison([2])]) is None
+    history = [{"epoch": 1, "samples_per_s": 1.0}]
+    rows = [make_report.report_row("MLP", history, {"best_epoch": 1}, c, 32) for c in two]
+    assert [(row["rank"], row["effective_rank"]) for row in rows] == [(32, 128), (32, 32)]
