@@ -207,7 +207,8 @@ def overview(path: str | Path, rows: list[dict], footer: str) -> None:
 
     rows: of each architecture {"arch", "factors", "effective_rank", "rank" (compared at),
     "excess_mean", "excess_p90" (per cent, or None where undefined), "rel_error", "optimum"
-    (the SVD's rel_error at that rank), "samples_per_s", "epochs", "best_epoch"}; drawn from top to bottom.
+    (the SVD's rel_error at that rank), "samples_per_s", "epochs", "best_epoch"}; drawn
+    from top to bottom.
     """
     figure = new_figure(15, 2.7 + 0.75 * len(rows))
     axes = above, error, speed = figure.subplots(1, 3, sharey=True, width_ratios=[1.2, 1.2, 1])
