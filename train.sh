@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Environment, data, training, comparison, figures, an overview of the architectures.
 #
-#   ./train.sh                                   one architecture on the cache that is there, or on
-#                                                demo data: minutes on two CPU cores
+#   ./train.sh                                   the whole path for one architecture, on the cache
+#                                                that is there or on demo data: minutes on two CPU
+#                                                cores. The demo's network is trained for its task
 #   ARCHS="ResMLP MLP AdaLoRA" ./train.sh --epochs 500 --rank 128
 #                                                each architecture; flags of train_real_data.py
 #   ./train.sh [batch_size=64] [epochs=200] [lr=0.0001] [rank=128] [lambda_B=0.0001]
@@ -27,8 +28,9 @@ case " $* " in
 esac
 
 archs=${ARCHS:-ResMLP}
+whole_path=
 if [[ $# -eq 0 ]]; then
-    set -- --epochs 10 # enough to see it learn; the original trains for 500
+    whole_path=yes
 elif [[ $1 =~ ^[0-9] ]]; then
     set -- --batch_size "$1" --epochs "${2:-200}" --lr "${3:-0.0001}" --rank "${4:-128}" \
         --lambda_B "${5:-0.0001}" --lambda_ortho "${6:-0.001}" --results_dir "${7:-results}"
@@ -62,6 +64,17 @@ if [[ ! -e $cache_dir/manifest.json ]]; then
     "$python" extract_features.py --demo --cache_dir "$cache_dir"
 fi
 
+if [[ $whole_path ]]; then
+    if grep -q '"id": "demo' "$cache_dir/manifest.json"; then
+        # through the saliency head that reads this encoder's tokens: a minute an epoch
+        set -- --task_head saliency --batch_size 4 --lr 3e-4 --epochs 3
+    else
+        echo "in the Frobenius norm; for a task's see docs/task_and_bytes.md (--head qwen-answer)"
+        set -- --epochs 10
+    fi
+    arguments=("$@")
+fi
+
 # only AdaLoRA has a rank to allocate: a batch may mix it with the others
 without_allocator=()
 for ((i = 0; i < $#; i++)); do
@@ -81,6 +94,12 @@ for arch in $archs; do
     "$python" compare_svd_nn.py --arch "$arch" "${shared[@]}"
     "$python" visualize_svd_nn.py --arch "$arch" --image_idx 0 "${shared[@]}"
 done
+
+if [[ $whole_path ]]; then
+    "$python" -m experiments.fit_codec --cache_dir "$cache_dir" --out codecs/plain.safetensors
+    "$python" -m experiments.compare_bytes --quick --codec codecs/plain.safetensors \
+        --cache_dir "$cache_dir" --results_dir "$results_dir"
+fi
 
 "$python" -m experiments.make_report --results_dir "$results_dir" --log_dir "$log_dir"
 

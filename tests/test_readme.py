@@ -1,4 +1,4 @@
-"""Both READMEs: their commands run, or parse, as typed; their flags and defaults are the parsers'.
+"""Both READMEs and docs/: their commands run, or parse, as typed; the page of flags is complete.
 
 Blocks tagged ```bash test are run in their order in a folder that holds the programs, a data set
 under its published name, and a small checkpoint where the model hub's id leads; epochs are
@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 
+import flags_page
 import pytest
 from commands import FOLDERS, ROOT, SCRIPTS
 from conftest import save_qwen
@@ -17,7 +18,7 @@ from conftest import save_qwen
 from common import cli
 
 READMES = [ROOT / "README.md", ROOT / "docs" / "README.zh-CN.md"]
-SHARED = {"cache_dir", "results_dir", "device"}  # named once, above the table
+PAGES = [READMES[0], *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(path):
@@ -69,19 +70,19 @@ def test_both_readmes_have_the_same_commands():
     assert [tag for tag, _ in english].count("test") >= 2
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
-def test_every_command_of_a_readme_is_one_that_the_programs_accept(path):
+def test_every_command_of_every_page_is_one_that_the_programs_accept():
     used = set()
-    for _, commands in blocks(path):
-        for command in commands:
-            if found := parsed(command):
-                used.add(found[0])
+    for path in PAGES:
+        for _, commands in blocks(path):
+            for command in commands:
+                if found := parsed(command):
+                    used.add(found[0])
     assert used == set(SCRIPTS)
 
 
 def test_commands_in_running_text_name_files_and_flags_that_exist():
     known = {f"--{name}" for script in SCRIPTS for name in flags_of(script)} | {"--help"}
-    for path in READMES:
+    for path in PAGES:
         text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S)
         for code in re.findall(r"`([^`\n]+)`", text):
             for word in code.split():
@@ -90,35 +91,13 @@ def test_commands_in_running_text_name_files_and_flags_that_exist():
                     assert name in known, f"{path.name}: {code}"
                 if re.fullmatch(r"([a-z]+/)?[a-z_]+\.(py|sh)", name):
                     assert (ROOT / name).exists(), f"{path.name}: {code}"
-        for target in re.findall(r"\]\(([^)#h][^)]*)\)", text):
+        for target in re.findall(r"\]\(([^)#h][^)#]*)[^)]*\)", text):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
-def test_the_table_of_flags_has_every_flag_of_every_script_with_its_default(path):
-    rows = re.findall(
-        r"^\| `([a-z_.]+?)(?:\.py)?`[^|]*\|[^|]*\|(.*)\|$", path.read_text("utf-8"), re.M
-    )
-    rows = [row for row in rows if "." not in row[0] or row[0].startswith("experiments.")]
-    assert sorted(name for name, _ in rows) == sorted(SCRIPTS)
-    for name, cell in rows:
-        written = re.findall(r"`--(\w+)([^`]*)`", cell)
-        flags = flags_of(name)
-        # a script that makes a cache shares the name of its folder with those that read it
-        assert {flag for flag, _ in written} == set(flags) - SHARED, name
-        for flag, value in written:
-            default = flags[flag].default
-            if default is None or default is False:
-                assert not value, f"{name}: --{flag} has no default"
-            else:
-                # argparse's own conversion, so that 1e-4 is 0.0001
-                words = [f"--{flag}", *value.split()]
-                more = (
-                    ["--metric", "m"] if name.endswith("evaluate_task") and flag != "metric" else []
-                )
-                parser = importlib.import_module(name).get_args_parser()
-                given = getattr(parser.parse_args(words + more), flags[flag].dest)
-                assert given == default, f"{name}: --{flag} {value} is not {default}"
+def test_the_page_of_flags_is_what_the_parsers_say():
+    written = flags_page.PAGE.read_text("utf-8")
+    assert written == flags_page.page(), "write it anew: python tests/flags_page.py"
 
 
 def test_the_tagged_blocks_run_as_typed_one_after_another(tiny_data, tmp_path, monkeypatch, capsys):
@@ -132,7 +111,7 @@ def test_the_tagged_blocks_run_as_typed_one_after_another(tiny_data, tmp_path, m
             assert words[0] == "python"
             if words[1] == "-c":
                 exec(compile(words[2], "README.md", "exec"), {})
-                assert "torch.Size([2, 256, 160])" in capsys.readouterr().out
+                assert "256, 160])" in capsys.readouterr().out
                 continue
             words = words[1:] if words[1] == "-m" else words
             name = words[1].removesuffix(".py")
@@ -147,6 +126,7 @@ def test_the_tagged_blocks_run_as_typed_one_after_another(tiny_data, tmp_path, m
     for made in (
         "results/ResMLP/best_model.pt", "results/ResMLP/svd_nn_comparison.png",
         "results/ResMLP/image_0_rank_comparison.png", "factors/ResMLP/manifest.json",
+        "factors/exact/manifest.json", "codecs/tokens.safetensors",
         "results/ResMLP/report.html", "results/index.html",
     ):  # fmt: skip
         assert (tmp_path / made).stat().st_size > 100, made
