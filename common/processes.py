@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,7 @@ def run(
         barrier()
     except KeyboardInterrupt:
         _is_first(store)  # the others may notice by a collective that fails, which is no error
-        sys.exit(128 + signal.SIGINT)
+        _leave(128 + signal.SIGINT)
     except Exception as error:
         message = cli.mistake(error, args)
         if _is_first(store):
@@ -81,9 +81,17 @@ def run(
                 traceback.print_exc()
             else:
                 tqdm.write(f"error: {cli.one_line(message)}", file=sys.stderr)  # leaves a bar whole
-        sys.exit(1 if message is None else 2)
+        _leave(1 if message is None else 2)
     dist.destroy_process_group()
-    sys.exit(status)
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End this process at once: an interpreter that shuts down over the group's threads can abort
+    ("terminate called without an active exception", seen on a loaded machine)."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
 
 
 def _is_first(store: dist.Store) -> bool:
