@@ -190,7 +190,7 @@ def error_by_box(
 ) -> tuple[dict, dict[str, dict[str, Tensor]] | None]:
     """Error of network and SVD inside and outside the answer's box, of test images that have one.
 
-    Returns: the JSON's entry, and method → `box_error.part_errors`, or None where there is no box.
+    Returns: the JSON's entry, and method → `task.boxes.part_errors`, or None where there is no box.
     """
     dataset, rows = loaders.test.dataset, loaders.test.sampler.rows.tolist()
     inside = tokens_in_boxes(dataset, rows)  # [n, T]

@@ -32,6 +32,7 @@ from coding.factor_files import (
 from coding.rank_budget import error_curve, first_rank_as_stored, nested_factors, optimum_curve
 from coding.rate_control import coded_image, image_for_target
 from common import cli, processes
+from common.errors import UserError
 from common.files import sha256_file
 from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
@@ -127,29 +128,29 @@ def check_coded_flags(args: argparse.Namespace) -> None:
     if not args.codec:
         for flag in ("step", "target_kb", "exact"):
             if flag in args.typed:
-                raise cli.UserError(f"--{flag} is of coded factors: name a --codec beside it")
+                raise UserError(f"--{flag} is of coded factors: name a --codec beside it")
         return
     for flag in ("rank", "dtype"):
         if flag in args.typed:
-            raise cli.UserError(f"--{flag} does nothing beside --codec: omit it")
+            raise UserError(f"--{flag} does nothing beside --codec: omit it")
     if args.step is None and args.target_kb is None and args.target_error is None:
-        raise cli.UserError("--codec needs one of --step, --target_error and --target_kb")
+        raise UserError("--codec needs one of --step, --target_error and --target_kb")
     if args.exact and args.metric:
-        raise cli.UserError("--metric does nothing beside --exact: the codec has its own metric")
+        raise UserError("--metric does nothing beside --exact: the codec has its own metric")
 
 
 def open_codec(args: argparse.Namespace, dataset: RealQwenVLDataset, metric) -> Codec:
     """The codec at --codec. Raises UserError where it does not fit the cache or the metric."""
     codec = Codec.load(args.codec)
     if codec.feature_dim != dataset.feature_dim:
-        raise cli.UserError(
+        raise UserError(
             f"--codec {args.codec} is of {codec.feature_dim} features, --cache_dir has "
             f"{dataset.feature_dim}: fit one with experiments.fit_codec --cache_dir "
             f"{dataset.cache_dir}"
         )
     own = codec.info.get("metric_sha256")
     if not args.exact and own != (metric.sha256 if metric else None):
-        raise cli.UserError(
+        raise UserError(
             f"--codec {args.codec} was fitted {'in' if own else 'without'} a metric: the network "
             "has to factor in the same one, type the --metric of experiments.fit_codec or --exact"
         )
@@ -161,9 +162,7 @@ def verify(args: argparse.Namespace) -> None:
     cli.refuse_beside(args, "verify", {"out", "arch"})
     folder = Path(args.out) if args.out else Path("factors") / canonical_arch(args.arch)
     if damaged := damaged_files(folder):
-        raise cli.UserError(
-            f"{folder}: {', '.join(damaged)} does not match its sha256: {WRITE_AGAIN}"
-        )
+        raise UserError(f"{folder}: {', '.join(damaged)} does not match its sha256: {WRITE_AGAIN}")
     print(f"{folder} is whole, every file matches its sha256")
 
 
@@ -205,8 +204,8 @@ def write_factors(
                 features = dataset[batch].to(device)
                 try:
                     parts.append(factorise(model, features, rank, args.target_error, args.dtype))
-                except cli.UserError as error:
-                    raise cli.UserError(f"rows {batch[0]} to {batch[-1]}: {error}") from None
+                except UserError as error:
+                    raise UserError(f"rows {batch[0]} to {batch[-1]}: {error}") from None
                 bar.update(len(batch))
             stored, mean, std, errors = zip(*parts, strict=True)
             writer.write_shard(
@@ -248,7 +247,7 @@ def coded_rows(
             rank = evaluated_rank(model, None)
             a, b = (f[0].cpu() for f in model(normalise(raw.to(device))[0], rank))
             if not (a.isfinite().all() and b.isfinite().all()):
-                raise cli.UserError("the model's factors are not finite: train it again")
+                raise UserError("the model's factors are not finite: train it again")
             factors = a, torch.ones(a.shape[1]), b.mT
         raw = raw[0].cpu()
         try:
@@ -259,8 +258,8 @@ def coded_rows(
                     codec, raw, dataset.grid, factors,
                     target_error=args.target_error, target_kb=args.target_kb,
                 )  # fmt: skip
-        except cli.UserError as error:
-            raise cli.UserError(f"row {row}: {error}") from None
+        except UserError as error:
+            raise UserError(f"row {row}: {error}") from None
         images.append(image)
         bar.update(1)
     return images
@@ -278,8 +277,8 @@ def check_target(
     hardest = least.topk(min(args.batch_size, len(dataset))).indices
     try:
         factorise(model, dataset[hardest].to(device), rank, args.target_error, args.dtype)
-    except cli.UserError as error:
-        raise cli.UserError(f"the hardest images, as {args.dtype}: {error}") from None
+    except UserError as error:
+        raise UserError(f"the hardest images, as {args.dtype}: {error}") from None
 
 
 @torch.inference_mode()
@@ -303,7 +302,7 @@ def factorise(
     else:
         a, b = nested_factors(model, x, rank)
     if not (a.isfinite().all() and b.isfinite().all()):  # int8 would hide it
-        raise cli.UserError("the model's factors are not finite: train it again")
+        raise UserError("the model's factors are not finite: train it again")
     stored = store(a, b, dtype)
     if target_error is not None:
         # rounding leaves components apart, so one curve holds the stored error at every rank

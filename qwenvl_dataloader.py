@@ -8,7 +8,7 @@ A feature cache is a folder (DESIGN: one format for real, demo and imported feat
     singular_values.safetensors   `singular_values` [N, min(T, D)] float64 of the normalised X
 
 N images, T tokens per image, D features per token, b images in a batch.
-`feature_cache.py` writes such folders; this module only reads them.
+`features/cache_writer.py` writes such folders; this module only reads them.
 """
 
 from __future__ import annotations

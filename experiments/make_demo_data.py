@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from common import cli, progress
+from common.errors import UserError
 from common.files import atomic_path, locate
 from features.demo_signs import Box, choose_wording, place_sign
 
@@ -259,14 +260,14 @@ def check_target(out: Path) -> Path:
     target = out / "data" / "train-00000-of-00001.parquet"
     for folder in (out, target.parent):
         if folder.exists() and not folder.is_dir():
-            raise cli.UserError(f"--out {out}: {folder} is a file: name a folder")
+            raise UserError(f"--out {out}: {folder} is a file: name a folder")
     for path in target.parent.glob("*.parquet"):
         try:
             kind = (pq.read_schema(path).metadata or {}).get(b"kind")
         except (pa.ArrowInvalid, OSError):
             kind = None
         if path != target or kind != b"demo":
-            raise cli.UserError(
+            raise UserError(
                 f"--out {out}: {path} is not demo data and is not overwritten: name another folder"
             )
     return target
@@ -306,7 +307,7 @@ def main(args: argparse.Namespace) -> None:
             temporary.write_text(describe_sources(), encoding="utf-8")
         write_parquet(table, target)
     except OSError as error:
-        raise cli.UserError(
+        raise UserError(
             f"--out {out}: cannot write ({error.strerror or error}): name a folder with space"
         ) from None
 

@@ -2,7 +2,7 @@
 
 Arguments are arrays (numpy, or torch on any device), lists and dicts: no model, no cache. n images,
 r rank, S = min(T, D). Every function raises OSError where it cannot write, and KeyError for a
-method that has no colour in `figure_style.METHODS`.
+method that has no colour in `style.METHODS`.
 """
 
 from __future__ import annotations

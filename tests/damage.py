@@ -23,6 +23,7 @@ import factorize
 import train_real_data
 from coding import factor_files
 from common import cli
+from common.errors import UserError
 from experiments import fit_codec, make_report
 from features import cache_writer
 from features.image_sources import open_source
@@ -89,7 +90,7 @@ def read_checkpoint(folder: Path) -> str:
 def read_results(folder: Path) -> str:
     found = make_report.read_results(folder)
     if found is None:
-        raise cli.UserError("left out with a note")
+        raise UserError("left out with a note")
     return digest(make_report.report_row(folder.name, *found), found)
 
 
@@ -116,7 +117,7 @@ def finish_cache(folder: Path) -> str:
     write_begun(folder)
     dataset = RealQwenVLDataset(folder)
     if damaged := dataset.verify():
-        raise cli.UserError(f"--verify finds {damaged}")
+        raise UserError(f"--verify finds {damaged}")
     return read_cache(folder)
 
 
@@ -200,14 +201,14 @@ def one_case(kind: Kind, clean: object, copy: Path, rng: random.Random) -> tuple
     try:
         found = kind.read(folder)
         outcome = "harmless" if found == clean else "other"
-    except cli.UserError as error:
+    except UserError as error:
         outcome = "refused" if "\n" not in cli.one_line(str(error)) else "TRACEBACK"
     except Exception as error:
         return "TRACEBACK", f"{how}: {type(error).__name__}: {error}"
     if outcome == "other":
         try:
             found = kind.verify and kind.verify(folder)
-        except cli.UserError:
+        except UserError:
             found = True
         outcome = "found by --verify" if found else "SILENT"
     return outcome, how

@@ -20,7 +20,7 @@ import extract_features
 import factorize
 import train_real_data
 from coding import factor_files
-from common import cli
+from common.errors import UserError
 from features import cache_writer
 from qwenvl_dataloader import RealQwenVLDataset
 from training import checkpoint
@@ -174,7 +174,7 @@ def cache_torn(folder: Path) -> list[str]:
     """A cache folder opens and matches its hashes, or says in words that it is not finished."""
     try:
         return list(RealQwenVLDataset(folder).verify())
-    except cli.UserError as error:
+    except UserError as error:
         said = "interrupted" in str(error) or "does not exist" in str(error)
         return [] if said and not (folder / "manifest.json").exists() else [str(error)]
 
@@ -251,7 +251,7 @@ def factors_torn(folder: Path) -> list[str]:
     try:
         factor_files.read_factors(folder)
         return []
-    except cli.UserError as error:
+    except UserError as error:
         return [] if not (folder / "manifest.json").exists() else [str(error)]
 
 

@@ -17,6 +17,7 @@ from commands import ROOT
 from PIL import Image
 
 from common import cli, files
+from common.errors import UserError
 from experiments import make_demo_data
 
 SOURCE = ROOT
@@ -168,7 +169,7 @@ def test_a_missing_package_ends_in_one_line_that_says_what_to_type(tmp_path, mon
 
 
 def test_a_file_missing_from_its_package_is_named():
-    with pytest.raises(cli.UserError, match=r"no_such\.png is missing.*demo_requirements\.txt"):
+    with pytest.raises(UserError, match=r"no_such\.png is missing.*demo_requirements\.txt"):
         files.locate("scikit-image", "skimage/data/no_such.png")
 
 

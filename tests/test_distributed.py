@@ -20,6 +20,7 @@ import factorize
 import train_real_data
 from common import cli, processes
 from common.epoch_order import EpochSampler
+from common.errors import UserError
 from experiments import estimate_metric
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 from subspace import even_features
@@ -247,7 +248,7 @@ def test_a_run_is_not_resumed_by_processes_that_cannot_share_its_steps(monkeypat
         monkeypatch.setattr(processes, "world", lambda world=world: world)
         assert own_batch_size(state, Path("last_model.pt")) == size
     monkeypatch.setattr(processes, "world", lambda: 3)
-    with pytest.raises(cli.UserError, match="8 images a step, which 3 .* 1, 2, 4, 8 processes"):
+    with pytest.raises(UserError, match="8 images a step, which 3 .* 1, 2, 4, 8 processes"):
         own_batch_size(state, Path("last_model.pt"))
 
 
