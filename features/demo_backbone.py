@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from pathlib import Path
 
 import onnx
@@ -12,6 +11,7 @@ from transformers import Dinov2Config, Dinov2Model
 from transformers.initialization import no_init_weights
 
 from common.files import locate
+from features.checkpoints import dinov2_weights
 
 
 def demo_onnx_path() -> Path:
@@ -43,18 +43,12 @@ def _onnx_weights(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
     # the position table is two anonymous 3-d constants: the class token's and the patches'.
     arrays = {i.name: onnx.numpy_helper.to_array(i).copy() for i in graph.initializer}
     arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    weights = {_dinov2_key(n): t for n, t in arrays.items() if n.startswith("backbone.")}
+    weights = {name: t for name, t in arrays.items() if name.startswith("backbone.")}
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in arrays:
             name = node.name.lstrip("/").removesuffix("/MatMul").replace("/", ".")
-            weights[_dinov2_key(f"{name}.weight")] = arrays[node.input[1]].T
+            weights[f"{name}.weight"] = arrays[node.input[1]].T
     tables = [t for name, t in arrays.items() if t.dim() == 3 and name.startswith("onnx::")]
     tables.sort(key=lambda table: table.shape[1])  # [1, 1, 384], [1, 37 * 37, 384]
-    weights["embeddings.position_embeddings"] = torch.cat(tables, dim=1)
-    return weights
-
-
-def _dinov2_key(name: str) -> str:
-    # transformers 4 (the export) -> transformers 5
-    name = name.removeprefix("backbone.").replace("attention.output.dense.", "attention.o_proj.")
-    return re.sub(r"attention\.attention\.([qkv])\w+", r"attention.\1_proj", name)
+    weights["backbone.embeddings.position_embeddings"] = torch.cat(tables, dim=1)
+    return dinov2_weights({name.removeprefix("backbone."): t for name, t in weights.items()})

@@ -84,7 +84,7 @@ def test_with_unchanged_tokens_the_answers_logits_are_the_whole_qwens_bit_for_bi
 ):
     whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(small_qwen).eval()
     encoder = encoders.load_encoder(str(small_qwen), device="cpu", image_size=112)
-    pixels = encoder.preprocess(photograph())
+    pixels = encoder.preprocess(photograph())  # [4, 4, 4, 1176]
     tokens = encoder.encode(pixels[None])
     row = 1
     answer = qwen_head.reference_answer(row)
@@ -94,7 +94,7 @@ def test_with_unchanged_tokens_the_answers_logits_are_the_whole_qwens_bit_for_bi
     with torch.no_grad():
         expected = whole(
             input_ids=ids[:, :-1],
-            pixel_values=pixels,
+            pixel_values=pixels.flatten(0, 2),
             image_grid_thw=torch.tensor([[1, 8, 8]]),
             mm_token_type_ids=(ids[:, :-1] == 3).int(),
             logits_to_keep=wanted,
