@@ -11,7 +11,7 @@ from conftest import hashes, manifest_of, picture, write_parquet
 from safetensors.torch import load_file, save_file
 
 import extract_features
-from features import cache_writer, encoders
+from features import cache_writer, checkpoints, encoders
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_an_interrupted_extraction_ends_byte_identical(after, mixed, encode, tmp
 
 
 def other_weights(folder: Path) -> None:
-    index = json.loads((folder / encoders.SHARD_INDEX).read_text())["weight_map"]
+    index = json.loads((folder / checkpoints.SHARD_INDEX).read_text())["weight_map"]
     path = folder / next(file for key, file in index.items() if "visual." in key)
     tensors = load_file(path)
     next(t for key, t in tensors.items() if "visual." in key).view(-1)[0] += 1
@@ -129,7 +129,11 @@ def test_another_revision_of_a_hub_model_is_refused_with_both_values(
     mixed, qwen, tmp_path, monkeypatch, script
 ):
     revision = "aaa111"
-    monkeypatch.setattr(encoders, "_checkpoint_folder", lambda name: (qwen, revision))
+
+    def opened(name):
+        return checkpoints.read_checkpoint(qwen, revision)
+
+    monkeypatch.setattr(encoders, "open_checkpoint", opened)
     args = ["--dataset_dir", mixed, "--cache_dir", tmp_path / "cache", "--model", "Qwen/some"]
     args += ["--image_size", 112]
     assert script("extract_features.py", *args).returncode == 0
@@ -143,7 +147,7 @@ def test_another_revision_of_a_hub_model_is_refused_with_both_values(
 def test_a_finished_cache_of_another_encoder_is_refused_before_a_hub_is_asked(
     tiny_data, cache_copy, monkeypatch, script
 ):
-    monkeypatch.setattr(encoders, "_checkpoint_folder", lambda name: pytest.fail("asked"))
+    monkeypatch.setattr(encoders, "open_checkpoint", lambda name: pytest.fail("asked"))
     done = script("extract_features.py", "--dataset_dir", tiny_data, "--cache_dir", cache_copy)
     assert done.returncode == 2 and "holds a finished cache (demo-dinov2" in done.stderr
 
