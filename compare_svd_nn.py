@@ -56,24 +56,20 @@ STORED_AS = "bf16"  # factorize.py's default: its ranks for a target are those t
 Method = Callable[[Tensor, int], Factors]
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Compare a trained network with the truncated SVD on held-out images.",
         epilog="example:\n  python compare_svd_nn.py --arch ResMLP --rank 64",
     )
-    what = parser.add_argument_group("what is compared")
-    what.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
-    ranks = what.add_mutually_exclusive_group()
-    ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
-                       help="rank to evaluate; default the trained (effective) rank")  # fmt: skip
-    ranks.add_argument("--target_error", type=cli.number(float, above=0, below=1), default=None,
-                       metavar="E",
-                       help="also: each image at the least rank with this rel_error")  # fmt: skip
-    ranks.add_argument("--mean_rank", type=cli.number(int, 1), default=None, metavar="R",
-                       help="also: this rank on average, split over images for the least total "
-                            "squared error")  # fmt: skip
-    what.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
-                      help="images at once")  # fmt: skip
+    what = parser.flags("what is compared")
+    what("--arch")
+    ranks = what.one_of()
+    ranks("--rank")
+    ranks("--target_error", help="also: each image at the least rank with this rel_error")
+    ranks("--mean_rank", cli.count)(
+        "also: this rank on average, split over images for the least total squared error"
+    )
+    what("--batch_size")
     cli.add_evaluation_flags(parser)
     return parser
 

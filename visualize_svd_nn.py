@@ -37,17 +37,15 @@ RANKS_SHOWN = (8, 32, 128)  # of rank_comparison, as far as the model goes
 CHANNELS = 8  # the first ones: the same in every image, so that figures can be compared
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Draw what network and SVD keep of one image on the grid of its tokens.",
         epilog="example:\n  python visualize_svd_nn.py --arch ResMLP --rank 32 --image_idx 0",
     )
-    what = parser.add_argument_group("what is drawn")
-    what.add_argument("--arch", type=cli.name, default="ResMLP",
-                      help="architecture whose best model is drawn")  # fmt: skip
-    what.add_argument("--rank", type=cli.number(int, 1), default=None,
-                      help="rank to draw; default the trained (effective) rank")  # fmt: skip
-    what.add_argument("--image_idx", type=cli.number(int, 0), default=0, help="row of the cache")
+    what = parser.flags("what is drawn")
+    what("--arch")
+    what("--rank")
+    what("--image_idx", cli.whole, 0, "row of the cache")
     cli.add_evaluation_flags(parser)
     return parser
 

@@ -38,31 +38,27 @@ UNTRAINED = ("random", "columns")
 SKETCHES = (*UNTRAINED, "linear", "ResMLP", "MLP")
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    number = cli.number
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Measure what learning buys: error and time of random and trained sketches.",
         epilog="example:\n  python -m experiments.ablate --rank 32 --refine_steps 0 1",
     )
-    grid = parser.add_argument_group("what is compared")
-    grid.add_argument("--rank", type=number(int, 1), default=128, help="rank of A·B")
-    grid.add_argument("--sketches", nargs="+", choices=SKETCHES, default=list(SKETCHES),
-                      metavar="SKETCH",
-                      help="random: X Ω; columns: X_s X_sᵀ Ω on evenly spaced features; "
-                      "linear: the same on chosen features, Ω trained; ResMLP; MLP")  # fmt: skip
-    grid.add_argument("--refine_steps", type=number(int, 0), nargs="+", default=[0, 1, 2, 3, 4],
-                      help="K, each with start shifts and with learned ones")  # fmt: skip
-    grid.add_argument("--oversample", type=number(int, 0), nargs="+", default=[0, 16, 32],
-                      help="p, extra sketch columns")  # fmt: skip
-    grid.add_argument("--seeds", type=number(int, 1), default=3,
-                      help="runs of each, with seeds 0, 1, …")  # fmt: skip
-    train = parser.add_argument_group("training and timing")
-    train.add_argument("--epochs", type=number(int, 1), default=2, help="epochs of each sketch")
-    train.add_argument("--lr", type=number(float, above=0), default=1e-3,
-                       help="Adam's, falling to 0")  # fmt: skip
-    train.add_argument("--batch_size", type=number(int, 1), default=8, help="images a step")
-    train.add_argument("--threads", type=number(int, 1), default=1, help="CPU threads when timing")
-    train.add_argument("--repeats", type=number(int, 1), default=7, help="timed calls of each")
+    grid = parser.flags("what is compared")
+    grid("--rank", default=128, help="of A·B")
+    grid("--sketches", SKETCHES, list(SKETCHES), metavar="SKETCH")(
+        "random: X Ω; columns: X_s X_sᵀ Ω on evenly spaced features; linear: the same on chosen "
+        "features, Ω trained; ResMLP; MLP"
+    )
+    steps = [0, 1, 2, 3, 4]
+    grid("--refine_steps", cli.whole, steps, "K, each with start shifts and with learned ones")
+    grid("--oversample", cli.whole, [0, 16, 32], "p, extra sketch columns")
+    grid("--seeds", cli.count, 3, "runs of each, with seeds 0, 1, …")
+    train = parser.flags("training and timing")
+    train("--epochs", cli.count, 2, "epochs of each sketch")
+    train("--lr", cli.positive, 1e-3, "Adam's, falling to 0")
+    train("--batch_size", help="images a step")
+    train("--threads")
+    train("--repeats")
     cli.add_evaluation_flags(parser, metric=False)
     return parser
 

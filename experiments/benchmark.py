@@ -36,24 +36,20 @@ from svd_baseline import (
 from task.metric import load_metric
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Measure cost and error of every factorisation: networks and references.",
         epilog="example:\n  python -m experiments.benchmark --ranks 32 128 --batch_size 8",
     )
-    what = parser.add_argument_group("what is measured")
-    what.add_argument("--quality", action="store_true",
-                        help="only the error, on all test images (neither flag: both)")  # fmt: skip
-    what.add_argument("--speed", action="store_true",
-                        help="only the time (neither flag: both)")  # fmt: skip
-    what.add_argument("--ranks", type=cli.number(int, 1), nargs="+", default=[8, 16, 32, 64, 128],
-                        help="ranks of A·B")  # fmt: skip
-    what.add_argument("--batch_size", dest="batch_sizes", nargs="+",
-                        type=cli.number(int, 1, 65536), default=[8], metavar="BATCH_SIZE",
-                        help="matrices of a timed call; several are measured in turn")  # fmt: skip
-    what.add_argument("--threads", type=cli.number(int, 1, 1024), default=1, help="CPU threads")
-    what.add_argument("--repeats", type=cli.number(int, 1), default=7,
-                        help="timed calls of each method, after a warm-up")  # fmt: skip
+    what = parser.flags("what is measured")
+    what.switch("--quality", "only the error, on all test images (neither flag: both)")
+    what.switch("--speed", "only the time (neither flag: both)")
+    what("--ranks", cli.count, [8, 16, 32, 64, 128], "ranks of A·B")
+    what("--batch_size", default=[8], dest="batch_sizes")(
+        "matrices of a timed call; several are measured in turn"
+    )
+    what("--threads")
+    what("--repeats")
     cli.add_evaluation_flags(parser)
     return parser
 

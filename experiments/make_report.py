@@ -32,16 +32,14 @@ MADE_BY = {  # what of an architecture is read, and the script that writes it
 }
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Make a page of each run, and one of all runs with a table and a figure.",
         epilog="example:\n  python -m experiments.make_report --results_dir results",
     )
-    where = parser.add_argument_group("files")
-    where.add_argument("--results_dir", type=cli.folder, default="results",
-                       help="where the folders <arch>/ are")  # fmt: skip
-    where.add_argument("--log_dir", type=cli.folder, default="log",
-                       help="where the logs_<timestamp>/ are")  # fmt: skip
+    where = parser.flags("files")
+    where("--results_dir", help="where the folders <arch>/ are")
+    where("--log_dir")
     return parser
 
 

@@ -72,7 +72,9 @@ def wrong_values(flag, action):
     elif action.type is cli.folder:
         wrong += [["a_file"], ["a_file/below"]]
     else:
-        assert action.type is cli.name, f"{flag}: give it a type that refuses what is wrong"
+        assert action.type in (cli.name, cli.file), (
+            f"{flag}: give it a type that refuses what is wrong"
+        )
         assert flag in WRONG_NAMES, f"{flag}: say in WRONG_NAMES what is refused"
         wrong.append([WRONG_NAMES[flag]])
     return wrong
