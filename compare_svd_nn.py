@@ -159,8 +159,8 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     again = cli.flags_again(args, "rank", "metric", "results_dir", "cache_dir", "device")
     excess = per_image[rank]["network"]["excess_pct"].nan_to_num(nan=-1.0)
     worst = int(loaders.test.sampler.rows[excess.argmax()])
-    print("next, the test image with the largest excess: python visualize_svd_nn.py "
-          f"--arch {results['arch']} --image_idx {worst}{again}")  # fmt: skip
+    again = f"--arch {results['arch']} --image_idx {worst}{again}"
+    print(f"next, the test image with the largest excess: python visualize_svd_nn.py {again}")
 
 
 def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, Method]:
@@ -295,8 +295,8 @@ def difference_text(difference: dict) -> str:
 
 def print_budget(budget: dict) -> None:
     mode = budget["mode"]
-    print(f"ranks per image, --{mode} {budget[mode]:g}, against one fixed rank that stores as much "
-          f"(network as stored in {budget['network_stored_as']})")  # fmt: skip
+    stored = f"that stores as much (network as stored in {budget['network_stored_as']})"
+    print(f"ranks per image, --{mode} {budget[mode]:g}, against one fixed rank {stored}")
     keys = ("mean", "p90", "max", "rms")
     print(f"{'':9}{'ranks':>24}{'values stored':>15}" + "".join(f"{key:>11}" for key in keys))
     for name in ("network", "svd"):

@@ -80,11 +80,10 @@ def get_args_parser() -> cli.Parser:
     )
     encoder = parser.flags("encoder")
     encoder("--model", cli.name, "Qwen/Qwen2.5-VL-3B-Instruct", "hub id or folder")
-    pixels = cli.number(int, 28, 4096)
+    pixels = cli.Number(int, 28, 4096)
     encoder("--image_size", pixels, 448, "side of the square the encoder sees, pixels")
-    encoder("--resize", ("stretch", "pad"), "stretch")(
-        "stretch to the square, or keep the aspect and pad"
-    )
+    kinds = ("stretch", "pad")
+    encoder("--resize", kinds, "stretch", "stretch to the square, or keep the aspect and pad")
     encoder("--batch_size", default=16, help="images encoded at once: memory against speed")
     encoder("--device")
     return parser
@@ -420,8 +419,9 @@ def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
     print(f"  rows       {len(dataset)}, {images}; {skipped} skipped as unreadable or missing")
     megabytes = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
     rows, columns = dataset.grid
-    print(f"  tokens     {dataset.num_tokens} × {dataset.feature_dim}, {manifest['dtype']}, grid "
-          f"{rows} × {columns}; {len(manifest['shards'])} shards, {megabytes:.0f} MB")  # fmt: skip
+    shape = f"{dataset.num_tokens} × {dataset.feature_dim}, {manifest['dtype']}"
+    files = f"{len(manifest['shards'])} shards, {megabytes:.0f} MB"
+    print(f"  tokens     {shape}, grid {rows} × {columns}; {files}")
     encoder = manifest["encoder"]
     print("  encoder    " + ", ".join(encoder[k] for k in ("id", "preprocessor") if k in encoder))
     groups = dataset.rows["group"].to_pylist()

@@ -55,12 +55,10 @@ def get_args_parser() -> cli.Parser:
     ranks("--target_error")(
         "rel_error that each image has to meet, as stored, at its own smallest rank"
     )
-    ranks("--step", cli.number(float, 1e-4, 1e4))(
+    ranks("--step", cli.Number(float, 1e-4, 1e4))(
         "with --codec: the step of every image, in units of normalised tokens"
     )
-    ranks("--target_kb", cli.positive)(
-        "with --codec: the most that each image takes, in 1000 bytes"
-    )
+    ranks("--target_kb", cli.positive, None, "with --codec: the most of each image, in 1000 bytes")
     what("--codec", cli.file)(
         "of experiments.fit_codec: coded factors, a fraction of int8's bytes, at --step, "
         "--target_kb or --target_error (then of raw tokens, as decoded)"
@@ -190,8 +188,9 @@ def write_factors(
             # batches begin anew with each shard: bits do not depend on where a run was interrupted,
             # nor on the number of processes
             if codec:
-                writer.write_coded(shard, coded_rows(args, codec, model, dataset, device,
-                                                     writer.rows_of(shard), bar))  # fmt: skip
+                rows = writer.rows_of(shard)
+                coded = coded_rows(args, codec, model, dataset, device, rows, bar)
+                writer.write_coded(shard, coded)
                 continue
             parts = []
             for batch in torch.tensor(writer.rows_of(shard)).split(args.batch_size):
@@ -248,10 +247,8 @@ def coded_rows(
             if args.step is not None:
                 image = coded_image(codec, raw, dataset.grid, args.step, factors)
             else:
-                image = image_for_target(
-                    codec, raw, dataset.grid, factors,
-                    target_error=args.target_error, target_kb=args.target_kb,
-                )  # fmt: skip
+                target = {"target_error": args.target_error, "target_kb": args.target_kb}
+                image = image_for_target(codec, raw, dataset.grid, factors, **target)
         except UserError as error:
             raise UserError(f"row {row}: {error}") from None
         images.append(image)

@@ -397,10 +397,10 @@ class BatchLoader:
         """The batches, counted on stderr in images of all processes."""
         sampler = self.sampler
         done = min(self.num_images, sampler.start * sampler.batch_size * sampler.world)
-        return progress.over(
-            self, desc, "images", total=self.num_images, show=show, initial=done,
-            count=lambda batch: batch.images,
-        )  # fmt: skip
+        with progress.bar(self.num_images, desc, initial=done, show=show) as bar:
+            for batch in self:
+                yield batch
+                bar.update(batch.images)
 
     def __iter__(self) -> Iterator[Batch]:
         # the epoch's order goes to the device once: no step waits for a copy of its rows

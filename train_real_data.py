@@ -76,7 +76,7 @@ def get_args_parser() -> cli.Parser:
         "which 256 features the branches look at: chosen from the training tokens by pivoted "
         "Cholesky, or evenly spaced"
     )
-    share = cli.number(float, 0, below=1)
+    share = cli.Number(float, 0, below=1)
     model("--dropout", share, 0.0, "dropout in the branches, 0 to 1")
     train = parser.flags("training")
     train("--epochs", cli.count, 20, "epochs, or epochs to add with --resume")
@@ -88,14 +88,11 @@ def get_args_parser() -> cli.Parser:
         "loss) before stopping; that decides the best epoch too"
     )
     train("--lambda_B", cli.weight, 1e-4, "ridge of B, and weight of ‖B‖²/(TD)")
-    train("--lambda_ortho", cli.weight, 1e-3)(
-        "weight of the sketch's (and SVDLinear's) orthogonality"
-    )
+    train("--lambda_ortho", cli.weight, 1e-3, "weight of the sketch's, SVDLinear's orthogonality")
     train("--lambda_act", cli.weight, 0.0, "weight of the orthogonality of row_net's output")
     train("--seed", help="of weights, order and dropout; the split has its own")
-    train("--precision", ("float32", "bf16"), "float32")(
-        "of the branches; the linear algebra is float64"
-    )
+    precisions = ("float32", "bf16")
+    train("--precision", precisions, "float32", "of the branches; the linear algebra is float64")
     train("--device")
     train("--resume", ("best", "last"), nargs="?", const="best")(
         "go on from best_model.pt, or exactly from last_model.pt"
@@ -105,9 +102,7 @@ def get_args_parser() -> cli.Parser:
         "saliency or qwen-answer: its error joins the loss, and the norm that X is factored in is "
         "learned"
     )
-    task("--lambda_task", cli.positive, 1.0)(
-        "weight of the mean log task error, ranks 4 to 32 in turn"
-    )
+    task("--lambda_task", cli.positive, 1.0, "weight of the mean log task error, ranks 4 to 32")
     task("--metric")(
         "of experiments.estimate_metric: X is factored in it; with --task_head the start of the "
         "learned norm, which is else the plain one"
@@ -118,11 +113,10 @@ def get_args_parser() -> cli.Parser:
     alloc("--allocator_init_warmup", cli.whole, 1000, "steps at full rank")
     alloc("--allocator_final_warmup", cli.count, 1000, "steps during which the rank falls")
     alloc("--allocator_mask_interval", cli.count, 20, "steps between masks")
-    kept = cli.number(float, above=0, at_most=1)
+    kept = cli.Number(float, above=0, at_most=1)
     alloc("--allocator_keep_ratio", kept, 0.25, "final rank as a fraction of --rank")
-    alloc("--allocator_importance", ("energy", "sensitivity"), "energy")(
-        "what decides which component goes"
-    )
+    kinds = ("energy", "sensitivity")
+    alloc("--allocator_importance", kinds, "energy", "what decides which component goes")
     return parser
 
 
@@ -370,8 +364,8 @@ def main(args: argparse.Namespace) -> int:
             if run.note:
                 log(run.note)
             if args.resume == "best":
-                log(f"epoch {run.epoch - 1} is the best: later ones, if there were any, are left "
-                    "behind and come out the same again; type --lr to train otherwise")  # fmt: skip
+                later = "later ones, if there were any, are left behind and come out the same again"
+                log(f"epoch {run.epoch - 1} is the best: {later}; type --lr to train otherwise")
         else:
             start_from_data(run, dataset)
             initial = processes.from_main(validate(run, loaders))

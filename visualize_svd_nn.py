@@ -101,11 +101,9 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
     errors = {name: token_error(x, *ab)[0].cpu() for name, ab in factors.items()}
     photo = dataset.thumbnail(row)
     stem = folder / f"image_{row}"
-    token_grid.channel_comparison(f"{stem}_spatial_channel_comparison.png", photo, box, maps,
-                                  channels, dataset.grid, info)  # fmt: skip
-    token_grid.spatial_error(f"{stem}_spatial_error_comparison.png", photo, box, errors,
-                             dataset.grid, info)  # fmt: skip
     written = [f"{stem}_spatial_channel_comparison.png", f"{stem}_spatial_error_comparison.png"]
+    token_grid.channel_comparison(written[0], photo, box, maps, channels, dataset.grid, info)
+    token_grid.spatial_error(written[1], photo, box, errors, dataset.grid, info)
     if dataset.grid[0] == dataset.grid[1] > 1:
         where = f"Image {row} ({side}), {arch}"
         written.append(f"{stem}_rank_comparison.png")
@@ -134,9 +132,16 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
 
 @torch.inference_mode()
 def draw_ranks(
-    path: str, model: LowRankFactorModel, most: int, x: Tensor, photo: Image | None,
-    box: token_grid.Box, grid: token_grid.Grid, where: str, footer: str,
-) -> None:  # fmt: skip
+    path: str,
+    model: LowRankFactorModel,
+    most: int,
+    x: Tensor,
+    photo: Image | None,
+    box: token_grid.Box,
+    grid: token_grid.Grid,
+    where: str,
+    footer: str,
+) -> None:
     """Figure of what network and SVD keep of x [1, T, D] at rising ranks, up to `most`."""
     ranks = sorted({r for r in RANKS_SHOWN if r < most} | {min(most, RANKS_SHOWN[-1])})
     factors = {
@@ -148,8 +153,8 @@ def draw_ranks(
     hats = [(a @ b)[0] for pairs in factors.values() for a, b in pairs]
     original, *coordinates = principal_coordinates(x[0], hats, blocks[-1][-1] + 1)
     errors = {n: [float(rel_error(x, *ab)) for ab in pairs] for n, pairs in factors.items()}
-    maps = {"original": [original], "network": coordinates[: len(ranks)],
-            "svd": coordinates[len(ranks) :]}  # fmt: skip
+    network, svd = coordinates[: len(ranks)], coordinates[len(ranks) :]
+    maps = {"original": [original], "network": network, "svd": svd}
     energy = [f"{100 * (1 - e**2):.2f} %" for e in errors["network"]]
     energy = [f"{e} at rank {r}" for e, r in zip(energy, ranks, strict=True)]
     energy[0] = energy[0].replace(" at", " of the energy at")

@@ -168,9 +168,8 @@ class Number:
     @property
     def accepted(self) -> str:
         """The range in words."""
-        at_most = self.at_most if self.at_most != LARGEST_INT else None
         bounds = {"at least": self.at_least, "above": self.above}
-        bounds |= {"at most": at_most, "below": self.below}
+        bounds |= {"at most": self.at_most, "below": self.below}
         words = " and ".join(f"{word} {x}" for word, x in bounds.items() if x is not None)
         return f"{'a whole number' if self.kind is int else 'a number'} {words}".strip()
 
@@ -179,8 +178,10 @@ class Number:
             value = self.kind(text)
         except ValueError:
             value = math.nan
+        unlimited = self.kind is int and self.at_most is None and self.below is None
         if not (
             math.isfinite(value)
+            and (value <= LARGEST_INT or not unlimited)
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
@@ -188,19 +189,6 @@ class Number:
         ):
             raise argparse.ArgumentTypeError(f"{text[:80]!r} is not {self.accepted}")
         return value
-
-
-def number(
-    kind: type[int] | type[float],
-    at_least: float | None = None,
-    at_most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Number:
-    """The type of a flag that is a number; whole ones have a limit even where none is given."""
-    if kind is int and at_most is None and below is None:
-        at_most = LARGEST_INT
-    return Number(kind, at_least, at_most, above, below)
 
 
 def name(text: str) -> str:
@@ -224,14 +212,14 @@ def folder(text: str) -> str:
     return text
 
 
-count = number(int, 1)
-whole = number(int, 0)
-size = number(int, 1, 65536)  # of a batch or a layer
-few = number(int, 0, 1000)  # of steps or layers that are done one after the other
-random_seed = number(int, 0, 2**63 - 1)
-positive = number(float, above=0)
-fraction = number(float, above=0, below=1)
-weight = number(float, 0, 1e6)  # of a term of the loss
+count = Number(int, 1)
+whole = Number(int, 0)
+size = Number(int, 1, 65536)  # of a batch or a layer
+few = Number(int, 0, 1000)  # of steps or layers that are done one after the other
+random_seed = Number(int, 0, 2**63 - 1)
+positive = Number(float, above=0)
+fraction = Number(float, above=0, below=1)
+weight = Number(float, 0, 1e6)  # of a term of the loss
 
 # the flags of several scripts: type, default and help
 SHARED = {
@@ -248,7 +236,7 @@ SHARED = {
     "--results_dir": (folder, "results", "where <arch>/best_model.pt is"),
     "--seed": (random_seed, 42, "of all that is random"),
     "--target_error": (fraction, None, "rel_error that each image has to meet"),
-    "--threads": (number(int, 1, 1024), 1, "CPU threads when timing"),
+    "--threads": (Number(int, 1, 1024), 1, "CPU threads when timing"),
 }
 
 
@@ -299,9 +287,8 @@ def add_evaluation_flags(parser: Parser, *, metric: bool = True) -> None:
     metric: with --metric, for scripts that can factor in a task's own metric as well.
     """
     where = parser.flags("files and device")
-    where("--results_dir")
-    where("--cache_dir")
-    where("--device")
+    for flag in ("--results_dir", "--cache_dir", "--device"):
+        where(flag)
     if metric:
         where("--metric")("of experiments.estimate_metric: also factor X M^½ and map B back")
 

@@ -45,9 +45,8 @@ def get_args_parser() -> cli.Parser:
     what.switch("--quality", "only the error, on all test images (neither flag: both)")
     what.switch("--speed", "only the time (neither flag: both)")
     what("--ranks", cli.count, [8, 16, 32, 64, 128], "ranks of A·B")
-    what("--batch_size", default=[8], dest="batch_sizes")(
-        "matrices of a timed call; several are measured in turn"
-    )
+    matrices = "matrices of a timed call; several are measured in turn"
+    what("--batch_size", default=[8], dest="batch_sizes", help=matrices)
     what("--threads")
     what("--repeats")
     cli.add_evaluation_flags(parser)
@@ -151,9 +150,12 @@ def measure_quality(
 
 
 def measure_speed(
-    contenders: list[Contender], ranks: list[int], batches: list[int], test: BatchLoader,
+    contenders: list[Contender],
+    ranks: list[int],
+    batches: list[int],
+    test: BatchLoader,
     repeats: int,
-) -> dict[tuple[int, int, int], Timing]:  # fmt: skip
+) -> dict[tuple[int, int, int], Timing]:
     """(contender, rank, batch) → times on the first `batch` test images, repeated if fewer."""
     found = {}
     rows = test.sampler.rows
@@ -226,9 +228,13 @@ def refine_multiply_adds(
 
 
 def record(
-    contender: Contender, rank: int, batch: int | None, environment: dict,
-    error: dict[str, float | None] | None, timing: Timing | None,
-) -> dict[str, str | int | float | None]:  # fmt: skip
+    contender: Contender,
+    rank: int,
+    batch: int | None,
+    environment: dict,
+    error: dict[str, float | None] | None,
+    timing: Timing | None,
+) -> dict[str, str | int | float | None]:
     """One entry of benchmark.json; null where it was not measured or does not apply."""
     ms = floor_ms = iqr = None
     if timing:

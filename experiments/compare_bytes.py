@@ -323,9 +323,9 @@ def nearest_is_kin(means: Tensor, groups: list[str]) -> Tensor:
     """
     unit = torch.nn.functional.normalize(means.double(), dim=-1)
     near = (unit @ unit.mT).fill_diagonal_(-torch.inf).argmax(-1)
-    right = [float(groups[i] == groups[j]) if groups.count(groups[i]) > 1 else math.nan
-             for i, j in enumerate(near.tolist())]  # fmt: skip
-    return torch.tensor(right, dtype=torch.float64)
+    right = torch.tensor([groups[i] == groups[j] for i, j in enumerate(near.tolist())]).double()
+    alone = torch.tensor([groups.count(group) == 1 for group in groups])
+    return right.masked_fill(alone, math.nan)
 
 
 def summarise_method(points: list[Point], groups: list[str]) -> list[dict]:

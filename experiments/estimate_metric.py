@@ -55,9 +55,8 @@ def get_args_parser() -> cli.Parser:
         "training images (and validation images) to use at most, drawn by --seed: noise of M "
         "against time; default all"
     )
-    task("--shrinkage", cli.positive, [1e-3, 1e-2, 1e-1])(
-        "of the mean diagonal, to try on validation images"
-    )
+    shares = [1e-3, 1e-2, 1e-1]
+    task("--shrinkage", cli.positive, shares, "of the mean diagonal, to try on validation images")
     task("--out", cli.file, None, "file; default metrics/<head>.safetensors")
     task("--cache_dir")
     task("--batch_size")
@@ -75,8 +74,8 @@ def main(args: argparse.Namespace) -> None:
     dataset = RealQwenVLDataset(args.cache_dir)
     head = load_head(args.head, dataset, device=device, model=args.head_model)
     train, val = loaders_of(dataset, args, device)
-    print(f"{dataset.label}; head {head.name}, {args.probes} probes of "
-          f"{train.num_images} training images")  # fmt: skip
+    probes = f"{args.probes} probes of {train.num_images} training images"
+    print(f"{dataset.label}; head {head.name}, {probes}")
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {
         "head": head.name,
@@ -129,8 +128,9 @@ def loaders_of(
     for rows in (dataset.split.train, dataset.split.val):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
         chosen.append(rows[order[: args.images].sort().values])
-    return (BatchLoader(dataset, chosen[0], args.batch_size, device, shuffle_seed=args.seed),
-            BatchLoader(dataset, chosen[1], args.batch_size, device))  # fmt: skip
+    train, val = chosen
+    train = BatchLoader(dataset, train, args.batch_size, device, shuffle_seed=args.seed)
+    return train, BatchLoader(dataset, val, args.batch_size, device)
 
 
 def sum_gradients(
@@ -194,8 +194,8 @@ class PartialWork:
 
     def save(self) -> None:
         total = self.sum.total.cpu()
-        said = {"header": self.header, "done": [self.sum.images, self.sum.tokens],
-                "validation": self.validation}  # fmt: skip
+        done = [self.sum.images, self.sum.tokens]
+        said = {"header": self.header, "done": done, "validation": self.validation}
         said = {key: json.dumps(value) for key, value in said.items()}
         save_tensors(
             self.path, {"total": total}, said | {CONTENT_HASH: content_sha256(total, said)}

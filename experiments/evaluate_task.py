@@ -80,9 +80,8 @@ def get_args_parser() -> cli.Parser:
         "also: A and B refined by K gradient steps of the head on each image (K + 1 forward, K "
         "backward passes), the plain SVD's too"
     )
-    task("--bound", cli.fraction, [0.2, 0.1, 0.05])(
-        "task errors whose rank is predicted for each image"
-    )
+    bounds = [0.2, 0.1, 0.05]
+    task("--bound", cli.fraction, bounds, "task errors whose rank is predicted for each image")
     task("--confidence", cli.fraction, 0.9)(
         "share of validation images and ranks whose error the prediction must cover"
     )
@@ -252,6 +251,9 @@ def evaluate(
     on_test = measure(partial, "test", loaders.test, of_test)
     on_val = measure(partial, "validation", loaders.val, of_val)
     groups = dataset.rows["group"].take(loaders.test.sampler.rows.tolist()).to_pylist()
+    found = on_val["svd_in_metric"], on_test["svd_in_metric"]
+    wanted = args.bound, args.confidence
+    per_image = rank_per_image(head, metric, loaders.val, loaders.test, *found, *wanted)
     return {
         "head": head.name,
         "head_sha256": head.sha256,
@@ -264,11 +266,8 @@ def evaluate(
         "data": dataset.label,
         "methods": summarise_methods(on_test, groups),
         FULL: {name: summarise(value) for name, value in on_test[FULL][0].measures.items()},
-        "rank_per_image": rank_per_image(
-            head, metric, loaders.val, loaders.test, on_val["svd_in_metric"],
-            on_test["svd_in_metric"], args.bound, args.confidence,
-        ),
-    }  # fmt: skip
+        "rank_per_image": per_image,
+    }
 
 
 # --------------------------------------------------------------------------------------- results
@@ -304,8 +303,8 @@ def print_tables(results: dict) -> None:
         ):
             if any(e and key in e for e in entries):
                 rows.append([words, *(gain_text(e and e.get(key)) for e in entries)])
-    print("task error, mean over test images; below it, by how many per cent it is below another's "
-          "[approximate 95 % interval]")  # fmt: skip
+    below = "by how many per cent it is below another's [approximate 95 % interval]"
+    print(f"task error, mean over test images; below it, {below}")
     print_columns(rows)
     if results["loss_name"]:
         print(f"{results['loss_name']}, mean over test images")
@@ -324,11 +323,11 @@ def print_tables(results: dict) -> None:
                 rows.append([name, *(f"{e['mean']:.4f}" if e else "-" for e in found)])
         print_columns(rows)
     for side, entry in results["methods"].get("token_averaging", {}).items():
-        print(f"tokens averaged {side} × {side}: {entry['task_error']['mean']:.5f} at "
-              f"{entry['bytes'] / 1e3:.0f} kB")  # fmt: skip
+        error, kilobytes = entry["task_error"]["mean"], entry["bytes"] / 1e3
+        print(f"tokens averaged {side} × {side}: {error:.5f} at {kilobytes:.0f} kB")
     for bound, entry in results["rank_per_image"]["bounds"].items():
-        print(f"task error ≤ {bound}: predicted ranks {entry['rank']['mean']:.1f} on average, "
-              f"{100 * entry['within']:.0f} % of the images within")  # fmt: skip
+        rank, within = entry["rank"]["mean"], f"{100 * entry['within']:.0f} % of the images within"
+        print(f"task error ≤ {bound}: predicted ranks {rank:.1f} on average, {within}")
 
 
 if __name__ == "__main__":

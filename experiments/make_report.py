@@ -90,8 +90,8 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
     arch = folder.name
     for name, script in MADE_BY.items():
         if not (folder / name).exists():
-            print(f"note: {arch} is not in the overview: no {folder / name} "
-                  f"(python {script} --arch {arch})")  # fmt: skip
+            missing = f"no {folder / name} (python {script} --arch {arch})"
+            print(f"note: {arch} is not in the overview: {missing}")
             return None
     history, test, comparison = (
         read_json(folder / name, f"run python {script} --arch {arch}{where(folder)} again")
@@ -99,9 +99,9 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
     )
     check_results(folder, history, test, comparison)
     if comparison["rank"] != test["effective_rank"]:
-        print(f"note: {arch} is not in the overview: compared at rank {comparison['rank']}, "
-              f"trained to rank {test['effective_rank']} (python compare_svd_nn.py --arch "
-              f"{arch}{where(folder)})")  # fmt: skip
+        ranks = f"compared at rank {comparison['rank']}, trained to rank {test['effective_rank']}"
+        again = f"python compare_svd_nn.py --arch {arch}{where(folder)}"
+        print(f"note: {arch} is not in the overview: {ranks} ({again})")
         return None
     return history, test, comparison
 

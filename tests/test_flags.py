@@ -167,6 +167,13 @@ def test_a_flag_that_does_not_exist_is_refused_and_no_flag_can_be_shortened(scri
             assert shortened in refused(script, [*base[script], shortened, *value])
 
 
+def test_a_flag_of_several_scripts_means_the_same_kind_of_value_in_all_of_them():
+    for script in SCRIPTS:
+        for flag, action in flags_of(script):
+            if flag in cli.SHARED:
+                assert action.type is cli.SHARED[flag][0], (script, flag)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_that_exclude_each_other_are_refused_together(script, base, refused):
     values = {"--rank": "3", "--target_error": "0.5", "--mean_rank": "3"}

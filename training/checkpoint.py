@@ -28,8 +28,8 @@ from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset
 from task.trained_norm import build_model
 
 FORMAT = 2
-CHECKPOINT_KEYS = ("shift_estimator", "config", "model", "optimizer", "scheduler", "allocator",
-                   "rng", "progress", "args", "cache")  # fmt: skip
+CHECKPOINT_KEYS = """shift_estimator config model optimizer scheduler allocator rng progress args
+    cache""".split()
 # The shifts were learned as fractions of this estimate (subspace.smallest_ritz_estimate).
 SHIFT_ESTIMATOR = "min_cholesky_pivot"
 
