@@ -68,10 +68,9 @@ def get_args_parser() -> cli.Parser:
     data("--import_pt", cli.folder)(
         "take the features of an older cache, features_<i>.pt files, instead of encoding images"
     )
-    data.switch(
-        "--demo",
+    data.switch("--demo")(
         f"encode {DEMO_DATA}/ (or --dataset_dir) with a small pretrained DINOv2 that the package "
-        "index has",
+        "index has"
     )
     data("--cache_dir", help="folder to write")
     data.switch("--overwrite", "replace a cache that is there")
@@ -233,6 +232,8 @@ def _sha256(cell: ImageCell) -> str | None:
 
 
 class Batch(NamedTuple):
+    """Images of one shard that are encoded together."""
+
     shard: int
     rows: list[tuple[int, dict]]  # row number in the data set, row
 

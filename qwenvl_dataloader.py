@@ -45,9 +45,8 @@ from common.files import (
 
 FORMAT = 1
 LAYER_NORM_EPS = 1e-6
-LARGEST_FEATURE = (
-    1e15  # the square of a larger one is beyond float32, in which tokens are normalised
-)
+# the square of a larger one is beyond float32, in which tokens are normalised
+LARGEST_FEATURE = 1e15
 # A constant, not --seed: every script and every run must hold out the same images.
 SPLIT_SEED = 42
 MIN_HELD_OUT_GROUPS = 8
@@ -416,6 +415,8 @@ class BatchLoader:
 
 
 class Loaders(NamedTuple):
+    """The loaders of the three parts of the split."""
+
     train: BatchLoader
     val: BatchLoader
     test: BatchLoader

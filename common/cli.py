@@ -256,22 +256,24 @@ class Flags:
     def __call__(
         self, flag: str, kind=None, default=None, help: str | None = None, **more
     ) -> Callable[[str], None]:
-        if flag in SHARED:
-            of_all = SHARED[flag]
-            kind, help = kind or of_all[0], help or of_all[2]
-            default = of_all[1] if default is None else default
+        of_all = SHARED.get(flag, (None, None, None))
+        kind, help = kind or of_all[0], help or of_all[2]
+        default = of_all[1] if default is None else default
         if callable(kind):
             more = {"type": kind, "metavar": _METAVARS.get(getattr(kind, "kind", kind))} | more
         else:
             more["choices"] = kind
         if isinstance(default, list):
             more["nargs"] = "+"
-        action = self.group.add_argument(flag, default=default, help=help, **more)
-        return lambda text: setattr(action, "help", text)
+        return self._add(flag, default=default, help=help, **more)
 
-    def switch(self, flag: str, help: str) -> None:
+    def switch(self, flag: str, help: str | None = None) -> Callable[[str], None]:
         """Add a flag without a value, off unless typed."""
-        self.group.add_argument(flag, action="store_true", help=help)
+        return self._add(flag, action="store_true", help=help)
+
+    def _add(self, flag: str, **more) -> Callable[[str], None]:
+        action = self.group.add_argument(flag, **more)
+        return lambda text: setattr(action, "help", text)
 
     def one_of(self) -> Flags:
         """A group of its own in this one, of which at most one flag may be typed."""

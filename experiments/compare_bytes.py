@@ -65,11 +65,8 @@ def get_args_parser() -> cli.Parser:
     )
     what("--head", HEADS, None, "whose output counts; default saliency on the demo's cache")
     what("--images")
-    what.switch(
-        "--quick",
-        f"{len(QUICK_METHODS)} methods, {QUICK_KNOBS} knobs, {QUICK_IMAGES} images: a minute and "
-        "a half",
-    )
+    few = f"{len(QUICK_METHODS)} methods, {QUICK_KNOBS} knobs, {QUICK_IMAGES} images"
+    what.switch("--quick", f"{few}: a minute and a half")
     where = parser.flags("files and device")
     where("--cache_dir")
     where("--dataset_dir", cli.folder)(

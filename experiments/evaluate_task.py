@@ -86,9 +86,8 @@ def get_args_parser() -> cli.Parser:
         "share of validation images and ranks whose error the prediction must cover"
     )
     task.switch("--answers", "also generate the answers and score them (qwen-answer)")
-    task.switch(
-        "--boxes",
-        "also ask where the answer stands, and score the overlap with the row's box (qwen-answer)",
+    task.switch("--boxes")(
+        "also ask where the answer stands, and score the overlap with the row's box (qwen-answer)"
     )
     task("--images")(
         "only so many test images, and at most as many for validation, spread over their groups"

@@ -112,6 +112,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
+    """Give torch's generators the state that `rng_state` took."""
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

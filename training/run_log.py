@@ -103,6 +103,7 @@ def epoch_line(record: dict, run: TrainState) -> str:
 
 
 def task_words(record: dict) -> str:
+    """The task's part of an epoch's line."""
     return f"val_task_error {record['val_task_error']:.5f} loss {record['val_task_loss']:.3e}"
 
 
