@@ -32,6 +32,7 @@ from PIL import Image
 
 from common import cli, processes, progress
 from common.errors import UserError
+from features import checkpoints
 from features.cache_writer import ROWS_PER_SHARD, FeatureCacheWriter, refuse_finished
 from features.encoders import VisionEncoder, load_encoder, resize_image
 from features.image_sources import (
@@ -76,7 +77,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                       "against its hashes and print what it holds")  # fmt: skip
     encoder = parser.add_argument_group("encoder")
     encoder.add_argument("--model", type=cli.name, default="Qwen/Qwen2.5-VL-3B-Instruct",
-                         help="hub id or folder")  # fmt: skip
+                         help="hub id or folder of a checkpoint of "
+                         + checkpoints.names())  # fmt: skip
     encoder.add_argument("--image_size", type=cli.number(int, 28, 4096), default=448,
                          help="side of the square the encoder sees, pixels")  # fmt: skip
     encoder.add_argument("--resize", choices=("stretch", "pad"), default="stretch",

@@ -72,17 +72,23 @@ DINOV2 = Kind(("dinov2.", "dinov2_with_registers.", ""), BitImageProcessor)
 Qwen2Tower = qwen2_vl.Qwen2VisionTransformerPretrainedModel
 Qwen2_5Tower = qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel
 OUT, OWN = "out_hidden_size", "hidden_size"
-REGISTERS_BASE = "facebook/dinov2-with-registers-base"
+SIGLIPS, REGISTERS_BASE = "SigLIP (1 or 2)", "facebook/dinov2-with-registers-base"
 
 FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL", "Qwen/Qwen2-VL-2B-Instruct", Qwen2Tower, OWN, QWEN),
     "qwen2_5_vl": Family("Qwen2.5-VL", "Qwen/Qwen2.5-VL-3B-Instruct", Qwen2_5Tower, OUT, QWEN),
     "qwen3_vl": Family("Qwen3-VL", "Qwen/Qwen3-VL-2B-Instruct", Qwen3Tower, OUT, QWEN),
-    "siglip": Family("SigLIP", "google/siglip2-base-patch16-224", SiglipVisionModel, OWN, SIGLIP),
+    "siglip": Family(SIGLIPS, "google/siglip2-base-patch16-224", SiglipVisionModel, OWN, SIGLIP),
     "dinov2": Family("DINOv2", "facebook/dinov2-base", Dinov2Model, OWN, DINOV2),
     "dinov2_with_registers": Family("DINOv2", REGISTERS_BASE, RegistersModel, OWN, DINOV2),
 }
 QWEN2_5 = ("qwen2_5_vl",)  # whose language model is the head qwen-answer
+
+
+def names(families: Iterable[str] = FAMILIES) -> str:
+    """Of families, for people: "a, b or c"."""
+    *most, last = dict.fromkeys(FAMILIES[family].name for family in families)
+    return " or ".join([", ".join(most), last] if most else [last])
 
 
 class Checkpoint(NamedTuple):
@@ -215,10 +221,9 @@ def reading(what: Path | str, accepted: Iterable[str] = FAMILIES) -> Iterator[No
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
-        names = " or ".join(dict.fromkeys(FAMILIES[key].name for key in accepted))
         raise UserError(
-            f"{what}: {reason.rstrip('.')}: type the folder of a downloaded checkpoint of {names}, "
-            "or a hub id that can be reached"
+            f"{what}: {reason.rstrip('.')}: type the folder of a downloaded checkpoint of "
+            f"{names(accepted)}, or a hub id that can be reached"
         ) from error
 
 
