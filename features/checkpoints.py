@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, Dinov2Model, PreTrainedConfig, SiglipVisionModel
@@ -36,6 +37,14 @@ from common.files import sha256_file
 SHARD_INDEX = "model.safetensors.index.json"
 SINGLE_SHARD = "model.safetensors"
 CONFIG_FILES = ["config.json", "preprocessor_config.json", "processor_config.json", SHARD_INDEX]
+READING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 class Kind(NamedTuple):
@@ -130,14 +139,16 @@ def read_checkpoint(
     with reading(folder / "config.json", accepted):
         config = json.loads((folder / "config.json").read_text())
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type not in accepted:
+    if not isinstance(model_type, str) or model_type not in accepted:
         known = ", ".join(f"{key!r} (such as {FAMILIES[key].example})" for key in accepted)
         raise UserError(
             f"{folder}: model_type {model_type!r} is not supported: type a checkpoint of {known}"
         )
     with reading(folder / "config.json", accepted):
         whole = CONFIG_MAPPING[model_type].from_dict(config)
-    vision = getattr(whole, "vision_config", whole)
+        vision = getattr(whole, "vision_config", whole)
+        if not isinstance(vision.patch_size, int):
+            raise ValueError(f"patch_size {vision.patch_size}, where one side of a square belongs")
     return Checkpoint(folder, revision, FAMILIES[model_type], vision)
 
 
@@ -183,7 +194,7 @@ def load_tower(
     # from_pretrained of the vision class on a whole checkpoint would not raise and leave every
     # weight random: so keys are matched here. Built in `dtype` and not cast later: a cast would
     # round the rotary frequencies too, which the whole model keeps in float32.
-    with no_init_weights():
+    with reading(checkpoint.folder / "config.json"), no_init_weights():
         tower = checkpoint.family.tower._from_config(
             checkpoint.vision, dtype=dtype, attn_implementation="sdpa"
         )
@@ -219,7 +230,7 @@ def reading(what: Path | str, accepted: Iterable[str] = FAMILIES) -> Iterator[No
     """Turn a missing or damaged file, and the hub's errors, into a UserError about `what`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except READING_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{what}: {reason.rstrip('.')}: type the folder of a downloaded checkpoint of "

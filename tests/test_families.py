@@ -288,6 +288,23 @@ def test_another_family_is_one_line_with_all_that_are_supported(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "dinov2", "hidden_size": "many"},
+        {"model_type": "dinov2", "patch_size": [14, 16]},
+        {"model_type": "siglip", "vision_config": 5},
+        {"model_type": ["siglip"]},
+        ["siglip"],
+    ],
+)
+def test_a_config_that_makes_no_tower_is_named_in_one_line(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="config.json: |model_type .* is not supp") as refused:
+        load(tmp_path)
+    assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
+
+
 def test_an_id_that_cannot_be_reached_is_one_line_with_all_families(monkeypatch):
     def offline(*_, **__):
         raise OSError("offline")
