@@ -133,16 +133,17 @@ def open_checkpoint(name: str) -> Checkpoint:
 
 
 def read_checkpoint(
-    folder: Path, revision: str | None = None, accepted: Iterable[str] = FAMILIES
+    folder: Path, revision: str | None = None, accepted: Iterable[str] = FAMILIES, by: str = ""
 ) -> Checkpoint:
-    """The checkpoint in a folder; UserError unless its model_type is one of `accepted`."""
+    """The checkpoint in a folder; UserError where its model_type is not `accepted` (`by` whom)."""
     with reading(folder / "config.json", accepted):
         config = json.loads((folder / "config.json").read_text())
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if not isinstance(model_type, str) or model_type not in accepted:
         known = ", ".join(f"{key!r} (such as {FAMILIES[key].example})" for key in accepted)
         raise UserError(
-            f"{folder}: model_type {model_type!r} is not supported: type a checkpoint of {known}"
+            f"{folder}: model_type {model_type!r} is not supported{by}: "
+            f"type a checkpoint of {known}"
         )
     with reading(folder / "config.json", accepted):
         whole = CONFIG_MAPPING[model_type].from_dict(config)
@@ -163,7 +164,7 @@ def whole_checkpoint_folder(name: str, revision: str | None = None) -> Path:
             folder = Path(
                 snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pth"])
             )
-    read_checkpoint(folder, accepted=QWEN2_5)
+    read_checkpoint(folder, accepted=QWEN2_5, by=" by the head qwen-answer")
     return folder
 
 
