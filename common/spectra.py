@@ -90,8 +90,8 @@ def _compute_missing(
     done = len(sizes) - len(images)
     # workers compute with one thread each: the values' bits do not depend on how many there are
     workers = max(1, min(len(os.sched_getaffinity(0)), len(images)))
-    loader = DataLoader(_Each(spectrum), sampler=images, batch_size=None, num_workers=workers,
-                        generator=torch.Generator())  # fmt: skip
+    how = {"batch_size": None, "num_workers": workers, "generator": torch.Generator()}
+    loader = DataLoader(_Each(spectrum), sampler=images, **how)
     values = progress.over(loader, "singular values", "images", total=len(sizes), initial=done)
     for part, path in to_do:
         _write(path, content, torch.cat(list(itertools.islice(values, len(part)))))
