@@ -21,10 +21,10 @@ from coding.codec import Codec
 from coding.coded_files import CODED, CodedImage
 from coding.factor_files import (
     DTYPES,
-    ERRORS,
     WRITE_AGAIN,
     FactorWriter,
     Stored,
+    StoredImage,
     damaged_files,
     restore,
     store,
@@ -34,6 +34,7 @@ from coding.rate_control import coded_image, image_for_target
 from common import cli, processes
 from common.errors import UserError
 from common.files import sha256_file
+from common.grids import Grid
 from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
 from svd_baseline import rel_error
@@ -111,6 +112,7 @@ def main(args: argparse.Namespace) -> None:
         "dtype": CODED if args.codec else args.dtype,
         "rank": rank if args.target_error is None and not args.codec else None,
         "target_error": args.target_error,
+        "grid": list(dataset.grid),
         "num_tokens": dataset.num_tokens,
         "feature_dim": dataset.feature_dim,
         "count": len(dataset),
@@ -203,18 +205,12 @@ def write_factors(
             for batch in torch.tensor(writer.rows_of(shard)).split(args.batch_size):
                 features = dataset[batch].to(device)
                 try:
-                    parts.append(factorise(model, features, rank, args.target_error, args.dtype))
+                    parts += factorise(model, features, dataset.grid, rank,
+                                       args.target_error, args.dtype)  # fmt: skip
                 except UserError as error:
                     raise UserError(f"rows {batch[0]} to {batch[-1]}: {error}") from None
                 bar.update(len(batch))
-            stored, mean, std, errors = zip(*parts, strict=True)
-            writer.write_shard(
-                shard,
-                sum(stored, []),
-                torch.cat(mean),
-                torch.cat(std),
-                {name: torch.cat([e[name] for e in errors]) for name in ERRORS},
-            )
+            writer.write_shard(shard, parts)
     seconds = time.perf_counter() - start
     if processes.is_main():
         report(writer.finish(), folder, to_do / seconds if to_do else None)
@@ -276,7 +272,8 @@ def check_target(
     least = optimum_curve(dataset.singular_values, rank)[:, -1]
     hardest = least.topk(min(args.batch_size, len(dataset))).indices
     try:
-        factorise(model, dataset[hardest].to(device), rank, args.target_error, args.dtype)
+        factorise(model, dataset[hardest].to(device), dataset.grid, rank, args.target_error,
+                  args.dtype)  # fmt: skip
     except UserError as error:
         raise UserError(f"the hardest images, as {args.dtype}: {error}") from None
 
@@ -285,14 +282,14 @@ def check_target(
 def factorise(
     model: LowRankFactorModel,
     features: torch.Tensor,
+    grid: Grid,
     rank: int,
     target_error: float | None,
     dtype: str,
-) -> tuple[list[Stored], torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Factors of features [b, T, D] as they will be stored, one per image on the CPU.
+) -> list[StoredImage]:
+    """Factors of features [b, T, D] of a grid as they will be stored, on the CPU.
 
     With a target_error each image gets the smallest rank ≤ `rank` at which what is stored meets it.
-    Returns the factors, mean and std [b, T, 1] float32, and ERRORS → [b] float64.
     Raises UserError where the target is out of reach, or where factors are not finite.
     """
     x, mean, std = normalise(features)
@@ -319,15 +316,13 @@ def factorise(
         "rel_error_float32": rel_error(x, a, b),
         "rel_error_original": torch.linalg.matrix_norm((features - original).double()) / norm,
     }
-    images = [
-        Stored(
-            stored.a[i : i + 1, :, :r].cpu(),
-            stored.b[i : i + 1, :r].cpu(),
-            *(s[i : i + 1, :r].cpu() for s in stored[2:] if s is not None),
-        )
-        for i, r in enumerate(ranks)
-    ]
-    return images, mean.cpu(), std.cpu(), {name: e.cpu() for name, e in errors.items()}
+    images = []
+    for i, r in enumerate(ranks):
+        scales = (s[i, :r].cpu() for s in stored[2:] if s is not None)
+        kept = Stored(stored.a[i, :, :r].cpu(), stored.b[i, :r].cpu(), *scales)
+        measured = {name: float(e[i]) for name, e in errors.items()}
+        images.append(StoredImage(kept, grid, mean[i].cpu(), std[i].cpu(), measured))
+    return images
 
 
 def report(manifest: dict, folder: Path, per_second: float | None) -> None:

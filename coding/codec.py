@@ -257,6 +257,13 @@ class Prepared(tuple):
         return super().__new__(cls, parts)
 
 
+def grid_of(data: bytes) -> tuple[int, int]:
+    """Rows and columns of a coded image's tokens. Raises UserError where the bytes are none."""
+    if len(data) < HEADER.size or data[0] != FORMAT or crc(data) != HEADER.unpack_from(data)[1]:
+        raise UserError("a coded image is damaged (its checksum differs): write it again")
+    return HEADER.unpack_from(data)[2:4]
+
+
 def content_sha256(tensors: dict[str, Tensor], info: str) -> str:
     """Of all that a codec's file holds."""
     digest = hashlib.sha256(info.encode())

@@ -20,6 +20,7 @@ import extract_features
 import factorize
 import train_real_data
 from coding import factor_files
+from common import shard_folder
 from common.errors import UserError
 from features import cache_writer
 from qwenvl_dataloader import RealQwenVLDataset
@@ -256,7 +257,7 @@ def factors_torn(folder: Path) -> list[str]:
 
 
 def kill_factorize(work: Path, count: int, rng: random.Random, log: Path) -> Tally:
-    cache_writer.ROWS_PER_SHARD = factor_files.ROWS_PER_SHARD = 8
+    cache_writer.ROWS_PER_SHARD = shard_folder.ROWS_PER_SHARD = 8
     in_child(tiny.write_cache, work / "cache", tiny.steep_tokens(60))
     where = ["--cache_dir", work / "cache", "--results_dir", work / "results"]
     train = [*where, "--log_dir", work / "log", *TRAIN.split(), *TRAIN_KINDS["ResMLP"].split()]

@@ -11,7 +11,6 @@ from tiny import steep_tokens
 from torch.utils.data import DataLoader
 
 import factorize
-from coding import factor_files
 from coding.codec import HEADER, Codec, fit
 from coding.entropy import (
     HIGHEST,
@@ -26,6 +25,7 @@ from coding.factor_files import load_factors, read_factors
 from coding.rate_control import coded_image, image_for_target
 from coding.transform import dct, on_grid
 from coding.vision_tokens import VisionTokens
+from common import shard_folder
 from common.errors import UserError
 from qwenvl_dataloader import RealQwenVLDataset, normalise
 
@@ -235,7 +235,7 @@ def test_coded_factors_meet_the_target_as_read_by_every_reader_and_by_workers(
 def test_an_interrupted_run_goes_on_and_its_coded_folder_is_byte_identical(
     write, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(factor_files, "ROWS_PER_SHARD", 10)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 10)
     write("--step", 2)
     whole = hashes(tmp_path / "out")
     assert len(whole) == 6
