@@ -35,8 +35,8 @@ class ShardWriter:
     Args:
         folder: to write. A finished one in it is refused unless `overwrite`; a folder of another
             kind always is.
-        header: what the content depends on, with its "kind". Gone on with another one, a folder is
-            refused with both values.
+        header: what the content depends on, with "kind" and "format". A folder that was begun
+            with another one is refused with both values.
         num_rows: of all shards.
         conditions: what an unfinished folder has to be gone on with beside the header, and a
             finished one need not be known by.
@@ -133,6 +133,10 @@ class ShardWriter:
             if path == partial:
                 check_same_header(where, found, begun)
             else:
+                if found.get("format") == self.header["format"]:  # else it differs in more
+                    # what a manifest says beyond its header is no difference
+                    found_header = {key: found.get(key) for key in self.header}
+                    check_same_header(where, found_header, self.header)
                 self.remove_leftovers()
                 raise UserError(self.finished(found))
         if not overwrite and not partial.exists() and any(self.folder.glob(self._pattern)):
