@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from coding.codec import Codec
-from coding.coded_files import CODED, CodedImage
+from coding.coded_files import CODED, FORMS, CodedImage
 from coding.factor_files import (
     DTYPES,
     WRITE_AGAIN,
@@ -68,6 +68,9 @@ def get_args_parser() -> argparse.ArgumentParser:
                       help="of experiments.fit_codec: coded factors, a fraction of int8's bytes, "
                            "at --step, --target_kb or --target_error (then of raw tokens, "
                            "as decoded)")  # fmt: skip
+    what.add_argument("--form", choices=FORMS, default="factors",
+                      help="with --codec: factors, or the tokens' own transform, without factors "
+                           "(fewer bytes in a metric, below 4 kB an image)")  # fmt: skip
     what.add_argument("--exact", action="store_true",
                       help="with --codec: exact factors, no trained network")  # fmt: skip
     what.add_argument("--dtype", choices=DTYPES, default="bf16",
@@ -120,6 +123,7 @@ def main(args: argparse.Namespace) -> None:
     codec = open_codec(args, dataset, metric) if args.codec else None
     if codec:
         header |= {"codec_sha256": codec.sha256, "step": args.step, "target_kb": args.target_kb}
+        header |= {"form": args.form}
     folder = Path(args.out) if args.out else Path("factors") / header["arch"]
     with processes.sole_writer(folder, "--out"):
         write_factors(args, folder, header, model, dataset, device, codec)
@@ -128,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
 def check_coded_flags(args: argparse.Namespace) -> None:
     """Refuse flags that only coded factors have without --codec, and the others with it."""
     if not args.codec:
-        for flag in ("step", "target_kb", "exact"):
+        for flag in ("step", "target_kb", "exact", "form"):
             if flag in args.typed:
                 raise UserError(f"--{flag} is of coded factors: name a --codec beside it")
         return
@@ -137,13 +141,15 @@ def check_coded_flags(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} does nothing beside --codec: omit it")
     if args.step is None and args.target_kb is None and args.target_error is None:
         raise UserError("--codec needs one of --step, --target_error and --target_kb")
+    if args.form == "transform" and not args.exact:
+        raise UserError("--form transform codes no factors: type --exact, it needs no network")
     if args.exact and args.metric:
         raise UserError("--metric does nothing beside --exact: the codec has its own metric")
 
 
 def open_codec(args: argparse.Namespace, dataset: RealQwenVLDataset, metric) -> Codec:
     """The codec at --codec. Raises UserError where it does not fit the cache or the metric."""
-    codec = Codec.load(args.codec)
+    codec = FORMS[args.form].load(args.codec)
     if codec.feature_dim != dataset.feature_dim:
         raise UserError(
             f"--codec {args.codec} is of {codec.feature_dim} features, --cache_dir has "
@@ -329,8 +335,9 @@ def report(manifest: dict, folder: Path, per_second: float | None) -> None:
     """Print errors, bytes before and after, and the speed of this run."""
     errors, ranks = manifest["errors"], manifest["ranks"]
     if manifest["rank"] is None:
+        what = "directions" if manifest.get("form") == "transform" else "rank"
         print(
-            f"rank per image: mean {ranks['mean']:.1f}, p90 {ranks['p90']:.0f}, "
+            f"{what} per image: mean {ranks['mean']:.1f}, p90 {ranks['p90']:.0f}, "
             f"{ranks['min']} to {ranks['max']}"
         )
     lines = {
