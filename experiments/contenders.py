@@ -13,19 +13,9 @@ import torch
 from torch import Tensor
 
 from model import ARCHITECTURES, LowRankFactorModel
-from qwenvl_dataloader import (
-    Loaders,
-    RealQwenVLDataset,
-)
+from qwenvl_dataloader import Loaders, RealQwenVLDataset
 from subspace import columns_for, even_features, refine, start_shifts
-from svd_baseline import (
-    Factors,
-    fit_pca,
-    gram_eigh,
-    pca,
-    randomized_svd,
-    truncated_svd,
-)
+from svd_baseline import Factors, fit_pca, gram_eigh, pca, randomized_svd, truncated_svd
 from task.metric import TaskMetric, factors_in, in_metric, metric_svd
 from training.checkpoint import load_model
 
@@ -44,7 +34,6 @@ class Contender(NamedTuple):
     sketch: str | None = None
     steps: int | None = None  # K
     columns: Callable[[int], int] | None = None  # rank → columns of the sketch
-    branches: Callable[[int], float] | None = None  # rank → multiply-adds of a network's branches
     norm: dict | None = None  # of a network: what it was trained in
 
 
@@ -70,7 +59,6 @@ def network_contender(model: LowRankFactorModel) -> Contender:
         sketch="trained" if projected else None,
         steps=model.refine_steps if projected else None,
         columns=model.sketch_columns if projected else None,
-        branches=lambda r: branch_multiply_adds(model, model.sketch_columns(r) if projected else r),
         norm=model.norm,
     )
 
@@ -167,20 +155,3 @@ def svd_gesvda(x: Tensor, rank: int) -> Factors:
     """`truncated_svd` by cuSOLVER's batched approximate driver, CUDA only."""
     u, sigma, vh = torch.linalg.svd(x, full_matrices=False, driver="gesvda")
     return u[..., :rank], sigma[..., :rank, None] * vh[..., :rank, :]
-
-
-def branch_multiply_adds(model: LowRankFactorModel, columns: int) -> float:
-    """Of both branches, one matrix: a weight of row_net meets T tokens, one of col_net every seen
-    feature. Output layers count with the columns that are computed; merged LoRA weights cost
-    nothing here.
-    """
-
-    def weights(branch: torch.nn.Module) -> int:
-        body = sum(p.numel() for name, p in branch.body.named_parameters()
-                   if p.ndim == 2 and "lora" not in name)  # fmt: skip
-        last = [layer for layer in (branch.skip, branch.head) if layer is not None]
-        return body + columns * sum(layer.weight.shape[1] for layer in last)
-
-    tokens, seen = model.num_tokens, len(model.seen)
-    product = tokens * seen * columns if model.factors == "projected" else 0
-    return tokens * weights(model.row_net) + seen * weights(model.col_net) + product

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 import train_real_data
-from common.timing import matmul_rates
-from experiments.benchmark import multiply_adds
+from common.timing import matmul_rates, matrix_products
 from experiments.contenders import (
     SVD_LOWRANK_EXTRA,
     SVD_LOWRANK_STEPS,
@@ -138,11 +137,11 @@ def compare(
     ms = 1e3 * time.seconds / batch
     moved = 4 * (tokens * features + rank * (tokens + features))  # X read, A and B written
     floors = [1e3 * moved / limits["bytes"]]
-    if counts := multiply_adds(contender, tokens, features, rank):
-        floors.append(sum(1e3 * n / limits[dtype] for dtype, n in counts.items()))
+    if counts := matrix_products(partial(call, batch)):
+        floors.append(sum(1e3 * n / limits[dtype] for dtype, n in counts.items()) / batch)
     note = f"batch {batch} of {len(x)}, {time.repeats} calls; excess {excess:.4f} %; "
     note += f"floor by bytes {floors[0]:.5f} ms"
-    note += f", by operations {floors[1]:.5f} ms" if len(floors) > 1 else ", operations not counted"
+    note += f", by products {floors[1]:.5f} ms" if len(floors) > 1 else ", no products"
     note += f": {100 * max(floors) / ms:.0f} % of the time"
     note += f"; peak {time.peak_mb:.0f} MiB" if time.peak_mb is not None else ""
     note += "; untrained" if contender.method == "network" else ""
