@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Timing(NamedTuple):
     seconds: list[float]  # of one call on a whole batch, one entry a repeat
     peak_mb: float | None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
 
 
 @torch.inference_mode()

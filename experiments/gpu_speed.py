@@ -21,7 +21,7 @@ from experiments.contenders import (
     network_contender,
     svd_gesvda,
 )
-from experiments.gpu_bench import FAILURES, Setting, error_line, largest_batch, row, timed
+from experiments.gpu_bench import FAILURES, Setting, error_line, largest_batch, row, speed, timed
 from experiments.gpu_correctness import new_batch, new_run
 from model import get_model_by_name
 from svd_baseline import (
@@ -47,14 +47,10 @@ def check_training(setting: Setting) -> Iterator[dict]:
             batch = new_batch(setting, setting.device, images)
             step = partial(train_real_data.train_step, run, batch)
             time = timed(step, setting)
-            name = f"{precision}, batch {images}"
             note = f"ResMLP, r = {run.model.rank}, p = {run.model.oversample}; "
-            note += (
-                f"{time.seconds * 1e3:.2f} ms a step, {time.repeats} steps; {tokens_of(setting)}"
-            )
-            yield row(f"training, {name}", images / time.seconds, "images/s", note)
-            if time.peak_mb is not None:
-                yield row(f"peak memory of a step, {name}", time.peak_mb, "MiB")
+            note += f"{time.median * 1e3:.2f} ms a step, {len(time.seconds)} steps; "
+            note += tokens_of(setting)
+            yield from speed(f"training, {precision}, batch {images}", images, time, note)
 
 
 def check_shares(setting: Setting) -> Iterator[dict]:
@@ -62,7 +58,7 @@ def check_shares(setting: Setting) -> Iterator[dict]:
     images = setting.sizes.batches[-1]
     run, batch = new_run(setting, setting.device), new_batch(setting, setting.device, images)
     step = partial(train_real_data.train_step, run, batch)
-    wall = timed(step, setting).seconds
+    wall = timed(step, setting).median
     on_cuda = setting.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if on_cuda else []
@@ -98,7 +94,7 @@ def ceilings(setting: Setting) -> dict[str, float]:
     source = torch.zeros(count, dtype=torch.float16, device=setting.device)
     target = torch.empty_like(source)
     time = timed(lambda: target.copy_(source), setting)
-    return rates | {"bytes": 2 * source.numel() * source.element_size() / time.seconds}
+    return rates | {"bytes": 2 * source.numel() * source.element_size() / time.median}
 
 
 def contenders(tokens: int, features: int, rank: int, setting: Setting) -> list[Contender]:
@@ -134,12 +130,12 @@ def compare(
         judged = min(batch, len(best))
         error = rel_error(x[:judged], *contender.factorise(x[:judged], rank))
         excess = float(excess_pct(error, best[:judged]).mean())
-    ms = 1e3 * time.seconds / batch
+    ms = 1e3 * time.median / batch
     moved = 4 * (tokens * features + rank * (tokens + features))  # X read, A and B written
     floors = [1e3 * moved / limits["bytes"]]
     if counts := matrix_products(partial(call, batch)):
         floors.append(sum(1e3 * n / limits[dtype] for dtype, n in counts.items()) / batch)
-    note = f"batch {batch} of {len(x)}, {time.repeats} calls; excess {excess:.4f} %; "
+    note = f"batch {batch} of {len(x)}, {len(time.seconds)} calls; excess {excess:.4f} %; "
     note += f"floor by bytes {floors[0]:.5f} ms"
     note += f", by products {floors[1]:.5f} ms" if len(floors) > 1 else ", no products"
     note += f": {100 * max(floors) / ms:.0f} % of the time"
