@@ -76,18 +76,25 @@ def references(
         factorise = random_sketch_method(dataset, steps, of_rank, device)
         found.append(Contender("random_sketch", factorise, "float64", limit, sketch="random",
                                steps=steps, columns=of_rank.__getitem__))  # fmt: skip
-    found.append(Contender("svd", truncated_svd, "float32", limit))
-    if device.type == "cuda":
-        found.append(Contender("svd_gesvda", svd_gesvda, "float32", limit))
-    return found + [
+    found += solvers(limit, device)
+    return [*found, Contender("pca", lambda x, r: pca(x, r, axes), "float32", limit)]
+
+
+def solvers(limit: int, device: torch.device) -> list[Contender]:
+    """What factors a matrix up to the rank `limit` and knows no other, the slow ones last."""
+    exact = [
         Contender("gram_eigh_f32", lambda x, r: gram_eigh(x, r, torch.float32), "float32", limit),
         Contender("gram_eigh_f64", gram_eigh, "float64", limit),
-        Contender(
-            "svd_lowrank", randomized_svd, "float32", limit, sketch="random",
-            steps=SVD_LOWRANK_STEPS, columns=lambda r: min(r + SVD_LOWRANK_EXTRA, limit),
-        ),
-        Contender("pca", lambda x, r: pca(x, r, axes), "float32", limit),
-    ]  # fmt: skip
+        Contender("svd_gesvda", svd_gesvda, "float32", limit),
+        Contender("svd", truncated_svd, "float32", limit),
+    ]
+    if device.type != "cuda":  # the driver is cuSOLVER's
+        exact = [c for c in exact if c.factorise is not svd_gesvda]
+    randomized = Contender(
+        "svd_lowrank", randomized_svd, "float32", limit, sketch="random",
+        steps=SVD_LOWRANK_STEPS, columns=lambda r: min(r + SVD_LOWRANK_EXTRA, limit),
+    )  # fmt: skip
+    return [randomized, *exact]
 
 
 class SketchSetting(NamedTuple):

@@ -14,25 +14,11 @@ from torch.autograd import DeviceType
 
 import train_real_data
 from common.timing import matmul_rates, matrix_products
-from experiments.contenders import (
-    SVD_LOWRANK_EXTRA,
-    SVD_LOWRANK_STEPS,
-    Contender,
-    network_contender,
-    svd_gesvda,
-)
+from experiments.contenders import Contender, network_contender, solvers
 from experiments.gpu_bench import FAILURES, Setting, error_line, largest_batch, row, speed, timed
 from experiments.gpu_correctness import new_batch, new_run
 from model import get_model_by_name
-from svd_baseline import (
-    exact_singular_values,
-    excess_pct,
-    gram_eigh,
-    optimum,
-    randomized_svd,
-    rel_error,
-    truncated_svd,
-)
+from svd_baseline import exact_singular_values, excess_pct, optimum, rel_error
 
 LARGEST_SHARES = 10  # operators that the profile lists
 
@@ -101,21 +87,10 @@ def contenders(tokens: int, features: int, rank: int, setting: Setting) -> list[
     """The network and its rivals at one T and r; training does not change a network's time."""
     torch.manual_seed(0)
     hidden = {"hidden_dim": 16} if setting.tiny else {}
-    network = get_model_by_name(
-        "ResMLP", input_dim=features, num_tokens=tokens, rank=rank, **hidden
-    )
-    limit = min(tokens, features)
-    found = [
-        network_contender(network.to(setting.device).eval()),
-        Contender("svd_lowrank", randomized_svd, "float32", limit, steps=SVD_LOWRANK_STEPS,
-                  columns=lambda r: min(r + SVD_LOWRANK_EXTRA, limit)),
-        Contender("gram_eigh_f32", lambda x, r: gram_eigh(x, r, torch.float32), "float32", limit),
-        Contender("gram_eigh_f64", gram_eigh, "float64", limit),
-        Contender("svd", truncated_svd, "float32", limit),
-    ]  # fmt: skip
-    if setting.device.type == "cuda":  # the driver is cuSOLVER's
-        found.insert(-1, Contender("svd_gesvda", svd_gesvda, "float32", limit))
-    return found
+    shape = {"input_dim": features, "num_tokens": tokens, "rank": rank}
+    network = get_model_by_name("ResMLP", **shape, **hidden)
+    own = network_contender(network.to(setting.device).eval())
+    return [own, *solvers(min(tokens, features), setting.device)]
 
 
 def compare(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -139,16 +139,6 @@ class MomentSum:
                 f"the gradients of --head {head.name} are not finite: look at the cache"
             )
         return moment
-
-
-def second_moment(
-    head: TaskHead, batches: Iterable[Batch], probes: int, seed: int
-) -> tuple[Tensor, int]:
-    """Mean over images, probes and tokens of g_t g_tᵀ, [D, D] float64, and the number of images."""
-    found = MomentSum()
-    for batch in batches:
-        found.add(head, batch, probes, seed)
-    return found.mean(head), found.images
 
 
 def shrunk(moment: Tensor, amount: float) -> Tensor:
