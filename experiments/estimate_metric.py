@@ -23,7 +23,7 @@ from torch import Tensor
 from common import cli
 from common.errors import UserError
 from common.files import first_difference, save_tensors
-from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real, denormalise
+from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import gram_eigh
 from task.heads import TaskHead
 from task.load_head import HEADS, load_head
@@ -226,13 +226,12 @@ def validation_errors(
     """Mean task error at the ranks JUDGED_AT, of the metric's SVD or (None) of the plain one."""
     errors = []
     for batch in loader.with_progress(f"{label}, validation"):
-        full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
+        full = head.of_batch(batch)
         found = []
         for rank in JUDGED_AT:
             rank = min(rank, *batch.x.shape[-2:])
             a, b = metric_svd(batch.x, rank, metric) if metric else gram_eigh(batch.x, rank)
-            tokens = denormalise(a @ b, batch.mean, batch.std)
-            found.append(head.error(head.outputs(tokens, batch.rows), full))
+            found.append(head.error(head.of_batch(batch, a @ b), full))
         errors.append(torch.stack(found, dim=-1))
     return torch.cat(errors).mean(0).tolist()
 

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import check_keys, save_tensors, sha256_file
-from qwenvl_dataloader import Batch, RealQwenVLDataset, denormalise
+from qwenvl_dataloader import Batch, RealQwenVLDataset
 from svd_baseline import Factors, gram_eigh
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def probe_gradients(head: TaskHead, batch: Batch, probe: int, seed: int) -> Tens
     the seed alone, and is 0 where a batch pads the output. One forward and one backward pass.
     """
     x = batch.x.clone().requires_grad_()
-    y = head.compared(head.outputs(denormalise(x, batch.mean, batch.std), batch.rows))
+    y = head.compared(head.of_batch(batch, x))
     v = torch.zeros(y.shape)
     shapes = head.own_shapes(y, batch.rows)
     for padded, row, shape in zip(v, batch.rows.tolist(), shapes, strict=True):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from common import processes
 from common.errors import UserError
 from model import LossTerms, LowRankFactorModel, get_model_by_name
-from qwenvl_dataloader import Batch, denormalise
+from qwenvl_dataloader import Batch
 from subspace import refine
 from svd_baseline import exact_singular_values
 from task.metric import TaskMetric
@@ -184,8 +184,8 @@ def task_loss(model: TaskFactorModel, head: TaskHead, batch: Batch, step: int) -
     ranks = trained_ranks(model)
     x_hat = model.exact_product(batch.x, ranks[step % len(ranks)])
     with torch.no_grad():
-        full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
-    loss = head.loss(head.outputs(denormalise(x_hat, batch.mean, batch.std), batch.rows), full)
+        full = head.of_batch(batch)
+    loss = head.loss(head.of_batch(batch, x_hat), full)
     return _log_loss(loss).mean() / 2
 
 
@@ -206,10 +206,10 @@ def task_record(
     ranks = trained_ranks(model)
     parts: dict[str, list[Tensor]] = {}
     for batch in batches:
-        full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
+        full = head.of_batch(batch)
         for rank in ranks:
             a, b = model(batch.x, rank)
-            outputs = head.outputs(denormalise(a @ b, batch.mean, batch.std), batch.rows)
+            outputs = head.of_batch(batch, a @ b)
             parts.setdefault(f"error {rank}", []).append(head.error(outputs, full).cpu())
             found = _log_loss(head.loss(outputs, full)).double().cpu()
             parts.setdefault(f"log loss {rank}", []).append(found)
