@@ -14,8 +14,16 @@ from torch import Tensor
 
 from model import ARCHITECTURES, LowRankFactorModel
 from qwenvl_dataloader import Loaders, RealQwenVLDataset
-from subspace import columns_for, even_features, refine, start_shifts
-from svd_baseline import Factors, fit_pca, gram_eigh, pca, randomized_svd, truncated_svd
+from subspace import columns_for
+from svd_baseline import (
+    Factors,
+    fit_pca,
+    gram_eigh,
+    pca,
+    random_sketch,
+    randomized_svd,
+    truncated_svd,
+)
 from task.metric import TaskMetric, factors_in, in_metric, metric_svd
 from training.checkpoint import load_model
 
@@ -73,9 +81,10 @@ def references(
     found = []
     for steps, columns in sorted(sketch_settings(networks, ranks, limit)):
         of_rank = dict(zip(ranks, columns, strict=True))
-        factorise = random_sketch_method(dataset, steps, of_rank, device)
-        found.append(Contender("random_sketch", factorise, "float64", limit, sketch="random",
-                               steps=steps, columns=of_rank.__getitem__))  # fmt: skip
+        found.append(Contender(
+            "random_sketch", lambda x, r, k=steps, c=of_rank: random_sketch(x, r, k, c[r]),
+            "float64", limit, sketch="random", steps=steps, columns=of_rank.__getitem__,
+        ))  # fmt: skip
     found += solvers(limit, device)
     return [*found, Contender("pca", lambda x, r: pca(x, r, axes), "float32", limit)]
 
@@ -135,27 +144,6 @@ def network_factors_in(metric: TaskMetric, network: Contender) -> Callable[[Tens
     """A network's factors in the metric: as they are where it was trained in it."""
     own = factors_in(metric, network.norm, f"the network {network.arch}")
     return network.factorise if own else in_metric(network.factorise, metric)
-
-
-def random_sketch_method(
-    dataset: RealQwenVLDataset, steps: int, columns: dict[int, int], device: torch.device
-) -> Callable[[Tensor, int], Factors]:
-    """`svd_baseline.random_sketch` with Ω and shifts made once: drawing them is no one's cost,
-    as loading a network's weights is not. columns: rank → columns of the sketch."""
-    shifts = start_shifts(steps).to(device)
-    omegas = {
-        c: torch.randn(dataset.num_tokens, c, generator=torch.Generator().manual_seed(0)).to(device)
-        for c in set(columns.values())
-    }
-    features = even_features(dataset.feature_dim, dataset.num_tokens).to(device)
-
-    def factorise(x: Tensor, rank: int) -> Factors:
-        seen = x[..., features]
-        sketch = seen @ (seen.mT @ omegas[columns[rank]])
-        u = refine(sketch, x, shifts, rank, ordered=False).u.to(x.dtype)
-        return u, u.mT @ x
-
-    return factorise
 
 
 def svd_gesvda(x: Tensor, rank: int) -> Factors:
