@@ -56,24 +56,20 @@ STORED_AS = "bf16"  # factorize.py's default: its ranks for a target are those t
 Method = Callable[[Tensor, int], Factors]
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Compare a trained network with the truncated SVD on held-out images.",
         epilog="example:\n  python compare_svd_nn.py --arch ResMLP --rank 64",
     )
-    what = parser.add_argument_group("what is compared")
-    what.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
-    ranks = what.add_mutually_exclusive_group()
-    ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
-                       help="rank to evaluate; default the trained (effective) rank")  # fmt: skip
-    ranks.add_argument("--target_error", type=cli.number(float, above=0, below=1), default=None,
-                       metavar="E",
-                       help="also: each image at the least rank with this rel_error")  # fmt: skip
-    ranks.add_argument("--mean_rank", type=cli.number(int, 1), default=None, metavar="R",
-                       help="also: this rank on average, split over images for the least total "
-                            "squared error")  # fmt: skip
-    what.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
-                      help="images at once")  # fmt: skip
+    what = parser.flags("what is compared")
+    what("--arch")
+    ranks = what.one_of()
+    ranks("--rank")
+    ranks("--target_error", help="also: each image at the least rank with this rel_error")
+    ranks("--mean_rank", cli.count)(
+        "also: this rank on average, split over images for the least total squared error"
+    )
+    what("--batch_size")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -163,8 +159,8 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     again = cli.flags_again(args, "rank", "metric", "results_dir", "cache_dir", "device")
     excess = per_image[rank]["network"]["excess_pct"].nan_to_num(nan=-1.0)
     worst = int(loaders.test.sampler.rows[excess.argmax()])
-    print("next, the test image with the largest excess: python visualize_svd_nn.py "
-          f"--arch {results['arch']} --image_idx {worst}{again}")  # fmt: skip
+    again = f"--arch {results['arch']} --image_idx {worst}{again}"
+    print(f"next, the test image with the largest excess: python visualize_svd_nn.py {again}")
 
 
 def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, Method]:
@@ -299,8 +295,8 @@ def difference_text(difference: dict) -> str:
 
 def print_budget(budget: dict) -> None:
     mode = budget["mode"]
-    print(f"ranks per image, --{mode} {budget[mode]:g}, against one fixed rank that stores as much "
-          f"(network as stored in {budget['network_stored_as']})")  # fmt: skip
+    stored = f"that stores as much (network as stored in {budget['network_stored_as']})"
+    print(f"ranks per image, --{mode} {budget[mode]:g}, against one fixed rank {stored}")
     keys = ("mean", "p90", "max", "rms")
     print(f"{'':9}{'ranks':>24}{'values stored':>15}" + "".join(f"{key:>11}" for key in keys))
     for name in ("network", "svd"):

@@ -45,9 +45,8 @@ from common.files import (
 
 FORMAT = 1
 LAYER_NORM_EPS = 1e-6
-LARGEST_FEATURE = (
-    1e15  # the square of a larger one is beyond float32, in which tokens are normalised
-)
+# the square of a larger one is beyond float32, in which tokens are normalised
+LARGEST_FEATURE = 1e15
 # A constant, not --seed: every script and every run must hold out the same images.
 SPLIT_SEED = 42
 MIN_HELD_OUT_GROUPS = 8
@@ -397,10 +396,10 @@ class BatchLoader:
         """The batches, counted on stderr in images of all processes."""
         sampler = self.sampler
         done = min(self.num_images, sampler.start * sampler.batch_size * sampler.world)
-        return progress.over(
-            self, desc, "images", total=self.num_images, show=show, initial=done,
-            count=lambda batch: batch.images,
-        )  # fmt: skip
+        with progress.bar(self.num_images, desc, initial=done, show=show) as bar:
+            for batch in self:
+                yield batch
+                bar.update(batch.images)
 
     def __iter__(self) -> Iterator[Batch]:
         # the epoch's order goes to the device once: no step waits for a copy of its rows
@@ -416,6 +415,8 @@ class BatchLoader:
 
 
 class Loaders(NamedTuple):
+    """The loaders of the three parts of the split."""
+
     train: BatchLoader
     val: BatchLoader
     test: BatchLoader

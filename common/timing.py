@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Timing(NamedTuple):
+    """What the repeated calls of one method took."""
+
     seconds: list[float]  # of one call on a whole batch, one entry a repeat
     peak_mb: float | None
 
@@ -55,6 +57,7 @@ def warm_up(call: Callable[[], object], device: torch.device) -> float | None:
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

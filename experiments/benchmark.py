@@ -27,24 +27,19 @@ from svd_baseline import evaluate, summarise
 from task.metric import load_metric
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Measure cost and error of every factorisation: networks and references.",
         epilog="example:\n  python -m experiments.benchmark --ranks 32 128 --batch_size 8",
     )
-    what = parser.add_argument_group("what is measured")
-    what.add_argument("--quality", action="store_true",
-                        help="only the error, on all test images (neither flag: both)")  # fmt: skip
-    what.add_argument("--speed", action="store_true",
-                        help="only the time (neither flag: both)")  # fmt: skip
-    what.add_argument("--ranks", type=cli.number(int, 1), nargs="+", default=[8, 16, 32, 64, 128],
-                        help="ranks of A·B")  # fmt: skip
-    what.add_argument("--batch_size", dest="batch_sizes", nargs="+",
-                        type=cli.number(int, 1, 65536), default=[8], metavar="BATCH_SIZE",
-                        help="matrices of a timed call; several are measured in turn")  # fmt: skip
-    what.add_argument("--threads", type=cli.number(int, 1, 1024), default=1, help="CPU threads")
-    what.add_argument("--repeats", type=cli.number(int, 1), default=7,
-                        help="timed calls of each method, after a warm-up")  # fmt: skip
+    what = parser.flags("what is measured")
+    what.switch("--quality", "only the error, on all test images (neither flag: both)")
+    what.switch("--speed", "only the time (neither flag: both)")
+    what("--ranks", cli.count, [8, 16, 32, 64, 128], "ranks of A·B")
+    matrices = "matrices of a timed call; several are measured in turn"
+    what("--batch_size", default=[8], dest="batch_sizes", help=matrices)
+    what("--threads")
+    what("--repeats")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -147,9 +142,12 @@ def measure_quality(
 
 
 def measure_speed(
-    contenders: list[Contender], ranks: list[int], batches: list[int], test: BatchLoader,
+    contenders: list[Contender],
+    ranks: list[int],
+    batches: list[int],
+    test: BatchLoader,
     repeats: int,
-) -> dict[tuple[int, int, int], tuple[Timing, dict[str, int]]]:  # fmt: skip
+) -> dict[tuple[int, int, int], tuple[Timing, dict[str, int]]]:
     """(contender, rank, batch) → times, and multiply-adds of a call's matrix products by data type,
     on the first `batch` test images, repeated if fewer."""
     found = {}
@@ -178,9 +176,13 @@ def measure_speed(
 
 
 def record(
-    contender: Contender, rank: int, batch: int | None, environment: dict,
-    error: dict[str, float | None] | None, timed: tuple[Timing, dict[str, int]] | None,
-) -> dict[str, str | int | float | None]:  # fmt: skip
+    contender: Contender,
+    rank: int,
+    batch: int | None,
+    environment: dict,
+    error: dict[str, float | None] | None,
+    timed: tuple[Timing, dict[str, int]] | None,
+) -> dict[str, str | int | float | None]:
     """One entry of benchmark.json; null where it was not measured or does not apply."""
     ms = floor_ms = iqr = peak_mb = None
     if timed:

@@ -80,11 +80,10 @@ def references(
     axes = fit_pca(batch.x for batch in loaders.train.with_progress("PCA"))
     found = []
     for steps, columns in sorted(sketch_settings(networks, ranks, limit)):
-        of_rank = dict(zip(ranks, columns, strict=True))
-        found.append(Contender(
-            "random_sketch", lambda x, r, k=steps, c=of_rank: random_sketch(x, r, k, c[r]),
-            "float64", limit, sketch="random", steps=steps, columns=of_rank.__getitem__,
-        ))  # fmt: skip
+        at = dict(zip(ranks, columns, strict=True)).__getitem__
+        factorise = lambda x, r, k=steps, at=at: random_sketch(x, r, k, at(r))  # noqa: E731
+        sketch = {"sketch": "random", "steps": steps, "columns": at}
+        found.append(Contender("random_sketch", factorise, "float64", limit, **sketch))
     found += solvers(limit, device)
     return [*found, Contender("pca", lambda x, r: pca(x, r, axes), "float32", limit)]
 
@@ -99,11 +98,9 @@ def solvers(limit: int, device: torch.device) -> list[Contender]:
     ]
     if device.type != "cuda":  # the driver is cuSOLVER's
         exact = [c for c in exact if c.factorise is not svd_gesvda]
-    randomized = Contender(
-        "svd_lowrank", randomized_svd, "float32", limit, sketch="random",
-        steps=SVD_LOWRANK_STEPS, columns=lambda r: min(r + SVD_LOWRANK_EXTRA, limit),
-    )  # fmt: skip
-    return [randomized, *exact]
+    sketch = {"sketch": "random", "steps": SVD_LOWRANK_STEPS}
+    sketch["columns"] = lambda r: min(r + SVD_LOWRANK_EXTRA, limit)
+    return [Contender("svd_lowrank", randomized_svd, "float32", limit, **sketch), *exact]
 
 
 class SketchSetting(NamedTuple):

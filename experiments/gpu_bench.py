@@ -99,10 +99,7 @@ class Setting:
             raise Skipped(f"{what} needs CUDA")
 
 
-def row(
-    what: str, value: float | str | None = None, unit: str = "", note: str = "",
-    status: str = "measured",
-) -> dict:  # fmt: skip
+def row(what: str, value: float | str | None = None, unit="", note="", status="measured") -> dict:
     """One line of the table. status: measured, ok, differs, failed or skipped."""
     return {"what": what, "status": status, "value": value, "unit": unit, "note": note}
 

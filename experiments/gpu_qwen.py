@@ -23,33 +23,22 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 from experiments.gpu_bench import Setting, compared, row, speed, timed
 from features.encoders import load_encoder
 
-# config.json of Qwen/Qwen2.5-VL-3B-Instruct
-VISION = {
-    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-    "out_hidden_size": 2048, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
-    "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu",
-}  # fmt: skip
-TEXT = {
-    "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
-    "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
-}  # fmt: skip
-TINY_VISION = VISION | {
-    "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
-    "fullatt_block_indexes": [1],
-}  # fmt: skip
-TINY_TEXT = TEXT | {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 96,
-    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
-}  # fmt: skip
-PREPROCESSOR = {
-    "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,
-    "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "image_processor_type": "Qwen2VLImageProcessor",
-}  # fmt: skip
+# config.json and preprocessor_config.json of Qwen/Qwen2.5-VL-3B-Instruct
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, hidden_act="silu")
+VISION |= dict(out_hidden_size=2048, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+VISION |= dict(window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+TINY_VISION = VISION | dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2)
+TINY_VISION |= dict(out_hidden_size=64, fullatt_block_indexes=[1])
+TEXT = dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, vocab_size=151936)
+TEXT |= dict(num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True)
+ROPE = dict(rope_type="default", mrope_section=[16, 24, 24], rope_theta=1e6)
+TEXT["rope_parameters"] = ROPE
+TINY_TEXT = TEXT | dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=96)
+TINY_TEXT |= dict(num_attention_heads=4, rope_parameters=ROPE | dict(mrope_section=[2, 3, 3]))
+PREPROCESSOR = dict(min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2)
+PREPROCESSOR |= dict(merge_size=2, image_processor_type="Qwen2VLImageProcessor")
+PREPROCESSOR["image_mean"] = [0.48145466, 0.4578275, 0.40821073]
+PREPROCESSOR["image_std"] = [0.26862954, 0.26130258, 0.27577711]
 PROMPT_TOKENS = 40  # beside the image: template, question
 NEW_TOKENS = 32
 RANDOM = "random weights"
@@ -192,8 +181,8 @@ def check_language_model(setting: Setting) -> Iterator[dict]:
         time = timed(lambda: model(**inputs, logits_to_keep=8), setting)
         note = f"{RANDOM}; {side * side + PROMPT_TOKENS} tokens, batch 1"
         yield from speed("language model, forward", 1, time, note)
-        greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-                                  do_sample=False, eos_token_id=1, pad_token_id=1)  # fmt: skip
+        length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+        greedy = GenerationConfig(do_sample=False, eos_token_id=1, pad_token_id=1, **length)
         time = timed(partial(model.generate, **inputs, generation_config=greedy), setting)
         note = f"{RANDOM}; greedy, {NEW_TOKENS} new tokens, batch 1, prompt included"
         yield from speed("language model, generation", NEW_TOKENS, time, note, "tokens/s")

@@ -32,16 +32,14 @@ MADE_BY = {  # what of an architecture is read, and the script that writes it
 }
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Make a page of each run, and one of all runs with a table and a figure.",
         epilog="example:\n  python -m experiments.make_report --results_dir results",
     )
-    where = parser.add_argument_group("files")
-    where.add_argument("--results_dir", type=cli.folder, default="results",
-                       help="where the folders <arch>/ are")  # fmt: skip
-    where.add_argument("--log_dir", type=cli.folder, default="log",
-                       help="where the logs_<timestamp>/ are")  # fmt: skip
+    where = parser.flags("files")
+    where("--results_dir", help="where the folders <arch>/ are")
+    where("--log_dir")
     return parser
 
 
@@ -92,8 +90,8 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
     arch = folder.name
     for name, script in MADE_BY.items():
         if not (folder / name).exists():
-            print(f"note: {arch} is not in the overview: no {folder / name} "
-                  f"(python {script} --arch {arch})")  # fmt: skip
+            missing = f"no {folder / name} (python {script} --arch {arch})"
+            print(f"note: {arch} is not in the overview: {missing}")
             return None
     history, test, comparison = (
         read_json(folder / name, f"run python {script} --arch {arch}{where(folder)} again")
@@ -101,9 +99,9 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
     )
     check_results(folder, history, test, comparison)
     if comparison["rank"] != test["effective_rank"]:
-        print(f"note: {arch} is not in the overview: compared at rank {comparison['rank']}, "
-              f"trained to rank {test['effective_rank']} (python compare_svd_nn.py --arch "
-              f"{arch}{where(folder)})")  # fmt: skip
+        ranks = f"compared at rank {comparison['rank']}, trained to rank {test['effective_rank']}"
+        again = f"python compare_svd_nn.py --arch {arch}{where(folder)}"
+        print(f"note: {arch} is not in the overview: {ranks} ({again})")
         return None
     return history, test, comparison
 
