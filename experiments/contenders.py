@@ -24,7 +24,7 @@ from svd_baseline import (
     randomized_svd,
     truncated_svd,
 )
-from task.metric import TaskMetric, factors_in, in_metric, metric_svd
+from task.metric import InMetric, TaskMetric, factors_in, metric_svd
 from training.checkpoint import load_model
 
 DEFAULT_STEPS, DEFAULT_OVERSAMPLE = 1, 32  # of the random sketch where no network sets them
@@ -131,16 +131,12 @@ def contenders_in_metric(
     svd = Contender(
         "svd_in_metric", lambda x, r: metric_svd(x, r, metric), "float64", len(metric.root)
     )
-    return [svd] + [
-        n._replace(method="network_in_metric", factorise=network_factors_in(metric, n))
-        for n in networks
-    ]
-
-
-def network_factors_in(metric: TaskMetric, network: Contender) -> Callable[[Tensor, int], Factors]:
-    """A network's factors in the metric: as they are where it was trained in it."""
-    own = factors_in(metric, network.norm, f"the network {network.arch}")
-    return network.factorise if own else in_metric(network.factorise, metric)
+    found = [svd]
+    for n in networks:
+        own = factors_in(metric, n.norm, f"the network {n.arch}")  # mapped back already
+        mapped = n.factorise if own else InMetric(n.factorise, metric)
+        found.append(n._replace(method="network_in_metric", factorise=mapped))
+    return found
 
 
 def svd_gesvda(x: Tensor, rank: int) -> Factors:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common import cli
 from common.errors import UserError
-from common.files import first_difference, save_tensors
+from common.files import check_same_header, save_tensors
 from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import gram_eigh
 from task.heads import TaskHead
@@ -182,12 +182,7 @@ class PartialWork:
             raise UserError(f"{path} is damaged ({error}): {remedy}") from None
         if said.get(CONTENT_HASH) != content_sha256(total, said):
             raise UserError(f"{path} is damaged (its content hash is another): {remedy}")
-        if different := first_difference(json.loads(said["header"]), header):
-            key, before, now = different
-            raise UserError(
-                f"{path} was begun with {key} = {before}, now it is {now}: type the same command "
-                f"again to go on, or {remedy}"
-            )
+        check_same_header(str(path), json.loads(said["header"]), header, remedy)
         images, tokens = json.loads(said["done"])
         work.sum, work.validation = MomentSum(total, images, tokens), json.loads(said["validation"])
         return work

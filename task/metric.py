@@ -151,29 +151,21 @@ def shrunk(moment: Tensor, amount: float) -> Tensor:
 # ----------------------------------------------------------------------------------- factorisation
 
 
-def in_metric(
-    factorise: Callable[[Tensor, int], Factors], metric: TaskMetric
-) -> Callable[[Tensor, int], Factors]:
-    """`factorise` of X M^½, mapped back: A as it is, B M^-½, so that A·B has rank ≤ r as before."""
+class InMetric:
+    """`factorise` of X M^½, mapped back: A as it is, B M^-½, so that A·B has rank ≤ r as before.
 
-    def mapped(x: Tensor, rank: int) -> Factors:
-        a, b = factorise(x @ metric.root, rank)
-        return a, b @ metric.inverse_root
+    Where a model factorises, its attributes are had from this too.
+    """
 
-    return mapped
-
-
-class ModelInMetric:
-    """A model whose factors are those of X M^½, mapped back; its attributes are the model's own."""
-
-    def __init__(self, model: LowRankFactorModel, metric: TaskMetric) -> None:
-        self.model, self._mapped = model, in_metric(model, metric)
+    def __init__(self, factorise: Callable[[Tensor, int], Factors], metric: TaskMetric) -> None:
+        self.factorise, self.metric = factorise, metric
 
     def __call__(self, x: Tensor, rank: int) -> Factors:
-        return self._mapped(x, rank)
+        a, b = self.factorise(x @ self.metric.root, rank)
+        return a, b @ self.metric.inverse_root
 
     def __getattr__(self, name: str):
-        return getattr(self.model, name)
+        return getattr(self.factorise, name)
 
 
 def factors_in(metric: TaskMetric, norm: dict[str, str | None] | None, what: str) -> bool:
@@ -197,13 +189,13 @@ def factors_in(metric: TaskMetric, norm: dict[str, str | None] | None, what: str
 
 def network_in_metric(
     model: LowRankFactorModel, metric: TaskMetric
-) -> LowRankFactorModel | ModelInMetric:
-    """`model` factoring in `metric`: one that was trained in it as it is, another in `in_metric`.
+) -> LowRankFactorModel | InMetric:
+    """`model` factoring in `metric`: one that was trained in it as it is, another by `InMetric`.
 
     Raises UserError for a model of another metric (`factors_in`).
     """
     own = factors_in(metric, model.norm, f"the network {model.config['arch']}")
-    return model if own else ModelInMetric(model, metric)
+    return model if own else InMetric(model, metric)
 
 
 def metric_svd(x: Tensor, rank: int, metric: TaskMetric) -> Factors:

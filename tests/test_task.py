@@ -105,15 +105,15 @@ def test_no_matrix_of_its_rank_is_nearer_in_the_metric_than_the_metrics_svd(toke
     values, vectors = torch.linalg.eigh(metric.matrix)
     sigma = torch.linalg.svdvals(tokens.double() @ (vectors * values.sqrt()) @ vectors.mT)
     assert torch.allclose(distance(a @ b), sigma[:, 5:].square().sum(-1), rtol=1e-4)
-    for other in (gram_eigh(tokens, 5), task_metric.in_metric(truncated_svd, metric)(tokens, 5)):
+    for other in (gram_eigh(tokens, 5), task_metric.InMetric(truncated_svd, metric)(tokens, 5)):
         assert (distance(torch.matmul(*other)) >= distance(a @ b) * (1 - 1e-4)).all()
 
 
 def test_any_factorisation_in_the_metric_is_mapped_back_to_token_space(tokens):
     metric = random_metric(40)
-    a, b = task_metric.in_metric(truncated_svd, metric)(tokens, 24)
+    a, b = task_metric.InMetric(truncated_svd, metric)(tokens, 24)
     assert torch.allclose(a @ b, tokens, atol=1e-3)  # full rank: nothing is lost
-    a, b = task_metric.in_metric(truncated_svd, metric)(tokens, 6)
+    a, b = task_metric.InMetric(truncated_svd, metric)(tokens, 6)
     best = torch.matmul(*task_metric.metric_svd(tokens, 6, metric))
     assert torch.allclose(a @ b, best, atol=2e-3)
 
