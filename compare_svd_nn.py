@@ -31,6 +31,7 @@ from coding.rank_budget import (
 from common import cli
 from common.files import with_content_hash, write_json
 from common.locks import sole_writer
+from common.tables import print_columns
 from figures import comparison
 from model import LowRankFactorModel
 from qwenvl_dataloader import Loaders, create_data_loaders_real
@@ -257,13 +258,11 @@ def print_table(results: dict) -> None:
     print(
         f"mean rel_error, and mean excess over the optimum in per cent, {results['split']} images"
     )
-    print("rank  " + "".join(f"{name:>24}" for name in names))
+    rows = [["rank", *names]]
     for rank, methods in results["ranks"].items():
-        cells = []
-        for name in names:
-            error, excess = methods[name]["rel_error"]["mean"], methods[name]["excess_pct"]["mean"]
-            cells.append(f"{error:.5f} {percent_text(excess):>13}")
-        print(f"{rank:>4}  " + "".join(f"{cell:>24}" for cell in cells))
+        means = [[methods[n][key]["mean"] for key in ("rel_error", "excess_pct")] for n in names]
+        rows.append([rank, *(f"{error:.5f} {percent_text(excess):>11}" for error, excess in means)])
+    print_columns(rows)
 
 
 def print_box(box: dict) -> None:

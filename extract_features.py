@@ -32,6 +32,7 @@ from PIL import Image
 
 from common import cli, processes, progress
 from common.errors import UserError
+from common.grids import token_range
 from features.cache_writer import ROWS_PER_SHARD, FeatureCacheWriter, refuse_finished
 from features.encoders import VisionEncoder, load_encoder, resize_image
 from features.image_sources import (
@@ -258,12 +259,8 @@ def write_samples(
     features = [
         encoded[s.first] if s.first in encoded else writer.features_of(s.first) for s in readable
     ]
-    writer.write_shard(
-        shard,
-        torch.stack(features) if features else torch.empty(0),
-        [s.record for s in readable],
-        [{"row_id": s.row_id, "reason": s.reason} for s in samples if s.reason],
-    )
+    skipped = [{"row_id": s.row_id, "reason": s.reason} for s in samples if s.reason]
+    writer.write_shard(shard, features, [s.record for s in readable], skipped)
 
 
 class Sample(NamedTuple):
@@ -419,10 +416,10 @@ def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
     skipped = sum(entry.get("count", 1) for entry in manifest["skipped"])
     print(f"  rows       {len(dataset)}, {images}; {skipped} skipped as unreadable or missing")
     megabytes = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
-    rows, columns = dataset.grid
-    shape = f"{dataset.num_tokens} × {dataset.feature_dim}, {manifest['dtype']}"
+    many = f"{len(set(dataset.grids))} grids, most often " if dataset.ragged else "grid "
+    shape = f"{token_range(dataset.grids)} × {dataset.feature_dim}, {manifest['dtype']}"
     files = f"{len(manifest['shards'])} shards, {megabytes:.0f} MB"
-    print(f"  tokens     {shape}, grid {rows} × {columns}; {files}")
+    print(f"  tokens     {shape}, {many}{dataset.grid[0]} × {dataset.grid[1]}; {files}")
     encoder = manifest["encoder"]
     print("  encoder    " + ", ".join(encoder[k] for k in ("id", "preprocessor") if k in encoder))
     groups = dataset.rows["group"].to_pylist()
@@ -434,9 +431,12 @@ def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
     print(f"  split      by {manifest['split_by']}: {', '.join(sizes)}")
     if "split_note" in manifest:
         print(f"             {manifest['split_note']}")
-    ranks = report_ranks(dataset.singular_values.shape[1])[:-1]
-    best = "  ".join(f"{r}: {optimum(dataset.singular_values, r).mean():.4f}" for r in ranks)
-    print(f"  optimum    mean rel_error at rank  {best}")
+    if dataset.spectra_are_known:
+        ranks = report_ranks(min(dataset.num_tokens, dataset.feature_dim))[:-1]
+        best = "  ".join(f"{r}: {optimum(dataset.singular_values, r).mean():.4f}" for r in ranks)
+        print(f"  optimum    mean rel_error at rank  {best}")
+    else:
+        print("  optimum    not known yet: singular values are computed where they are needed")
     if verify:
         print("the cache is whole: every file matches its sha256, every feature is finite")
     else:

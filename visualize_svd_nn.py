@@ -17,12 +17,13 @@ from PIL.Image import Image
 from torch import Tensor
 
 from common import cli
+from common.boxes import box_in_view
 from common.errors import UserError
 from common.files import write_json
 from common.locks import sole_writer
 from figures import token_grid
 from model import LowRankFactorModel
-from qwenvl_dataloader import box_in_view, normalise
+from qwenvl_dataloader import normalise
 from svd_baseline import (
     image_metrics,
     principal_coordinates,

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from common import cli, progress
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.tables import print_columns
 from common.timing import time_in_turn
 from figures import error_against_time
 from model import LowRankFactorModel, LowRankProjMLP, LowRankProjSymmetric
@@ -246,14 +247,14 @@ ordered by validation images, measured on test images (approximate 95 %):"""
 
 
 def print_tables(records: list[dict], gains: list[dict], exact_ms: float) -> None:
-    print("sketch  shifts    K   p      ms  excess mean %     p90 %   approximate 95 % interval")
+    header = "sketch|shifts|K|p|ms|excess mean %|p90 %|approximate 95 % interval"
+    rows = [header.split("|")]
     order = ("oversample", "steps", "shifts")
     for r in sorted(records, key=lambda r: ([r[name] for name in order], r["excess_mean"])):
-        name = f"{r['sketch']:<8}{r['shifts']:<9}{r['steps']:>2}{r['oversample']:>4}"
-        error = f"{r['excess_mean']:>15.5f}{r['excess_p90']:>10.5f}"
-        if r["excess_interval"]:
-            error += "   {:.5f} to {:.5f}".format(*r["excess_interval"])
-        print(f"{name}{r['ms']:>8.2f}{error}")
+        rows.append([r[name] for name in ("sketch", "shifts", "steps", "oversample")])
+        rows[-1] += [f"{r['ms']:.2f}", f"{r['excess_mean']:.5f}", f"{r['excess_p90']:.5f}"]
+        rows[-1].append(" to ".join(f"{end:.5f}" for end in r["excess_interval"] or []))
+    print_columns(rows)
     print(f"exact, by the float64 Gram matrix: {exact_ms:.2f} ms")
     print(HOW_TO_READ_GAINS)
     words = "{sketch} {shifts} shifts K={steps} p={oversample} {ms:.2f} ms {excess_mean:.5f} %"

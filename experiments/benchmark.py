@@ -19,6 +19,7 @@ import torch
 from common import cli, progress
 from common.errors import UserError
 from common.files import write_json
+from common.tables import print_columns
 from common.timing import Timing, matmul_rates, matrix_products, time_in_turn
 from experiments.contenders import Contender, contenders_in_metric, references, trained_networks
 from figures import error_against_time
@@ -215,24 +216,16 @@ def record(
 
 def print_table(records: list[dict]) -> None:
     """All records, of each batch and rank the fastest first."""
-    print(
-        f"{'batch':>5}{'rank':>5}  {'method':<14}{'arch':<8}{'K':>2}{'p':>4}{'ms':>9}{'[iqr]':>8}"
-        f"{'matrices/s':>11}{'excess mean %':>15}{'p90 %':>11}{'floor':>7}{'peak MB':>9}"
-    )
-
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    for row in sorted(records, key=lambda r: (r["batch"] or 0, -r["rank"], r["ms_median"] or 0)):
-        share = row["floor_fraction"]
-        print(
-            f"{cell(row['batch'], 'd'):>5}{row['rank']:>5}  {row['method']:<14}"
-            f"{row['arch'] or '-':<8}{cell(row['K'], 'd'):>2}{cell(row['p'], 'd'):>4}"
-            f"{cell(row['ms_median'], '.3f'):>9}{cell(row['ms_iqr'], '.3f'):>8}"
-            f"{cell(row['matrices_per_s'], '.1f'):>11}{cell(row['excess_mean'], '.5f'):>15}"
-            f"{cell(row['excess_p90'], '.5f'):>11}{cell(share, '.0%'):>7}"
-            f"{cell(row['peak_mb'], '.0f'):>9}"
+    header = "batch|rank|method|arch|K|p|ms|[iqr]|matrices/s|excess mean %|p90 %|floor|peak MB"
+    forms = {"batch": "d", "rank": "d", "method": "", "arch": "", "K": "d", "p": "d"}
+    forms |= {"ms_median": ".3f", "ms_iqr": ".3f", "matrices_per_s": ".1f", "excess_mean": ".5f"}
+    forms |= {"excess_p90": ".5f", "floor_fraction": ".0%", "peak_mb": ".0f"}
+    rows = [header.split("|")]
+    for r in sorted(records, key=lambda r: (r["batch"] or 0, -r["rank"], r["ms_median"] or 0)):
+        rows.append(
+            ["-" if r[key] is None else format(r[key], form) for key, form in forms.items()]
         )
+    print_columns(rows)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from coding.rivals import Rival, Statistics, TokenImage
 from common import cli, progress
 from common.errors import UserError
 from common.files import write_json
+from common.tables import print_columns
 from features.encoders import load_encoder, resize_image
 from features.image_sources import image_bytes, open_source, read_image
 from figures.bytes_against_error import bytes_against_error
@@ -393,12 +394,13 @@ def print_tables(found: dict) -> None:
                 "each_image": "the same target for each image, without what all images share",
             }.get(label, f"with the share of one of {label.rpartition('_')[2]} images")
             print(f"bytes an image at {key.replace('_', ' ')}, {words}")
-            print(" " * 28 + "".join(f"{target:>12}" for target in targets))
+            rows = [["", *targets]]
             for name in next(iter(targets.values())):
                 values = [targets[target][name][label] for target in targets]
                 if any(value is not None for value in values):
                     cells = ["-" if value is None else f"{value:,.0f}" for value in values]
-                    print(f"  {name:<26}" + "".join(f"{cell:>12}" for cell in cells))
+                    rows.append([f"  {name}", *cells])
+            print_columns(rows)
 
 
 def print_retrieval(methods: dict[str, list[dict]]) -> None:

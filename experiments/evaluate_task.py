@@ -28,6 +28,7 @@ from common.errors import UserError
 from common.files import sha256_file, write_json
 from common.locks import sole_writer
 from common.partial_results import PartialResults
+from common.tables import print_columns
 from experiments.task_measures import (
     FULL,
     Found,
@@ -278,14 +279,6 @@ def gain_text(gain: dict | None) -> str:
     # + 0.0: as little below as above is 0.0 and not -0.0
     mean, *ends = (f"{round(v, 1) + 0.0:.1f}" for v in (gain["mean"], *(gain["interval_95"] or [])))
     return f"{mean} [{', '.join(ends)}]" if ends else mean
-
-
-def print_columns(rows: list[list[str]]) -> None:
-    """The first column to the left, the others to the right, each as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *cells in rows:
-        line = "".join(f"  {c:>{w}}" for c, w in zip(cells, widths[1:], strict=True))
-        print(f"{first:{widths[0]}}{line}")
 
 
 def print_tables(results: dict) -> None:

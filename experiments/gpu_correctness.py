@@ -51,7 +51,8 @@ def new_batch(setting: Setting, device: torch.device, images: int) -> Batch:
     sigma = sigma.repeat(-(-images // len(sigma)), 1)[:images]
     ones = torch.ones(images, setting.sizes.tokens, 1, device=device)
     rows = torch.arange(images, device=device)
-    return Batch(rows, x.to(device), 0 * ones, ones, sigma.to(device), images, 1.0)
+    grid = (1, x.shape[1])
+    return Batch(rows, x.to(device), 0 * ones, ones, sigma.to(device), images, 1.0, grid)
 
 
 def check_orth(setting: Setting) -> Iterator[dict]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from common import cli
 from common.errors import UserError
 from common.files import atomic_path, content_hash_fits, read_json, write_json
+from common.tables import print_columns
 from experiments import report_page
 from figures import training_curves
 from model import ARCHITECTURES
@@ -175,18 +176,14 @@ def report_row(
 
 
 def print_table(rows: list[dict]) -> None:
-    print(
-        f"{'architecture':<13}{'factors':<11}{'rank':>5}{'rel_error':>11}{'SVD':>9}"
-        f"{'excess mean':>15}{'p90':>13}{'images/s':>10}{'best epoch':>12}"
-    )
+    header = "architecture|factors|rank|rel_error|SVD|excess mean|p90|images/s|best epoch"
+    cells = [header.split("|")]
     for row in rows:
-        excess = (row["excess_mean"], row["excess_p90"])
-        mean, p90 = map(percent_text, excess)
-        print(
-            f"{row['arch']:<13}{row['factors']:<11}{row['rank']:>5}"
-            f"{row['rel_error']:>11.5f}{row['optimum']:>9.5f}{mean:>15}{p90:>13}"
-            f"{row['samples_per_s']:>10.2f}{row['best_epoch']:>9} of {row['epochs']}"
-        )
+        cells.append([row["arch"], row["factors"], row["rank"]])
+        cells[-1] += [f"{row[key]:.5f}" for key in ("rel_error", "optimum")]
+        cells[-1] += [percent_text(row[key]) for key in ("excess_mean", "excess_p90")]
+        cells[-1] += [f"{row['samples_per_s']:.2f}", f"{row['best_epoch']} of {row['epochs']}"]
+    print_columns(cells)
 
 
 if __name__ == "__main__":

@@ -113,12 +113,12 @@ def base(tmp_path_factory):
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
     """Run a command line that must be refused; returns the line. Nothing on disk may change."""
-    from features import encoders
+    from features import checkpoints
 
     def offline(*_, **__):
         raise OSError("offline")
 
-    monkeypatch.setattr(encoders, "snapshot_download", offline)
+    monkeypatch.setattr(checkpoints, "snapshot_download", offline)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a_file").write_text("")
 
