@@ -61,13 +61,10 @@ def bar(
 
 
 def over(
-    items: Iterable[Item], desc: str, unit: str, *, total: int | None = None, **how
+    items: Iterable[Item], desc: str, unit: str, *, total: int | None = None, show: bool = True
 ) -> Iterator[Item]:
-    """The items, counted when the next one is asked for.
-
-    total: where they have no len(); how: `initial` and `show`, of `bar`.
-    """
-    with bar(len(items) if total is None else total, desc, unit, **how) as shown:
+    """The items, counted when the next one is asked for. total: where they have no len()."""
+    with bar(len(items) if total is None else total, desc, unit, show=show) as shown:
         for item in items:
             yield item
             shown.update()
