@@ -36,7 +36,8 @@ def new_run(setting: Setting, device: torch.device, *flags: str) -> TrainState:
     args.arch = train_real_data.canonical_arch(args.arch)
     none = torch.zeros(0, dtype=torch.int64)  # rows: the batch is given, no cache is read
     dataset = SimpleNamespace(
-        feature_dim=sizes.features, num_tokens=sizes.tokens, manifest={"encoder": {"id": "check"}},
+        feature_dim=sizes.features, num_tokens=sizes.tokens, grid=None,
+        manifest={"encoder": {"id": "check"}},
         split=SimpleNamespace(hash="check", train=none, val=none), is_demo=False, rows=pa.table({}),
     )  # fmt: skip
     run = build_run(args, dataset, device)
