@@ -132,11 +132,11 @@ class LowRankFactorModel(nn.Module):
     that are computed; `current_effective_rank()` ≤ that, those of them that are not masked.
 
     On another grid each tensor of col_net over positions is interpolated (`over_positions`); what
-    reads positions is scaled by T₀/T, since a sum over T samples of one smooth map grows as T; all
-    features are looked at. A smooth table misses what X has in its other modes (0.078 % mean excess
-    at rank 128 on 37 × 37 real tokens, a fresh Gaussian sketch 0.065 %): the linear path of ResMLP
-    gets them as noise and is level with it (0.063 to 0.071 %). The nonlinear MLP and AdaLoRA are at
-    0.17 % there, so the Gaussian sketch is what they use, with a tenth of their own outputs.
+    reads positions is scaled by T₀/T, since a sum over T samples of one smooth map grows as T. The
+    seen features stay the same, the others take the linear path. A smooth table misses what X has
+    in other modes (mean excess 0.078 % at rank 128 on 37 × 37 real tokens, a fresh Gaussian sketch
+    0.065 %): ResMLP's gets them as noise and is level with it (0.051 to 0.071 %). MLP and AdaLoRA
+    (0.17 %) have no linear path and use the Gaussian sketch there, with a tenth of their outputs.
 
     Args:
         input_dim, num_tokens: D and T₀ of the cache; another D is refused by `forward`.
@@ -200,11 +200,11 @@ class LowRankFactorModel(nn.Module):
             for branch in (self.row_net, self.col_net):
                 branch.scale_(rank**self.way.start_power)
 
-    # a checkpoint stores this; `get_model_by_name(**config)` builds the same model
     @property
     def config(self) -> dict:
-        names = ["input_dim", "num_tokens", "rank", "factors", "lambda_B", "hidden_dim"]
-        names += ["num_blocks", "dropout", "precision", "grid", *self.way.settings]
+        """What a checkpoint stores; `get_model_by_name(**config)` builds the same model."""
+        names = ["input_dim", "num_tokens", "grid", "rank", "factors", "lambda_B", "hidden_dim"]
+        names += ["num_blocks", "dropout", "precision", *self.way.settings]
         arch = next(name for name, cls in ARCHITECTURES.items() if type(self) is cls)
         return {"arch": arch, **{name: getattr(self, name) for name in names}}
 
@@ -253,36 +253,35 @@ class LowRankFactorModel(nn.Module):
     def sketch(self, x: Tensor, columns: int, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
         """Y ∝ X_s col_net(X_sᵀ)/‖·‖ + g row_net(X_s)/‖·‖ [b, T, c], and row_net's own output.
 
-        X_s: the features of X that are seen. c = `columns` ≤ min(T, D), the first ones of the
-        branches' outputs. A linear col_net makes X_s X_sᵀ W, a power step on some features: its
-        components fall as σ², those of row_net as σ or not at all, so a new one has next to no
-        weight g.
+        X_s: the features that are seen; c = `columns`, at most min(T, D). A linear col_net makes
+        X_s X_sᵀ W, a power step on some features: its components fall as σ², those of row_net as σ
+        or not at all, so a new one has next to no weight g.
         """
         columns, grid = min(columns, *x.shape[-2:]), tuple(grid or self.grid)
-        from_rows, weights = self.branch_outputs(x, columns, grid)  # [b, T, c], [b, n, c]
-        seen = x[..., self.seen] if grid == self.grid else x
-        return subspace.add_sketches(
-            seen @ weights.to(x.dtype), from_rows.to(x.dtype), self.row_gain
-        )
+        from_rows, weights = (t.to(x.dtype) for t in self.branch_outputs(x, columns, grid))
+        seen = x if weights.shape[-2] == x.shape[-1] else x[..., self.seen]
+        return subspace.add_sketches(seen @ weights, from_rows, self.row_gain)
 
     def branch_outputs(self, x: Tensor, columns: int, grid: Grid) -> tuple[Tensor, Tensor]:
-        """row_net's output [b, T, c] on the features that are seen, and col_net's [b, n, c]: on
-        those n, or on another grid on all of them."""
+        """row_net's output [b, T, c], and col_net's of the n features that are seen [b, n, c]; on
+        another grid of all [b, D, c], of which those that are not seen take the linear path."""
         if x.shape[-2:] != (math.prod(grid), self.input_dim):
             raise ValueError(
                 f"tokens of {grid[0]} × {grid[1]} positions and {self.input_dim} features are "
                 f"expected, not {x.shape[-2]} × {x.shape[-1]}: name their grid"
             )
-        seen = x[..., self.seen]  # [b, T, n]
+        seen, tables = x[..., self.seen], {} if grid == self.grid else self.resized(grid)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             from_rows = self.row_net(seen, columns)
-            if grid == self.grid:
-                return from_rows, self.col_net(seen.mT, columns)
-            outputs = functional_call(self.col_net, self.resized(grid), (x.mT, columns))
-        if self.col_net.skip is None:
-            gaussian = x.mT @ subspace.gaussian(x.shape[-2], columns).to(x)  # [b, D, c]
-            outputs = subspace.add_sketches(gaussian, outputs.to(x.dtype), 0.1)[0]
-        return from_rows, outputs
+            from_columns = functional_call(self.col_net, tables, (seen.mT, columns))
+            if not tables:
+                return from_rows, from_columns
+            if skip := self.col_net.skip:
+                straight = F.linear(x.mT, tables["skip.weight"][:columns], skip.bias[:columns])
+                return from_rows, straight.index_copy(-2, self.seen, from_columns)
+            straight = x.mT @ subspace.gaussian(x.shape[-2], columns).to(x)
+        own = torch.zeros_like(straight).index_copy(-2, self.seen, from_columns.to(straight.dtype))
+        return from_rows, subspace.add_sketches(straight, own, 0.1)[0]
 
     def resized(self, grid: Grid) -> dict[str, Tensor]:
         """col_net's tensors over positions on `grid`, kept until a weight or the grid changes."""
@@ -314,8 +313,7 @@ class LowRankFactorModel(nn.Module):
         self.seen.copy_(seen)
 
     def loss_terms(self, x: Tensor, singular_values: Tensor, grid: Grid | None = None) -> LossTerms:
-        """All terms of the loss for x [b, T, D] on `grid` (None: the model's own), given its
-        σ [b, min(T, D)] float64."""
+        """All terms of the loss for x [b, T, D], given its σ [b, min(T, D)] float64."""
         energy = x.double().square().sum((-2, -1))
         found, sketch, row_output = self.way.measure(self, x, tuple(grid or self.grid), energy)
         size = x.shape[-2] * x.shape[-1]
