@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.epoch_order import Batch
 from subspace import even_features, refine, start_shifts
-
-if TYPE_CHECKING:
-    from qwenvl_dataloader import Batch
 
 # Below this relative error the optimum is rounding, and a ratio to it says nothing.
 NO_EXCESS_BELOW = 1e-6
@@ -98,17 +95,23 @@ def image_metrics(
     }
 
 
-@torch.inference_mode()
 def evaluate(
     factorise: Callable[[Tensor], Factors], batches: Iterable[Batch], rank: int | None = None
 ) -> dict[str, Tensor]:
-    """`image_metrics` of `factorise(x)` on every batch, one after another: each [n] on the CPU.
+    """`evaluate_batches` of a method that needs no grid: `factorise(x)`."""
+    return evaluate_batches(lambda batch: factorise(batch.x), batches, rank)
+
+
+@torch.inference_mode()
+def evaluate_batches(
+    factorise: Callable[[Batch], Factors], batches: Iterable[Batch], rank: int | None = None
+) -> dict[str, Tensor]:
+    """`image_metrics` of `factorise(batch)` on one batch after another: each [n] on the CPU.
 
     Without any batch the dict is empty.
     """
     parts = [
-        image_metrics(batch.x, *factorise(batch.x), batch.singular_values, rank)
-        for batch in batches
+        image_metrics(batch.x, *factorise(batch), batch.singular_values, rank) for batch in batches
     ]
     names = parts[0] if parts else ()
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in names}

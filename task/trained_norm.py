@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from common import processes
 from common.errors import UserError
+from common.grids import Grid
 from model import LossTerms, LowRankFactorModel, get_model_by_name
 from qwenvl_dataloader import Batch, denormalise
-from subspace import Grid, refine
+from subspace import refine
 from svd_baseline import exact_singular_values
 from task.metric import TaskMetric
 
@@ -208,7 +209,7 @@ def task_record(
     for batch in batches:
         full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
         for rank in ranks:
-            a, b = model(batch.x, rank)
+            a, b = model(batch.x, rank, grid=batch.grid)
             outputs = head.outputs(denormalise(a @ b, batch.mean, batch.std), batch.rows)
             parts.setdefault(f"error {rank}", []).append(head.error(outputs, full).cpu())
             found = _log_loss(head.loss(outputs, full)).double().cpu()
