@@ -96,17 +96,23 @@ def image_metrics(
     }
 
 
-@torch.inference_mode()
 def evaluate(
     factorise: Callable[[Tensor], Factors], batches: Iterable[Batch], rank: int | None = None
 ) -> dict[str, Tensor]:
-    """`image_metrics` of `factorise(x)` on every batch, one after another: each [n] on the CPU.
+    """`evaluate_batches` of a method that needs no grid: `factorise(x)`."""
+    return evaluate_batches(lambda batch: factorise(batch.x), batches, rank)
+
+
+@torch.inference_mode()
+def evaluate_batches(
+    factorise: Callable[[Batch], Factors], batches: Iterable[Batch], rank: int | None = None
+) -> dict[str, Tensor]:
+    """`image_metrics` of `factorise(batch)` on one batch after another: each [n] on the CPU.
 
     Without any batch the dict is empty.
     """
     parts = [
-        image_metrics(batch.x, *factorise(batch.x), batch.singular_values, rank)
-        for batch in batches
+        image_metrics(batch.x, *factorise(batch), batch.singular_values, rank) for batch in batches
     ]
     names = parts[0] if parts else ()
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in names}

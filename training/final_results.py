@@ -11,7 +11,7 @@ from common.files import with_content_hash, write_json
 from figures import task_training, token_grid, training_curves
 from model import LowRankFactorModel
 from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset
-from svd_baseline import evaluate, gram_eigh, report_ranks, summarise, token_error
+from svd_baseline import evaluate_batches, gram_eigh, report_ranks, summarise, token_error
 from training.checkpoint import load_model, unseen_test
 
 
@@ -40,7 +40,7 @@ def test_and_draw(
     }
     for r in report_ranks(rank):
         batches = loaders.test.with_progress(f"test, rank {r}")
-        metrics = evaluate(lambda x, r=r: model(x, r), batches)
+        metrics = evaluate_batches(lambda batch, r=r: model(batch.x, r, grid=batch.grid), batches)
         results["ranks"][str(r)] = {name: summarise(v) for name, v in metrics.items()}
     per_image = test_statistics(model, loaders.test)
     footer = f"{dataset.label}; rank {rank}; {results['arch']}, seed {state['args']['seed']}"
@@ -70,7 +70,7 @@ def test_statistics(model: LowRankFactorModel, loader: BatchLoader) -> dict[str,
     rank = model.current_effective_rank()
     parts: dict[str, list[Tensor]] = {"network": [], "svd": [], "b_norms": [], "sigma": []}
     for batch in loader.with_progress("error of tokens"):
-        a, b = model(batch.x, rank)
+        a, b = model(batch.x, rank, grid=batch.grid)
         parts["network"].append(token_error(batch.x, a, b))
         parts["svd"].append(token_error(batch.x, *gram_eigh(batch.x, rank)))
         parts["b_norms"].append(torch.linalg.vector_norm(b, dim=-1))
