@@ -37,7 +37,8 @@ class VisionEncoder(ABC):
     step: pixels along a side of a token, merged where the tower merges
     grid: tokens (rows, columns); num_tokens: T, their product; feature_dim: D
     image_size, resize: side in pixels of the square that images become, and how (`resize_image`)
-    preprocessor: one line for people; device, dtype: where and in what precision the tower computes
+    resample: PIL's filter; preprocessor: one line for people
+    device, dtype: where and in what precision the tower computes
     """
 
     id: str
