@@ -42,6 +42,7 @@ from qwenvl_dataloader import LARGEST_FEATURE, normalise, usable_features
 from svd_baseline import exact_singular_values
 
 ROWS_PER_SHARD = 128
+TOKENS_PER_SHARD = 2**18  # at most: a shard is in memory whole when it is written
 
 ROW_SCHEMA = pa.schema(
     [
@@ -89,7 +90,8 @@ class FeatureCacheWriter:
             was begun with another one is refused with both values. With `grid` and `num_tokens`
             all images have that grid; without them each row says its own, and singular values are
             left to who needs them (`RealQwenVLDataset.singular_values`).
-        num_rows: rows of the data set; rows_per_shard: how many of them a shard is made of.
+        num_rows: rows of the data set.
+        most_tokens: of an image, where the header does not say; shards of large ones have fewer.
         conditions: what an unfinished cache has to be gone on with beside the header, and a
             finished one need not be known by (device, precision, batch size).
     """
@@ -101,12 +103,13 @@ class FeatureCacheWriter:
         num_rows: int,
         overwrite: bool = False,
         conditions: dict | None = None,
-        rows_per_shard: int | None = None,
+        most_tokens: int = 1,
     ) -> None:
         self.cache_dir = Path(cache_dir)
         self.header = {"format": FORMAT, **header}
         self.num_rows = num_rows
-        self.rows_per_shard = rows_per_shard or ROWS_PER_SHARD
+        most_tokens = max(most_tokens, header.get("num_tokens", 1))
+        self.rows_per_shard = max(1, min(ROWS_PER_SHARD, TOKENS_PER_SHARD // most_tokens))
         self._places: dict[int, dict[int, slice]] = {}  # of shards that images were read back from
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         if overwrite:
