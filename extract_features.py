@@ -33,7 +33,8 @@ from PIL import Image
 from common import cli, processes, progress
 from common.errors import UserError
 from common.grids import token_range
-from features.cache_writer import ROWS_PER_SHARD, FeatureCacheWriter, refuse_finished
+from common.shard_folder import ROWS_PER_SHARD
+from features.cache_writer import FeatureCacheWriter, refuse_finished
 from features.encoders import VisionEncoder, load_encoder, resize_image
 from features.image_sources import (
     ImageCell,
