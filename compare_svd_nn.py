@@ -31,6 +31,7 @@ from coding.rank_budget import (
 from common import cli
 from common.files import with_content_hash, write_json
 from common.locks import sole_writer
+from common.tables import print_columns
 from figures import comparison
 from model import LowRankFactorModel
 from qwenvl_dataloader import Loaders, create_data_loaders_real
@@ -56,24 +57,20 @@ STORED_AS = "bf16"  # factorize.py's default: its ranks for a target are those t
 Method = Callable[[Tensor, int], Factors]
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Compare a trained network with the truncated SVD on held-out images.",
         epilog="example:\n  python compare_svd_nn.py --arch ResMLP --rank 64",
     )
-    what = parser.add_argument_group("what is compared")
-    what.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
-    ranks = what.add_mutually_exclusive_group()
-    ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
-                       help="rank to evaluate; default the trained (effective) rank")  # fmt: skip
-    ranks.add_argument("--target_error", type=cli.number(float, above=0, below=1), default=None,
-                       metavar="E",
-                       help="also: each image at the least rank with this rel_error")  # fmt: skip
-    ranks.add_argument("--mean_rank", type=cli.number(int, 1), default=None, metavar="R",
-                       help="also: this rank on average, split over images for the least total "
-                            "squared error")  # fmt: skip
-    what.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
-                      help="images at once")  # fmt: skip
+    what = parser.flags("what is compared")
+    what("--arch")
+    ranks = what.one_of()
+    ranks("--rank")
+    ranks("--target_error", help="also: each image at the least rank with this rel_error")
+    ranks("--mean_rank", cli.count)(
+        "also: this rank on average, split over images for the least total squared error"
+    )
+    what("--batch_size")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -163,8 +160,8 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     again = cli.flags_again(args, "rank", "metric", "results_dir", "cache_dir", "device")
     excess = per_image[rank]["network"]["excess_pct"].nan_to_num(nan=-1.0)
     worst = int(loaders.test.sampler.rows[excess.argmax()])
-    print("next, the test image with the largest excess: python visualize_svd_nn.py "
-          f"--arch {results['arch']} --image_idx {worst}{again}")  # fmt: skip
+    again = f"--arch {results['arch']} --image_idx {worst}{again}"
+    print(f"next, the test image with the largest excess: python visualize_svd_nn.py {again}")
 
 
 def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, Method]:
@@ -261,13 +258,11 @@ def print_table(results: dict) -> None:
     print(
         f"mean rel_error, and mean excess over the optimum in per cent, {results['split']} images"
     )
-    print("rank  " + "".join(f"{name:>24}" for name in names))
+    rows = [["rank", *names]]
     for rank, methods in results["ranks"].items():
-        cells = []
-        for name in names:
-            error, excess = methods[name]["rel_error"]["mean"], methods[name]["excess_pct"]["mean"]
-            cells.append(f"{error:.5f} {percent_text(excess):>13}")
-        print(f"{rank:>4}  " + "".join(f"{cell:>24}" for cell in cells))
+        means = [[methods[n][key]["mean"] for key in ("rel_error", "excess_pct")] for n in names]
+        rows.append([rank, *(f"{error:.5f} {percent_text(excess):>11}" for error, excess in means)])
+    print_columns(rows)
 
 
 def print_box(box: dict) -> None:
@@ -299,8 +294,8 @@ def difference_text(difference: dict) -> str:
 
 def print_budget(budget: dict) -> None:
     mode = budget["mode"]
-    print(f"ranks per image, --{mode} {budget[mode]:g}, against one fixed rank that stores as much "
-          f"(network as stored in {budget['network_stored_as']})")  # fmt: skip
+    stored = f"that stores as much (network as stored in {budget['network_stored_as']})"
+    print(f"ranks per image, --{mode} {budget[mode]:g}, against one fixed rank {stored}")
     keys = ("mean", "p90", "max", "rms")
     print(f"{'':9}{'ranks':>24}{'values stored':>15}" + "".join(f"{key:>11}" for key in keys))
     for name in ("network", "svd"):

@@ -44,9 +44,8 @@ from common.split import split_by_group
 from svd_baseline import exact_singular_values
 
 LAYER_NORM_EPS = 1e-6
-LARGEST_FEATURE = (
-    1e15  # the square of a larger one is beyond float32, in which tokens are normalised
-)
+# the square of a larger one is beyond float32, in which tokens are normalised
+LARGEST_FEATURE = 1e15
 MAX_SIDE = 65536  # tokens
 
 
@@ -364,10 +363,11 @@ class BatchLoader:
 
     def with_progress(self, desc: str, *, show: bool = True) -> Iterator[Batch]:
         """The batches, counted on stderr in images of all processes."""
-        return progress.over(
-            self, desc, "images", total=self.num_images, show=show,
-            initial=self.sampler.images_before, count=lambda batch: batch.images,
-        )  # fmt: skip
+        done = self.sampler.images_before
+        with progress.bar(self.num_images, desc, initial=done, show=show) as bar:
+            for batch in self:
+                yield batch
+                bar.update(batch.images)
 
     def __iter__(self) -> Iterator[Batch]:
         # the epoch's order goes to the device once: no step waits for a copy of its rows
@@ -388,6 +388,8 @@ class BatchLoader:
 
 
 class Loaders(NamedTuple):
+    """The loaders of the three parts of the split."""
+
     train: BatchLoader
     val: BatchLoader
     test: BatchLoader

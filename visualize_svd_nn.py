@@ -38,17 +38,15 @@ RANKS_SHOWN = (8, 32, 128)  # of rank_comparison, as far as the model goes
 CHANNELS = 8  # the first ones: the same in every image, so that figures can be compared
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Draw what network and SVD keep of one image on the grid of its tokens.",
         epilog="example:\n  python visualize_svd_nn.py --arch ResMLP --rank 32 --image_idx 0",
     )
-    what = parser.add_argument_group("what is drawn")
-    what.add_argument("--arch", type=cli.name, default="ResMLP",
-                      help="architecture whose best model is drawn")  # fmt: skip
-    what.add_argument("--rank", type=cli.number(int, 1), default=None,
-                      help="rank to draw; default the trained (effective) rank")  # fmt: skip
-    what.add_argument("--image_idx", type=cli.number(int, 0), default=0, help="row of the cache")
+    what = parser.flags("what is drawn")
+    what("--arch")
+    what("--rank")
+    what("--image_idx", cli.whole, 0, "row of the cache")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -104,11 +102,9 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
     errors = {name: token_error(x, *ab)[0].cpu() for name, ab in factors.items()}
     photo = dataset.thumbnail(row)
     stem = folder / f"image_{row}"
-    token_grid.channel_comparison(f"{stem}_spatial_channel_comparison.png", photo, box, maps,
-                                  channels, dataset.grid, info)  # fmt: skip
-    token_grid.spatial_error(f"{stem}_spatial_error_comparison.png", photo, box, errors,
-                             dataset.grid, info)  # fmt: skip
     written = [f"{stem}_spatial_channel_comparison.png", f"{stem}_spatial_error_comparison.png"]
+    token_grid.channel_comparison(written[0], photo, box, maps, channels, dataset.grid, info)
+    token_grid.spatial_error(written[1], photo, box, errors, dataset.grid, info)
     if dataset.grid[0] == dataset.grid[1] > 1:
         where = f"Image {row} ({side}), {arch}"
         written.append(f"{stem}_rank_comparison.png")
@@ -137,9 +133,16 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
 
 @torch.inference_mode()
 def draw_ranks(
-    path: str, model: LowRankFactorModel, most: int, x: Tensor, photo: Image | None,
-    box: token_grid.Box, grid: token_grid.Grid, where: str, footer: str,
-) -> None:  # fmt: skip
+    path: str,
+    model: LowRankFactorModel,
+    most: int,
+    x: Tensor,
+    photo: Image | None,
+    box: token_grid.Box,
+    grid: token_grid.Grid,
+    where: str,
+    footer: str,
+) -> None:
     """Figure of what network and SVD keep of x [1, T, D] at rising ranks, up to `most`."""
     ranks = sorted({r for r in RANKS_SHOWN if r < most} | {min(most, RANKS_SHOWN[-1])})
     factors = {
@@ -151,8 +154,8 @@ def draw_ranks(
     hats = [(a @ b)[0] for pairs in factors.values() for a, b in pairs]
     original, *coordinates = principal_coordinates(x[0], hats, blocks[-1][-1] + 1)
     errors = {n: [float(rel_error(x, *ab)) for ab in pairs] for n, pairs in factors.items()}
-    maps = {"original": [original], "network": coordinates[: len(ranks)],
-            "svd": coordinates[len(ranks) :]}  # fmt: skip
+    network, svd = coordinates[: len(ranks)], coordinates[len(ranks) :]
+    maps = {"original": [original], "network": network, "svd": svd}
     energy = [f"{100 * (1 - e**2):.2f} %" for e in errors["network"]]
     energy = [f"{e} at rank {r}" for e, r in zip(energy, ranks, strict=True)]
     energy[0] = energy[0].replace(" at", " of the energy at")

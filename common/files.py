@@ -216,16 +216,19 @@ def check_hash(path: Path, entry: dict, remedy: str) -> None:
         raise UserError(f"{path} is damaged (its sha256 is another than its manifest's): {remedy}")
 
 
-def check_same_header(folder: str, started: dict, header: dict) -> None:
-    """Refuse to go on with what was begun under another header; `folder` is named as typed.
+def check_same_header(
+    what: str, started: dict, header: dict, anew: str = "--overwrite to start anew"
+) -> None:
+    """Refuse to go on with `what`, a folder as typed or a file, that another header began.
 
-    Of several differences the first in the header's order is shown, with both values.
+    Of several differences the first in the header's order is shown, with both values; `anew` says
+    what to type in place of going on.
     """
     if different := first_difference(started, header):
         key, before, now = different
         raise UserError(
-            f"{folder} was begun with {key} = {before}, now it is {now}: type the same command "
-            "again, or --overwrite to start anew"
+            f"{what} was begun with {key} = {before}, now it is {now}: type the same command "
+            f"again, or {anew}"
         )
 
 

@@ -45,8 +45,8 @@ def sole_writer(folder: str | Path, flag: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        print(f"note: {folder} is on a file system without locks: see to it that no other run "
-              "writes there")  # fmt: skip
+        no_locks = f"{folder} is on a file system without locks"
+        print(f"note: {no_locks}: see to it that no other run writes there")
     try:
         holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}
         path.write_text(json.dumps(holder))

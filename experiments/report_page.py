@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
 import jinja2
@@ -22,28 +21,35 @@ from training.checkpoint import load_checkpoint
 LOG_LINES = 40
 COMPARISON, TASK = "Network against the SVD", "What a task makes of it"
 IMAGES, TRAINING = "Single images", "Training"
-FIGURES = {  # pattern of the file: its section and its caption; shown in this order
-    "svd_nn_comparison.png": (COMPARISON, "Error of each test image against the SVD's, excess of "
-                              "every method, singular values, error in the answer's box."),
-    "rank_sweep.png": (COMPARISON, "Error and excess of every method over the rank: mean, and a "
-                       "band up to the 90th percentile of the test images."),
-    "rank_per_image.png": (COMPARISON, "A rank for each image, against one rank for all that "
-                           "stores as much."),
-    "error_heatmap.png": (COMPARISON, "Mean error of each token of the grid over the test images."),
-    "B_row_norm_hist.png": (COMPARISON, "Row norms of B beside the singular values of the same "
-                            "test images."),
-    "task_sweep.png": (TASK, "Task error over stored bytes, what it is below the plain SVD's, and "
-                       "its prediction without the head."),
-    "image_*_rank_comparison.png": (IMAGES, "What rank keeps: three principal components of X a "
-                                    "row, as red, green and blue; grey where a rank lost them."),
-    "image_*_spatial_error_comparison.png": (IMAGES, "Where on the photograph the error lies."),
-    "image_*_spatial_channel_comparison.png": (IMAGES, "Single channels: original, network, SVD "
-                                               "and their differences."),
-    "train_val_loss_comparison.png": (TRAINING, "Squared error over the epochs with the SVD's as "
-                                      "the floor, validation error above the optimum, learning "
-                                      "rate and effective rank; dotted: the best epoch."),
-    "loss_curves.png": (TRAINING, "Each term of the loss, and the shifts, over the epochs."),
-}  # fmt: skip
+FIGURES = {  # of each section: pattern of the file and its caption; shown in this order
+    COMPARISON: {
+        "svd_nn_comparison.png": "Error of each test image against the SVD's, excess of every "
+        "method, singular values, error in the answer's box.",
+        "rank_sweep.png": "Error and excess of every method over the rank: mean, and a band up to "
+        "the 90th percentile of the test images.",
+        "rank_per_image.png": "A rank for each image, against one rank for all that stores as "
+        "much.",
+        "error_heatmap.png": "Mean error of each token of the grid over the test images.",
+        "B_row_norm_hist.png": "Row norms of B beside the singular values of the same test images.",
+    },
+    TASK: {
+        "task_sweep.png": "Task error over stored bytes, what it is below the plain SVD's, and its "
+        "prediction without the head.",
+    },
+    IMAGES: {
+        "image_*_rank_comparison.png": "What rank keeps: three principal components of X a row, as "
+        "red, green and blue; grey where a rank lost them.",
+        "image_*_spatial_error_comparison.png": "Where on the photograph the error lies.",
+        "image_*_spatial_channel_comparison.png": "Single channels: original, network, SVD and "
+        "their differences.",
+    },
+    TRAINING: {
+        "train_val_loss_comparison.png": "Squared error over the epochs with the SVD's as the "
+        "floor, validation error above the optimum, learning rate and effective rank; dotted: the "
+        "best epoch.",
+        "loss_curves.png": "Each term of the loss, and the shifts, over the epochs.",
+    },
+}
 RESULTS_OF_ALL = {  # figures of the whole results folder, for the index
     "overview.png": "All trained architectures: error above the SVD's, error beside it, speed of "
     "training.",
@@ -52,11 +58,9 @@ RESULTS_OF_ALL = {  # figures of the whole results folder, for the index
 }
 AGAIN = "make it again, or remove it"
 PIXELS = 1.6  # of a figure for one of the page, where it has room: letters like the page's own
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-    undefined=jinja2.StrictUndefined,
-)  # fmt: skip
-
+FOLDER = jinja2.FileSystemLoader(Path(__file__).parent)
+STRICT = {"autoescape": True, "trim_blocks": True, "undefined": jinja2.StrictUndefined}
+TEMPLATES = jinja2.Environment(loader=FOLDER, **STRICT)
 
 Parts = list[dict]
 
@@ -110,11 +114,12 @@ def run_page(folder: Path, log_dir: Path) -> str:
     data = str(test.get("data") or comparison.get("data") or "data not known")
     heading = folder.name + (f", rank {rank}" if rank else "")
     figures = _figures(folder)
-    return page(heading, data, {
+    tables = _box_table(comparison.get("box") or {})
+    tables += _rank_per_image_table(comparison.get("rank_per_image") or {})
+    sections = {
         "": paragraph(_finding(comparison)),
         "Numbers": _test_table(test) + _comparison_table(comparison),
-        COMPARISON: figures[COMPARISON] + _box_table(comparison.get("box") or {})
-        + _rank_per_image_table(comparison.get("rank_per_image") or {}),
+        COMPARISON: figures[COMPARISON] + tables,
         TASK: _task_table(_json(folder / "task_sweep.json")) + figures[TASK],
         IMAGES: _image_table(folder) + figures[IMAGES],
         TRAINING: figures[TRAINING] + _epoch_table(folder, test.get("best_epoch")),
@@ -123,29 +128,29 @@ def run_page(folder: Path, log_dir: Path) -> str:
         "Flags of the training": _settings(state.get("args", {})),
         "Environment of the training": _environment(log),
         "End of the log": _log_tail(log),
-    })  # fmt: skip
+    }
+    return page(heading, data, sections)
 
 
 def index_page(results_dir: Path, folders: list[Path], rows: list[dict]) -> str:
     """The page of all runs. rows: overview.json's entry of each architecture that is compared."""
     compared = {row["arch"]: row for row in rows}
     tests = {folder.name: _json(folder / "test_results.json") for folder in folders}
-    header = ["run", "factors", "rank", "rel_error", "SVD", "excess mean", "p90", "images/s",
-              "best epoch"]  # fmt: skip
+    header = "run|factors|rank|rel_error|SVD|excess mean|p90|images/s|best epoch".split("|")
     cells = []
     for folder in folders:
         row, test = compared.get(folder.name), tests[folder.name]
         cells.append([link(f"{folder.name}/report.html", folder.name)])
         if row:
-            excess = [percent_text(row[key]) for key in ("excess_mean", "excess_p90")]
-            cells[-1] += [row["factors"], _text(row["rank"]), _error(row["rel_error"]),
-                          _error(row["optimum"]), *excess, f"{row['samples_per_s']:.1f}",
-                          _epochs(row)]  # fmt: skip
+            cells[-1] += [row["factors"], _text(row["rank"])]
+            cells[-1] += [_error(row[key]) for key in ("rel_error", "optimum")]
+            cells[-1] += [percent_text(row[key]) for key in ("excess_mean", "excess_p90")]
+            cells[-1] += [f"{row['samples_per_s']:.1f}", _epochs(row)]
         else:
             rank = test.get("effective_rank")
             metrics = (test.get("ranks") or {}).get(str(rank), {})
-            cells[-1] += ["", _text(rank), _error(_mean(metrics, "rel_error")), "",
-                          *_excess(metrics), "", _epochs(test)]  # fmt: skip
+            cells[-1] += ["", _text(rank), _error(_mean(metrics, "rel_error")), ""]
+            cells[-1] += [*_excess(metrics), "", _epochs(test)]
     of_data = [str(test["data"]) for test in tests.values() if "data" in test]
     # one run on demo data is enough to say so first
     data = min(of_data, key=lambda d: not d.startswith("DEMO"), default="data not known")
@@ -160,10 +165,9 @@ def index_page(results_dir: Path, folders: list[Path], rows: list[dict]) -> str:
         "Relative error and excess over the SVD's (the optimum) are of the test images, each "
         "network at its own effective rank; a run's name leads to its page."
     )
-    return page("Low-rank factors of vision tokens: all runs", data, {
-        "": paragraph(words) + table(header, cells, text=(0, 1)) + figures,
-        "Earlier runs": _earlier_runs(results_dir, folders),
-    })  # fmt: skip
+    sections = {"": paragraph(words) + table(header, cells, text=(0, 1)) + figures}
+    sections["Earlier runs"] = _earlier_runs(results_dir, folders)
+    return page("Low-rank factors of vision tokens: all runs", data, sections)
 
 
 def newest_log(log_dir: Path, folder: Path) -> Path | None:
@@ -189,12 +193,15 @@ def _json(path: Path) -> dict | list:
 
 def _figures(folder: Path) -> dict[str, Parts]:
     """Section → its figures, in the order of FIGURES."""
-    found: dict[str, Parts] = {COMPARISON: [], TASK: [], IMAGES: [], TRAINING: []}
-    for pattern, (where, caption) in FIGURES.items():
-        paths = [path for path in folder.glob("*.png") if fnmatch(path.name, pattern)]
-        for path in sorted(paths, key=_image_number):
-            found[where] += figure(path, caption)
-    return found
+    return {
+        section: [
+            part
+            for pattern, caption in captions.items()
+            for path in sorted(folder.glob(pattern), key=_image_number)
+            for part in figure(path, caption)
+        ]
+        for section, captions in FIGURES.items()
+    }
 
 
 def _image_number(path: Path) -> tuple[int, str]:
@@ -267,12 +274,11 @@ def _comparison_table(comparison: dict) -> Parts:
     """The optimum, and how far each method is above it."""
     ranks = comparison.get("ranks") or {}
     others = [m for m in next(iter(ranks.values()), {}) if m not in ("network", "svd")]
-    rows = [
-        [rank, _error(_mean(methods.get("svd", {}), "rel_error")),
-         *_excess(methods.get("network", {})),
-         *(_excess(methods.get(name, {}))[0] for name in others)]
-        for rank, methods in ranks.items()
-    ]  # fmt: skip
+    rows = []
+    for rank, methods in ranks.items():
+        rows.append([rank, _error(_mean(methods.get("svd", {}), "rel_error"))])
+        rows[-1] += _excess(methods.get("network", {}))
+        rows[-1] += [_excess(methods.get(name, {}))[0] for name in others]
     if not rows:
         return []
     words = "The SVD's rel_error and the mean excess of every method over it, on the same "
@@ -291,10 +297,9 @@ def _box_table(box: dict) -> Parts:
     rows = []
     for name in ("network", "svd"):
         difference = box[name]["inside_minus_outside"]
-        interval = difference.get("interval_95")
-        rows.append([name, *(_error(box[name][part]["mean"]) for part in ("inside", "outside")),
-                     f"{difference['mean']:.2g}",
-                     " to ".join(f"{v:.2g}" for v in interval) if interval else ""])  # fmt: skip
+        interval = " to ".join(f"{v:.2g}" for v in difference.get("interval_95") or [])
+        errors = [_error(box[name][part]["mean"]) for part in ("inside", "outside")]
+        rows.append([name, *errors, f"{difference['mean']:.2g}", interval])
     header = ["method", "in the box", "outside", "inside − outside", "approximate 95 % interval"]
     return paragraph(words) + table(header, rows)
 
@@ -307,9 +312,8 @@ def _rank_per_image_table(budget: dict) -> Parts:
         own, fixed = budget[name], budget[name]["fixed"]
         ranks = "{mean:.1f} ({min} to {max})".format(**own["ranks"])
         for label, entry in ((ranks, own), (f"{fixed['rank']} for all", fixed)):
-            error = entry["rel_error"]
-            rows.append([name, label, f"{entry['stored_values']:,}",
-                         *(_error(error[key]) for key in ("mean", "p90", "max"))])  # fmt: skip
+            errors = [_error(entry["rel_error"][key]) for key in ("mean", "p90", "max")]
+            rows.append([name, label, f"{entry['stored_values']:,}", *errors])
     words = f"Ranks per image (--{budget['mode']} {budget[budget['mode']]:g})."
     header = ["method", "ranks", "values stored", "rel_error mean", "p90", "max"]
     return paragraph(words) + table(header, rows, text=(0, 1))
@@ -341,11 +345,10 @@ def _image_table(folder: Path) -> Parts:
     rows = []
     for image in map(_json, paths):
         network, svd = image.get("network", {}), image.get("svd", {})
-        excess = percent_text(network.get("excess_pct"))
-        rows.append([_text(image.get("image_idx")), _text(image.get("split")),
-                     _text(image.get("rank")), _error(network.get("rel_error")),
-                     _error(svd.get("rel_error")), excess, _text(image.get("question")),
-                     ", ".join(map(str, image.get("answers") or []))])  # fmt: skip
+        rows.append([_text(image.get(key)) for key in ("image_idx", "split", "rank")])
+        rows[-1] += [_error(network.get("rel_error")), _error(svd.get("rel_error"))]
+        rows[-1] += [percent_text(network.get("excess_pct")), _text(image.get("question"))]
+        rows[-1].append(", ".join(map(str, image.get("answers") or [])))
     header = ["image", "part", "rank", "rel_error", "SVD", "excess", "question", "answers"]
     return table(header, rows, text=(1, 6, 7))
 
@@ -353,8 +356,8 @@ def _image_table(folder: Path) -> Parts:
 def _epoch_table(folder: Path, best: int | None) -> Parts:
     """Of the history the untrained start, the best epoch and the last ones."""
     history = _json(folder / "history.json") or []
-    keys = ("train_loss", "val_mse", "val_optimum_mse", "val_rel_error", "val_excess_pct",
-            "effective_rank", "lr", "samples_per_s")  # fmt: skip
+    keys = """train_loss val_mse val_optimum_mse val_rel_error val_excess_pct effective_rank lr
+        samples_per_s""".split()
     shown = [r for r in history if r["epoch"] in (0, best) or r in history[-10:]]
     rows = [[_text(r["epoch"]), *(_text(r.get(key)) for key in keys)] for r in shown]
     return table(["epoch", *(key.replace("_", " ") for key in keys)], rows, text=())
@@ -364,15 +367,15 @@ def _benchmark_parts(folder: Path) -> Parts:
     """Of results/benchmark.json what this network needs, and where it was measured."""
     found = _json(folder.parent / "benchmark.json")
     records = [r for r in found.get("records", []) if r.get("arch") == folder.name]
-    keys = {"rank": "rank", "K": "K", "p": "p", "batch": "batch", "ms_median": "ms a matrix",
-            "ms_iqr": "interquartile range", "matrices_per_s": "matrices/s",
-            "excess_mean": "excess mean %", "excess_p90": "p90 %",
-            "peak_mb": "peak MB"}  # fmt: skip
+    keys = {key: key for key in ("rank", "K", "p", "batch")}
+    keys |= {"ms_median": "ms a matrix", "ms_iqr": "interquartile range"}
+    keys |= {"matrices_per_s": "matrices/s", "excess_mean": "excess mean %"}
+    keys |= {"excess_p90": "p90 %", "peak_mb": "peak MB"}
     rows = [[_text(record.get(key)) for key in keys] for record in records]
     if not rows:
         return []
-    where = "  ".join(f"{k} {_text(v)}" for k, v in found.get("environment", {}).items()
-                      if not isinstance(v, dict))  # fmt: skip
+    environment = found.get("environment", {}).items()
+    where = "  ".join(f"{k} {_text(v)}" for k, v in environment if not isinstance(v, dict))
     return table(list(keys.values()), rows, text=()) + paragraph(f"Measured on: {where}")
 
 
