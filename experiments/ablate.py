@@ -31,7 +31,7 @@ from common.timing import time_in_turn
 from figures import error_against_time
 from model import LowRankFactorModel, LowRankProjMLP, LowRankProjSymmetric
 from qwenvl_dataloader import Loaders, RealQwenVLDataset, create_data_loaders_real, normalise
-from subspace import even_features, pivoted_features
+from subspace import Grid, even_features, pivoted_features
 from svd_baseline import evaluate, gain, gram_eigh, interval_95, second_moment
 from training.state import SHIFT_LR_FACTOR
 
@@ -90,7 +90,7 @@ class RandomSketch(LowRankFactorModel):
     def make_branch(self, in_features: int, out_features: int) -> nn.Module:
         return nn.Identity()
 
-    def sketch(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    def sketch(self, x: Tensor, columns: int, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
         omega, seen = self.omega[:, :columns], x[..., self.seen]
         y = x @ omega if self.from_rows else seen @ (seen.mT @ omega)
         return y, y

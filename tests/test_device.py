@@ -77,7 +77,7 @@ def test_a_training_step_stays_on_its_device_and_asks_it_for_no_value(flags, x, 
     argv = f"--rank {R} --hidden_dim 16 {flags}".split()
     args = cli.parse(train_real_data.get_args_parser(), argv)
     dataset = SimpleNamespace(
-        feature_dim=D, num_tokens=T, manifest={"encoder": {}}, is_demo=False,
+        feature_dim=D, num_tokens=T, grid=None, manifest={"encoder": {}}, is_demo=False,
         split=SimpleNamespace(hash="", train=NO_ROWS, val=NO_ROWS), rows=pa.table({}),
     )  # fmt: skip
     run = build_run(args, dataset, META)
