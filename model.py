@@ -233,7 +233,7 @@ class LowRankFactorModel(nn.Module):
         self, x: Tensor, rank: int | None = None, *, ordered: bool = True, grid: Grid | None = None
     ) -> Factors:
         """A [b, T, r'], B [b, r', D] of x [b, T, D] on `grid`, by default the model's own; r' is
-        `rank` or the rank in use, at most min(T, D). (Masked columns of A are zero.)
+        `rank` or the rank in use, at most min(T, D). Masked columns of A are zero.
 
         One model serves every r' ≤ r: projected factors are cut in Ritz order, direct factors are
         replaced by the truncated SVD of their product. ordered=False leaves the components of an
