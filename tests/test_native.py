@@ -13,6 +13,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 import extract_features
 from common import shard_folder
 from common.boxes import box_in_view
+from features import cache_writer
 from features.encoders import load_encoder
 from features.image_sources import UnreadableImage
 from features.native_size import PixelRange, native_size
