@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -137,6 +137,31 @@ def save_tensors(
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:  # what the library makes of an OSError
             raise UserError(f"{path} cannot be written ({error}): free or choose a disk") from None
+
+
+def load_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, memory-mapped: nothing is read yet.
+
+    Raises UserError, ending in `remedy`, where the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+
+
+def check_tensors(
+    path: Path, tensors: dict[str, Tensor], expected: dict[str, tuple], remedy: str
+) -> None:
+    """Refuse tensors of a file that lack one, or have it of another shape or dtype.
+
+    expected: name → (*shape, dtype).
+    """
+    for name, wanted in expected.items():
+        found = (*tensors[name].shape, tensors[name].dtype) if name in tensors else "nothing"
+        if found != wanted:
+            raise UserError(f"{path} holds {name} {found}, its manifest says {wanted}: {remedy}")
 
 
 def sha256_file(path: str | Path) -> str:
