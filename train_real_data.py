@@ -407,7 +407,7 @@ def main(args: argparse.Namespace) -> int:
             )
             return 128 + stop.signal
         if processes.is_main():
-            results = test_and_draw(folder, dataset, loaders, run.history)
+            results = test_and_draw(folder, dataset, loaders, run.history, run.head)
             report(run, results, folder, log, time.perf_counter() - started)
     return 0
 
