@@ -380,7 +380,9 @@ def main(args: argparse.Namespace) -> int:
         print_header(run, dataset, loaders, log)
         if args.resume:
             lr = run.optimizer.param_groups[0]["lr"]
-            log(f"going on with epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}")
+            trained_for = f" trained for --task_head {args.task_head}" if args.task_head else ""
+            log(f"going on with the run{trained_for}: epoch {run.epoch} of {run.last_epoch}, "
+                f"lr {lr:.3e}; without --resume a new run begins")  # fmt: skip
             if run.note:
                 log(run.note)
             if args.resume == "best":

@@ -25,7 +25,7 @@ def findings(results_dir: Path, folders: list[Path]) -> list[str]:
     coded = _json(results_dir / "bytes.json")
     lines = [_bytes_line(coded, comparison), _task_bytes_line(coded)]
     if comparison:
-        lines += [_task_line(folder, comparison), _frobenius_line(folder, comparison)]
+        lines += [task_line(folder, comparison), _frobenius_line(folder, comparison)]
     lines += [_training_line(folder) if folder else "", _data_line(comparison, coded)]
     lines = [line for line in lines if line]
     if len(lines) > 5:
@@ -46,7 +46,7 @@ def best_figure(results_dir: Path, folders: list[Path]) -> tuple[Path, str] | No
 
 def kilobytes(number: float) -> str:
     """Bytes in kB, three digits."""
-    return f"{number / 1e3:.3g} kB"
+    return f"{number / 1e3:#.3g}".removesuffix(".") + " kB"
 
 
 def _json(path: Path) -> dict:
@@ -96,7 +96,7 @@ def _rank(ranks: dict) -> str:
     return SHOWN_RANK if SHOWN_RANK in ranks else max(ranks, key=int)
 
 
-def _task_line(folder: Path, comparison: dict) -> str:
+def task_line(folder: Path, comparison: dict) -> str:
     """The gain of the trained network, and of the closed form where it was measured."""
     task = comparison.get("task")
     if not task:
@@ -108,7 +108,7 @@ def _task_line(folder: Path, comparison: dict) -> str:
         sweep = _json(folder / "task_sweep.json")
         if sweep.get("head_sha256") == task["head_sha256"]:
             closed = sweep["methods"].get("svd_in_metric", {}).get(rank)
-    line = (f"at rank {rank} task error below the SVD's: trained network "
+    line = (f"at rank {rank} task error (head {task['head']}) below the SVD's: trained network "
             f"{_gain(methods['network']['gain_pct'])}; closed-form metric ")  # fmt: skip
     if closed:
         return line + _gain(closed["gain_pct"])
@@ -122,9 +122,10 @@ def _gain(gain: dict) -> str:
 
 def _frobenius_line(folder: Path, comparison: dict) -> str:
     rank = _rank(comparison["ranks"])
-    above = percent_text(comparison["ranks"][rank]["network"]["excess_pct"]["mean"])
+    mean = comparison["ranks"][rank]["network"]["excess_pct"]["mean"]
+    above = percent_text(mean) if mean is None or mean < 1 else f"{mean:.1f} %"
     interval = (comparison.get("network_excess_pct_95") or {}).get(rank)
-    bounds = f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else ""
+    bounds = " [{:.3g}, {:.3g}]".format(*interval) if interval else ""
     return (f"at rank {rank} in the Frobenius norm the SVD wins, by theorem: rel_error of "
             f"{folder.name} is {above}{bounds} above the SVD's")  # fmt: skip
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import jinja2
 
 from common.files import read_json
-from experiments.findings import AGAIN, best_figure
+from experiments.findings import AGAIN, best_figure, task_line
 from svd_baseline import gain_text, percent_text
 from training.checkpoint import load_checkpoint
 
@@ -121,7 +121,7 @@ def run_page(folder: Path, log_dir: Path) -> str:
     heading = folder.name + (f", rank {rank}" if rank else "")
     figures = _figures(folder)
     return page(heading, data, {
-        "": paragraph(_finding(comparison)),
+        "": paragraph(_finding(comparison)) + paragraph(task_line(folder, comparison)),
         "Numbers": _both_norms_table(comparison) + _test_table(test)
         + _comparison_table(comparison),
         COMPARISON: figures[COMPARISON] + _box_table(comparison.get("box") or {})

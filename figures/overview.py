@@ -94,6 +94,9 @@ def _finding(rows: list[dict]) -> str:
     ranks = [row["rank"] for row in rows]
     if len(set(ranks)) > 1:
         means = [f"{mean} (rank {rank})" for mean, rank in zip(means, ranks, strict=True)]
+    gains = [row["ranks"].get(str(row["rank"]), {}).get("task_gain_pct") for row in rows]
+    means = [mean if gain is None else f"{mean} (for its head {gain:.0f} % below)"
+             for mean, gain in zip(means, gains, strict=True)]  # fmt: skip
     found = ", ".join(f"{row['arch']} {mean}" for row, mean in zip(rows, means, strict=True))
     where = "" if len(set(ranks)) > 1 else f" at rank {ranks[0]}"
     return f"Mean error above the SVD's{where}: {found}"

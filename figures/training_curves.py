@@ -195,7 +195,7 @@ def loss_terms(path: str | Path, history: list[dict], footer: str) -> None:
         on["task"].set_ylabel("task term: λ_task · mean of\nlog(task error), in training")
     if shifts.size:
         curve(on["shifts"], epochs, shifts, BLACK)
-        on["shifts"].set(ylabel="shift of a refinement step,\nshare of the least Ritz value",
+        on["shifts"].set(ylabel="shift of a step, share\nof the least Ritz value",
                          ylim=(0, 1))  # fmt: skip
         ends[on["shifts"]] = [(s, f"step {k}", BLACK) for k, s in enumerate(shifts[-1], 1)]
     for name in set(on) - {"words"}:

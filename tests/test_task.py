@@ -648,6 +648,18 @@ def test_a_task_run_goes_on_from_its_checkpoint(task_trained, tiny_cache, script
                   "--cache_dir", tiny_cache)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "val_task_error" in json.loads((results / "ResMLP" / "history.json").read_text())[-1]
+    assert "going on with the run trained for --task_head saliency: epoch " in done.stdout
+
+
+def test_a_run_of_the_manual_after_one_for_a_task_keeps_that_one_aside(
+    task_trained, tiny_cache, tmp_path
+):
+    shutil.copytree(task_trained, tmp_path / "results")
+    results = trained(tmp_path, tiny_cache)
+    history = json.loads((results / "ResMLP" / "history.json").read_text())
+    assert "val_task_error" not in history[-1]
+    (aside,) = (results / "ResMLP").glob("previous-*")
+    assert "val_task_error" in json.loads((aside / "history.json").read_text())[-1]
 
 
 def test_the_task_trained_network_is_judged_beside_the_others(
