@@ -32,6 +32,7 @@ from coding.rank_budget import (
 from common import cli
 from common.files import with_content_hash, write_json
 from common.locks import sole_writer
+from common.tables import print_columns
 from figures import comparison
 from model import LowRankFactorModel
 from qwenvl_dataloader import Loaders, create_data_loaders_real
@@ -58,24 +59,20 @@ STORED_AS = "bf16"  # factorize.py's default: its ranks for a target are those t
 Method = Callable[[Tensor, int], Factors]
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Compare a trained network with the truncated SVD on held-out images.",
         epilog="example:\n  python compare_svd_nn.py --arch ResMLP --rank 64",
     )
-    what = parser.add_argument_group("what is compared")
-    what.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
-    ranks = what.add_mutually_exclusive_group()
-    ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
-                       help="rank to evaluate; default the trained (effective) rank")  # fmt: skip
-    ranks.add_argument("--target_error", type=cli.number(float, above=0, below=1), default=None,
-                       metavar="E",
-                       help="also: each image at the least rank with this rel_error")  # fmt: skip
-    ranks.add_argument("--mean_rank", type=cli.number(int, 1), default=None, metavar="R",
-                       help="also: this rank on average, split over images for the least total "
-                            "squared error")  # fmt: skip
-    what.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
-                      help="images at once")  # fmt: skip
+    what = parser.flags("what is compared")
+    what("--arch")
+    ranks = what.one_of()
+    ranks("--rank")
+    ranks("--target_error", help="also: each image at the least rank with this rel_error")
+    ranks("--mean_rank", cli.count)(
+        "also: this rank on average, split over images for the least total squared error"
+    )
+    what("--batch_size")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -168,8 +165,8 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     again = cli.flags_again(args, "rank", "metric", "results_dir", "cache_dir", "device")
     excess = per_image[rank]["network"]["excess_pct"].nan_to_num(nan=-1.0)
     worst = int(loaders.test.sampler.rows[excess.argmax()])
-    print("next, the test image with the largest excess: python visualize_svd_nn.py "
-          f"--arch {results['arch']} --image_idx {worst}{again}")  # fmt: skip
+    again = f"--arch {results['arch']} --image_idx {worst}{again}"
+    print(f"next, the test image with the largest excess: python visualize_svd_nn.py {again}")
 
 
 def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, Method]:
@@ -190,9 +187,13 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
 
 
 def error_in_task(
-    trained: Trained, methods: dict[str, Method], metric: TaskMetric | None, loaders: Loaders,
-    ranks: list[int], groups: list[str],
-) -> tuple[dict | None, dict[int, dict[str, Tensor]]]:  # fmt: skip
+    trained: Trained,
+    methods: dict[str, Method],
+    metric: TaskMetric | None,
+    loaders: Loaders,
+    ranks: list[int],
+    groups: list[str],
+) -> tuple[dict | None, dict[int, dict[str, Tensor]]]:
     """Task errors of SVD and network, in the norm of the head that the network was trained for.
 
     Returns: the JSON's entry (None for a network of the Frobenius norm, or without its head), and
@@ -276,13 +277,11 @@ def print_table(results: dict) -> None:
     print(
         f"mean rel_error, and mean excess over the optimum in per cent, {results['split']} images"
     )
-    print("rank  " + "".join(f"{name:>24}" for name in names))
+    rows = [["rank", *names]]
     for rank, methods in results["ranks"].items():
-        cells = []
-        for name in names:
-            error, excess = methods[name]["rel_error"]["mean"], methods[name]["excess_pct"]["mean"]
-            cells.append(f"{error:.5f} {percent_text(excess):>13}")
-        print(f"{rank:>4}  " + "".join(f"{cell:>24}" for cell in cells))
+        means = [[methods[n][key]["mean"] for key in ("rel_error", "excess_pct")] for n in names]
+        rows.append([rank, *(f"{error:.5f} {percent_text(excess):>11}" for error, excess in means)])
+    print_columns(rows)
 
 
 def print_both_norms(results: dict) -> None:
@@ -295,19 +294,14 @@ def print_both_norms(results: dict) -> None:
         "below: by how many per cent it is below the SVD's [approximate 95 % interval]"
     )
     names = ["svd", "network"] + ["svd_in_metric"] * closed
-    header = ["rank", "rel_error svd", "network", *(f"task {name}" for name in names)]
-    header += ["network below", *(["svd_in_metric below"] * closed)]
-    print("".join(f"{name:>{width(name)}}" for name in header))
+    rows = [["rank", "rel_error svd", "network", *(f"task {name}" for name in names)]]
+    rows[0] += [f"{name} below" for name in names[1:]]
     for rank, methods in task["ranks"].items():
         plain = results["ranks"][rank]
         cells = [rank, *(f"{plain[name]['rel_error']['mean']:.5f}" for name in names[:2])]
         cells += [f"{methods[name]['mean']:.5f}" for name in names]
-        cells += [gain_text(methods[name]["gain_pct"]) for name in names[1:]]
-        print("".join(f"{c:>{width(name)}}" for c, name in zip(cells, header, strict=True)))
-
-
-def width(name: str) -> int:
-    return 22 if name.endswith("below") else 6 if name == "rank" else max(11, len(name) + 2)
+        rows.append(cells + [gain_text(methods[name]["gain_pct"]) for name in names[1:]])
+    print_columns(rows)
 
 
 def print_box(box: dict) -> None:
@@ -339,8 +333,8 @@ def difference_text(difference: dict) -> str:
 
 def print_budget(budget: dict) -> None:
     mode = budget["mode"]
-    print(f"ranks per image, --{mode} {budget[mode]:g}, against one fixed rank that stores as much "
-          f"(network as stored in {budget['network_stored_as']})")  # fmt: skip
+    stored = f"that stores as much (network as stored in {budget['network_stored_as']})"
+    print(f"ranks per image, --{mode} {budget[mode]:g}, against one fixed rank {stored}")
     keys = ("mean", "p90", "max", "rms")
     print(f"{'':9}{'ranks':>24}{'values stored':>15}" + "".join(f"{key:>11}" for key in keys))
     for name in ("network", "svd"):

@@ -32,6 +32,7 @@ from PIL import Image
 
 from common import cli, processes, progress
 from common.errors import UserError
+from common.grids import token_range
 from features.cache_writer import ROWS_PER_SHARD, FeatureCacheWriter, refuse_finished
 from features.encoders import VisionEncoder, load_encoder, resize_image
 from features.image_sources import (
@@ -54,38 +55,37 @@ BATCHES_AHEAD = 1
 NAMES_SHOWN = 5
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Encode images into a feature cache of vision tokens.",
         epilog="examples:\n"
         "  python -m experiments.make_demo_data && python extract_features.py --demo\n"
         "  torchrun --nproc_per_node 2 extract_features.py --demo   # two processes",
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_dir", type=cli.folder, help="folder with *.parquet, with "
-                      "data/*.parquet in it, or with images in it and below")  # fmt: skip
-    data.add_argument("--import_pt", type=cli.folder, metavar="DIR", help="take the features of an "
-                      "older cache, features_<i>.pt files, instead of encoding images")  # fmt: skip
-    data.add_argument("--demo", action="store_true",
-                      help=f"encode {DEMO_DATA}/ (or --dataset_dir) with a small pretrained DINOv2 "
-                      "that the package index has")  # fmt: skip
-    data.add_argument("--cache_dir", type=cli.folder, default="feature_cache_real",
-                      help="folder to write")  # fmt: skip
-    data.add_argument("--overwrite", action="store_true", help="replace a cache that is there")
-    data.add_argument("--verify", action="store_true", help="only check the cache that is there "
-                      "against its hashes and print what it holds")  # fmt: skip
-    encoder = parser.add_argument_group("encoder")
-    encoder.add_argument("--model", type=cli.name, default="Qwen/Qwen2.5-VL-3B-Instruct",
-                         help="hub id or folder")  # fmt: skip
-    encoder.add_argument("--image_size", type=cli.number(int, 28, 4096), default=448,
-                         help="side of the square the encoder sees, pixels")  # fmt: skip
-    encoder.add_argument("--resize", choices=("stretch", "pad"), default="stretch",
-                         help="stretch to the square, or keep the aspect and pad")  # fmt: skip
-    encoder.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=16,
-                         help="images encoded at once: memory against speed")  # fmt: skip
-    encoder.add_argument(
-        "--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N"
+    data = parser.flags("data")
+    data("--dataset_dir", cli.folder)(
+        "folder with *.parquet, with data/*.parquet in it, or with images in it and below"
     )
+    data("--import_pt", cli.folder)(
+        "take the features of an older cache, features_<i>.pt files, instead of encoding images"
+    )
+    data.switch("--demo")(
+        f"encode {DEMO_DATA}/ (or --dataset_dir) with a small pretrained DINOv2 that the package "
+        "index has"
+    )
+    data("--cache_dir", help="folder to write")
+    data.switch("--overwrite", "replace a cache that is there")
+    data.switch(
+        "--verify", "only check the cache that is there against its hashes, and describe it"
+    )
+    encoder = parser.flags("encoder")
+    encoder("--model", cli.name, "Qwen/Qwen2.5-VL-3B-Instruct", "hub id or folder")
+    pixels = cli.Number(int, 28, 4096)
+    encoder("--image_size", pixels, 448, "side of the square the encoder sees, pixels")
+    kinds = ("stretch", "pad")
+    encoder("--resize", kinds, "stretch", "stretch to the square, or keep the aspect and pad")
+    encoder("--batch_size", default=16, help="images encoded at once: memory against speed")
+    encoder("--device")
     return parser
 
 
@@ -233,6 +233,8 @@ def _sha256(cell: ImageCell) -> str | None:
 
 
 class Batch(NamedTuple):
+    """Images of one shard that are encoded together."""
+
     shard: int
     rows: list[tuple[int, dict]]  # row number in the data set, row
 
@@ -257,12 +259,8 @@ def write_samples(
     features = [
         encoded[s.first] if s.first in encoded else writer.features_of(s.first) for s in readable
     ]
-    writer.write_shard(
-        shard,
-        torch.stack(features) if features else torch.empty(0),
-        [s.record for s in readable],
-        [{"row_id": s.row_id, "reason": s.reason} for s in samples if s.reason],
-    )
+    skipped = [{"row_id": s.row_id, "reason": s.reason} for s in samples if s.reason]
+    writer.write_shard(shard, features, [s.record for s in readable], skipped)
 
 
 class Sample(NamedTuple):
@@ -418,9 +416,10 @@ def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
     skipped = sum(entry.get("count", 1) for entry in manifest["skipped"])
     print(f"  rows       {len(dataset)}, {images}; {skipped} skipped as unreadable or missing")
     megabytes = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
-    rows, columns = dataset.grid
-    print(f"  tokens     {dataset.num_tokens} × {dataset.feature_dim}, {manifest['dtype']}, grid "
-          f"{rows} × {columns}; {len(manifest['shards'])} shards, {megabytes:.0f} MB")  # fmt: skip
+    many = f"{len(set(dataset.grids))} grids, most often " if dataset.ragged else "grid "
+    shape = f"{token_range(dataset.grids)} × {dataset.feature_dim}, {manifest['dtype']}"
+    files = f"{len(manifest['shards'])} shards, {megabytes:.0f} MB"
+    print(f"  tokens     {shape}, {many}{dataset.grid[0]} × {dataset.grid[1]}; {files}")
     encoder = manifest["encoder"]
     print("  encoder    " + ", ".join(encoder[k] for k in ("id", "preprocessor") if k in encoder))
     groups = dataset.rows["group"].to_pylist()
@@ -432,9 +431,12 @@ def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
     print(f"  split      by {manifest['split_by']}: {', '.join(sizes)}")
     if "split_note" in manifest:
         print(f"             {manifest['split_note']}")
-    ranks = report_ranks(dataset.singular_values.shape[1])[:-1]
-    best = "  ".join(f"{r}: {optimum(dataset.singular_values, r).mean():.4f}" for r in ranks)
-    print(f"  optimum    mean rel_error at rank  {best}")
+    if dataset.spectra_are_known:
+        ranks = report_ranks(min(dataset.num_tokens, dataset.feature_dim))[:-1]
+        best = "  ".join(f"{r}: {optimum(dataset.singular_values, r).mean():.4f}" for r in ranks)
+        print(f"  optimum    mean rel_error at rank  {best}")
+    else:
+        print("  optimum    not known yet: singular values are computed where they are needed")
     if verify:
         print("the cache is whole: every file matches its sha256, every feature is finite")
     else:

@@ -41,44 +41,36 @@ from task.metric import load_metric, network_in_metric
 from training.checkpoint import cache_identity, evaluated_rank, open_trained
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Write the factors A and B of every image of a feature cache.",
         epilog="examples:\n  python factorize.py --arch ResMLP --rank 64\n"
         "  python factorize.py --arch ResMLP --target_error 0.1 --dtype int8\n"
         "  torchrun --nproc_per_node 2 factorize.py --arch ResMLP   # two processes",
     )
-    what = parser.add_argument_group("factors")
-    what.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
-    ranks = what.add_mutually_exclusive_group()
-    ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
-                       help="of every image; default the trained (effective) rank")  # fmt: skip
-    ranks.add_argument("--target_error", type=cli.number(float, above=0, below=1), default=None,
-                       metavar="E",
-                       help="rel_error that each image has to meet, as stored, at its own "
-                            "smallest rank")  # fmt: skip
-    ranks.add_argument("--step", type=cli.number(float, 1e-4, 1e4), default=None, metavar="S",
-                       help="with --codec: the step of every image, in units of normalised "
-                            "tokens")  # fmt: skip
-    ranks.add_argument("--target_kb", type=cli.number(float, above=0), default=None, metavar="KB",
-                       help="with --codec: the most that each image takes, in 1000 "
-                            "bytes")  # fmt: skip
-    what.add_argument("--codec", type=cli.name, default=None, metavar="FILE",
-                      help="of experiments.fit_codec: coded factors, a fraction of int8's bytes, "
-                           "at --step, --target_kb or --target_error (then of raw tokens, "
-                           "as decoded)")  # fmt: skip
-    what.add_argument("--exact", action="store_true",
-                      help="with --codec: exact factors, no trained network")  # fmt: skip
-    what.add_argument("--dtype", choices=DTYPES, default="bf16",
-                      help="of A and B on disk; int8 has half the bytes of bf16 and the larger "
-                             "error")  # fmt: skip
-    what.add_argument("--out", type=cli.folder, default=None,
-                      help="folder to write; default factors/<arch>")  # fmt: skip
-    what.add_argument("--overwrite", action="store_true", help="replace what is in --out")
-    what.add_argument("--verify", action="store_true",
-                      help="only check the factors in --out against their hashes")  # fmt: skip
-    what.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
-                      help="images at once")  # fmt: skip
+    what = parser.flags("factors")
+    what("--arch")
+    ranks = what.one_of()
+    ranks("--rank", help="of every image; default the trained (effective) rank")
+    ranks("--target_error")(
+        "rel_error that each image has to meet, as stored, at its own smallest rank"
+    )
+    ranks("--step", cli.Number(float, 1e-4, 1e4))(
+        "with --codec: the step of every image, in units of normalised tokens"
+    )
+    ranks("--target_kb", cli.positive, None, "with --codec: the most of each image, in 1000 bytes")
+    what("--codec", cli.file)(
+        "of experiments.fit_codec: coded factors, a fraction of int8's bytes, at --step, "
+        "--target_kb or --target_error (then of raw tokens, as decoded)"
+    )
+    what.switch("--exact", "with --codec: exact factors, no trained network")
+    what("--dtype", DTYPES, "bf16")(
+        "of A and B on disk; int8 has half the bytes of bf16 and the larger error"
+    )
+    what("--out", cli.folder, None, "folder to write; default factors/<arch>")
+    what.switch("--overwrite", "replace what is in --out")
+    what.switch("--verify", "only check the factors in --out against their hashes")
+    what("--batch_size")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -196,8 +188,9 @@ def write_factors(
             # batches begin anew with each shard: bits do not depend on where a run was interrupted,
             # nor on the number of processes
             if codec:
-                writer.write_coded(shard, coded_rows(args, codec, model, dataset, device,
-                                                     writer.rows_of(shard), bar))  # fmt: skip
+                rows = writer.rows_of(shard)
+                coded = coded_rows(args, codec, model, dataset, device, rows, bar)
+                writer.write_coded(shard, coded)
                 continue
             parts = []
             for batch in torch.tensor(writer.rows_of(shard)).split(args.batch_size):
@@ -254,10 +247,8 @@ def coded_rows(
             if args.step is not None:
                 image = coded_image(codec, raw, dataset.grid, args.step, factors)
             else:
-                image = image_for_target(
-                    codec, raw, dataset.grid, factors,
-                    target_error=args.target_error, target_kb=args.target_kb,
-                )  # fmt: skip
+                target = {"target_error": args.target_error, "target_kb": args.target_kb}
+                image = image_for_target(codec, raw, dataset.grid, factors, **target)
         except UserError as error:
             raise UserError(f"row {row}: {error}") from None
         images.append(image)

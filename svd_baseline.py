@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.epoch_order import Batch
 from subspace import even_features, refine, start_shifts
-
-if TYPE_CHECKING:
-    from qwenvl_dataloader import Batch
 
 # Below this relative error the optimum is rounding, and a ratio to it says nothing.
 NO_EXCESS_BELOW = 1e-6

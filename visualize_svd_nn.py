@@ -18,12 +18,13 @@ from PIL.Image import Image
 from torch import Tensor
 
 from common import cli
+from common.boxes import box_in_view
 from common.errors import UserError
 from common.files import write_json
 from common.locks import sole_writer
 from figures import token_grid
 from model import LowRankFactorModel
-from qwenvl_dataloader import box_in_view, normalise
+from qwenvl_dataloader import normalise
 from svd_baseline import (
     image_metrics,
     principal_coordinates,
@@ -38,18 +39,15 @@ RANKS_SHOWN = (8, 32, 128)  # of rank_comparison, as far as the model goes
 CHANNELS = 8  # the first ones, the same in every image; and those of most and of least error
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Draw what network and SVD keep of one image on the grid of its tokens.",
         epilog="example:\n  python visualize_svd_nn.py --arch ResMLP --rank 32 --image_idx 0",
     )
-    what = parser.add_argument_group("what is drawn")
-    what.add_argument("--arch", type=cli.name, default="ResMLP",
-                      help="architecture whose best model is drawn")  # fmt: skip
-    what.add_argument("--rank", type=cli.number(int, 1), default=None,
-                      help="rank to draw; default the trained (effective) rank")  # fmt: skip
-    what.add_argument("--image_idx", type=cli.number(int, 0), default=None,
-                      help="row of the cache; default the first test image")  # fmt: skip
+    what = parser.flags("what is drawn")
+    what("--arch")
+    what("--rank")
+    what("--image_idx", cli.whole)("row of the cache; default the first test image")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -105,11 +103,9 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
     errors = {name: token_error(x, *ab)[0].cpu() for name, ab in factors.items()}
     photo = dataset.thumbnail(row)
     stem = folder / f"image_{row}"
-    token_grid.channel_comparison(f"{stem}_spatial_channel_comparison.png", photo, box, maps,
-                                  channels, dataset.grid, info)  # fmt: skip
-    token_grid.spatial_error(f"{stem}_spatial_error_comparison.png", photo, box, errors,
-                             dataset.grid, info)  # fmt: skip
     written = [f"{stem}_spatial_channel_comparison.png", f"{stem}_spatial_error_comparison.png"]
+    token_grid.channel_comparison(written[0], photo, box, maps, channels, dataset.grid, info)
+    token_grid.spatial_error(written[1], photo, box, errors, dataset.grid, info)
     if dataset.grid[0] == dataset.grid[1] > 1:
         where = f"Image {row} ({side}), {arch}"
         written.append(f"{stem}_rank_comparison.png")
@@ -149,9 +145,16 @@ def shown_channels(x: Tensor, x_hat: Tensor) -> dict[int, str]:
 
 @torch.inference_mode()
 def draw_ranks(
-    path: str, model: LowRankFactorModel, most: int, x: Tensor, photo: Image | None,
-    box: token_grid.Box, grid: token_grid.Grid, where: str, footer: str,
-) -> None:  # fmt: skip
+    path: str,
+    model: LowRankFactorModel,
+    most: int,
+    x: Tensor,
+    photo: Image | None,
+    box: token_grid.Box,
+    grid: token_grid.Grid,
+    where: str,
+    footer: str,
+) -> None:
     """Figure of what network and SVD keep of x [1, T, D] at rising ranks, up to `most`."""
     ranks = sorted({r for r in RANKS_SHOWN if r < most} | {min(most, RANKS_SHOWN[-1])})
     factors = {

@@ -138,10 +138,12 @@ def _own_device(name: str) -> torch.device:
 
 
 def rank() -> int:
+    """Number of this process, 0 to world() − 1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """Number of processes that work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -32,10 +32,9 @@ class Lines:
         now = time.monotonic()
         if count and now - self.written >= LINE_SECONDS:
             self.written = now
-            line = tqdm.format_meter(
-                self.n, self.total, now - self.begun, prefix=self.desc, unit=self.unit,
-                initial=self.initial, bar_format=LINE,
-            )  # fmt: skip
+            style = {"prefix": self.desc, "unit": self.unit, "bar_format": LINE}
+            seconds = now - self.begun
+            line = tqdm.format_meter(self.n, self.total, seconds, initial=self.initial, **style)
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -62,11 +61,10 @@ def bar(
 
 
 def over(
-    items: Iterable[Item], desc: str, unit: str, *, total: int | None = None, show: bool = True,
-    count: Callable[[Item], int] = lambda _: 1, initial: int = 0,
-) -> Iterator[Item]:  # fmt: skip
+    items: Iterable[Item], desc: str, unit: str, *, total: int | None = None, show: bool = True
+) -> Iterator[Item]:
     """The items, counted when the next one is asked for. total: where they have no len()."""
-    with bar(len(items) if total is None else total, desc, unit, initial=initial, show=show) as b:
+    with bar(len(items) if total is None else total, desc, unit, show=show) as shown:
         for item in items:
             yield item
-            b.update(count(item))
+            shown.update()

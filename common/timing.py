@@ -10,6 +10,8 @@ import torch
 
 
 class Timing(NamedTuple):
+    """What the repeated calls of one method took."""
+
     seconds: list[float]  # of one call on a whole batch, one entry a repeat
     peak_mb: float | None
 
@@ -48,6 +50,7 @@ def warm_up(call: Callable[[], object], device: torch.device) -> float | None:
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -19,6 +19,7 @@ import torch
 from common import cli, progress
 from common.errors import UserError
 from common.files import write_json
+from common.tables import print_columns
 from common.timing import Timing, matmul_rates, time_in_turn
 from experiments.contenders import Contender, contenders_in_metric, references, trained_networks
 from figures import error_against_time
@@ -36,24 +37,19 @@ from svd_baseline import (
 from task.metric import load_metric
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Measure cost and error of every factorisation: networks and references.",
         epilog="example:\n  python -m experiments.benchmark --ranks 32 128 --batch_size 8",
     )
-    what = parser.add_argument_group("what is measured")
-    what.add_argument("--quality", action="store_true",
-                        help="only the error, on all test images (neither flag: both)")  # fmt: skip
-    what.add_argument("--speed", action="store_true",
-                        help="only the time (neither flag: both)")  # fmt: skip
-    what.add_argument("--ranks", type=cli.number(int, 1), nargs="+", default=[8, 16, 32, 64, 128],
-                        help="ranks of A·B")  # fmt: skip
-    what.add_argument("--batch_size", dest="batch_sizes", nargs="+",
-                        type=cli.number(int, 1, 65536), default=[8], metavar="BATCH_SIZE",
-                        help="matrices of a timed call; several are measured in turn")  # fmt: skip
-    what.add_argument("--threads", type=cli.number(int, 1, 1024), default=1, help="CPU threads")
-    what.add_argument("--repeats", type=cli.number(int, 1), default=7,
-                        help="timed calls of each method, after a warm-up")  # fmt: skip
+    what = parser.flags("what is measured")
+    what.switch("--quality", "only the error, on all test images (neither flag: both)")
+    what.switch("--speed", "only the time (neither flag: both)")
+    what("--ranks", cli.count, [8, 16, 32, 64, 128], "ranks of A·B")
+    matrices = "matrices of a timed call; several are measured in turn"
+    what("--batch_size", default=[8], dest="batch_sizes", help=matrices)
+    what("--threads")
+    what("--repeats")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -155,9 +151,12 @@ def measure_quality(
 
 
 def measure_speed(
-    contenders: list[Contender], ranks: list[int], batches: list[int], test: BatchLoader,
+    contenders: list[Contender],
+    ranks: list[int],
+    batches: list[int],
+    test: BatchLoader,
     repeats: int,
-) -> dict[tuple[int, int, int], Timing]:  # fmt: skip
+) -> dict[tuple[int, int, int], Timing]:
     """(contender, rank, batch) → times on the first `batch` test images, repeated if fewer."""
     found = {}
     rows = test.sampler.rows
@@ -230,9 +229,13 @@ def refine_multiply_adds(
 
 
 def record(
-    contender: Contender, rank: int, batch: int | None, environment: dict,
-    error: dict[str, float | None] | None, timing: Timing | None,
-) -> dict[str, str | int | float | None]:  # fmt: skip
+    contender: Contender,
+    rank: int,
+    batch: int | None,
+    environment: dict,
+    error: dict[str, float | None] | None,
+    timing: Timing | None,
+) -> dict[str, str | int | float | None]:
     """One entry of benchmark.json; null where it was not measured or does not apply."""
     ms = floor_ms = iqr = None
     if timing:
@@ -266,24 +269,16 @@ def record(
 
 def print_table(records: list[dict]) -> None:
     """All records, of each batch and rank the fastest first."""
-    print(
-        f"{'batch':>5}{'rank':>5}  {'method':<14}{'arch':<8}{'K':>2}{'p':>4}{'ms':>9}{'[iqr]':>8}"
-        f"{'matrices/s':>11}{'excess mean %':>15}{'p90 %':>11}{'floor':>7}{'peak MB':>9}"
-    )
-
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    for row in sorted(records, key=lambda r: (r["batch"] or 0, -r["rank"], r["ms_median"] or 0)):
-        share = row["floor_fraction"]
-        print(
-            f"{cell(row['batch'], 'd'):>5}{row['rank']:>5}  {row['method']:<14}"
-            f"{row['arch'] or '-':<8}{cell(row['K'], 'd'):>2}{cell(row['p'], 'd'):>4}"
-            f"{cell(row['ms_median'], '.3f'):>9}{cell(row['ms_iqr'], '.3f'):>8}"
-            f"{cell(row['matrices_per_s'], '.1f'):>11}{cell(row['excess_mean'], '.5f'):>15}"
-            f"{cell(row['excess_p90'], '.5f'):>11}{cell(share, '.0%'):>7}"
-            f"{cell(row['peak_mb'], '.0f'):>9}"
+    header = "batch|rank|method|arch|K|p|ms|[iqr]|matrices/s|excess mean %|p90 %|floor|peak MB"
+    forms = {"batch": "d", "rank": "d", "method": "", "arch": "", "K": "d", "p": "d"}
+    forms |= {"ms_median": ".3f", "ms_iqr": ".3f", "matrices_per_s": ".1f", "excess_mean": ".5f"}
+    forms |= {"excess_p90": ".5f", "floor_fraction": ".0%", "peak_mb": ".0f"}
+    rows = [header.split("|")]
+    for r in sorted(records, key=lambda r: (r["batch"] or 0, -r["rank"], r["ms_median"] or 0)):
+        rows.append(
+            ["-" if r[key] is None else format(r[key], form) for key, form in forms.items()]
         )
+    print_columns(rows)
 
 
 if __name__ == "__main__":

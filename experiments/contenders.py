@@ -86,20 +86,24 @@ def references(
     for steps, columns in sorted(sketch_settings(networks, ranks, limit)):
         of_rank = dict(zip(ranks, columns, strict=True))
         factorise = random_sketch_method(dataset, steps, of_rank, device)
-        found.append(Contender("random_sketch", factorise, "float64", limit, sketch="random",
-                               steps=steps, columns=of_rank.__getitem__))  # fmt: skip
+        sketch = {"sketch": "random", "steps": steps, "columns": of_rank.__getitem__}
+        found.append(Contender("random_sketch", factorise, "float64", limit, **sketch))
     found.append(Contender("svd", truncated_svd, "float32", limit))
     if device.type == "cuda":
         found.append(Contender("svd_gesvda", svd_gesvda, "float32", limit))
     return found + [
         Contender("gram_eigh_f32", lambda x, r: gram_eigh(x, r, torch.float32), "float32", limit),
         Contender("gram_eigh_f64", gram_eigh, "float64", limit),
-        Contender(
-            "svd_lowrank", randomized_svd, "float32", limit, sketch="random",
-            steps=SVD_LOWRANK_STEPS, columns=lambda r: min(r + SVD_LOWRANK_EXTRA, limit),
-        ),
+        svd_lowrank_contender(limit),
         Contender("pca", lambda x, r: pca(x, r, axes), "float32", limit),
-    ]  # fmt: skip
+    ]
+
+
+def svd_lowrank_contender(limit: int) -> Contender:
+    """torch.svd_lowrank, up to rank `limit`."""
+    sketch = {"sketch": "random", "steps": SVD_LOWRANK_STEPS}
+    sketch["columns"] = lambda r: min(r + SVD_LOWRANK_EXTRA, limit)
+    return Contender("svd_lowrank", randomized_svd, "float32", limit, **sketch)
 
 
 class SketchSetting(NamedTuple):
@@ -176,8 +180,8 @@ def branch_multiply_adds(model: LowRankFactorModel, columns: int) -> float:
     """
 
     def weights(branch: torch.nn.Module) -> int:
-        body = sum(p.numel() for name, p in branch.body.named_parameters()
-                   if p.ndim == 2 and "lora" not in name)  # fmt: skip
+        named = branch.body.named_parameters()
+        body = sum(p.numel() for name, p in named if p.ndim == 2 and "lora" not in name)
         last = [layer for layer in (branch.skip, branch.head) if layer is not None]
         return body + columns * sum(layer.weight.shape[1] for layer in last)
 

@@ -42,33 +42,26 @@ JUDGED_AT = (8, 32)  # ranks at which a shrinkage is judged
 SAVE_EVERY = 60  # seconds between writes of the sums so far, D² float64 each
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Estimate which features of the tokens a head's output depends on.",
         epilog="example:\n  python -m experiments.estimate_metric --head saliency --probes 3",
     )
-    task = parser.add_argument_group("head, metric and what is measured")
-    task.add_argument("--head", choices=HEADS, default="saliency", help="whose output counts")
-    task.add_argument("--head_model", type=cli.name, default=None, metavar="NAME",
-                        help="of qwen-answer: folder or hub id of the whole checkpoint; default "
-                             "the cache's encoder")  # fmt: skip
-    task.add_argument("--probes", type=cli.number(int, 1), default=3,
-                        help="random projections an image: noise of M against time")  # fmt: skip
-    task.add_argument("--images", type=cli.number(int, 1), default=None, metavar="N",
-                        help="training images (and validation images) to use at most, drawn by "
-                             "--seed: noise of M against time; default all")  # fmt: skip
-    task.add_argument("--shrinkage", type=cli.number(float, above=0), nargs="+",
-                        default=[1e-3, 1e-2, 1e-1], metavar="S",
-                        help="of the mean diagonal, to try on validation images")  # fmt: skip
-    task.add_argument(
-        "--out", type=cli.name, default=None, help="file; default metrics/<head>.safetensors"
+    task = parser.flags("head, metric and what is measured")
+    task("--head", HEADS, "saliency", "whose output counts")
+    task("--head_model")
+    task("--probes", cli.count, 3, "random projections an image: noise of M against time")
+    task("--images")(
+        "training images (and validation images) to use at most, drawn by --seed: noise of M "
+        "against time; default all"
     )
-    task.add_argument(
-        "--cache_dir", type=cli.folder, default="feature_cache_real", help="feature cache to read"
-    )
-    task.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
-    task.add_argument("--seed", type=cli.number(int, 0, 2**63 - 1), default=42, help="of probes")
-    task.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
+    shares = [1e-3, 1e-2, 1e-1]
+    task("--shrinkage", cli.positive, shares, "of the mean diagonal, to try on validation images")
+    task("--out", cli.file, None, "file; default metrics/<head>.safetensors")
+    task("--cache_dir")
+    task("--batch_size")
+    task("--seed", help="of probes")
+    task("--device")
     return parser
 
 
@@ -81,8 +74,8 @@ def main(args: argparse.Namespace) -> None:
     dataset = RealQwenVLDataset(args.cache_dir)
     head = load_head(args.head, dataset, device=device, model=args.head_model)
     train, val = loaders_of(dataset, args, device)
-    print(f"{dataset.label}; head {head.name}, {args.probes} probes of "
-          f"{train.num_images} training images")  # fmt: skip
+    probes = f"{args.probes} probes of {train.num_images} training images"
+    print(f"{dataset.label}; head {head.name}, {probes}")
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {
         "head": head.name,
@@ -135,8 +128,9 @@ def loaders_of(
     for rows in (dataset.split.train, dataset.split.val):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
         chosen.append(rows[order[: args.images].sort().values])
-    return (BatchLoader(dataset, chosen[0], args.batch_size, device, shuffle_seed=args.seed),
-            BatchLoader(dataset, chosen[1], args.batch_size, device))  # fmt: skip
+    train, val = chosen
+    train = BatchLoader(dataset, train, args.batch_size, device, shuffle_seed=args.seed)
+    return train, BatchLoader(dataset, val, args.batch_size, device)
 
 
 def sum_gradients(
@@ -200,8 +194,8 @@ class PartialWork:
 
     def save(self) -> None:
         total = self.sum.total.cpu()
-        said = {"header": self.header, "done": [self.sum.images, self.sum.tokens],
-                "validation": self.validation}  # fmt: skip
+        done = [self.sum.images, self.sum.tokens]
+        said = {"header": self.header, "done": done, "validation": self.validation}
         said = {key: json.dumps(value) for key, value in said.items()}
         save_tensors(
             self.path, {"total": total}, said | {CONTENT_HASH: content_sha256(total, said)}

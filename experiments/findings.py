@@ -17,8 +17,8 @@ SHOWN_RANK = "16"  # of the comparison at equal rank, where it was compared at
 
 def findings(results_dir: Path, folders: list[Path]) -> list[str]:
     """Bytes at equal error, errors at equal rank in both norms, training, and what it is of."""
-    compared = [(folder, found) for folder in folders
-                if (found := _json(folder / "svd_nn_comparison.json"))]  # fmt: skip
+    found = [(folder, _json(folder / "svd_nn_comparison.json")) for folder in folders]
+    compared = [(folder, comparison) for folder, comparison in found if comparison]
     # a run for a task first: its comparison says something of both norms
     compared.sort(key=lambda pair: not pair[1].get("task"))
     folder, comparison = compared[0] if compared else (None, {})
@@ -87,9 +87,9 @@ def _task_bytes_line(coded: dict) -> str:
     if not found or "factors_int8" not in found[1]:
         return ""
     target, sizes = found
-    return (f"at task error {target} of the head {coded['head']}: coded factors "
-            f"{kilobytes(sizes['coded'])} an image, SVD factors in int8 "
-            f"{kilobytes(sizes['factors_int8'])}")  # fmt: skip
+    own, other = (kilobytes(sizes[name]) for name in ("coded", "factors_int8"))
+    line = f"at task error {target} of the head {coded['head']}: coded factors {own} an image, "
+    return line + f"SVD factors in int8 {other}"
 
 
 def _rank(ranks: dict) -> str:
@@ -108,8 +108,8 @@ def task_line(folder: Path, comparison: dict) -> str:
         sweep = _json(folder / "task_sweep.json")
         if sweep.get("head_sha256") == task["head_sha256"]:
             closed = sweep["methods"].get("svd_in_metric", {}).get(rank)
-    line = (f"at rank {rank} task error (head {task['head']}) below the SVD's: trained network "
-            f"{_gain(methods['network']['gain_pct'])}; closed-form metric ")  # fmt: skip
+    line = f"at rank {rank} task error (head {task['head']}) below the SVD's: trained network "
+    line += f"{_gain(methods['network']['gain_pct'])}; closed-form metric "
     if closed:
         return line + _gain(closed["gain_pct"])
     return line + f"not measured (python -m experiments.estimate_metric --head {task['head']})"
@@ -126,8 +126,8 @@ def _frobenius_line(folder: Path, comparison: dict) -> str:
     above = percent_text(mean) if mean is None or mean < 1 else f"{mean:.1f} %"
     interval = (comparison.get("network_excess_pct_95") or {}).get(rank)
     bounds = " [{:.3g}, {:.3g}]".format(*interval) if interval else ""
-    return (f"at rank {rank} in the Frobenius norm the SVD wins, by theorem: rel_error of "
-            f"{folder.name} is {above}{bounds} above the SVD's")  # fmt: skip
+    line = f"at rank {rank} in the Frobenius norm the SVD wins, by theorem: rel_error of "
+    return line + f"{folder.name} is {above}{bounds} above the SVD's"
 
 
 def _task_history(folder: Path) -> list[dict]:
@@ -143,9 +143,9 @@ def _training_line(folder: Path) -> str:
     if history := _task_history(folder):
         errors = {record["epoch"]: record["val_task_error"] for record in history}
         if best in errors and best:
-            return (f"training: validation task error {errors[0]:.4f} untrained → "
-                    f"{errors[best]:.4f} at epoch {best} of {epochs}, "
-                    f"{100 * (1 - errors[best] / errors[0]):.0f} % less")  # fmt: skip
+            less = 100 * (1 - errors[best] / errors[0])
+            line = f"training: validation task error {errors[0]:.4f} untrained → "
+            return line + f"{errors[best]:.4f} at epoch {best} of {epochs}, {less:.0f} % less"
     if best == 0:
         return f"training: none of {epochs} epochs is better than the untrained network"
     return f"training: epoch {best} of {epochs} is the best on validation images"
@@ -153,9 +153,11 @@ def _training_line(folder: Path) -> str:
 
 def _data_line(comparison: dict, coded: dict) -> str:
     """What the numbers are of."""
-    parts = [(f"{found['n_images']} test images of {found['n_groups']} groups"
-              + (" (bytes)" if found is coded else "")) for found in (comparison, coded)
-             if "n_groups" in found]  # fmt: skip
+    parts = []
+    for found, words in ((comparison, ""), (coded, " (bytes)")):
+        if "n_groups" in found:
+            images = f"{found['n_images']} test images of {found['n_groups']} groups"
+            parts.append(images + words)
     data = comparison.get("data") or coded.get("data")
     if not parts:
         return ""

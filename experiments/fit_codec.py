@@ -22,22 +22,20 @@ from qwenvl_dataloader import RealQwenVLDataset
 from task.metric import cache_hashes, load_metric
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Fit the codec of factors on the training images of a feature cache.",
         epilog="example:\n  python -m experiments.fit_codec --out codecs/demo.safetensors",
     )
-    codec = parser.add_argument_group("codec")
-    codec.add_argument("--cache_dir", type=cli.folder, default="feature_cache_real",
-                       help="feature cache to read")  # fmt: skip
-    codec.add_argument("--metric", type=cli.name, default=None, metavar="FILE",
-                       help="of experiments.estimate_metric: code X M^½")  # fmt: skip
-    codec.add_argument("--out", type=cli.name, default=None,
-                       help="file; default codecs/<cache's kind>.safetensors, with the head's name "
-                            "where there is a metric")  # fmt: skip
-    codec.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
-                       help="images at once")  # fmt: skip
-    codec.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
+    codec = parser.flags("codec")
+    codec("--cache_dir")
+    codec("--metric", help="of experiments.estimate_metric: code X M^½")
+    codec("--out", cli.file)(
+        "file; default codecs/<cache's kind>.safetensors, with the head's name where there is a "
+        "metric"
+    )
+    codec("--batch_size")
+    codec("--device")
     return parser
 
 

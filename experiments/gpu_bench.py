@@ -93,8 +93,8 @@ class Setting:
         time whatever the values; iterations of an SVD or an eigensolver may not.
         """
         found = self.found_tokens[0][:batch].float()
-        repeats = [-(-want // have) for want, have in zip((tokens, features), found.shape[1:],
-                                                          strict=True)]  # fmt: skip
+        _, t, d = found.shape
+        repeats = [-(-tokens // t), -(-features // d)]
         found = found.repeat(1, *repeats)[:, :tokens, :features]
         generator = torch.Generator().manual_seed(1)
         noise = torch.randn(found.shape, generator=generator) * found.std()
@@ -106,10 +106,7 @@ class Setting:
             raise Skipped(f"{what} needs CUDA")
 
 
-def row(
-    what: str, value: float | str | None = None, unit: str = "", note: str = "",
-    status: str = "measured",
-) -> dict:  # fmt: skip
+def row(what: str, value: float | str | None = None, unit="", note="", status="measured") -> dict:
     """One line of the table. status: measured, ok, differs, failed or skipped."""
     return {"what": what, "status": status, "value": value, "unit": unit, "note": note}
 

@@ -54,16 +54,16 @@ def check_codec(setting: Setting) -> Iterator[dict]:
     sizes_of = {name: sum(map(len, images)) for name, images in encoded.items()}
     same = sum(a == b for a, b in zip(*encoded.values(), strict=True))
     yield row("images with the same bytes from either's factors", same, f"of {IMAGES}")
-    yield compared("bytes: device's factors against the CPU's, relative",
-                   abs(sizes_of["device"] / sizes_of["CPU"] - 1), 0.01,
-                   f"{sizes_of['device'] // IMAGES} bytes an image at step {STEP}")  # fmt: skip
+    apart = abs(sizes_of["device"] / sizes_of["CPU"] - 1)
+    note = f"{sizes_of['device'] // IMAGES} bytes an image at step {STEP}"
+    yield compared("bytes: device's factors against the CPU's, relative", apart, 0.01, note)
     errors = {
         name: sum(rel_of(raw[i], codec.decode(images[i])) for i in range(IMAGES)) / IMAGES
         for name, images in encoded.items()
     }
-    yield compared("error after decoding: device's factors against the CPU's, relative",
-                   abs(errors["device"] / errors["CPU"] - 1), 0.01,
-                   f"raw_error {errors['device']:.4f}")  # fmt: skip
+    apart, note = abs(errors["device"] / errors["CPU"] - 1), f"raw_error {errors['device']:.4f}"
+    what = "error after decoding: device's factors against the CPU's, relative"
+    yield compared(what, apart, 0.01, note)
     one = tuple(part[0] for part in of_device)
     time = timed(lambda: codec.encode(raw[0], grid, STEP, one), setting)
     yield row("encode, one image, on the CPU", 1e3 * time.seconds, "ms")

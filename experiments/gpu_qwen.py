@@ -24,33 +24,22 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 from experiments.gpu_bench import Setting, compared, row, timed
 from features.encoders import load_encoder
 
-# config.json of Qwen/Qwen2.5-VL-3B-Instruct
-VISION = {
-    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-    "out_hidden_size": 2048, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
-    "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu",
-}  # fmt: skip
-TEXT = {
-    "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
-    "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
-}  # fmt: skip
-TINY_VISION = VISION | {
-    "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
-    "fullatt_block_indexes": [1],
-}  # fmt: skip
-TINY_TEXT = TEXT | {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 96,
-    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
-}  # fmt: skip
-PREPROCESSOR = {
-    "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,
-    "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "image_processor_type": "Qwen2VLImageProcessor",
-}  # fmt: skip
+# config.json and preprocessor_config.json of Qwen/Qwen2.5-VL-3B-Instruct
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, hidden_act="silu")
+VISION |= dict(out_hidden_size=2048, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+VISION |= dict(window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+TINY_VISION = VISION | dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2)
+TINY_VISION |= dict(out_hidden_size=64, fullatt_block_indexes=[1])
+TEXT = dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, vocab_size=151936)
+TEXT |= dict(num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True)
+ROPE = dict(rope_type="default", mrope_section=[16, 24, 24], rope_theta=1e6)
+TEXT["rope_parameters"] = ROPE
+TINY_TEXT = TEXT | dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=96)
+TINY_TEXT |= dict(num_attention_heads=4, rope_parameters=ROPE | dict(mrope_section=[2, 3, 3]))
+PREPROCESSOR = dict(min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2)
+PREPROCESSOR |= dict(merge_size=2, image_processor_type="Qwen2VLImageProcessor")
+PREPROCESSOR["image_mean"] = [0.48145466, 0.4578275, 0.40821073]
+PREPROCESSOR["image_std"] = [0.26862954, 0.26130258, 0.27577711]
 PROMPT_TOKENS = 40  # beside the image: template, question
 NEW_TOKENS = 32
 RANDOM = "random weights"
@@ -157,13 +146,14 @@ def check_whole_model(setting: Setting) -> Iterator[dict]:
         yield row("whole model: memory of its weights", used, "MiB", RANDOM)
     with torch.inference_mode():
         time = timed(lambda: model.model.get_image_features(pixels, grid), setting)
+        what = "whole model loaded, tower, one image at a time"
         note = f"{RANDOM}; transformers' sdpa, a call for each attention window"
-        yield row("whole model loaded, tower, one image at a time", 1 / time.seconds, "images/s",
-                  note)  # fmt: skip
+        yield row(what, 1 / time.seconds, "images/s", note)
         inputs = {"pixel_values": pixels, **prompt(model, setting, side * side // 4)}
         time = timed(lambda: model(**inputs, image_grid_thw=grid, logits_to_keep=1), setting)
-        yield row("whole model, image and prompt, one at a time", 1 / time.seconds, "images/s",
-                  f"{RANDOM}; every layer, {PROMPT_TOKENS} tokens of text")  # fmt: skip
+        what = "whole model, image and prompt, one at a time"
+        note = f"{RANDOM}; every layer, {PROMPT_TOKENS} tokens of text"
+        yield row(what, 1 / time.seconds, "images/s", note)
 
 
 def prompt(model: nn.Module, setting: Setting, image_tokens: int) -> dict:
@@ -205,12 +195,12 @@ def check_language_model(setting: Setting) -> Iterator[dict]:
     with torch.inference_mode():
         time = timed(lambda: model(**inputs, logits_to_keep=8), setting)
         length = side * side + PROMPT_TOKENS
-        yield row("language model, forward", 1 / time.seconds, "images/s",
-                  f"{RANDOM}; {length} tokens, batch 1; {how}")  # fmt: skip
+        note = f"{RANDOM}; {length} tokens, batch 1; {how}"
+        yield row("language model, forward", 1 / time.seconds, "images/s", note)
         if time.peak_mb is not None:
             yield row("language model, forward: peak beside the weights", time.peak_mb, "MiB")
-        greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-                                  do_sample=False, eos_token_id=1, pad_token_id=1)  # fmt: skip
+        length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+        greedy = GenerationConfig(do_sample=False, eos_token_id=1, pad_token_id=1, **length)
         generate = partial(model.generate, **inputs, generation_config=greedy)
         time = timed(generate, setting)
         note = f"{RANDOM}; greedy, {NEW_TOKENS} new tokens, batch 1, prompt included"

@@ -16,11 +16,10 @@ import train_real_data
 from common.timing import matmul_rates
 from experiments.benchmark import multiply_adds
 from experiments.contenders import (
-    SVD_LOWRANK_EXTRA,
-    SVD_LOWRANK_STEPS,
     Contender,
     network_contender,
     svd_gesvda,
+    svd_lowrank_contender,
 )
 from experiments.gpu_bench import FAILURES, Setting, error_line, largest_batch, row, timed
 from experiments.gpu_correctness import new_batch, new_run
@@ -30,7 +29,6 @@ from svd_baseline import (
     excess_pct,
     gram_eigh,
     optimum,
-    randomized_svd,
     rel_error,
     truncated_svd,
 )
@@ -78,9 +76,9 @@ def check_shares(setting: Setting) -> Iterator[dict]:
         for e in events
     }
     total = sum(own.values())
-    yield row("time in operators, of a step's wall time", 100 * total / wall, "%",
-              f"float32, batch {images}; {wall * 1e3:.2f} ms a step unprofiled, "
-              f"{1e3 * total:.2f} ms in operators while profiled")  # fmt: skip
+    note = f"float32, batch {images}; {wall * 1e3:.2f} ms a step unprofiled, "
+    note += f"{1e3 * total:.2f} ms in operators while profiled"
+    yield row("time in operators, of a step's wall time", 100 * total / wall, "%", note)
     for name in sorted(own, key=own.get, reverse=True)[:LARGEST_SHARES]:
         yield row(f"share of {name}", 100 * own[name] / total, "%", f"{1e3 * own[name]:.3f} ms")
 
@@ -112,12 +110,11 @@ def contenders(tokens: int, features: int, rank: int, setting: Setting) -> list[
     limit = min(tokens, features)
     found = [
         network_contender(network.to(setting.device).eval()),
-        Contender("svd_lowrank", randomized_svd, "float32", limit, steps=SVD_LOWRANK_STEPS,
-                  columns=lambda r: min(r + SVD_LOWRANK_EXTRA, limit)),
+        svd_lowrank_contender(limit),
         Contender("gram_eigh_f32", lambda x, r: gram_eigh(x, r, torch.float32), "float32", limit),
         Contender("gram_eigh_f64", gram_eigh, "float64", limit),
         Contender("svd", truncated_svd, "float32", limit),
-    ]  # fmt: skip
+    ]
     if setting.device.type == "cuda":  # the driver is cuSOLVER's
         found.insert(-1, Contender("svd_gesvda", svd_gesvda, "float32", limit))
     return found
@@ -170,8 +167,8 @@ def check_against_svd(setting: Setting) -> Iterator[dict]:
                     what = f"{contender.method}, T = {tokens}, r = {rank}"
                     yield row(what, note=error_line(error), status="failed")
         del x
-    yield row("what the values are", None, "", f"{tokens_of(setting)}, 1 % of noise added; only "
-              "what iterates (svd, eigh) can depend on them")  # fmt: skip
+    note = "1 % of noise added; only what iterates (svd, eigh) can depend on them"
+    yield row("what the values are", note=f"{tokens_of(setting)}, {note}")
 
 
 CHECKS = {

@@ -274,20 +274,14 @@ def check_target(out: Path) -> Path:
 
 
 def get_args_parser() -> cli.Parser:
-    """Flags of experiments.make_demo_data."""
     parser = cli.Parser(
         description="Make the demo data set: photographs from PyPI packages with rendered signs.",
         epilog="example:\n"
         "  python -m experiments.make_demo_data && python extract_features.py --demo",
     )
-    what = parser.add_argument_group("data set")
-    what.add_argument("--out", type=cli.folder, default="demo_data", help="folder to write to")
-    what.add_argument(
-        "--seed",
-        type=cli.number(int, 0, 2**63 - 1),
-        default=42,
-        help="crops, texts and signs follow from it",
-    )
+    what = parser.flags("data set")
+    what("--out", cli.folder, "demo_data", "folder to write to")
+    what("--seed", help="crops, texts and signs follow from it")
     return parser
 
 

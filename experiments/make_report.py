@@ -20,6 +20,7 @@ from pathlib import Path
 from common import cli
 from common.errors import UserError
 from common.files import atomic_path, content_hash_fits, read_json, write_json
+from common.tables import print_columns
 from experiments import report_page
 from experiments.findings import findings
 from figures.overview import overview
@@ -34,16 +35,14 @@ MADE_BY = {  # what of an architecture is read, and the script that writes it
 }
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Make a page of each run, and one of all runs with a table and a figure.",
         epilog="example:\n  python -m experiments.make_report --results_dir results",
     )
-    where = parser.add_argument_group("files")
-    where.add_argument("--results_dir", type=cli.folder, default="results",
-                       help="where the folders <arch>/ are")  # fmt: skip
-    where.add_argument("--log_dir", type=cli.folder, default="log",
-                       help="where the logs_<timestamp>/ are")  # fmt: skip
+    where = parser.flags("files")
+    where("--results_dir", help="where the folders <arch>/ are")
+    where("--log_dir")
     return parser
 
 
@@ -101,8 +100,8 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
     arch = folder.name
     for name, script in MADE_BY.items():
         if not (folder / name).exists():
-            print(f"note: {arch} is not in the overview: no {folder / name} "
-                  f"(python {script} --arch {arch})")  # fmt: skip
+            missing = f"no {folder / name} (python {script} --arch {arch})"
+            print(f"note: {arch} is not in the overview: {missing}")
             return None
     history, test, comparison = (
         read_json(folder / name, f"run python {script} --arch {arch}{where(folder)} again")
@@ -110,9 +109,9 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
     )
     check_results(folder, history, test, comparison)
     if comparison["rank"] != test["effective_rank"]:
-        print(f"note: {arch} is not in the overview: compared at rank {comparison['rank']}, "
-              f"trained to rank {test['effective_rank']} (python compare_svd_nn.py --arch "
-              f"{arch}{where(folder)})")  # fmt: skip
+        ranks = f"compared at rank {comparison['rank']}, trained to rank {test['effective_rank']}"
+        again = f"python compare_svd_nn.py --arch {arch}{where(folder)}"
+        print(f"note: {arch} is not in the overview: {ranks} ({again})")
         return None
     return history, test, comparison
 
@@ -198,18 +197,14 @@ def rank_entry(comparison: dict, rank: str) -> dict[str, float | None]:
 
 
 def print_table(rows: list[dict]) -> None:
-    print(
-        f"{'architecture':<13}{'factors':<11}{'rank':>5}{'rel_error':>11}{'SVD':>9}"
-        f"{'excess mean':>15}{'p90':>13}{'images/s':>10}{'best epoch':>12}"
-    )
+    header = "architecture|factors|rank|rel_error|SVD|excess mean|p90|images/s|best epoch"
+    cells = [header.split("|")]
     for row in rows:
-        excess = (row["excess_mean"], row["excess_p90"])
-        mean, p90 = map(percent_text, excess)
-        print(
-            f"{row['arch']:<13}{row['factors']:<11}{row['rank']:>5}"
-            f"{row['rel_error']:>11.5f}{row['optimum']:>9.5f}{mean:>15}{p90:>13}"
-            f"{row['samples_per_s']:>10.2f}{row['best_epoch']:>9} of {row['epochs']}"
-        )
+        cells.append([row["arch"], row["factors"], row["rank"]])
+        cells[-1] += [f"{row[key]:.5f}" for key in ("rel_error", "optimum")]
+        cells[-1] += [percent_text(row[key]) for key in ("excess_mean", "excess_p90")]
+        cells[-1] += [f"{row['samples_per_s']:.2f}", f"{row['best_epoch']} of {row['epochs']}"]
+    print_columns(cells)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """Writes feature caches (the format of qwenvl_dataloader): shard by shard, resumable, atomic.
 
-A shard holds the readable images of 128 consecutive rows of the data set, so that shards do not
-depend on each other and several processes may each write some. A shard is committed by its row
-fragment (`part-00000.parquet`), which is written after it; the cache is committed by
-`manifest.json`, written last. An interrupted writer goes on with the shards that are missing, and
-the finished cache is byte-identical to an uninterrupted one.
+A shard holds the readable images of 128 consecutive rows of the data set (fewer where images have
+many tokens), so that shards do not depend on each other and several processes may each write some.
+A shard is committed by its row fragment (`part-00000.parquet`), which is written after it; the
+cache is committed by `manifest.json`, written last. An interrupted writer goes on with the shards
+that are missing, and the finished cache is byte-identical to an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from common.cache_manifest import FORMAT
 from common.errors import UserError
 from common.files import (
     atomic_path,
@@ -34,7 +37,8 @@ from common.files import (
     with_content_hash,
     write_json,
 )
-from qwenvl_dataloader import FORMAT, LARGEST_FEATURE, normalise, usable_features
+from common.grids import Grid, most_frequent
+from qwenvl_dataloader import LARGEST_FEATURE, normalise, usable_features
 from svd_baseline import exact_singular_values
 
 ROWS_PER_SHARD = 128
@@ -50,6 +54,8 @@ ROW_SCHEMA = pa.schema(
         ("bbox", pa.list_(pa.float64())),  # x, y, w, h in pixels of the original image
         ("width", pa.int32()),  # of the original image
         ("height", pa.int32()),
+        ("grid_rows", pa.int32()),  # of its tokens, which are their product
+        ("grid_columns", pa.int32()),
         ("thumbnail", pa.binary()),  # JPEG of what the encoder saw
     ]
 )
@@ -79,9 +85,11 @@ class FeatureCacheWriter:
 
     Args:
         cache_dir: folder to write. A finished cache in it is refused unless `overwrite`.
-        header: what identifies the features (kind, encoder, image size, resize, T, D, grid …); a
-            cache that was begun with another one is refused with both values.
-        num_rows: rows of the data set.
+        header: what identifies the features (kind, encoder, image size, resize, D …); a cache that
+            was begun with another one is refused with both values. With `grid` and `num_tokens`
+            all images have that grid; without them each row says its own, and singular values are
+            left to who needs them (`RealQwenVLDataset.singular_values`).
+        num_rows: rows of the data set; rows_per_shard: how many of them a shard is made of.
         conditions: what an unfinished cache has to be gone on with beside the header, and a
             finished one need not be known by (device, precision, batch size).
     """
@@ -93,11 +101,13 @@ class FeatureCacheWriter:
         num_rows: int,
         overwrite: bool = False,
         conditions: dict | None = None,
+        rows_per_shard: int | None = None,
     ) -> None:
         self.cache_dir = Path(cache_dir)
         self.header = {"format": FORMAT, **header}
         self.num_rows = num_rows
-        self._row_ids: dict[int, list[int]] = {}  # of shards that images were read back from
+        self.rows_per_shard = rows_per_shard or ROWS_PER_SHARD
+        self._places: dict[int, dict[int, slice]] = {}  # of shards that images were read back from
         self.cache_dir.mkdir(parents=True, exist_ok=True)
         if overwrite:
             self._clear()
@@ -116,12 +126,12 @@ class FeatureCacheWriter:
 
     def rows_of(self, shard: int) -> range:
         """Rows of the data set that belong to a shard, readable or not."""
-        first = shard * ROWS_PER_SHARD
-        return range(first, min(first + ROWS_PER_SHARD, self.num_rows))
+        first = shard * self.rows_per_shard
+        return range(first, min(first + self.rows_per_shard, self.num_rows))
 
     def shards_to_do(self) -> list[int]:
         """Shards that are not on disk yet, lowest first."""
-        every = range(-(-self.num_rows // ROWS_PER_SHARD))
+        every = range(-(-self.num_rows // self.rows_per_shard))
         return [shard for shard in every if not self._part_path(shard).exists()]
 
     @property
@@ -131,31 +141,29 @@ class FeatureCacheWriter:
         return self.num_rows - left
 
     def write_shard(
-        self, shard: int, features: Tensor, rows: list[dict], skipped: list[dict]
+        self, shard: int, features: Iterable[Tensor], rows: list[dict], skipped: list[dict]
     ) -> None:
         """Write one shard: its readable images and the rest of its rows.
 
-        features: [n, T, D] of any float dtype; rows: a dict (ROW_SCHEMA) each, in rising order of
-        row_id; skipped: {"row_id", "reason"} of the others. Raises UserError on NaN or Inf, naming
-        the data set's row.
+        features: [T_i, D] of each image, of any float dtype; rows: a dict (ROW_SCHEMA) each, in
+        rising order of row_id; skipped: {"row_id", "reason"} of the others. Raises UserError on NaN
+        or Inf, naming the data set's row.
         """
         if len(rows) + len(skipped) != len(self.rows_of(shard)):
             raise ValueError(f"shard {shard} has {len(rows)} images and {len(skipped)} skipped")
+        if "grid" in self.header:
+            sides = dict(zip(("grid_rows", "grid_columns"), self.header["grid"], strict=True))
+            rows = [row | sides for row in rows]
         columns = {name: [row.get(name) for row in rows] for name in ROW_SCHEMA.names}
-        sigma: list[np.ndarray] = []
+        columns["singular_values"] = [None] * len(rows)
         if rows:
-            features = features.to("cpu", torch.bfloat16)
-            usable = usable_features(features)
-            if not usable.all():
-                bad = rows[int((~usable).nonzero()[0])]["row_id"]
-                raise UserError(
-                    f"features of data set row {bad} are not finite, or above "
-                    f"{LARGEST_FEATURE:.0e}: check the encoder"
-                )
-            save_tensors(self._shard_path(shard), {"features": features.contiguous()})
-            for batch in features.split(16):
-                sigma += list(exact_singular_values(normalise(batch)[0]).numpy())
-        columns["singular_values"] = sigma
+            images = [image.to("cpu", torch.bfloat16) for image in features]
+            _check_images(images, rows)
+            save_tensors(self._shard_path(shard), {"features": torch.cat(images)})
+            if "grid" in self.header:
+                batches = torch.stack(images).split(16)
+                sigma = [exact_singular_values(normalise(batch)[0]) for batch in batches]
+                columns["singular_values"] = list(torch.cat(sigma).numpy())
         # the hash of what was written: damage until the manifest is made must not be sealed by it
         entry = file_entry(self._shard_path(shard)) if rows else None
         metadata = {SHARD_ENTRY: json.dumps(entry), SKIPPED: json.dumps(skipped)}
@@ -168,14 +176,18 @@ class FeatureCacheWriter:
 
         Waits for a shard that another process is writing.
         """
-        shard = row_id // ROWS_PER_SHARD
-        if shard not in self._row_ids:
+        shard = row_id // self.rows_per_shard
+        if shard not in self._places:
             while not self._part_path(shard).exists():
                 time.sleep(0.05)
-            part = pq.read_table(self._part_path(shard), columns=["row_id"])
-            self._row_ids[shard] = part["row_id"].to_pylist()
+            part = pq.read_table(
+                self._part_path(shard), columns=["row_id", "grid_rows", "grid_columns"]
+            )
+            ends = [0, *accumulate(map(math.prod, grids_of(part)))]
+            places = map(slice, ends[:-1], ends[1:])
+            self._places[shard] = dict(zip(part["row_id"].to_pylist(), places, strict=True))
         with safe_open(self._shard_path(shard), framework="pt") as file:
-            return file.get_slice("features")[self._row_ids[shard].index(row_id)]
+            return file.get_slice("features")[self._places[shard][row_id]]
 
     def finish(self, missing: Sequence[dict] = (), encoder_folder: str | None = None) -> list[dict]:
         """Write rows, singular values and, last of all, the manifest, once every shard is there.
@@ -184,21 +196,25 @@ class FeatureCacheWriter:
         the encoder's checkpoint lies, for who needs the rest of it; it identifies nothing. Returns
         all that was skipped, these first.
         """
-        every = range(-(-self.num_rows // ROWS_PER_SHARD))
+        every = range(-(-self.num_rows // self.rows_per_shard))
         read = [_read_part(self._part_path(shard)) for shard in every]
         parts, entries, unreadable = zip(*read, strict=True)
         skipped = sum(unreadable, list(missing))
         if not any(entries):
             raise UserError("the data set has no readable image: no cache was made of it")
         table = pa.concat_tables(parts)
-        sigma = torch.from_numpy(np.stack(table["singular_values"].to_numpy()))
+        grid = most_frequent(grids_of(table))
         sigma_path = self.cache_dir / "singular_values.safetensors"
-        save_tensors(sigma_path, {"singular_values": sigma})
+        if "grid" in self.header:
+            sigma = torch.from_numpy(np.stack(table["singular_values"].to_numpy()))
+            save_tensors(sigma_path, {"singular_values": sigma})
         rows_path = self.cache_dir / "rows.parquet"
         with atomic_path(rows_path) as temporary:
             pq.write_table(table.drop_columns("singular_values"), temporary)
         manifest = {
             **self.header,
+            "num_tokens": math.prod(grid),
+            "grid": list(grid),
             **({"encoder_folder": encoder_folder} if encoder_folder else {}),
             "dtype": "bfloat16",
             "count": table.num_rows,
@@ -209,7 +225,7 @@ class FeatureCacheWriter:
                 if entry
             ],
             "rows": file_entry(rows_path),
-            "singular_values": file_entry(sigma_path),
+            "singular_values": file_entry(sigma_path) if "grid" in self.header else None,
             "skipped": skipped,
         }
         write_json(self.cache_dir / "manifest.json", with_content_hash(manifest))
@@ -240,7 +256,8 @@ class FeatureCacheWriter:
         (self.cache_dir / "manifest.json").unlink(missing_ok=True)
         # then what commits the shards, before the shards
         self._remove_leftovers()
-        for pattern in ("features-*.safetensors", "rows.parquet", "singular_values.safetensors"):
+        tables = ("rows.parquet", "singular_values.safetensors", "spectra*.safetensors")
+        for pattern in ("features-*.safetensors", *tables):
             for path in self.cache_dir.glob(pattern):
                 path.unlink()
 
@@ -249,6 +266,23 @@ class FeatureCacheWriter:
 
     def _part_path(self, index: int) -> Path:
         return self.cache_dir / f"part-{index:05d}.parquet"
+
+
+def grids_of(rows: pa.Table) -> list[Grid]:
+    """The grid of each row."""
+    return list(zip(rows["grid_rows"].to_pylist(), rows["grid_columns"].to_pylist(), strict=True))
+
+
+def _check_images(images: list[Tensor], rows: list[dict]) -> None:
+    """Refuse features that are not usable, and (ValueError) of another number than the grid's."""
+    for features, row in zip(images, rows, strict=True):
+        if len(features) != row["grid_rows"] * row["grid_columns"]:
+            raise ValueError(f"row {row['row_id']} has {len(features)} tokens")
+        if not usable_features(features[None]):
+            raise UserError(
+                f"features of data set row {row['row_id']} are not finite, or above "
+                f"{LARGEST_FEATURE:.0e}: check the encoder"
+            )
 
 
 def _read_part(path: Path) -> tuple[pa.Table, dict | None, list[dict]]:

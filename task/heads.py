@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from features.encoders import DemoEncoder, demo_onnx_path, demo_onnx_sha256
+from features.demo_backbone import demo_onnx_path, demo_onnx_sha256
+from features.encoders import DemoEncoder
 from qwenvl_dataloader import RealQwenVLDataset
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (raw tokens [b, T, D], rows [b]) → [b]

@@ -46,9 +46,11 @@ def task_errors(
 
 
 def task_report(
-    errors: dict[int, dict[str, Tensor]], head: TaskHead, metric: TaskMetric | None,
+    errors: dict[int, dict[str, Tensor]],
+    head: TaskHead,
+    metric: TaskMetric | None,
     groups: list[str],
-) -> dict:  # fmt: skip
+) -> dict:
     """The JSON's entry of `task_errors`: means and intervals, and gain_pct of all but the SVD.
 
     gain_pct: by how many per cent the mean task error is below the plain SVD's at that rank.

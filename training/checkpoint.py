@@ -28,8 +28,8 @@ from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset
 from task.trained_norm import build_model
 
 FORMAT = 2
-CHECKPOINT_KEYS = ("shift_estimator", "config", "model", "optimizer", "scheduler", "allocator",
-                   "rng", "progress", "args", "cache")  # fmt: skip
+CHECKPOINT_KEYS = """shift_estimator config model optimizer scheduler allocator rng progress args
+    cache""".split()
 # The shifts were learned as fractions of this estimate (subspace.smallest_ritz_estimate).
 SHIFT_ESTIMATOR = "min_cholesky_pivot"
 
@@ -112,6 +112,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
+    """Give torch's generators the state that `rng_state` took."""
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

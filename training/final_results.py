@@ -30,9 +30,12 @@ if TYPE_CHECKING:
 
 
 def test_and_draw(
-    folder: Path, dataset: RealQwenVLDataset, loaders: Loaders, history: list[dict],
+    folder: Path,
+    dataset: RealQwenVLDataset,
+    loaders: Loaders,
+    history: list[dict],
     head: TaskHead | None = None,
-) -> dict:  # fmt: skip
+) -> dict:
     """Test numbers and figures of the best checkpoint; returns what test_results.json holds.
 
     head: that the run trained for, if any. That file is written last: a run that has it has

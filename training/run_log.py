@@ -103,6 +103,7 @@ def epoch_line(record: dict, run: TrainState) -> str:
 
 
 def task_words(record: dict) -> str:
+    """The task's part of an epoch's line."""
     return f"val_task_error {record['val_task_error']:.5f} loss {record['val_task_loss']:.3e}"
 
 
@@ -125,7 +126,7 @@ def report(run: TrainState, results: dict, folder: Path, log: RunLog, seconds: f
             "environment": cli.environment(run.sums.device),
         }
     )
-    log(f"wrote {folder}/best_model.pt, history.json, test_results.json and figures: look at "
-        f"{folder}/train_val_loss_comparison.png")  # fmt: skip
+    written = f"{folder}/best_model.pt, history.json, test_results.json and figures"
+    log(f"wrote {written}: look at {folder}/train_val_loss_comparison.png")
     again = cli.flags_again(run.args, "results_dir", "cache_dir", "device")
     log(f"next: python compare_svd_nn.py --arch {run.args.arch}{again}")
