@@ -196,6 +196,15 @@ def gain(own: Tensor, base: Tensor, groups: list[str]) -> dict[str, float | list
     return found
 
 
+def gain_text(gain: dict | None) -> str:
+    """A `gain` in per cent, as tables print it: mean [interval]; a dash where there is none."""
+    if gain is None or gain["mean"] is None:
+        return "-"
+    # + 0.0: as little below as above is 0.0 and not -0.0
+    mean, *ends = (f"{round(v, 1) + 0.0:.1f}" for v in (gain["mean"], *(gain["interval_95"] or [])))
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
+
+
 def _half_width(deviations: Tensor, groups: list[str]) -> float | None:
     """t · standard error of a mean over n images, from deviations [n] that add up to 0."""
     names, index = np.unique(groups, return_inverse=True)
