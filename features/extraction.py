@@ -23,7 +23,8 @@ from PIL import Image
 from common import processes, progress
 from common.errors import UserError
 from common.grids import Grid
-from features.cache_writer import ROWS_PER_SHARD, FeatureCacheWriter
+from common.shard_folder import ROWS_PER_SHARD
+from features.cache_writer import FeatureCacheWriter
 from features.encoders import VisionEncoder, resize_image
 from features.image_sources import (
     ImageCell,

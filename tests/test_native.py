@@ -11,6 +11,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import extract_features
+from common import shard_folder
 from common.boxes import box_in_view
 from features import cache_writer
 from features.encoders import load_encoder
@@ -122,7 +123,7 @@ def photographs(tmp_path_factory):
 
 def extract_native(folder, name, *flags, patch=pytest.MonkeyPatch):
     with patch.context() as change:
-        change.setattr(cache_writer, "ROWS_PER_SHARD", 6)
+        change.setattr(shard_folder, "ROWS_PER_SHARD", 6)
         square = ["--demo", "--dataset_dir", str(folder / "set"), *NATIVE]
         args = [*square, "--cache_dir", str(folder / name), *flags]
         from common import cli
@@ -193,7 +194,7 @@ def test_tokens_at_once_are_bounded_and_images_at_once_alike(photographs, monkey
 
 
 def test_shards_of_large_images_hold_fewer_rows(photographs, monkeypatch):
-    monkeypatch.setattr(cache_writer, "TOKENS_PER_SHARD", 50)
+    monkeypatch.setattr(shard_folder, "TOKENS_PER_SHARD", 50)
     extract_native(photographs, "small shards")
     shards = manifest_of(photographs / "small shards")["shards"]
     assert [shard["rows"] for shard in shards] == [2] * 6
