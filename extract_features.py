@@ -25,6 +25,7 @@ from PIL import Image
 from common import cli, processes
 from common.errors import UserError
 from common.grids import token_range
+from features import checkpoints
 from features.cache_writer import FeatureCacheWriter, refuse_finished
 from features.encoders import VisionEncoder, load_encoder
 from features.extraction import extract, look_at
@@ -66,7 +67,9 @@ def get_args_parser() -> cli.Parser:
         "--verify", "only check the cache that is there against its hashes, and describe it"
     )
     encoder = parser.flags("encoder")
-    encoder("--model", cli.name, "Qwen/Qwen2.5-VL-3B-Instruct", "hub id or folder")
+    encoder("--model", cli.name, "Qwen/Qwen2.5-VL-3B-Instruct")(
+        f"hub id or folder of a checkpoint of {checkpoints.names()}"
+    )
     pixels = cli.Number(int, 28, 4096)
     encoder("--image_size", pixels, 448, "side of the square the encoder sees, pixels")
     encoder("--resize", ("stretch", "pad", "native"), "stretch")(

@@ -20,7 +20,8 @@ from torch.func import functional_call
 
 import subspace
 from common.errors import UserError
-from subspace import FACTORS, Factors, Grid
+from common.grids import Grid
+from subspace import FACTORS, Factors
 from svd_baseline import optimum
 
 OPTIMUM_FLOOR = 1e-6  # of ‖X‖²: below it an image is exact, and its loss is no longer magnified
@@ -233,7 +234,7 @@ class LowRankFactorModel(nn.Module):
         self, x: Tensor, rank: int | None = None, *, ordered: bool = True, grid: Grid | None = None
     ) -> Factors:
         """A [b, T, r'], B [b, r', D] of x [b, T, D] on `grid`, by default the model's own; r' is
-        `rank` or the rank in use, at most min(T, D). Masked columns of A are zero.
+        `rank` or the rank in use, at most min(T, D); masked columns of A are zero.
 
         One model serves every r' ≤ r: projected factors are cut in Ritz order, direct factors are
         replaced by the truncated SVD of their product. ordered=False leaves the components of an

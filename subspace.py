@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-
-Grid = tuple[int, int]  # rows, columns of tokens, in raster order
+from common.grids import Grid
 
 NORM_FLOOR = 1e-20  # norms are clamped here, so that zero tokens give zeros and not NaN
 

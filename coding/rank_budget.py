@@ -68,14 +68,6 @@ def nested_factors(
 # ------------------------------------------------------------------------------------------- ranks
 
 
-def smallest_rank(singular_values: Tensor, target_error: float) -> Tensor:
-    """The smallest r with optimum(r) ≤ target_error, of each image: [n] int64; 0 where X = 0.
-
-    Args: singular_values [n, S] float64, largest first; target_error ≥ 0. Exact. Cost O(n S).
-    """
-    return first_rank_within(optimum_curve(singular_values), target_error)
-
-
 def first_rank_within(curve: Tensor, target_error: float) -> Tensor:
     """The smallest r at which an error curve [n, R + 1] is ≤ target_error: [n] int64.
 

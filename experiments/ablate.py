@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from common import cli, progress
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.grids import Grid
 from common.tables import print_columns
 from common.timing import time_in_turn
 from figures import error_against_time
 from model import LowRankFactorModel, LowRankProjMLP, LowRankProjSymmetric
 from qwenvl_dataloader import Loaders, RealQwenVLDataset, create_data_loaders_real, normalise
-from subspace import Grid, even_features, pivoted_features
+from subspace import even_features, pivoted_features
 from svd_baseline import evaluate, gain, gram_eigh, interval_95, second_moment
 from training.state import SHIFT_LR_FACTOR
 

@@ -40,7 +40,8 @@ class VisionEncoder(ABC):
     grid: tokens (rows, columns); num_tokens: T, their product; feature_dim: D
     image_size, resize: side in pixels of the square that images become, and how (`resize_image`)
     limits: with resize "native" (`native_size`), which has no image_size, grid and num_tokens
-    preprocessor: one line for people; device, dtype: where and in what precision the tower computes
+    resample: PIL's filter; preprocessor: one line for people
+    device, dtype: where and in what precision the tower computes
     """
 
     id: str

@@ -56,14 +56,7 @@ class TaskMetric:
 
     def __init__(self, matrix: Tensor, info: dict, sha256: str | None = None) -> None:
         self.matrix, self.info, self.sha256 = matrix, info, sha256
-
-    @property
-    def head(self) -> str:
-        return self.info["head"]
-
-    @property
-    def scale(self) -> float:
-        return self.info["scale"]
+        self.head, self.scale = info.get("head"), info.get("scale")
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:

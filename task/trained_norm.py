@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from common import processes
 from common.errors import UserError
+from common.grids import Grid
 from model import LossTerms, LowRankFactorModel, get_model_by_name
 from qwenvl_dataloader import Batch
-from subspace import Grid, refine
+from subspace import refine
 from svd_baseline import exact_singular_values
 from task.metric import TaskMetric
 
@@ -206,7 +207,7 @@ def task_record(
     parts: dict[str, list[Tensor]] = {"error": [], "log_loss": []}  # [b, ranks] each
     for batch in batches:
         full = head.of_batch(batch)
-        factors = [model(batch.x, rank) for rank in trained_ranks(model)]
+        factors = [model(batch.x, rank, grid=batch.grid) for rank in trained_ranks(model)]
         outputs = [head.of_batch(batch, a @ b) for a, b in factors]
         parts["error"].append(torch.stack([head.error(y, full) for y in outputs], -1).cpu())
         losses = torch.stack([_log_loss(head.loss(y, full)) for y in outputs], -1)
