@@ -134,7 +134,7 @@ class FactorWriter(ShardWriter):
         self.errors = CODED_ERRORS if header["dtype"] == CODED else ERRORS
 
     def what(self, manifest: dict) -> str:
-        return "finished factors"
+        return "a finished folder of factors"
 
     def check_shard(self, path: Path) -> None:
         load_tensors(path, "start again with --overwrite")
