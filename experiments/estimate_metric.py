@@ -121,16 +121,14 @@ def loaders_of(
     dataset: RealQwenVLDataset, args: argparse.Namespace, device: torch.device
 ) -> tuple[BatchLoader, BatchLoader]:
     """Loaders of training and validation images, of at most --images each, drawn by --seed."""
-    loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
+    loaders = create_data_loaders_real(dataset, args.batch_size, seed=args.seed, device=device)
     if args.images is None:
         return loaders.train, loaders.val
     chosen = []
     for rows in (dataset.split.train, dataset.split.val):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
         chosen.append(rows[order[: args.images].sort().values])
-    train, val = chosen
-    train = BatchLoader(dataset, train, args.batch_size, device, shuffle_seed=args.seed)
-    return train, BatchLoader(dataset, val, args.batch_size, device)
+    return loaders.train.only(chosen[0]), loaders.val.only(chosen[1])
 
 
 def sum_gradients(
