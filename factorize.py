@@ -201,12 +201,11 @@ def write_factors(
                 coded = coded_rows(args, codec, model, dataset, device, rows, bar)
                 writer.write_coded(shard, coded)
                 continue
-            parts = []
+            parts, stored_as = [], (args.target_error, args.dtype)
             for batch in torch.tensor(writer.rows_of(shard)).split(args.batch_size):
                 features = dataset[batch].to(device)
                 try:
-                    parts += factorise(model, features, dataset.grid, rank,
-                                       args.target_error, args.dtype)  # fmt: skip
+                    parts += factorise(model, features, dataset.grid, rank, *stored_as)
                 except UserError as error:
                     raise UserError(f"rows {batch[0]} to {batch[-1]}: {error}") from None
                 bar.update(len(batch))
@@ -270,8 +269,8 @@ def check_target(
     least = optimum_curve(dataset.singular_values, rank)[:, -1]
     hardest = least.topk(min(args.batch_size, len(dataset))).indices
     try:
-        factorise(model, dataset[hardest].to(device), dataset.grid, rank, args.target_error,
-                  args.dtype)  # fmt: skip
+        features, stored_as = dataset[hardest].to(device), (args.target_error, args.dtype)
+        factorise(model, features, dataset.grid, rank, *stored_as)
     except UserError as error:
         raise UserError(f"the hardest images, as {args.dtype}: {error}") from None
 

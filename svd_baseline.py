@@ -96,17 +96,23 @@ def image_metrics(
     }
 
 
-@torch.inference_mode()
 def evaluate(
     factorise: Callable[[Tensor], Factors], batches: Iterable[Batch], rank: int | None = None
 ) -> dict[str, Tensor]:
-    """`image_metrics` of `factorise(x)` on every batch, one after another: each [n] on the CPU.
+    """`evaluate_batches` of a method that needs no grid: `factorise(x)`."""
+    return evaluate_batches(lambda batch: factorise(batch.x), batches, rank)
+
+
+@torch.inference_mode()
+def evaluate_batches(
+    factorise: Callable[[Batch], Factors], batches: Iterable[Batch], rank: int | None = None
+) -> dict[str, Tensor]:
+    """`image_metrics` of `factorise(batch)` on one batch after another: each [n] on the CPU.
 
     Without any batch the dict is empty.
     """
     parts = [
-        image_metrics(batch.x, *factorise(batch.x), batch.singular_values, rank)
-        for batch in batches
+        image_metrics(batch.x, *factorise(batch), batch.singular_values, rank) for batch in batches
     ]
     names = parts[0] if parts else ()
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in names}
@@ -188,6 +194,15 @@ def gain(own: Tensor, base: Tensor, groups: list[str]) -> dict[str, float | list
             ends = (ratio * math.exp(spread), ratio * math.exp(-spread))
             found["interval_95"] = [100 * (1 - end) for end in ends]
     return found
+
+
+def gain_text(gain: dict | None) -> str:
+    """A `gain` in per cent, as tables print it: mean [interval]; a dash where there is none."""
+    if gain is None or gain["mean"] is None:
+        return "-"
+    # + 0.0: as little below as above is 0.0 and not -0.0
+    mean, *ends = (f"{round(v, 1) + 0.0:.1f}" for v in (gain["mean"], *(gain["interval_95"] or [])))
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 def _half_width(deviations: Tensor, groups: list[str]) -> float | None:

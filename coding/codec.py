@@ -141,13 +141,21 @@ class Codec:
         statistics, mean, std = self._round_statistics(raw, grid)
         if factors is None:
             x = (raw - mean[:, None]) / std[:, None]
-            z = dct(grid) @ (x @ self._klt)
+            z = self.transformed(x, grid)
         else:
             u, s, v = factors
             # they are of X by the exact statistics; what is stored divides by the rounded ones
             u = u * (normalise(raw)[2] / std[:, None])
             z = (dct(grid) @ (u.float() * s)) @ (v.float().mT @ self._klt)
         return z, statistics
+
+    def transformed(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Z = C X P [T, d] of normalised tokens [T, D]."""
+        return dct(grid) @ (x @ self._klt)
+
+    def of_gradient(self, gradient: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The gradient by the decoded Z [T, d], of that by the decoded X [T, D]."""
+        return dct(grid) @ (gradient @ self._inverse)
 
     def encode(
         self, raw: Tensor, grid: tuple[int, int], step: float, factors: Factors | None = None

@@ -123,13 +123,16 @@ class FactorWriter(ShardWriter):
     target_error, grid, T, D, count).
     """
 
-    flag, kinds, what = "--out", (KIND,), "factors"
+    flag, kinds = "--out", (KIND,)
     commit, others = "factors-{:05d}.safetensors", (CODEC_FILE,)
 
     def __init__(self, folder: str | Path, header: dict, overwrite: bool = False) -> None:
         header = {"format": FORMAT, "kind": KIND, **header}
         super().__init__(folder, header, header["count"], overwrite)
         self.errors = CODED_ERRORS if header["dtype"] == CODED else ERRORS
+
+    def what(self, manifest: dict) -> str:
+        return "finished factors"
 
     def check_shard(self, path: Path) -> None:
         load_tensors(path, "start again with --overwrite")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from model import LowRankFactorModel, truncate_product
+from model import LowRankFactorModel
+from subspace import truncate_product
 from svd_baseline import Factors
 
 # An error measured with float32 products may lie this much above the float64 curve that chose the

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coding.entropy import HIGHEST, LARGEST_TABLE, LOWEST, STEPS_AN_OCTAVE, bits_table
+from coding.entropy import (
+    HIGHEST,
+    LARGEST_TABLE,
+    LOWEST,
+    STEPS_AN_OCTAVE,
+    Table,
+    bits_table,
+    table,
+)
 
 LAMBDA = 0.12  # rounding minimises (z / Δ − q)² + λ bits(q)
 DEPENDENT = 0.05  # a rounded column of which less than this is new is dropped
@@ -78,21 +86,23 @@ def on_grid(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return maps
 
 
-def rate_rounded(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
+def rate_rounded(
+    values: np.ndarray, levels: np.ndarray, of_level: Table = table, weight: float = LAMBDA
+) -> np.ndarray:
     """Integers q of values [n, m]: of the nearest, one nearer to 0, and 0 the one with the least
-    (value − q)² + λ bits(q)."""
+    (value − q)² + weight · bits(q)."""
     size = np.abs(values)
     nearest = np.rint(size).astype(np.int64)
     # a flat view: one gather a candidate
-    bits, width = bits_table().ravel(), LARGEST_TABLE + 2
+    bits, width = bits_table(of_level).ravel(), LARGEST_TABLE + 2
     base = (np.clip(levels, LOWEST, HIGHEST) - LOWEST) * width
     best = np.zeros_like(nearest)
     todo = nearest > 0
     size, nearest, base = size[todo], nearest[todo], base[todo]
-    cost = size**2 + LAMBDA * bits[base]
+    cost = size**2 + weight * bits[base]
     chosen = np.zeros_like(nearest)
     for q in (nearest, np.maximum(nearest - 1, 0)):
-        own = (size - q) ** 2 + LAMBDA * bits[base + np.minimum(q, LARGEST_TABLE + 1)]
+        own = (size - q) ** 2 + weight * bits[base + np.minimum(q, LARGEST_TABLE + 1)]
         better = own < cost
         chosen, cost = np.where(better, q, chosen), np.where(better, own, cost)
     best[todo] = chosen

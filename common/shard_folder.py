@@ -3,8 +3,9 @@
     partial.json     only while unfinished: what the folder was begun with
     manifest.json    written last: a folder without it is not finished
 
-A shard belongs to ROWS_PER_SHARD consecutive rows, is whole or absent and depends on no other, so
-that the finished folder is byte-identical to that of one uninterrupted process.
+A shard belongs to ROWS_PER_SHARD consecutive rows, or fewer of large images, is whole or absent and
+depends on no other, so that the finished folder is byte-identical to that of one uninterrupted
+process.
 """
 
 from __future__ import annotations
@@ -23,14 +24,22 @@ from common.files import (
 )
 
 ROWS_PER_SHARD = 128
+TOKENS_PER_SHARD = 2**18  # at most: a shard is in memory whole when it is written
+
+
+def finished_words(flag: str, folder: Path, what: str) -> str:
+    """That a folder is finished, and what to type."""
+    return (
+        f"{flag} {folder} holds {what}: use it, type another {flag}, or --overwrite to replace it"
+    )
 
 
 class ShardWriter:
     """What writers of such folders share; a subclass writes the shards, then calls `seal`.
 
     A subclass says what it is about: `flag`, under which the folder is typed; `kinds` of header
-    that are its own; `what` it writes; `commit`, the name, but for the number, of the file that
-    commits a shard; `others`, patterns of its further files.
+    that are its own; `commit`, the name, but for the number, of the file that commits a shard;
+    `others`, patterns of its further files.
 
     Args:
         folder: to write. A finished one in it is refused unless `overwrite`; a folder of another
@@ -38,13 +47,13 @@ class ShardWriter:
         header: what the content depends on, with "kind" and "format". A folder that was begun
             with another one is refused with both values.
         num_rows: of all shards.
+        most_tokens: of a row.
         conditions: what an unfinished folder has to be gone on with beside the header, and a
             finished one need not be known by.
     """
 
     flag: str
     kinds: tuple[str, ...]
-    what: str
     commit: str
     others: tuple[str, ...] = ()
 
@@ -55,8 +64,10 @@ class ShardWriter:
         num_rows: int,
         overwrite: bool = False,
         conditions: dict | None = None,
+        most_tokens: int = 1,
     ) -> None:
         self.folder, self.header, self.num_rows = Path(folder), header, num_rows
+        self.rows_per_shard = max(1, min(ROWS_PER_SHARD, TOKENS_PER_SHARD // most_tokens))
         self._pattern = self.commit.replace("{:05d}", "*")
         begun = header | (conditions or {})
         self._refuse_others(begun, overwrite)
@@ -70,12 +81,9 @@ class ShardWriter:
         for path in sorted(self.folder.glob(self._pattern)):
             self.check_shard(path)
 
-    def finished(self, manifest: dict) -> str:
-        """What is said of a finished folder that is not to be overwritten."""
-        return (
-            f"{self.flag} {self.folder} holds finished {self.what}: use them, type another "
-            f"{self.flag}, or --overwrite to replace them"
-        )
+    def what(self, manifest: dict) -> str:
+        """What a finished folder with this manifest is."""
+        raise NotImplementedError
 
     def check_shard(self, path: Path) -> None:
         """Raise UserError where a shard that is gone on from, by its `commit` file, is damaged."""
@@ -87,13 +95,13 @@ class ShardWriter:
 
     def rows_of(self, shard: int) -> range:
         """Rows that belong to a shard."""
-        first = shard * ROWS_PER_SHARD
-        return range(first, min(first + ROWS_PER_SHARD, self.num_rows))
+        first = shard * self.rows_per_shard
+        return range(first, min(first + self.rows_per_shard, self.num_rows))
 
     @property
     def shards(self) -> range:
         """All shards."""
-        return range(-(-self.num_rows // ROWS_PER_SHARD))
+        return range(-(-self.num_rows // self.rows_per_shard))
 
     def shards_to_do(self) -> list[int]:
         """Shards that are not on disk yet, lowest first."""
@@ -138,7 +146,7 @@ class ShardWriter:
                     found_header = {key: found.get(key) for key in self.header}
                     check_same_header(where, found_header, self.header)
                 self.remove_leftovers()
-                raise UserError(self.finished(found))
+                raise UserError(finished_words(self.flag, self.folder, self.what(found)))
         if not overwrite and not partial.exists() and any(self.folder.glob(self._pattern)):
             raise UserError(f"{partial} is missing: start again with --overwrite")
 

@@ -50,7 +50,7 @@ from qwenvl_dataloader import (
     RealQwenVLDataset,
     create_data_loaders_real,
 )
-from svd_baseline import gram_eigh, summarise
+from svd_baseline import gain_text, gram_eigh, summarise
 from task.heads import Score, TaskHead
 from task.load_head import HEADS, load_head
 from task.metric import (
@@ -135,8 +135,11 @@ def main(args: argparse.Namespace) -> None:
         results["seconds"] = round(time.perf_counter() - started, 1)
         write_json(folder / "task_sweep.json", results)
         task_sweep.task_sweep(folder / "task_sweep.png", results, head.output, footer)
+        task_sweep.task_calibration(
+            folder / "task_calibration.png", results["rank_per_image"], footer
+        )
         partial.remove()
-    print(f"wrote {folder}/task_sweep.json and task_sweep.png")
+    print(f"wrote {folder}/task_sweep.json, task_sweep.png and task_calibration.png")
 
 
 def network_paths(args: argparse.Namespace) -> dict[str, Path]:
@@ -255,14 +258,6 @@ def evaluate(
 
 
 # --------------------------------------------------------------------------------------- results
-
-
-def gain_text(gain: dict | None) -> str:
-    if gain is None or gain["mean"] is None:
-        return "-"
-    # + 0.0: as little below as above is 0.0 and not -0.0
-    mean, *ends = (f"{round(v, 1) + 0.0:.1f}" for v in (gain["mean"], *(gain["interval_95"] or [])))
-    return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 def print_tables(results: dict) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from common import processes
 from common.errors import UserError
+from common.grids import Grid
 from model import LossTerms, LowRankFactorModel, get_model_by_name
 from qwenvl_dataloader import Batch
 from subspace import refine
@@ -130,22 +131,22 @@ class TaskFactorModel(nn.Module):
         return self.core.config | {"task": self.task}
 
     def forward(
-        self, x: Tensor, rank: int | None = None, *, ordered: bool = True
+        self, x: Tensor, rank: int | None = None, *, ordered: bool = True, grid: Grid | None = None
     ) -> tuple[Tensor, Tensor]:
         """A [b, T, r'], B [b, r', D] of x [b, T, D], as `LowRankFactorModel.forward`."""
         core = self.core
-        cut = core.rank_in_use if rank is None else rank
+        cut = core.rank_at(x, rank)
         z, w = self.weighting(x)
-        sketch = core.sketch(z, core.sketch_columns(cut))[0]
+        sketch = core.sketch(z, core.sketch_columns(cut), grid)[0]
         u = refine(sketch, z, core.shifts, cut, ordered=True).u.to(x.dtype)
         b = u.mT @ (w * x) / (1 + core.lambda_B)  # [b, r', D]
         gate = core.gate()
         return (u if gate is None else u * gate[:cut]) / w, b
 
-    def loss_terms(self, x: Tensor, singular_values: Tensor) -> LossTerms:
+    def loss_terms(self, x: Tensor, singular_values: Tensor, grid: Grid | None = None) -> LossTerms:
         """The core's terms on Z: the sketch learns to reach Z's subspace, and not to change Z."""
         z = self.weighting(x)[0].detach()
-        return self.core.loss_terms(z, exact_singular_values(z.nan_to_num()))
+        return self.core.loss_terms(z, exact_singular_values(z.nan_to_num()), grid)
 
     def exact_product(self, x: Tensor, rank: int) -> Tensor:
         """A·B [b, T, D] as a perfect sketch would give it, with the gradient by w and S."""
@@ -206,7 +207,7 @@ def task_record(
     parts: dict[str, list[Tensor]] = {"error": [], "log_loss": []}  # [b, ranks] each
     for batch in batches:
         full = head.of_batch(batch)
-        factors = [model(batch.x, rank) for rank in trained_ranks(model)]
+        factors = [model(batch.x, rank, grid=batch.grid) for rank in trained_ranks(model)]
         outputs = [head.of_batch(batch, a @ b) for a, b in factors]
         parts["error"].append(torch.stack([head.error(y, full) for y in outputs], -1).cpu())
         losses = torch.stack([_log_loss(head.loss(y, full)) for y in outputs], -1)

@@ -23,7 +23,6 @@ from coding import factor_files
 from common import shard_folder
 from common.errors import UserError
 from experiments import fit_codec
-from features import cache_writer
 from qwenvl_dataloader import RealQwenVLDataset
 from training import checkpoint
 
@@ -182,7 +181,7 @@ def cache_torn(folder: Path) -> list[str]:
 
 
 def kill_extract(work: Path, count: int, rng: random.Random, log: Path) -> Tally:
-    cache_writer.ROWS_PER_SHARD = 8
+    shard_folder.ROWS_PER_SHARD = 8
     images = [tiny.jpeg(i) for i in range(60)]
     images[7], images[8], images[30] = images[3], b"no image", images[3]
     data = tiny.write_data_set(work / "images", images)
@@ -258,7 +257,7 @@ def factors_torn(folder: Path) -> list[str]:
 
 
 def kill_factorize(work: Path, count: int, rng: random.Random, log: Path) -> Tally:
-    cache_writer.ROWS_PER_SHARD = shard_folder.ROWS_PER_SHARD = 8
+    shard_folder.ROWS_PER_SHARD = 8
     in_child(tiny.write_cache, work / "cache", tiny.steep_tokens(60))
     where = ["--cache_dir", work / "cache", "--results_dir", work / "results"]
     train = [*where, "--log_dir", work / "log", *TRAIN.split(), *TRAIN_KINDS["ResMLP"].split()]

@@ -26,11 +26,12 @@ from experiments.task_measures import (
 from figures import task_sweep
 from model import get_model_by_name
 from qwenvl_dataloader import Batch, RealQwenVLDataset, create_data_loaders_real, denormalise
-from svd_baseline import gram_eigh, truncated_svd
+from svd_baseline import gain_text, gram_eigh, truncated_svd
 from task import heads
 from task import metric as task_metric
 from task.load_head import load_head
 from task.refinement import refine_factors
+from task.task_error import head_of_norm
 from task.trained_norm import TaskFactorModel, leading_projector
 from training.checkpoint import load_model
 from training.state import TrainState
@@ -527,8 +528,8 @@ def test_columns_do_not_collide(capsys):
     evaluate_task.print_columns([["", "rank 2", "rank 4"], ["svd", wide, wide], ["b", "1", "2"]])
     lines = capsys.readouterr().out.splitlines()
     found = {"mean": -0.01, "interval_95": [-1234.56, 9.99]}
-    assert evaluate_task.gain_text(found) == "0.0 [-1234.6, 10.0]"
-    assert evaluate_task.gain_text({"mean": 5, "interval_95": None}) == "5.0"
+    assert gain_text(found) == "0.0 [-1234.6, 10.0]"
+    assert gain_text({"mean": 5, "interval_95": None}) == "5.0"
     assert f"{wide}  {wide}" in lines[1] and len({len(line) for line in lines}) == 1
 
 
@@ -605,8 +606,47 @@ def test_training_for_a_task_lowers_the_task_error_and_its_checkpoint_needs_no_f
     )
     assert isinstance(model, TaskFactorModel) and state["config"]["task"]["head"] == "saliency"
     where = ["--results_dir", task_trained, "--cache_dir", tiny_cache]
-    assert script("compare_svd_nn.py", *where).returncode == 0
     assert script("factorize.py", *where, "--out", tmp_path / "factors").returncode == 0
+
+
+def test_a_task_trained_network_is_compared_in_both_norms(
+    task_trained, metric_file, tiny_cache, dataset, saliency, script, tmp_path
+):
+    results = shutil.copytree(task_trained, tmp_path / "both")
+    where = ["--results_dir", results, "--cache_dir", tiny_cache, "--metric", metric_file]
+    done = script("compare_svd_nn.py", *where)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((results / "ResMLP" / "svd_nn_comparison.json").read_text())
+    task = found["task"]["ranks"]["4"]
+    assert set(task) == {"svd", "network", "svd_in_metric"} and found["task"]["head"] == "saliency"
+    # the plain SVD's, by hand: as evaluate_task judges it
+    errors = []
+    with torch.no_grad():
+        for batch in create_data_loaders_real(dataset, 4).test:
+            full = saliency.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
+            x_hat = torch.matmul(*truncated_svd(batch.x, 4))
+            outputs = saliency.outputs(denormalise(x_hat, batch.mean, batch.std), batch.rows)
+            errors.append(saliency.error(outputs, full))
+    errors = torch.cat(errors)
+    assert task["svd"]["mean"] == pytest.approx(float(errors.mean()), rel=1e-4)
+    gain = 100 * (1 - task["network"]["mean"] / task["svd"]["mean"])
+    assert (
+        task["network"]["gain_pct"]["mean"] == pytest.approx(gain) and "gain_pct" not in task["svd"]
+    )
+    plain = found["ranks"]["4"]
+    assert plain["network"]["rel_error"]["mean"] > plain["svd"]["rel_error"]["mean"]
+    table = done.stdout[done.stdout.index("both norms") :].splitlines()
+    assert f"{task['network']['mean']:.5f}" in table[2] and "network below" in table[1]
+
+
+def test_a_network_whose_head_is_not_at_hand_is_compared_in_the_frobenius_norm_with_a_note(
+    dataset, capsys
+):
+    norm = {"head": "saliency", "head_sha256": "of other weights", "metric_sha256": None}
+    assert head_of_norm(norm, dataset, "cpu", None) is None
+    assert "other weights than in training" in capsys.readouterr().out
+    assert head_of_norm(norm | {"head": "depth"}, dataset, "cpu", None) is None
+    assert "no task error: " in capsys.readouterr().out
 
 
 def test_a_task_run_goes_on_from_its_checkpoint(task_trained, tiny_cache, script):
@@ -615,6 +655,18 @@ def test_a_task_run_goes_on_from_its_checkpoint(task_trained, tiny_cache, script
                   "--cache_dir", tiny_cache)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "val_task_error" in json.loads((results / "ResMLP" / "history.json").read_text())[-1]
+    assert "going on with the run trained for --task_head saliency: epoch " in done.stdout
+
+
+def test_a_run_of_the_manual_after_one_for_a_task_keeps_that_one_aside(
+    task_trained, tiny_cache, tmp_path
+):
+    shutil.copytree(task_trained, tmp_path / "results")
+    results = trained(tmp_path, tiny_cache)
+    history = json.loads((results / "ResMLP" / "history.json").read_text())
+    assert "val_task_error" not in history[-1]
+    (aside,) = (results / "ResMLP").glob("previous-*")
+    assert "val_task_error" in json.loads((aside / "history.json").read_text())[-1]
 
 
 def test_the_task_trained_network_is_judged_beside_the_others(
@@ -669,7 +721,7 @@ def test_every_table_shows_svd_and_network_in_the_metric_beside_the_plain_ones(
     assert error["svd"] < error["svd_in_metric"]  # X itself is nearer to its own SVD
     assert error["network_in_metric"] == pytest.approx(error["svd_in_metric"], rel=0.05)
 
-    assert script("visualize_svd_nn.py", *where).returncode == 0
+    assert script("visualize_svd_nn.py", "--image_idx", 0, *where).returncode == 0
     image = json.loads((tmp_path / "ResMLP" / "image_0_comparison_results.json").read_text())
     assert four <= set(image)
     assert script("experiments.benchmark", *where, "--quality", "--ranks", 4).returncode == 0
@@ -732,7 +784,7 @@ def test_a_metric_is_not_applied_again_to_a_network_that_was_trained_in_it(
     folder = metric_trained / "ResMLP"
     methods = json.loads((folder / "svd_nn_comparison.json").read_text())["ranks"]["4"]
     assert methods["network_in_metric"] == methods["network"]
-    assert script("visualize_svd_nn.py", *where).returncode == 0
+    assert script("visualize_svd_nn.py", "--image_idx", 0, *where).returncode == 0
     image = json.loads((folder / "image_0_comparison_results.json").read_text())
     assert image["network_in_metric"] == image["network"]
     assert script("experiments.benchmark", *where, "--quality", "--ranks", 4).returncode == 0
