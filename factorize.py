@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from coding.codec import Codec
-from coding.coded_files import CODED, CodedImage
+from coding.coded_files import CODED, FORMS, CodedImage
 from coding.factor_files import (
     DTYPES,
-    ERRORS,
     WRITE_AGAIN,
     FactorWriter,
     Stored,
+    StoredImage,
     damaged_files,
     restore,
     store,
@@ -34,6 +34,7 @@ from coding.rate_control import coded_image, image_for_target
 from common import cli, processes
 from common.errors import UserError
 from common.files import sha256_file
+from common.grids import Grid
 from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
 from svd_baseline import rel_error
@@ -62,6 +63,10 @@ def get_args_parser() -> cli.Parser:
     what("--codec", cli.file)(
         "of experiments.fit_codec: coded factors, a fraction of int8's bytes, at --step, "
         "--target_kb or --target_error (then of raw tokens, as decoded)"
+    )
+    what("--form", FORMS, "factors")(
+        "with --codec: factors, or the tokens' own transform, without factors (fewer bytes in a "
+        "metric, below 4 kB an image)"
     )
     what.switch("--exact", "with --codec: exact factors, no trained network")
     what("--dtype", DTYPES, "bf16")(
@@ -103,6 +108,7 @@ def main(args: argparse.Namespace) -> None:
         "dtype": CODED if args.codec else args.dtype,
         "rank": rank if args.target_error is None and not args.codec else None,
         "target_error": args.target_error,
+        "grid": list(dataset.grid),
         "num_tokens": dataset.num_tokens,
         "feature_dim": dataset.feature_dim,
         "count": len(dataset),
@@ -110,6 +116,7 @@ def main(args: argparse.Namespace) -> None:
     codec = open_codec(args, dataset, metric) if args.codec else None
     if codec:
         header |= {"codec_sha256": codec.sha256, "step": args.step, "target_kb": args.target_kb}
+        header |= {"form": args.form}
     folder = Path(args.out) if args.out else Path("factors") / header["arch"]
     with processes.sole_writer(folder, "--out"):
         write_factors(args, folder, header, model, dataset, device, codec)
@@ -118,7 +125,7 @@ def main(args: argparse.Namespace) -> None:
 def check_coded_flags(args: argparse.Namespace) -> None:
     """Refuse flags that only coded factors have without --codec, and the others with it."""
     if not args.codec:
-        for flag in ("step", "target_kb", "exact"):
+        for flag in ("step", "target_kb", "exact", "form"):
             if flag in args.typed:
                 raise UserError(f"--{flag} is of coded factors: name a --codec beside it")
         return
@@ -127,13 +134,15 @@ def check_coded_flags(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} does nothing beside --codec: omit it")
     if args.step is None and args.target_kb is None and args.target_error is None:
         raise UserError("--codec needs one of --step, --target_error and --target_kb")
+    if args.form == "transform" and not args.exact:
+        raise UserError("--form transform codes no factors: type --exact, it needs no network")
     if args.exact and args.metric:
         raise UserError("--metric does nothing beside --exact: the codec has its own metric")
 
 
 def open_codec(args: argparse.Namespace, dataset: RealQwenVLDataset, metric) -> Codec:
     """The codec at --codec. Raises UserError where it does not fit the cache or the metric."""
-    codec = Codec.load(args.codec)
+    codec = FORMS[args.form].load(args.codec)
     if codec.feature_dim != dataset.feature_dim:
         raise UserError(
             f"--codec {args.codec} is of {codec.feature_dim} features, --cache_dir has "
@@ -192,22 +201,15 @@ def write_factors(
                 coded = coded_rows(args, codec, model, dataset, device, rows, bar)
                 writer.write_coded(shard, coded)
                 continue
-            parts = []
+            parts, stored_as = [], (args.target_error, args.dtype)
             for batch in torch.tensor(writer.rows_of(shard)).split(args.batch_size):
                 features = dataset[batch].to(device)
                 try:
-                    parts.append(factorise(model, features, rank, args.target_error, args.dtype))
+                    parts += factorise(model, features, dataset.grid, rank, *stored_as)
                 except UserError as error:
                     raise UserError(f"rows {batch[0]} to {batch[-1]}: {error}") from None
                 bar.update(len(batch))
-            stored, mean, std, errors = zip(*parts, strict=True)
-            writer.write_shard(
-                shard,
-                sum(stored, []),
-                torch.cat(mean),
-                torch.cat(std),
-                {name: torch.cat([e[name] for e in errors]) for name in ERRORS},
-            )
+            writer.write_shard(shard, parts)
     seconds = time.perf_counter() - start
     if processes.is_main():
         report(writer.finish(), folder, to_do / seconds if to_do else None)
@@ -267,7 +269,8 @@ def check_target(
     least = optimum_curve(dataset.singular_values, rank)[:, -1]
     hardest = least.topk(min(args.batch_size, len(dataset))).indices
     try:
-        factorise(model, dataset[hardest].to(device), rank, args.target_error, args.dtype)
+        features, stored_as = dataset[hardest].to(device), (args.target_error, args.dtype)
+        factorise(model, features, dataset.grid, rank, *stored_as)
     except UserError as error:
         raise UserError(f"the hardest images, as {args.dtype}: {error}") from None
 
@@ -276,14 +279,14 @@ def check_target(
 def factorise(
     model: LowRankFactorModel,
     features: torch.Tensor,
+    grid: Grid,
     rank: int,
     target_error: float | None,
     dtype: str,
-) -> tuple[list[Stored], torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Factors of features [b, T, D] as they will be stored, one per image on the CPU.
+) -> list[StoredImage]:
+    """Factors of features [b, T, D] of a grid as they will be stored, on the CPU.
 
     With a target_error each image gets the smallest rank ≤ `rank` at which what is stored meets it.
-    Returns the factors, mean and std [b, T, 1] float32, and ERRORS → [b] float64.
     Raises UserError where the target is out of reach, or where factors are not finite.
     """
     x, mean, std = normalise(features)
@@ -310,23 +313,22 @@ def factorise(
         "rel_error_float32": rel_error(x, a, b),
         "rel_error_original": torch.linalg.matrix_norm((features - original).double()) / norm,
     }
-    images = [
-        Stored(
-            stored.a[i : i + 1, :, :r].cpu(),
-            stored.b[i : i + 1, :r].cpu(),
-            *(s[i : i + 1, :r].cpu() for s in stored[2:] if s is not None),
-        )
-        for i, r in enumerate(ranks)
-    ]
-    return images, mean.cpu(), std.cpu(), {name: e.cpu() for name, e in errors.items()}
+    images = []
+    for i, r in enumerate(ranks):
+        scales = (s[i, :r].cpu() for s in stored[2:] if s is not None)
+        kept = Stored(stored.a[i, :, :r].cpu(), stored.b[i, :r].cpu(), *scales)
+        measured = {name: float(e[i]) for name, e in errors.items()}
+        images.append(StoredImage(kept, grid, mean[i].cpu(), std[i].cpu(), measured))
+    return images
 
 
 def report(manifest: dict, folder: Path, per_second: float | None) -> None:
     """Print errors, bytes before and after, and the speed of this run."""
     errors, ranks = manifest["errors"], manifest["ranks"]
     if manifest["rank"] is None:
+        what = "directions" if manifest.get("form") == "transform" else "rank"
         print(
-            f"rank per image: mean {ranks['mean']:.1f}, p90 {ranks['p90']:.0f}, "
+            f"{what} per image: mean {ranks['mean']:.1f}, p90 {ranks['p90']:.0f}, "
             f"{ranks['min']} to {ranks['max']}"
         )
     lines = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import numpy as np
 import torch
@@ -95,17 +96,23 @@ def image_metrics(
     }
 
 
-@torch.inference_mode()
 def evaluate(
     factorise: Callable[[Tensor], Factors], batches: Iterable[Batch], rank: int | None = None
 ) -> dict[str, Tensor]:
-    """`image_metrics` of `factorise(x)` on every batch, one after another: each [n] on the CPU.
+    """`evaluate_batches` of a method that needs no grid: `factorise(x)`."""
+    return evaluate_batches(lambda batch: factorise(batch.x), batches, rank)
+
+
+@torch.inference_mode()
+def evaluate_batches(
+    factorise: Callable[[Batch], Factors], batches: Iterable[Batch], rank: int | None = None
+) -> dict[str, Tensor]:
+    """`image_metrics` of `factorise(batch)` on one batch after another: each [n] on the CPU.
 
     Without any batch the dict is empty.
     """
     parts = [
-        image_metrics(batch.x, *factorise(batch.x), batch.singular_values, rank)
-        for batch in batches
+        image_metrics(batch.x, *factorise(batch), batch.singular_values, rank) for batch in batches
     ]
     names = parts[0] if parts else ()
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in names}
@@ -249,21 +256,25 @@ def randomized_svd(x: Tensor, rank: int, seed: int = 0) -> Factors:
     return u[..., :rank], sigma[..., :rank, None] * v.mT[..., :rank, :]
 
 
-def random_sketch(
-    x: Tensor, rank: int, steps: int, columns: int, shifts: Tensor | None = None, seed: int = 0
-) -> Factors:
+def random_sketch(x: Tensor, rank: int, steps: int, columns: int) -> Factors:
     """The network's own refinement on X_s X_sᵀ Ω, Ω Gaussian [T, c], X_s evenly spaced features of
-    X: what is left when nothing is learned.
-
-    steps K, columns c ≥ rank of Ω; shifts [K] default to the untrained schedule.
+    X: what is left when nothing is learned. steps K, columns c ≥ rank of Ω.
     """
-    generator = torch.Generator().manual_seed(seed)
-    omega = torch.randn(x.shape[-2], columns, generator=generator).to(x)
-    seen = x[..., even_features(x.shape[-1], x.shape[-2]).to(x.device)]
-    shifts = start_shifts(steps) if shifts is None else shifts
+    omega, features, shifts = _nothing_learned(*x.shape[-2:], steps, columns, x.device)
+    seen = x[..., features]
     sketch = seen @ (seen.mT @ omega)
-    u = refine(sketch, x, shifts.to(x.device), rank, ordered=False).u.to(x.dtype)
+    u = refine(sketch, x, shifts, rank, ordered=False).u.to(x.dtype)
     return u, u.mT @ x
+
+
+@cache
+def _nothing_learned(
+    tokens: int, features: int, steps: int, columns: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ω, seen features and shifts in place of a network's weights: as those, made before timing."""
+    omega = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0))
+    made = omega, even_features(features, tokens), start_shifts(steps)
+    return tuple(tensor.to(device) for tensor in made)
 
 
 def second_moment(images: Iterable[Tensor]) -> Tensor:

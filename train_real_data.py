@@ -36,7 +36,7 @@ from qwenvl_dataloader import (
     RealQwenVLDataset,
     create_data_loaders_real,
 )
-from svd_baseline import evaluate, optimum, percent_text, summarise
+from svd_baseline import evaluate_batches, optimum, percent_text, summarise
 from task.trained_norm import in_own_norm, task_loss, task_record
 from training.checkpoint import save_checkpoint
 from training.final_results import test_and_draw
@@ -138,7 +138,7 @@ def train_step(run: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
     where the step is not finite; then it changed no weight. On CUDA only the eigenproblem of the
     refinement waits for the device (`subspace.refine`), and a rank allocator where it sets a mask.
     """
-    terms = run.model.loss_terms(batch.x, batch.singular_values)._asdict()
+    terms = run.model.loss_terms(batch.x, batch.singular_values, batch.grid)._asdict()
     energy = terms.pop("component_energy")
     if run.head:
         terms["task"] = task_loss(run.model, run.head, batch, run.step)
@@ -238,26 +238,30 @@ def validate(run: TrainState, loaders: Loaders) -> dict:
     rank = model.current_effective_rank()
     batches = loaders.val.with_progress("validation", show=processes.is_main())
     core, batches = in_own_norm(model, batches)
-    sigma: list[Tensor] = []
+    spectra: dict[str, list[Tensor]] = {"mean_square": [], "optimum": []}
 
     def noted() -> Iterator[Batch]:
         for batch in batches:
-            sigma.append(batch.singular_values.cpu())
+            sigma = batch.singular_values.cpu()
+            spectra["mean_square"].append(sigma.square().sum(-1) / batch.x[0].numel())
+            spectra["optimum"].append(optimum(sigma, rank))
             yield batch
 
-    own = evaluate(lambda x: core(x), noted(), rank)
-    metrics = processes.gather_columns(own | ({"sigma": torch.cat(sigma)} if own else {}))
-    mean_square = metrics["sigma"].square().sum(-1) / (model.num_tokens * model.input_dim)
+    own = evaluate_batches(lambda batch: core(batch.x, grid=batch.grid), noted(), rank)
+    own |= {name: torch.cat(parts) for name, parts in spectra.items() if own}
+    metrics = processes.gather_columns(own)
+    mean_square = metrics["mean_square"]
     mean_square = torch.where(mean_square > 0, mean_square, 1)  # for an X of zeros
     record = {
         "val_mse": float((metrics["rel_error"].square() * mean_square).mean()),
-        "val_optimum_mse": float((optimum(metrics["sigma"], rank).square() * mean_square).mean()),
+        "val_optimum_mse": float((metrics["optimum"].square() * mean_square).mean()),
         "val_rel_error": float(metrics["rel_error"].mean()),
         "val_excess_pct": summarise(metrics["excess_pct"])["mean"],
         "effective_rank": rank,
     }
     if model.norm:
-        plain = processes.gather_columns(evaluate(lambda x: model(x), loaders.val, rank))
+        plain = evaluate_batches(lambda batch: model(batch.x, grid=batch.grid), loaders.val, rank)
+        plain = processes.gather_columns(plain)
         record["val_frobenius_excess_pct"] = summarise(plain["excess_pct"])["mean"]
     return record | (task_record(model, run.head, loaders.val) if run.head else {})
 

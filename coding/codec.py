@@ -66,8 +66,11 @@ class Codec:
     tensors: klt [D, d] bf16 (P), inverse [D, d] bf16 (back to tokens; absent where it is P), rows
     [buckets, H, W], columns [buckets, d] and statistics [2, H, W] int16, all log variances in
     1 / UNITS of a level; starts [buckets] int16, the first component of each bucket. info: what it
-    was made from. sha256: of the file, None before it is saved.
+    was made from. sha256: of the file, None before it is saved. In a metric also coefficients
+    [d, H, W] int8, levels of Z's (`transform_code`).
     """
+
+    stream_format = FORMAT
 
     def __init__(self, tensors: dict[str, Tensor], info: dict, sha256: str | None = None) -> None:
         self.tensors, self.info, self.sha256 = tensors, info, sha256
@@ -122,6 +125,13 @@ class Codec:
         self, raw: Tensor, grid: tuple[int, int], factors: Factors | None = None
     ) -> Prepared:
         """All of `encode` that does not depend on the step: search a step with this done once."""
+        z, statistics = self._transformed(raw, grid, factors)
+        return Prepared(z, *leading(z), statistics, grid)
+
+    def _transformed(
+        self, raw: Tensor, grid: tuple[int, int], factors: Factors | None
+    ) -> tuple[Tensor, np.ndarray]:
+        """Z [T, d] and the symbols [2, T] of the statistics."""
         if raw.shape != (grid[0] * grid[1], self.feature_dim):
             raise UserError(
                 f"tokens {list(raw.shape)} do not fit a grid of {grid[0]} x {grid[1]} and the "
@@ -137,7 +147,7 @@ class Codec:
             # they are of X by the exact statistics; what is stored divides by the rounded ones
             u = u * (normalise(raw)[2] / std[:, None])
             z = (dct(grid) @ (u.float() * s)) @ (v.float().mT @ self._klt)
-        return Prepared(z, *leading(z), statistics, grid)
+        return z, statistics
 
     def encode(
         self, raw: Tensor, grid: tuple[int, int], step: float, factors: Factors | None = None
@@ -169,7 +179,7 @@ class Codec:
     def _framed(
         self, grid: tuple[int, int], step: float, rank: int, first: int, payload: bytes
     ) -> bytes:
-        header = HEADER.pack(FORMAT, 0, *grid, step, rank, first)
+        header = HEADER.pack(self.stream_format, 0, *grid, step, rank, first)
         return header[:1] + struct.pack("<I", crc(header + payload)) + header[5:] + payload
 
     # ---------------------------------------------------------------------------------- decoding
@@ -179,29 +189,42 @@ class Codec:
 
         Raises UserError where the bytes are not those that `encode` gave.
         """
-        if len(data) < HEADER.size or data[0] != FORMAT:
-            raise UserError("a coded image is damaged, or of another format: write it again")
-        _, found, height, width, step, rank, first = HEADER.unpack_from(data)
-        if crc(data) != found:
-            raise UserError("a coded image is damaged (its checksum differs): write it again")
-        grid = height, width
-        tokens = height * width
-        length, at = read_varint(data, HEADER.size)
-        levels = self._head(None, np.zeros(max(rank - 1, 0), dtype=np.int64), grid)[1]
-        symbols = decode_symbols(data[at : at + length], levels)
+        grid, step, rank, first = self._checked_header(data)
+        tokens = grid[0] * grid[1]
+        symbols, at = self._read_head(data, max(rank - 1, 0), grid)
         mean, std = self._statistics_of(symbols[: 2 * tokens].reshape(2, tokens), grid)
         sigma = first - np.concatenate([[0], symbols[2 * tokens :].cumsum()])[:rank]
-        body = decode_symbols(data[at + length :], self._levels(sigma, grid))
+        body = decode_symbols(data[at:], self._levels(sigma, grid))
         q_a = body[: tokens * rank].reshape(tokens, rank)
         q_b = body[tokens * rank :].reshape(self.num_directions, rank)
         a = dct(grid).mT @ orthonormal(q_a)
         b = torch.from_numpy(q_b.T.astype(np.float32)) * step @ self._inverse.mT
         return a, b, mean, std
 
+    def normalised(self, data: bytes) -> tuple[Tensor, Tensor, Tensor]:
+        """X_hat [T, D], mean [T] and std [T] float32; errors as `factors`."""
+        a, b, mean, std = self.factors(data)
+        return a @ b, mean, std
+
     def decode(self, data: bytes) -> Tensor:
         """Raw tokens [T, D] float32 of `encode`'s bytes; errors as `factors`."""
-        a, b, mean, std = self.factors(data)
-        return (a * std[:, None]) @ b + mean[:, None]
+        x, mean, std = self.normalised(data)
+        return x * std[:, None] + mean[:, None]
+
+    def _checked_header(self, data: bytes) -> tuple[tuple[int, int], float, int, int]:
+        """Grid, step, rank and `first` of a stream of this form, whose checksum fits."""
+        grid = grid_of(data)
+        if data[0] != self.stream_format:
+            raise UserError("a coded image is of another format: write it again")
+        return grid, *HEADER.unpack_from(data)[4:]
+
+    def _read_head(
+        self, data: bytes, differences: int, grid: tuple[int, int]
+    ) -> tuple[np.ndarray, int]:
+        """The symbols of `_head`, and the byte at which the body begins."""
+        length, at = read_varint(data, HEADER.size)
+        levels = self._head(None, np.zeros(differences, dtype=np.int64), grid)[1]
+        return decode_symbols(data[at : at + length], levels), at + length
 
     # ------------------------------------------------------------------------------------ levels
 
@@ -255,6 +278,13 @@ class Prepared(tuple):
 
     def __new__(cls, *parts):
         return super().__new__(cls, parts)
+
+
+def grid_of(data: bytes) -> tuple[int, int]:
+    """Rows and columns of a coded image's tokens. Raises UserError where the bytes are none."""
+    if len(data) < HEADER.size or crc(data) != HEADER.unpack_from(data)[1]:
+        raise UserError("a coded image is damaged (its checksum differs): write it again")
+    return HEADER.unpack_from(data)[2:4]
 
 
 def content_sha256(tensors: dict[str, Tensor], info: str) -> str:
@@ -314,7 +344,7 @@ def fit(
         "grid": list(grid),
     }
     floor = UNSEEN_ENERGY * unseen / len(moment)
-    tensors |= _variances(batches, tensors["klt"].float(), grid, made, floor)
+    tensors |= _variances(batches, tensors["klt"].float(), grid, made, floor, root is not None)
     return Codec(tensors, made)
 
 
@@ -337,17 +367,20 @@ def _variances(
     grid: tuple[int, int],
     info: dict,
     floor: float,
+    in_metric: bool,
 ) -> dict[str, Tensor]:
-    """Log variances of u_k and v_k, a bucket of k each, and of the statistics in their steps."""
+    """Log variances of u_k and v_k, a bucket of k each, of the statistics in their steps, and in a
+    metric of Z's coefficients."""
     transform, steps = dct(grid), torch.tensor(info["statistics_steps"])[:, None]
     rank = min(len(transform), klt.shape[1])
     starts = bucket_starts(rank)
     bounds = list(zip(starts, [*starts[1:], rank], strict=True))
-    rows, columns, statistics = 0.0, 0.0, 0.0
+    rows, columns, statistics, coefficients = 0.0, 0.0, 0.0, 0.0
     for batch in batches():
         for raw in batch.float().cpu():
             x, mean, std = normalise(raw)
             z = transform @ (x @ klt)
+            coefficients = coefficients + z.square()
             u, s = leading(z)
             u, s = u[:, :rank], s[:rank]
             v = z.mT @ u / s.clamp_min(1e-6 * s[0])
@@ -356,13 +389,17 @@ def _variances(
             both = torch.stack([mean[:, 0], std[:, 0].log() - info["log_std"]])
             statistics = statistics + (both @ transform.mT / steps).square()
 
-    def units(total: Tensor) -> Tensor:
+    def levels(total: Tensor, units: int = UNITS) -> Tensor:
         variance = (total / info["images"]).double().clamp_min(1e-12)
-        return (variance.log2() / 2 * STEPS_AN_OCTAVE * UNITS).round().to(torch.int16)
+        return (variance.log2() / 2 * STEPS_AN_OCTAVE * units).round().to(torch.int16)
 
-    return {
-        "rows": units(rows).reshape(-1, *grid),
-        "columns": units(columns + floor * info["images"]),
-        "statistics": units(statistics).reshape(2, *grid),
+    tensors = {
+        "rows": levels(rows).reshape(-1, *grid),
+        "columns": levels(columns + floor * info["images"]),
+        "statistics": levels(statistics).reshape(2, *grid),
         "starts": torch.tensor(starts, dtype=torch.int16),
     }
+    if in_metric:
+        own = levels(coefficients, 1).clamp(-128, 127).to(torch.int8)
+        tensors["coefficients"] = own.mT.reshape(-1, *grid).contiguous()
+    return tensors

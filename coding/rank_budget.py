@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from model import LowRankFactorModel, truncate_product
+from model import LowRankFactorModel
+from subspace import truncate_product
 from svd_baseline import Factors
 
 # An error measured with float32 products may lie this much above the float64 curve that chose the
@@ -62,14 +63,6 @@ def nested_factors(model: LowRankFactorModel, x: Tensor, rank: int) -> Factors:
 
 
 # ------------------------------------------------------------------------------------------- ranks
-
-
-def smallest_rank(singular_values: Tensor, target_error: float) -> Tensor:
-    """The smallest r with optimum(r) ≤ target_error, of each image: [n] int64; 0 where X = 0.
-
-    Args: singular_values [n, S] float64, largest first; target_error ≥ 0. Exact. Cost O(n S).
-    """
-    return first_rank_within(optimum_curve(singular_values), target_error)
 
 
 def first_rank_within(curve: Tensor, target_error: float) -> Tensor:

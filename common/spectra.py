@@ -90,11 +90,12 @@ def _compute_missing(
     done = len(sizes) - len(images)
     # workers compute with one thread each: the values' bits do not depend on how many there are
     workers = max(1, min(len(os.sched_getaffinity(0)), len(images)))
-    loader = DataLoader(_Each(spectrum), sampler=images, batch_size=None, num_workers=workers,
-                        generator=torch.Generator())  # fmt: skip
-    values = progress.over(loader, "singular values", "images", total=len(sizes), initial=done)
-    for part, path in to_do:
-        _write(path, content, torch.cat(list(itertools.islice(values, len(part)))))
+    kind = {"batch_size": None, "num_workers": workers, "generator": torch.Generator()}
+    values = iter(DataLoader(_Each(spectrum), sampler=images, **kind))
+    with progress.bar(len(sizes), "singular values", initial=done) as bar:
+        for part, path in to_do:
+            _write(path, content, torch.cat(list(itertools.islice(values, len(part)))))
+            bar.update(len(part))
 
 
 def _write(path: Path, content: str, values: Tensor) -> None:

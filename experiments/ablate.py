@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from common import cli, progress
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.grids import Grid
 from common.tables import print_columns
 from common.timing import time_in_turn
 from figures import error_against_time
@@ -90,7 +91,7 @@ class RandomSketch(LowRankFactorModel):
     def make_branch(self, in_features: int, out_features: int) -> nn.Module:
         return nn.Identity()
 
-    def sketch(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    def sketch(self, x: Tensor, columns: int, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
         omega, seen = self.omega[:, :columns], x[..., self.seen]
         y = x @ omega if self.from_rows else seen @ (seen.mT @ omega)
         return y, y

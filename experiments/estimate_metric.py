@@ -22,8 +22,8 @@ from torch import Tensor
 
 from common import cli
 from common.errors import UserError
-from common.files import first_difference, save_tensors
-from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real, denormalise
+from common.files import check_same_header, save_tensors
+from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import gram_eigh
 from task.heads import TaskHead
 from task.load_head import HEADS, load_head
@@ -182,12 +182,7 @@ class PartialWork:
             raise UserError(f"{path} is damaged ({error}): {remedy}") from None
         if said.get(CONTENT_HASH) != content_sha256(total, said):
             raise UserError(f"{path} is damaged (its content hash is another): {remedy}")
-        if different := first_difference(json.loads(said["header"]), header):
-            key, before, now = different
-            raise UserError(
-                f"{path} was begun with {key} = {before}, now it is {now}: type the same command "
-                f"again to go on, or {remedy}"
-            )
+        check_same_header(str(path), json.loads(said["header"]), header, remedy)
         images, tokens = json.loads(said["done"])
         work.sum, work.validation = MomentSum(total, images, tokens), json.loads(said["validation"])
         return work
@@ -220,13 +215,12 @@ def validation_errors(
     """Mean task error at the ranks JUDGED_AT, of the metric's SVD or (None) of the plain one."""
     errors = []
     for batch in loader.with_progress(f"{label}, validation"):
-        full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
+        full = head.of_batch(batch)
         found = []
         for rank in JUDGED_AT:
             rank = min(rank, *batch.x.shape[-2:])
             a, b = metric_svd(batch.x, rank, metric) if metric else gram_eigh(batch.x, rank)
-            tokens = denormalise(a @ b, batch.mean, batch.std)
-            found.append(head.error(head.outputs(tokens, batch.rows), full))
+            found.append(head.error(head.of_batch(batch, a @ b), full))
         errors.append(torch.stack(found, dim=-1))
     return torch.cat(errors).mean(0).tolist()
 

@@ -36,6 +36,7 @@ def new_run(setting: Setting, device: torch.device, *flags: str) -> TrainState:
     args.arch = train_real_data.canonical_arch(args.arch)
     none = torch.zeros(0, dtype=torch.int64)  # rows: the batch is given, no cache is read
     dataset = SimpleNamespace(feature_dim=sizes.features, num_tokens=sizes.tokens)
+    dataset.grid = (1, sizes.tokens)  # as of `new_batch`
     dataset.manifest, dataset.is_demo = {"encoder": {"id": "check"}}, False
     dataset.split = SimpleNamespace(hash="check", train=none, val=none)
     dataset.rows = pa.table({})

@@ -16,6 +16,7 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +48,21 @@ def read_image(cell: ImageCell) -> Image.Image:
     Raises UnreadableImage: no bytes and no path, no such file, damaged, or more pixels than
     Pillow takes for honest (twice `Image.MAX_IMAGE_PIXELS`), which is found before decoding.
     """
+    with _readable(cell):
+        return Image.open(io.BytesIO(image_bytes(cell))).convert("RGB")
+
+
+def image_size(cell: ImageCell) -> tuple[int, int]:
+    """Width and height as the file's head says, nothing decoded. Raises UnreadableImage."""
+    with _readable(cell):
+        return Image.open(io.BytesIO(image_bytes(cell))).size
+
+
+@contextmanager
+def _readable(cell: ImageCell) -> Iterator[None]:
     name = f"{cell.path}: " if cell.path else ""
     try:
-        return Image.open(io.BytesIO(image_bytes(cell))).convert("RGB")
+        yield
     except MemoryError:
         raise
     except UnidentifiedImageError:  # whose own words hold a memory address

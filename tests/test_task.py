@@ -106,17 +106,24 @@ def test_no_matrix_of_its_rank_is_nearer_in_the_metric_than_the_metrics_svd(toke
     values, vectors = torch.linalg.eigh(metric.matrix)
     sigma = torch.linalg.svdvals(tokens.double() @ (vectors * values.sqrt()) @ vectors.mT)
     assert torch.allclose(distance(a @ b), sigma[:, 5:].square().sum(-1), rtol=1e-4)
-    for other in (gram_eigh(tokens, 5), task_metric.in_metric(truncated_svd, metric)(tokens, 5)):
+    for other in (gram_eigh(tokens, 5), task_metric.InMetric(truncated_svd, metric)(tokens, 5)):
         assert (distance(torch.matmul(*other)) >= distance(a @ b) * (1 - 1e-4)).all()
 
 
 def test_any_factorisation_in_the_metric_is_mapped_back_to_token_space(tokens):
     metric = random_metric(40)
-    a, b = task_metric.in_metric(truncated_svd, metric)(tokens, 24)
+    a, b = task_metric.InMetric(truncated_svd, metric)(tokens, 24)
     assert torch.allclose(a @ b, tokens, atol=1e-3)  # full rank: nothing is lost
-    a, b = task_metric.in_metric(truncated_svd, metric)(tokens, 6)
+    a, b = task_metric.InMetric(truncated_svd, metric)(tokens, 6)
     best = torch.matmul(*task_metric.metric_svd(tokens, 6, metric))
     assert torch.allclose(a @ b, best, atol=2e-3)
+
+
+def metric_moment(head, batches, probes, seed):
+    found = task_metric.MomentSum()
+    for batch in batches:
+        found.add(head, batch, probes, seed)
+    return found.mean(head), found.images
 
 
 def test_the_metric_of_a_linear_head_is_that_heads_own_matrix(dataset, test_batch):
@@ -124,7 +131,7 @@ def test_the_metric_of_a_linear_head_is_that_heads_own_matrix(dataset, test_batc
     weight[:, 0] *= 5
     batch = test_batch._replace(std=torch.ones_like(test_batch.std))
     batches = [batch._replace(rows=batch.rows + 100 * i) for i in range(60)]
-    moment, images = task_metric.second_moment(LinearHead(weight), batches, 4, seed=1)
+    moment, images = metric_moment(LinearHead(weight), batches, 4, seed=1)
     expected = (weight @ weight.mT).double()
     assert images == 360
     difference = moment / moment.trace() - expected / expected.trace()
@@ -260,7 +267,7 @@ def test_a_metric_of_an_older_version_is_read_after_every_other_check(
 def test_the_metric_does_not_depend_on_how_images_are_batched(saliency, dataset):
 
     loaders = [create_data_loaders_real(dataset, size).val for size in (2, 3)]
-    moments = [task_metric.second_moment(saliency, loader, 1, seed=3)[0] for loader in loaders]
+    moments = [metric_moment(saliency, loader, 1, seed=3)[0] for loader in loaders]
     assert (moments[0] - moments[1]).norm() < 1e-5 * moments[0].norm()
 
 

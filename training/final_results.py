@@ -13,7 +13,7 @@ from figures import components, task_training, token_grid, training_curves
 from model import LowRankFactorModel
 from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset
 from svd_baseline import (
-    evaluate,
+    evaluate_batches,
     exact_singular_values,
     gram_eigh,
     report_ranks,
@@ -59,7 +59,7 @@ def test_and_draw(
     }
     for r in report_ranks(rank):
         batches = loaders.test.with_progress(f"test, rank {r}")
-        metrics = evaluate(lambda x, r=r: model(x, r), batches)
+        metrics = evaluate_batches(lambda batch, r=r: model(batch.x, r, grid=batch.grid), batches)
         results["ranks"][str(r)] = {name: summarise(v) for name, v in metrics.items()}
     per_image = test_statistics(model, loaders.test)
     footer = f"{dataset.label}; rank {rank}; {results['arch']}, seed {state['args']['seed']}"
@@ -113,7 +113,7 @@ def test_statistics(model: LowRankFactorModel, loader: BatchLoader) -> dict[str,
         name: [] for name in ("network", "svd", "sigma", "found", "energy")
     }
     for batch in loader.with_progress("error of tokens"):
-        a, b = model(batch.x, rank)
+        a, b = model(batch.x, rank, grid=batch.grid)
         parts["network"].append(token_error(batch.x, a, b))
         parts["svd"].append(token_error(batch.x, *gram_eigh(batch.x, rank)))
         x_hat = a.double() @ b.double()

@@ -147,6 +147,7 @@ def build_run(
         args.arch,
         input_dim=dataset.feature_dim,
         num_tokens=dataset.num_tokens,
+        grid=dataset.grid,
         **{name: getattr(args, name) for name in MODEL_FLAGS},
     )
     head = None
