@@ -180,6 +180,8 @@ def branch_multiply_adds(model: LowRankFactorModel, columns: int) -> float:
     """
 
     def weights(branch: torch.nn.Module) -> int:
+        if branch.skip is not None and (branch.head is None or not branch.head.weight.any()):
+            return columns * branch.skip.weight.shape[1]  # blocks without a head are left out
         named = branch.body.named_parameters()
         body = sum(p.numel() for name, p in named if p.ndim == 2 and "lora" not in name)
         last = [layer for layer in (branch.skip, branch.head) if layer is not None]
