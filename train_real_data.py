@@ -364,7 +364,9 @@ def main(args: argparse.Namespace) -> int:
         print_header(run, dataset, loaders, log)
         if args.resume:
             lr = run.optimizer.param_groups[0]["lr"]
-            log(f"going on with epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}")
+            trained_for = f" trained for --task_head {args.task_head}" if args.task_head else ""
+            of = f"epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}"
+            log(f"going on with the run{trained_for}: {of}; without --resume a new run begins")
             if run.note:
                 log(run.note)
             if args.resume == "best":
@@ -391,7 +393,7 @@ def main(args: argparse.Namespace) -> int:
             )
             return 128 + stop.signal
         if processes.is_main():
-            results = test_and_draw(folder, dataset, loaders, run.history)
+            results = test_and_draw(folder, dataset, loaders, run.history, run.head)
             report(run, results, folder, log, time.perf_counter() - started)
     return 0
 

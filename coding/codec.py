@@ -9,7 +9,8 @@ one side and the KLT of training tokens on the other, Z = C X P. Of its SVD Z = 
 rounded in units of the step Δ; then B = QᵀZ, Q an orthonormal basis of what is left of them, is
 rounded likewise. The level of a coefficient's table is i_σ + i_var: σ_k / Δ on the logarithmic grid
 of `entropy`, and the training images' variance of that coefficient in the bucket of k. All of it is
-integers, so that the same symbols are read on every machine.
+integers, so that the same symbols are read on every machine. What an image's own component differs
+from the training images' by is sent too: an offset of its levels in A, and one in B.
 
 Legend: T tokens on a grid [H, W], D features, d directions kept of the KLT, r rank that Δ leaves.
 """
@@ -31,12 +32,13 @@ from torch import Tensor
 from coding.entropy import STEPS_AN_OCTAVE, decode_symbols, encode_symbols, read_varint, varint
 from coding.transform import (
     UNITS,
+    adapted,
     dct,
     independent,
     leading,
+    level_offsets,
     on_grid,
     orthonormal,
-    rate_rounded,
     sigma_levels,
     to_levels,
     tokens_shift,
@@ -45,7 +47,8 @@ from common.errors import UserError
 from common.files import save_tensors, sha256_file
 from qwenvl_dataloader import normalise
 
-FORMAT = 1
+FORMAT = 1  # of the codec's file
+STREAM, OLDER_STREAM = 2, 1  # of a coded image; the older one is without offsets of levels
 KIND = "codec"
 # format, crc32 of all that follows, height, width, step, rank, i_σ of the first component
 HEADER = struct.Struct("<BIHHfHh")
@@ -53,6 +56,7 @@ HEADER = struct.Struct("<BIHHfHh")
 STATISTICS_STEPS = (0.05, 0.3)  # of the mean and of log std
 DROPPED_BELOW = 2.0  # components with σ_k less than this many steps
 SIGMA_LEVEL = 0  # of differences of i_σ
+OFFSET_LEVEL = 1  # of differences of offsets of levels
 BUCKETS = 16
 UNSEEN_ENERGY = 0.05  # of a v_k outside the span of few training tokens
 TAIL = 1e-5  # energy of training tokens outside the directions that are kept
@@ -66,8 +70,11 @@ class Codec:
     tensors: klt [D, d] bf16 (P), inverse [D, d] bf16 (back to tokens; absent where it is P), rows
     [buckets, H, W], columns [buckets, d] and statistics [2, H, W] int16, all log variances in
     1 / UNITS of a level; starts [buckets] int16, the first component of each bucket. info: what it
-    was made from. sha256: of the file, None before it is saved.
+    was made from. sha256: of the file, None before it is saved. In a metric also coefficients
+    [d, H, W] int8, levels of Z's (`transform_code`).
     """
+
+    stream_formats: tuple[int, ...] = (STREAM, OLDER_STREAM)  # written, and read too
 
     def __init__(self, tensors: dict[str, Tensor], info: dict, sha256: str | None = None) -> None:
         self.tensors, self.info, self.sha256 = tensors, info, sha256
@@ -122,6 +129,13 @@ class Codec:
         self, raw: Tensor, grid: tuple[int, int], factors: Factors | None = None
     ) -> Prepared:
         """All of `encode` that does not depend on the step: search a step with this done once."""
+        z, statistics = self._transformed(raw, grid, factors)
+        return Prepared(z, *leading(z), statistics, grid)
+
+    def _transformed(
+        self, raw: Tensor, grid: tuple[int, int], factors: Factors | None
+    ) -> tuple[Tensor, np.ndarray]:
+        """Z [T, d] and the symbols [2, T] of the statistics."""
         if raw.shape != (grid[0] * grid[1], self.feature_dim):
             raise UserError(
                 f"tokens {list(raw.shape)} do not fit a grid of {grid[0]} x {grid[1]} and the "
@@ -131,13 +145,21 @@ class Codec:
         statistics, mean, std = self._round_statistics(raw, grid)
         if factors is None:
             x = (raw - mean[:, None]) / std[:, None]
-            z = dct(grid) @ (x @ self._klt)
+            z = self.transformed(x, grid)
         else:
             u, s, v = factors
             # they are of X by the exact statistics; what is stored divides by the rounded ones
             u = u * (normalise(raw)[2] / std[:, None])
             z = (dct(grid) @ (u.float() * s)) @ (v.float().mT @ self._klt)
-        return Prepared(z, *leading(z), statistics, grid)
+        return z, statistics
+
+    def transformed(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Z = C X P [T, d] of normalised tokens [T, D]."""
+        return dct(grid) @ (x @ self._klt)
+
+    def of_gradient(self, gradient: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The gradient by the decoded Z [T, d], of that by the decoded X [T, D]."""
+        return dct(grid) @ (gradient @ self._inverse)
 
     def encode(
         self, raw: Tensor, grid: tuple[int, int], step: float, factors: Factors | None = None
@@ -156,20 +178,24 @@ class Codec:
         count = int((s >= DROPPED_BELOW * step).sum())
         sigma = sigma_levels(s[:count], step)
         levels = self._row_levels(sigma, grid)
-        q_a = rate_rounded((u[:, :count] * (s[:count] / step)).numpy(), levels)
+        q_a, _ = adapted((u[:, :count] * (s[:count] / step)).numpy(), levels)
         keep = independent(q_a)
         q_a, sigma = q_a[:, keep], sigma[keep]
+        rows, columns = self._row_levels(sigma, grid), self._column_levels(sigma)
         basis = orthonormal(q_a)
-        q_b = rate_rounded((basis.mT @ z / step).mT.numpy(), self._column_levels(sigma))
+        q_b, offsets_b = adapted((basis.mT @ z / step).mT.numpy(), columns)
+        offsets = np.stack([level_offsets(q_a, rows), offsets_b])
+        steps = np.diff(offsets, prepend=0)  # neighbours are much alike
         first = int(sigma[0]) if len(sigma) else 0
-        head = encode_symbols(*self._head(statistics, -np.diff(sigma), grid))
-        body = encode_symbols(np.concatenate([q_a.ravel(), q_b.ravel()]), self._levels(sigma, grid))
+        head = encode_symbols(*self._head(statistics, -np.diff(sigma), steps, grid))
+        levels = np.concatenate([(rows + offsets[0]).ravel(), (columns + offsets[1]).ravel()])
+        body = encode_symbols(np.concatenate([q_a.ravel(), q_b.ravel()]), levels)
         return self._framed(grid, step, len(sigma), first, varint(len(head)) + head + body)
 
     def _framed(
         self, grid: tuple[int, int], step: float, rank: int, first: int, payload: bytes
     ) -> bytes:
-        header = HEADER.pack(FORMAT, 0, *grid, step, rank, first)
+        header = HEADER.pack(self.stream_formats[0], 0, *grid, step, rank, first)
         return header[:1] + struct.pack("<I", crc(header + payload)) + header[5:] + payload
 
     # ---------------------------------------------------------------------------------- decoding
@@ -179,35 +205,51 @@ class Codec:
 
         Raises UserError where the bytes are not those that `encode` gave.
         """
-        if len(data) < HEADER.size or data[0] != FORMAT:
-            raise UserError("a coded image is damaged, or of another format: write it again")
-        _, found, height, width, step, rank, first = HEADER.unpack_from(data)
-        if crc(data) != found:
-            raise UserError("a coded image is damaged (its checksum differs): write it again")
-        grid = height, width
-        tokens = height * width
-        length, at = read_varint(data, HEADER.size)
-        levels = self._head(None, np.zeros(max(rank - 1, 0), dtype=np.int64), grid)[1]
-        symbols = decode_symbols(data[at : at + length], levels)
-        mean, std = self._statistics_of(symbols[: 2 * tokens].reshape(2, tokens), grid)
-        sigma = first - np.concatenate([[0], symbols[2 * tokens :].cumsum()])[:rank]
-        body = decode_symbols(data[at + length :], self._levels(sigma, grid))
+        grid, step, rank, first = self._checked_header(data)
+        tokens, differences = grid[0] * grid[1], max(rank - 1, 0)
+        offsets = 2 * rank if data[0] == STREAM else 0  # of OLDER_STREAM no level is adapted
+        symbols, at = self._read_head(data, differences, offsets, grid)
+        statistics, differences, offsets = np.split(symbols, [2 * tokens, 2 * tokens + differences])
+        mean, std = self._statistics_of(statistics.reshape(2, tokens), grid)
+        sigma = first - np.concatenate([[0], differences.cumsum()])[:rank]
+        rows, columns = self._row_levels(sigma, grid), self._column_levels(sigma)
+        if len(offsets):
+            of_rows, of_columns = offsets.reshape(2, rank).cumsum(1)
+            rows, columns = rows + of_rows, columns + of_columns
+        body = decode_symbols(data[at:], np.concatenate([rows.ravel(), columns.ravel()]))
         q_a = body[: tokens * rank].reshape(tokens, rank)
         q_b = body[tokens * rank :].reshape(self.num_directions, rank)
         a = dct(grid).mT @ orthonormal(q_a)
         b = torch.from_numpy(q_b.T.astype(np.float32)) * step @ self._inverse.mT
         return a, b, mean, std
 
+    def normalised(self, data: bytes) -> tuple[Tensor, Tensor, Tensor]:
+        """X_hat [T, D], mean [T] and std [T] float32; errors as `factors`."""
+        a, b, mean, std = self.factors(data)
+        return a @ b, mean, std
+
     def decode(self, data: bytes) -> Tensor:
         """Raw tokens [T, D] float32 of `encode`'s bytes; errors as `factors`."""
-        a, b, mean, std = self.factors(data)
-        return (a * std[:, None]) @ b + mean[:, None]
+        x, mean, std = self.normalised(data)
+        return x * std[:, None] + mean[:, None]
+
+    def _checked_header(self, data: bytes) -> tuple[tuple[int, int], float, int, int]:
+        """Grid, step, rank and `first` of a stream of this form, whose checksum fits."""
+        grid = grid_of(data)
+        if data[0] not in self.stream_formats:
+            raise UserError("a coded image is of another format: write it again")
+        return grid, *HEADER.unpack_from(data)[4:]
+
+    def _read_head(
+        self, data: bytes, differences: int, offsets: int, grid: tuple[int, int]
+    ) -> tuple[np.ndarray, int]:
+        """The symbols of `_head`, and the byte at which the body begins."""
+        length, at = read_varint(data, HEADER.size)
+        unknown = (np.zeros(n, dtype=np.int64) for n in (differences, offsets))
+        levels = self._head(None, *unknown, grid)[1]
+        return decode_symbols(data[at : at + length], levels), at + length
 
     # ------------------------------------------------------------------------------------ levels
-
-    def _levels(self, sigma: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-        rows, columns = self._row_levels(sigma, grid), self._column_levels(sigma)
-        return np.concatenate([rows.ravel(), columns.ravel()])
 
     def _row_levels(self, sigma: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         """Of σ_k u_k: [T, r]."""
@@ -223,14 +265,20 @@ class Codec:
         return np.searchsorted(self._starts, np.arange(rank), side="right") - 1
 
     def _head(
-        self, statistics: np.ndarray | None, differences: np.ndarray, grid: tuple[int, int]
+        self,
+        statistics: np.ndarray | None,
+        differences: np.ndarray,
+        offsets: np.ndarray,
+        grid: tuple[int, int],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Symbols and levels of what comes first: the statistics [2, T] and differences of i_σ."""
+        """Symbols and levels of what comes first: the statistics [2, T], differences of i_σ, and
+        those of offsets of levels [2, r]."""
         levels = to_levels(on_grid(self._statistics, grid)).ravel()
-        levels = np.concatenate([levels, np.full(len(differences), SIGMA_LEVEL)])
+        others = np.full(len(differences), SIGMA_LEVEL), np.full(offsets.size, OFFSET_LEVEL)
+        levels = np.concatenate([levels, *others])
         if statistics is None:
             return differences, levels
-        return np.concatenate([statistics.ravel(), differences]), levels
+        return np.concatenate([statistics.ravel(), differences, offsets.ravel()]), levels
 
     # -------------------------------------------------------------------------------- statistics
 
@@ -255,6 +303,13 @@ class Prepared(tuple):
 
     def __new__(cls, *parts):
         return super().__new__(cls, parts)
+
+
+def grid_of(data: bytes) -> tuple[int, int]:
+    """Rows and columns of a coded image's tokens. Raises UserError where the bytes are none."""
+    if len(data) < HEADER.size or crc(data) != HEADER.unpack_from(data)[1]:
+        raise UserError("a coded image is damaged (its checksum differs): write it again")
+    return HEADER.unpack_from(data)[2:4]
 
 
 def content_sha256(tensors: dict[str, Tensor], info: str) -> str:
@@ -314,7 +369,7 @@ def fit(
         "grid": list(grid),
     }
     floor = UNSEEN_ENERGY * unseen / len(moment)
-    tensors |= _variances(batches, tensors["klt"].float(), grid, made, floor)
+    tensors |= _variances(batches, tensors["klt"].float(), grid, made, floor, root is not None)
     return Codec(tensors, made)
 
 
@@ -337,17 +392,20 @@ def _variances(
     grid: tuple[int, int],
     info: dict,
     floor: float,
+    in_metric: bool,
 ) -> dict[str, Tensor]:
-    """Log variances of u_k and v_k, a bucket of k each, and of the statistics in their steps."""
+    """Log variances of u_k and v_k, a bucket of k each, of the statistics in their steps, and in a
+    metric of Z's coefficients."""
     transform, steps = dct(grid), torch.tensor(info["statistics_steps"])[:, None]
     rank = min(len(transform), klt.shape[1])
     starts = bucket_starts(rank)
     bounds = list(zip(starts, [*starts[1:], rank], strict=True))
-    rows, columns, statistics = 0.0, 0.0, 0.0
+    rows, columns, statistics, coefficients = 0.0, 0.0, 0.0, 0.0
     for batch in batches():
         for raw in batch.float().cpu():
             x, mean, std = normalise(raw)
             z = transform @ (x @ klt)
+            coefficients = coefficients + z.square()
             u, s = leading(z)
             u, s = u[:, :rank], s[:rank]
             v = z.mT @ u / s.clamp_min(1e-6 * s[0])
@@ -356,13 +414,17 @@ def _variances(
             both = torch.stack([mean[:, 0], std[:, 0].log() - info["log_std"]])
             statistics = statistics + (both @ transform.mT / steps).square()
 
-    def units(total: Tensor) -> Tensor:
+    def levels(total: Tensor, units: int = UNITS) -> Tensor:
         variance = (total / info["images"]).double().clamp_min(1e-12)
-        return (variance.log2() / 2 * STEPS_AN_OCTAVE * UNITS).round().to(torch.int16)
+        return (variance.log2() / 2 * STEPS_AN_OCTAVE * units).round().to(torch.int16)
 
-    return {
-        "rows": units(rows).reshape(-1, *grid),
-        "columns": units(columns + floor * info["images"]),
-        "statistics": units(statistics).reshape(2, *grid),
+    tensors = {
+        "rows": levels(rows).reshape(-1, *grid),
+        "columns": levels(columns + floor * info["images"]),
+        "statistics": levels(statistics).reshape(2, *grid),
         "starts": torch.tensor(starts, dtype=torch.int16),
     }
+    if in_metric:
+        own = levels(coefficients, 1).clamp(-128, 127).to(torch.int8)
+        tensors["coefficients"] = own.mT.reshape(-1, *grid).contiguous()
+    return tensors

@@ -75,6 +75,11 @@ def less_memory(args: argparse.Namespace) -> str:
     size = getattr(args, "batch_size", None)
     resume = getattr(args, "resume", None)
     head = getattr(args, "task_head", None) or getattr(args, "head", None)
+    if getattr(args, "resize", None) == "native":
+        return (
+            f"--batch_tokens {args.batch_tokens} is too large, try {args.batch_tokens // 2}; an "
+            "image of more tokens than that needs a smaller --max_pixels"
+        )
     if size is None:
         return "type --device cpu" + (f", the head {head} does not fit" if head else "")
     if size == 1:  # what is left are the model and the head

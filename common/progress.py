@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -16,7 +17,7 @@ LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_noinv_fmt}, {remaining} left"
 Item = TypeVar("Item")
 
 
-class Lines:
+class Lines(AbstractContextManager):
     """What `tqdm` does with a bar, as a line of its own every LINE_SECONDS; short loops write none.
 
     Nothing is rewritten in place, so the file stays readable, and a stuck run can be told.
@@ -37,14 +38,10 @@ class Lines:
             line = tqdm.format_meter(self.n, self.total, seconds, initial=self.initial, **style)
             print(line, file=sys.stderr, flush=True)
 
-    def close(self) -> None:
+    def __exit__(self, *_) -> None:
         """There is no bar to take away."""
 
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+    close = __exit__
 
 
 def bar(

@@ -21,21 +21,12 @@ from common import cli, progress
 from common.errors import UserError
 from common.files import write_json
 from common.tables import print_columns
-from common.timing import Timing, matmul_rates, time_in_turn
+from common.timing import Timing, matmul_rates, matrix_products, time_in_turn
 from experiments import benchmark_tokens
 from experiments.contenders import Contender, contenders_in_metric, references, trained_networks
 from figures import error_against_time
-from qwenvl_dataloader import (
-    BatchLoader,
-    RealQwenVLDataset,
-    create_data_loaders_real,
-    normalise,
-)
-from subspace import even_features, gram_is_cheaper
-from svd_baseline import (
-    evaluate,
-    summarise,
-)
+from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real, normalise
+from svd_baseline import evaluate, summarise
 from task.metric import load_metric
 
 
@@ -110,7 +101,8 @@ def main(args: argparse.Namespace) -> None:
 HOW_TO_READ = """how to read it: of the methods at one rank and batch, take the fastest whose excess
 you accept. ms is per matrix, [iqr] the interquartile range of the repeats; excess is rel_error over
 the optimum, mean and 90th percentile of the test images (the SVD's is rounding). floor: the share
-of the time in which plain matrix products do the multiply-adds that the method cannot avoid."""
+of the time that the method's own matrix products would take at the rate of a large one; what it
+does beside them (Choleskys, triangular solves, eigenproblems) is not counted."""
 
 
 def checked_ranks(args: argparse.Namespace, limit: int) -> list[int]:
@@ -163,8 +155,9 @@ def measure_speed(
     batches: list[int],
     test: BatchLoader,
     repeats: int,
-) -> dict[tuple[int, int, int], Timing]:
-    """(contender, rank, batch) → times on the first `batch` test images, repeated if fewer."""
+) -> dict[tuple[int, int, int], tuple[Timing, dict[str, int]]]:
+    """(contender, rank, batch) → times, and multiply-adds of a call's matrix products by data type,
+    on the first `batch` test images, repeated if fewer."""
     found = {}
     rows = test.sampler.rows
     for batch in batches:
@@ -177,59 +170,14 @@ def measure_speed(
                 active = [i for i, c in enumerate(contenders) if r <= c.max_rank]
                 calls = [lambda i=i, x=x, r=r: contenders[i].factorise(x, r) for i in active]
                 timings = time_in_turn(calls, repeats, test.device)
-                found |= {(i, r, batch): t for i, t in zip(active, timings, strict=True)}
+                counts = map(matrix_products, calls)
+                found |= {(i, r, batch): tc for i, *tc in zip(active, timings, counts, strict=True)}
         except torch.cuda.OutOfMemoryError:
             raise UserError(
                 f"CUDA is out of memory: --batch_size {batch} is too large, type "
                 f"--batch_size {max(1, batch // 2)}"
             ) from None
     return found
-
-
-# --------------------------------------------------------------------------------------- floors
-
-
-def multiply_adds(contender: Contender, t: int, d: int, r: int) -> dict[str, float] | None:
-    """What `contender` cannot avoid on one matrix, by data type; None where no formula is given.
-
-    Symmetric products and triangular solves count half, a Cholesky c³/6, the eigenvectors of a
-    symmetric n × n matrix 2/3 n³ for its tridiagonal form and n² for each vector brought back.
-    """
-    c = contender.columns(r) if contender.columns else r
-    steps = contender.steps or 0
-    m = min(t, d)
-    gram_eigh_count = t * d * m / 2 + 2 / 3 * m**3 + m * m * r
-    gram_eigh_count += t * d * r + 2 * t * r * r if d < t else 0  # X V_r and its basis
-    power_steps = (2 * steps + 2) * t * d * c + (3 * d + 2 * t) * c * c + d * c * r
-    formulas = {
-        "gram_eigh_f32": {"float32": gram_eigh_count + t * d * r},
-        "gram_eigh_f64": {"float32": t * d * r, "float64": gram_eigh_count},
-        "svd_lowrank": {"float32": power_steps},
-        "pca": {"float32": t * d * r},
-    }
-    if contender.method == "random_sketch" or (contender.method == "network" and contender.columns):
-        seen = len(even_features(d, t))
-        sketch = contender.branches(r) if contender.branches else 2 * t * seen * c
-        return refine_multiply_adds(t, d, c, r, steps, sketch)
-    if contender.method == "network":  # direct factors: the branches, uncut
-        return {"float32": contender.branches(r)} if r == contender.max_rank else None
-    return formulas.get(contender.method)
-
-
-def refine_multiply_adds(
-    t: int, d: int, c: int, r: int, steps: int, sketch: float
-) -> dict[str, float]:
-    """Of `subspace.refine` on a sketch of that cost, and of B."""
-    products = steps + 1
-    by_gram, by_x = t * t * (d / 2 + products * c), products * 2 * t * d * c
-    basis = t * c * c + c**3 / 6  # Cholesky QR, one pass
-    shift = t * c * c / 2 + c**3 / 6  # QᵀGQ and its pivot, for μ
-    finish = 3 / 2 * t * c * c + c**3 / 6 + 2 / 3 * c**3 + c * c * r + t * c * r
-    algebra = basis + steps * (shift + basis) + finish
-    single = sketch + t * d * r
-    if gram_is_cheaper(t, d, c, products):
-        return {"float32": single, "float64": algebra + by_gram}
-    return {"float32": single + by_x, "float64": algebra}
 
 
 # -------------------------------------------------------------------------------------- results
@@ -241,17 +189,16 @@ def record(
     batch: int | None,
     environment: dict,
     error: dict[str, float | None] | None,
-    timing: Timing | None,
+    timed: tuple[Timing, dict[str, int]] | None,
 ) -> dict[str, str | int | float | None]:
     """One entry of benchmark.json; null where it was not measured or does not apply."""
-    ms = floor_ms = iqr = None
-    if timing:
-        low, ms, high = np.percentile(timing.seconds, [25, 50, 75]) * 1e3 / batch
+    ms = floor_ms = iqr = peak_mb = None
+    if timed:
+        (seconds, peak_mb), counts = timed
+        low, ms, high = np.percentile(seconds, [25, 50, 75]) * 1e3 / batch
         ms, iqr = float(ms), float(high - low)
-        shape = environment["num_tokens"], environment["feature_dim"]
-        if counts := multiply_adds(contender, *shape, rank):
-            rates = environment["matmul_multiply_adds_per_s"]
-            floor_ms = sum(1e3 * count / rates[dtype] for dtype, count in counts.items())
+        rates = environment["matmul_multiply_adds_per_s"]
+        floor_ms = sum(1e3 * n / rates[dtype] for dtype, n in counts.items()) / batch or None
     return {
         "method": contender.method,
         "arch": contender.arch,
@@ -265,8 +212,8 @@ def record(
         "batch": batch,
         "ms_median": ms,
         "ms_iqr": iqr,
-        "matrices_per_s": 1e3 / ms if timing else None,
-        "peak_mb": timing.peak_mb if timing else None,
+        "matrices_per_s": 1e3 / ms if ms else None,
+        "peak_mb": peak_mb,
         "excess_mean": error["mean"] if error else None,
         "excess_p90": error["p90"] if error else None,
         "floor_ms": floor_ms,

@@ -29,6 +29,7 @@ from common.files import sha256_file, write_json
 from common.locks import sole_writer
 from common.partial_results import PartialResults
 from common.tables import print_columns
+from experiments.benchmark import checked_ranks
 from experiments.task_measures import (
     FULL,
     Found,
@@ -45,12 +46,11 @@ from figures import task_sweep
 from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import (
     Batch,
-    BatchLoader,
     Loaders,
     RealQwenVLDataset,
     create_data_loaders_real,
 )
-from svd_baseline import gram_eigh, summarise
+from svd_baseline import gain_text, gram_eigh, summarise
 from task.heads import Score, TaskHead
 from task.load_head import HEADS, load_head
 from task.metric import (
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     arch = canonical_arch(args.arch)
     device = cli.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
-    ranks = evaluated_ranks(args, min(dataset.num_tokens, dataset.feature_dim))
+    ranks = checked_ranks(args, min(dataset.num_tokens, dataset.feature_dim))
     metric = load_metric(args.metric, dataset).to(device)
     paths = network_paths(args)
     networks = {name: load_model(path, device, dataset)[0] for name, path in paths.items()}
@@ -135,16 +135,11 @@ def main(args: argparse.Namespace) -> None:
         results["seconds"] = round(time.perf_counter() - started, 1)
         write_json(folder / "task_sweep.json", results)
         task_sweep.task_sweep(folder / "task_sweep.png", results, head.output, footer)
+        task_sweep.task_calibration(
+            folder / "task_calibration.png", results["rank_per_image"], footer
+        )
         partial.remove()
-    print(f"wrote {folder}/task_sweep.json and task_sweep.png")
-
-
-def evaluated_ranks(args: argparse.Namespace, limit: int) -> list[int]:
-    """--ranks in order. Raises UserError where one that was typed is out of range."""
-    ranks = [r for r in sorted(set(args.ranks)) if r <= limit]
-    if len(ranks) < len(set(args.ranks)) and "ranks" in args.typed:
-        raise UserError(f"--ranks {max(args.ranks)} is out of range: type 1 to {limit}")
-    return ranks
+    print(f"wrote {folder}/task_sweep.json, task_sweep.png and task_calibration.png")
 
 
 def network_paths(args: argparse.Namespace) -> dict[str, Path]:
@@ -177,12 +172,7 @@ def evaluated_images(
     if args.images is None:
         return loaders
     val, test = (
-        BatchLoader(
-            dataset,
-            spread_over_groups(dataset, loader.sampler.rows, args.images),
-            args.batch_size,
-            device,
-        )
+        loader.only(spread_over_groups(dataset, loader.sampler.rows, args.images))
         for loader in (loaders.val, loaders.test)
     )
     return loaders._replace(val=val, test=test)
@@ -238,11 +228,8 @@ def evaluate(
 
     def of_test(batch: Batch) -> Found:
         found = judge_factors(methods, head, dataset, batch, ranks, scores)
-        return (
-            found
-            | judge_fewer_tokens(head, dataset, batch, ranks)
-            | score_full_tokens(scores, batch)
-        )
+        found |= judge_fewer_tokens(head, dataset, batch, ranks)
+        return found | score_full_tokens(scores, batch)
 
     def of_val(batch: Batch) -> Found:
         alone = {"svd_in_metric": methods["svd_in_metric"]}
@@ -271,14 +258,6 @@ def evaluate(
 
 
 # --------------------------------------------------------------------------------------- results
-
-
-def gain_text(gain: dict | None) -> str:
-    if gain is None or gain["mean"] is None:
-        return "-"
-    # + 0.0: as little below as above is 0.0 and not -0.0
-    mean, *ends = (f"{round(v, 1) + 0.0:.1f}" for v in (gain["mean"], *(gain["interval_95"] or [])))
-    return f"{mean} [{', '.join(ends)}]" if ends else mean
 
 
 def print_tables(results: dict) -> None:

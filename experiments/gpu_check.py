@@ -150,7 +150,7 @@ def run_part(args: argparse.Namespace, name: str, out: Path, limit: float) -> di
     path.unlink(missing_ok=True)
     device = cli.pick_device(args.device)
     tiny = sizes_of(args, device) == "tiny"
-    setting = gpu_bench.Setting(str(device), tiny, args.cache_dir, args.tokens, limit)
+    setting = gpu_bench.Setting(str(device), tiny, args.cache_dir, args.tokens)
     status = "done"
     if args.in_process:
         work(name, setting, path)

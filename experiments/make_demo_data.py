@@ -31,7 +31,7 @@ from PIL import Image
 from common import cli, progress
 from common.errors import UserError
 from common.files import atomic_path, locate
-from features.demo_signs import Box, choose_wording, place_sign
+from features.demo_signs import PixelBox, choose_wording, place_sign
 
 CROPS_PER_GROUP = 8
 JPEG_QUALITY = 90
@@ -171,7 +171,7 @@ class Sample:
     image: Image.Image
     text: str
     question: str
-    bbox: Box  # pixels
+    bbox: PixelBox  # pixels
 
 
 def render_row(seed: int, row: int) -> Sample:

@@ -4,9 +4,10 @@
     python -m experiments.make_report --results_dir results --log_dir log   # the same
 
 Writes results/<arch>/report.html of every run and results/index.html: whole in themselves, any
-browser shows them, without a network. Also results/overview.png and overview.json of all
-architectures that are trained and compared on the same test images; each network is held against
-the SVD at its own effective rank.
+browser shows them, without a network. The latter opens with what was found in at most five lines,
+which are printed too, and with its best figure. Also results/overview.png and overview.json of all
+architectures that are trained and compared on the same test images, at every rank that they were
+compared at.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from common.errors import UserError
 from common.files import atomic_path, content_hash_fits, read_json, write_json
 from common.tables import print_columns
 from experiments import report_page
-from figures import training_curves
+from experiments.findings import findings
+from figures.overview import overview
 from model import ARCHITECTURES
 from svd_baseline import percent_text
 from training.checkpoint import load_checkpoint
@@ -62,11 +64,18 @@ def main(args: argparse.Namespace) -> None:
     if rows:
         write_overview(results_dir, rows, found[rows[0]["arch"]][2])
         written += ", overview.png, overview.json"
-    pages[results_dir / "index.html"] = report_page.index_page(results_dir, folders, rows)
+    # what does not compare with the newest data is not found on it either
+    found_by = [folder for folder in folders if folder.name in found] or folders
+    lines = findings(results_dir, found_by)
+    pages[results_dir / "index.html"] = report_page.index_page(results_dir, folders, rows, lines)
     for path, text in pages.items():
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     print(f"wrote {written} and {results_dir}/index.html: open that one in a browser")
+    if lines:
+        print("found:")
+    for line in lines:
+        print(f"  {line}")
 
 
 def write_overview(results_dir: Path, rows: list[dict], comparison: dict) -> None:
@@ -78,7 +87,7 @@ def write_overview(results_dir: Path, rows: list[dict], comparison: dict) -> Non
         results_dir / "overview.json",
         {key: comparison[key] for key in ("data", "split", "n_images")} | {"architectures": rows},
     )
-    training_curves.overview(results_dir / "overview.png", rows, footer)
+    overview(results_dir / "overview.png", rows, footer)
 
 
 def read_results(folder: Path) -> tuple[list, dict, dict] | None:
@@ -172,6 +181,18 @@ def report_row(
         "samples_per_s": statistics.median(speeds),
         "best_epoch": test["best_epoch"],
         "epochs": history[-1]["epoch"],
+        "ranks": {r: rank_entry(comparison, r) for r in comparison["ranks"]},
+    }
+
+
+def rank_entry(comparison: dict, rank: str) -> dict[str, float | None]:
+    """What the overview draws of one architecture at one rank; per cent, None: not measured."""
+    methods = comparison["ranks"][rank]
+    task = ((comparison.get("task") or {}).get("ranks") or {}).get(rank, {})
+    return {
+        "excess_mean": methods["network"]["excess_pct"]["mean"],
+        "random_sketch_mean": methods.get("random_sketch", {}).get("excess_pct", {}).get("mean"),
+        "task_gain_pct": task["network"]["gain_pct"]["mean"] if task else None,
     }
 
 

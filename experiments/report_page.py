@@ -15,7 +15,8 @@ from pathlib import Path
 import jinja2
 
 from common.files import read_json
-from svd_baseline import percent_text
+from experiments.findings import AGAIN, best_figure, task_line
+from svd_baseline import gain_text, percent_text
 from training.checkpoint import load_checkpoint
 
 LOG_LINES = 40
@@ -23,40 +24,41 @@ COMPARISON, TASK = "Network against the SVD", "What a task makes of it"
 IMAGES, TRAINING = "Single images", "Training"
 FIGURES = {  # of each section: pattern of the file and its caption; shown in this order
     COMPARISON: {
-        "svd_nn_comparison.png": "Error of each test image against the SVD's, excess of every "
-        "method, singular values, error in the answer's box.",
-        "rank_sweep.png": "Error and excess of every method over the rank: mean, and a band up to "
-        "the 90th percentile of the test images.",
+        "rank_sweep.png": "Error over the rank. Of a run for a task: in the Frobenius norm and of "
+        "its head's output. Of another: error and excess of every method, a band up to the 90th "
+        "percentile of the test images.",
+        "svd_nn_comparison.png": "Every test image: how far each method's error is above the "
+        "SVD's; for a head, its error against the SVD's.",
         "rank_per_image.png": "A rank for each image, against one rank for all that stores as "
         "much.",
         "error_heatmap.png": "Mean error of each token of the grid over the test images.",
-        "B_row_norm_hist.png": "Row norms of B beside the singular values of the same test images.",
+        "B_row_norm_hist.png": "What each component holds of X's energy (row norms of B where A "
+        "is orthonormal), beside the SVD's.",
     },
     TASK: {
-        "task_sweep.png": "Task error over stored bytes, what it is below the plain SVD's, and its "
-        "prediction without the head.",
+        "task_sweep.png": "Task error over stored bytes, and what it is below the plain SVD's.",
+        "task_calibration.png": "Predicting the task error without running the head.",
     },
     IMAGES: {
         "image_*_rank_comparison.png": "What rank keeps: three principal components of X a row, as "
         "red, green and blue; grey where a rank lost them.",
         "image_*_spatial_error_comparison.png": "Where on the photograph the error lies.",
-        "image_*_spatial_channel_comparison.png": "Single channels: original, network, SVD and "
-        "their differences.",
+        "image_*_spatial_channel_comparison.png": "The first channels, and those of the largest "
+        "and the smallest error: X, network and what network and SVD lose.",
     },
     TRAINING: {
-        "train_val_loss_comparison.png": "Squared error over the epochs with the SVD's as the "
-        "floor, validation error above the optimum, learning rate and effective rank; dotted: the "
-        "best epoch.",
-        "loss_curves.png": "Each term of the loss, and the shifts, over the epochs.",
+        "train_val_loss_comparison.png": "What decides the best epoch, over the epochs: for a head "
+        "the validation task error, else the validation error above the SVD's; and what else "
+        "changed.",
+        "loss_curves.png": "Each term of the loss and what it is; the shifts.",
     },
 }
 RESULTS_OF_ALL = {  # figures of the whole results folder, for the index
-    "overview.png": "All trained architectures: error above the SVD's, error beside it, speed of "
-    "training.",
+    "overview.png": "All trained architectures over the rank: error above the SVD's, and for those "
+    "that were trained for a head, task error against the SVD's.",
     "benchmark.png": "Time against error of every method.",
     "ablation_rank*.png": "What learning buys: time against error of random and trained sketches.",
 }
-AGAIN = "make it again, or remove it"
 PIXELS = 1.6  # of a figure for one of the page, where it has room: letters like the page's own
 FOLDER = jinja2.FileSystemLoader(Path(__file__).parent)
 STRICT = {"autoescape": True, "trim_blocks": True, "undefined": jinja2.StrictUndefined}
@@ -73,6 +75,15 @@ def page(heading: str, data: str, sections: dict[str, Parts]) -> str:
 
 def paragraph(text: str | dict) -> Parts:
     return [{"kind": "paragraph", "text": text}] if text else []
+
+
+def fold(title: str, parts: Parts) -> Parts:
+    """Parts that are closed until someone opens them; none where there is nothing in them."""
+    return [{"kind": "fold", "title": title, "parts": parts}] if parts else []
+
+
+def items(lines: list[str]) -> Parts:
+    return [{"kind": "items", "lines": lines}] if lines else []
 
 
 def preformatted(text: str) -> Parts:
@@ -116,24 +127,27 @@ def run_page(folder: Path, log_dir: Path) -> str:
     figures = _figures(folder)
     tables = _box_table(comparison.get("box") or {})
     tables += _rank_per_image_table(comparison.get("rank_per_image") or {})
+    numbers = _both_norms_table(comparison) + _test_table(test) + _comparison_table(comparison)
+    made = fold("Model, from its checkpoint", _settings(state.get("config", {})))
+    made += fold("Flags of the training", _settings(state.get("args", {})))
+    made += fold("Environment of the training", _environment(log))
+    made += fold("End of the log", _log_tail(log))
     sections = {
-        "": paragraph(_finding(comparison)),
-        "Numbers": _test_table(test) + _comparison_table(comparison),
+        "": paragraph(_finding(comparison)) + paragraph(task_line(folder, comparison)),
+        "Numbers": numbers,
         COMPARISON: figures[COMPARISON] + tables,
         TASK: _task_table(_json(folder / "task_sweep.json")) + figures[TASK],
         IMAGES: _image_table(folder) + figures[IMAGES],
         TRAINING: figures[TRAINING] + _epoch_table(folder, test.get("best_epoch")),
         "Speed": _benchmark_parts(folder),
-        "Model (from its checkpoint)": _settings(state.get("config", {})),
-        "Flags of the training": _settings(state.get("args", {})),
-        "Environment of the training": _environment(log),
-        "End of the log": _log_tail(log),
+        "How it was made": made,
     }
     return page(heading, data, sections)
 
 
-def index_page(results_dir: Path, folders: list[Path], rows: list[dict]) -> str:
-    """The page of all runs. rows: overview.json's entry of each architecture that is compared."""
+def index_page(results_dir: Path, folders: list[Path], rows: list[dict], found: list[str]) -> str:
+    """The page of all runs. rows: overview.json's entry of each architecture that is compared;
+    found: what was found, a line each."""
     compared = {row["arch"]: row for row in rows}
     tests = {folder.name: _json(folder / "test_results.json") for folder in folders}
     header = "run|factors|rank|rel_error|SVD|excess mean|p90|images/s|best epoch".split("|")
@@ -162,11 +176,16 @@ def index_page(results_dir: Path, folders: list[Path], rows: list[dict]) -> str:
         for part in figure(path, caption)
     ]
     words = (
-        "Relative error and excess over the SVD's (the optimum) are of the test images, each "
-        "network at its own effective rank; a run's name leads to its page."
+        "Relative error and excess over the SVD's (the optimum) are of the test images, in the "
+        "Frobenius norm, at the largest rank that all runs were compared at; a run's name leads to "
+        "its page."
     )
-    sections = {"": paragraph(words) + table(header, cells, text=(0, 1)) + figures}
-    sections["Earlier runs"] = _earlier_runs(results_dir, folders)
+    first = best_figure(results_dir, folders)
+    sections = {
+        "": items(found) + (figure(*first) if first else []),
+        "Runs": paragraph(words) + table(header, cells, text=(0, 1)) + figures,
+        "Earlier runs": _earlier_runs(results_dir, folders),
+    }
     return page("Low-rank factors of vision tokens: all runs", data, sections)
 
 
@@ -340,6 +359,29 @@ def _task_table(sweep: dict) -> Parts:
     return paragraph(words) + table(["method", *(f"rank {r}" for r in ranks)], rows)
 
 
+def _both_norms_table(comparison: dict) -> Parts:
+    """Network and SVD in the Frobenius norm and in the head's, side by side."""
+    task = comparison.get("task")
+    if not task:
+        return []
+    closed = any("svd_in_metric" in methods for methods in task["ranks"].values())
+    names = ["svd", "network"] + ["svd_in_metric"] * closed
+    rows = []
+    for rank, methods in task["ranks"].items():
+        plain = comparison["ranks"][rank]
+        errors = [_error(_mean(plain[name], "rel_error")) for name in names[:2]]
+        errors += [_error(methods[name]["mean"]) for name in names]
+        rows.append([rank, *errors, *(gain_text(methods[n]["gain_pct"]) for n in names[1:])])
+    words = (
+        "Both norms: rel_error, of which no matrix of the rank has less than the SVD, and task "
+        f"error of the head {task['head']}; below: by how many per cent it is below the SVD's, "
+        "[approximate 95 % interval]."
+    )
+    header = ["rank", "rel_error SVD", "network", "task error SVD", "network"]
+    header += ["SVD in the metric"] * closed + ["network below"] + ["in the metric below"] * closed
+    return paragraph(words) + table(header, rows, text=())
+
+
 def _image_table(folder: Path) -> Parts:
     paths = sorted(folder.glob("image_*_comparison_results.json"), key=_image_number)
     rows = []
@@ -358,6 +400,8 @@ def _epoch_table(folder: Path, best: int | None) -> Parts:
     history = _json(folder / "history.json") or []
     keys = """train_loss val_mse val_optimum_mse val_rel_error val_excess_pct effective_rank lr
         samples_per_s""".split()
+    if any("val_task_error" in record for record in history):
+        keys = ["val_task_error", *keys]
     shown = [r for r in history if r["epoch"] in (0, best) or r in history[-10:]]
     rows = [[_text(r["epoch"]), *(_text(r.get(key)) for key in keys)] for r in shown]
     return table(["epoch", *(key.replace("_", " ") for key in keys)], rows, text=())

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, Dinov2Model, PreTrainedConfig, SiglipVisionModel
@@ -36,6 +37,14 @@ from common.files import sha256_file
 SHARD_INDEX = "model.safetensors.index.json"
 SINGLE_SHARD = "model.safetensors"
 CONFIG_FILES = ["config.json", "preprocessor_config.json", "processor_config.json", SHARD_INDEX]
+READING_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
 
 
 class Kind(NamedTuple):
@@ -72,17 +81,23 @@ DINOV2 = Kind(("dinov2.", "dinov2_with_registers.", ""), BitImageProcessor)
 Qwen2Tower = qwen2_vl.Qwen2VisionTransformerPretrainedModel
 Qwen2_5Tower = qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel
 OUT, OWN = "out_hidden_size", "hidden_size"
-REGISTERS_BASE = "facebook/dinov2-with-registers-base"
+SIGLIPS, REGISTERS_BASE = "SigLIP (1 or 2)", "facebook/dinov2-with-registers-base"
 
 FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL", "Qwen/Qwen2-VL-2B-Instruct", Qwen2Tower, OWN, QWEN),
     "qwen2_5_vl": Family("Qwen2.5-VL", "Qwen/Qwen2.5-VL-3B-Instruct", Qwen2_5Tower, OUT, QWEN),
     "qwen3_vl": Family("Qwen3-VL", "Qwen/Qwen3-VL-2B-Instruct", Qwen3Tower, OUT, QWEN),
-    "siglip": Family("SigLIP", "google/siglip2-base-patch16-224", SiglipVisionModel, OWN, SIGLIP),
+    "siglip": Family(SIGLIPS, "google/siglip2-base-patch16-224", SiglipVisionModel, OWN, SIGLIP),
     "dinov2": Family("DINOv2", "facebook/dinov2-base", Dinov2Model, OWN, DINOV2),
     "dinov2_with_registers": Family("DINOv2", REGISTERS_BASE, RegistersModel, OWN, DINOV2),
 }
 QWEN2_5 = ("qwen2_5_vl",)  # whose language model is the head qwen-answer
+
+
+def names(families: Iterable[str] = FAMILIES) -> str:
+    """Of families, for people: "a, b or c"."""
+    *most, last = dict.fromkeys(FAMILIES[family].name for family in families)
+    return " or ".join([", ".join(most), last] if most else [last])
 
 
 class Checkpoint(NamedTuple):
@@ -118,20 +133,23 @@ def open_checkpoint(name: str) -> Checkpoint:
 
 
 def read_checkpoint(
-    folder: Path, revision: str | None = None, accepted: Iterable[str] = FAMILIES
+    folder: Path, revision: str | None = None, accepted: Iterable[str] = FAMILIES, by: str = ""
 ) -> Checkpoint:
-    """The checkpoint in a folder; UserError unless its model_type is one of `accepted`."""
+    """The checkpoint in a folder; UserError where its model_type is not `accepted` (`by` whom)."""
     with reading(folder / "config.json", accepted):
         config = json.loads((folder / "config.json").read_text())
     model_type = config.get("model_type") if isinstance(config, dict) else None
-    if model_type not in accepted:
+    if not isinstance(model_type, str) or model_type not in accepted:
         known = ", ".join(f"{key!r} (such as {FAMILIES[key].example})" for key in accepted)
         raise UserError(
-            f"{folder}: model_type {model_type!r} is not supported: type a checkpoint of {known}"
+            f"{folder}: model_type {model_type!r} is not supported{by}: "
+            f"type a checkpoint of {known}"
         )
     with reading(folder / "config.json", accepted):
         whole = CONFIG_MAPPING[model_type].from_dict(config)
-    vision = getattr(whole, "vision_config", whole)
+        vision = getattr(whole, "vision_config", whole)
+        if not isinstance(vision.patch_size, int):
+            raise ValueError(f"patch_size {vision.patch_size}, where one side of a square belongs")
     return Checkpoint(folder, revision, FAMILIES[model_type], vision)
 
 
@@ -146,7 +164,7 @@ def whole_checkpoint_folder(name: str, revision: str | None = None) -> Path:
             folder = Path(
                 snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pth"])
             )
-    read_checkpoint(folder, accepted=QWEN2_5)
+    read_checkpoint(folder, accepted=QWEN2_5, by=" by the head qwen-answer")
     return folder
 
 
@@ -177,7 +195,7 @@ def load_tower(
     # from_pretrained of the vision class on a whole checkpoint would not raise and leave every
     # weight random: so keys are matched here. Built in `dtype` and not cast later: a cast would
     # round the rotary frequencies too, which the whole model keeps in float32.
-    with no_init_weights():
+    with reading(checkpoint.folder / "config.json"), no_init_weights():
         tower = checkpoint.family.tower._from_config(
             checkpoint.vision, dtype=dtype, attn_implementation="sdpa"
         )
@@ -213,12 +231,11 @@ def reading(what: Path | str, accepted: Iterable[str] = FAMILIES) -> Iterator[No
     """Turn a missing or damaged file, and the hub's errors, into a UserError about `what`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except READING_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
-        names = " or ".join(dict.fromkeys(FAMILIES[key].name for key in accepted))
         raise UserError(
-            f"{what}: {reason.rstrip('.')}: type the folder of a downloaded checkpoint of {names}, "
-            "or a hub id that can be reached"
+            f"{what}: {reason.rstrip('.')}: type the folder of a downloaded checkpoint of "
+            f"{names(accepted)}, or a hub id that can be reached"
         ) from error
 
 

@@ -18,11 +18,13 @@ import torch
 from PIL import Image
 
 from common.errors import UserError
+from common.grids import Grid
 from features.checkpoints import Checkpoint, load_tower, open_checkpoint, reading
 from features.demo_backbone import demo_onnx_path, demo_onnx_sha256, load_demo_backbone
+from features.native_size import PixelRange, native_size
 
 Device = torch.device | str
-RESIZE_RULES = ("stretch", "pad")
+RESIZE_RULES = ("stretch", "pad")  # to a square; `native` is no square
 PAD_COLOUR = (124, 116, 104)  # ImageNet's mean colour, 255 times IMAGENET_MEAN
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -37,7 +39,9 @@ class VisionEncoder(ABC):
     step: pixels along a side of a token, merged where the tower merges
     grid: tokens (rows, columns); num_tokens: T, their product; feature_dim: D
     image_size, resize: side in pixels of the square that images become, and how (`resize_image`)
-    preprocessor: one line for people; device, dtype: where and in what precision the tower computes
+    limits: with resize "native" (`native_size`), which has no image_size, grid and num_tokens
+    resample: PIL's filter; preprocessor: one line for people
+    device, dtype: where and in what precision the tower computes
     """
 
     id: str
@@ -48,33 +52,57 @@ class VisionEncoder(ABC):
     preprocessor: str
     resample = Image.Resampling.BICUBIC
 
+    image_size: int | None = None
+    grid: Grid | None = None
+    num_tokens: int | None = None
+    limits: PixelRange | None = None
+
     def __init__(
-        self, device: Device, image_size: int, resize: str, dtype: torch.dtype, step: int
+        self,
+        device: Device,
+        image_size: int | PixelRange,
+        resize: str,
+        dtype: torch.dtype,
+        step: int,
     ) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        self.resize, self.step = resize, step
+        if isinstance(image_size, PixelRange):
+            self.limits = image_size
+            self.view = f"native size, {' to '.join(map(str, image_size))} pixels"
+            return
         if image_size < step or image_size % step:
             raise UserError(
                 f"--image_size {image_size}: a token of the encoder covers {step} pixels; "
                 f"type a multiple of {step}, such as {max(1, round(image_size / step)) * step}"
             )
-        self.image_size, self.resize, self.step = image_size, resize, step
+        self.image_size = image_size
         self.grid = (image_size // step, image_size // step)
         self.num_tokens = self.grid[0] * self.grid[1]
-        self.device, self.dtype = torch.device(device), dtype
+        self.view = f"{resize} to {image_size} x {image_size}"  # for `preprocessor`
 
-    def conditions(self, batch_size: int) -> dict[str, str | int]:
+    def conditions(self) -> dict[str, str]:
         """What the last bits of features depend on beside all that: flag, or name → value."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"--device": self.device.type, "dtype": dtype, "--batch_size": batch_size}
+        return {"--device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    def size_of(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height, in pixels, of what the tower sees of an image of that size."""
+        if self.limits:
+            return native_size(width, height, self.step, self.limits)
+        return self.image_size, self.image_size
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """One image's pixels as the tower reads them, float32 on the CPU. Safe in threads."""
+        if self.limits:
+            size = self.size_of(*image.size)
+            return self.pixels_of(image.convert("RGB").resize(size, self.resample))
         return self.pixels_of(resize_image(image, self.image_size, self.resize, self.resample))
 
     @abstractmethod
     def pixels_of(self, image: Image.Image) -> torch.Tensor:
         """The pixels of an RGB image whose sides are multiples of `step`, not resized any more."""
 
-    def grid_of(self, pixels: torch.Tensor) -> tuple[int, int]:
+    def grid_of(self, pixels: torch.Tensor) -> Grid:
         """Tokens (rows, columns) of one image's `pixels_of`, or of several of one size, stacked."""
         return pixels.shape[-2] // self.step, pixels.shape[-1] // self.step
 
@@ -90,12 +118,13 @@ def load_encoder(
     name: str,
     *,
     device: Device,
-    image_size: int = 448,
+    image_size: int | PixelRange = 448,
     resize: str = "stretch",
     dtype: torch.dtype | None = None,
 ) -> VisionEncoder:
     """The encoder called `name`: "demo", or the folder or hub id of a checkpoint of FAMILIES.
 
+    image_size: a square's side, or the range of pixels of resize "native".
     dtype None means the precision of the published weights on CUDA, float32 elsewhere.
     Raises UserError for another family, for missing or damaged files and for sizes that do not fit.
     """
@@ -151,13 +180,14 @@ class DemoEncoder(VisionEncoder):
     id = "demo-dinov2-vits14"
     feature_dim = 4 * 384
 
-    def __init__(self, device: Device, image_size: int, resize: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, device: Device, image_size: int | PixelRange, resize: str, dtype: torch.dtype
+    ) -> None:
         super().__init__(device, image_size, resize, dtype, step=2 * 14)
         self.backbone = load_demo_backbone(demo_onnx_path()).to(self.device, dtype)
         self.weights_sha256 = demo_onnx_sha256()
         self.preprocessor = (
-            f"PIL bicubic, {resize} to {image_size} x {image_size}, RGB / 255, "
-            f"mean {IMAGENET_MEAN}, std {IMAGENET_STD}"
+            f"PIL bicubic, {self.view}, RGB / 255, mean {IMAGENET_MEAN}, std {IMAGENET_STD}"
         )
 
     def pixels_of(self, image: Image.Image) -> torch.Tensor:
@@ -190,7 +220,7 @@ class CheckpointEncoder(VisionEncoder):
         name: str,
         checkpoint: Checkpoint,
         device: Device,
-        image_size: int,
+        image_size: int | PixelRange,
         resize: str,
         dtype: torch.dtype,
     ) -> None:
@@ -207,7 +237,7 @@ class CheckpointEncoder(VisionEncoder):
             self._processor = kind.processor.from_pretrained(folder, local_files_only=True)
             self.resample = Image.Resampling(self._processor.resample)
         self.preprocessor = (
-            f"PIL {self.resample.name.lower()}, {resize} to {image_size} x {image_size}, then "
+            f"PIL {self.resample.name.lower()}, {self.view}, then "
             f"{type(self._processor).__name__} without its own resize: "
             f"RGB / {1 / self._processor.rescale_factor:g}, "
             f"mean {tuple(self._processor.image_mean)}, std {tuple(self._processor.image_std)}"
@@ -236,7 +266,7 @@ class QwenVisionEncoder(CheckpointEncoder):
         grid = image.height // self.step, image.width // self.step
         return batch["pixel_values"].unflatten(0, (*grid, self.merge**2))
 
-    def grid_of(self, pixels: torch.Tensor) -> tuple[int, int]:
+    def grid_of(self, pixels: torch.Tensor) -> Grid:
         return pixels.shape[-4], pixels.shape[-3]
 
     @torch.no_grad()

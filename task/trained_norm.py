@@ -21,7 +21,7 @@ from common import processes
 from common.errors import UserError
 from common.grids import Grid
 from model import LossTerms, LowRankFactorModel, get_model_by_name
-from qwenvl_dataloader import Batch, denormalise
+from qwenvl_dataloader import Batch
 from subspace import refine
 from svd_baseline import exact_singular_values
 from task.metric import TaskMetric
@@ -185,8 +185,8 @@ def task_loss(model: TaskFactorModel, head: TaskHead, batch: Batch, step: int) -
     ranks = trained_ranks(model)
     x_hat = model.exact_product(batch.x, ranks[step % len(ranks)])
     with torch.no_grad():
-        full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
-    loss = head.loss(head.outputs(denormalise(x_hat, batch.mean, batch.std), batch.rows), full)
+        full = head.of_batch(batch)
+    loss = head.loss(head.of_batch(batch, x_hat), full)
     return _log_loss(loss).mean() / 2
 
 
@@ -204,22 +204,18 @@ def task_record(
     over ranks and images of the head's loss, exp(2 · task_loss): what is trained. Each process has
     its part of the images; the result is of all of them, in all.
     """
-    ranks = trained_ranks(model)
-    parts: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[Tensor]] = {"error": [], "log_loss": []}  # [b, ranks] each
     for batch in batches:
-        full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
-        for rank in ranks:
-            a, b = model(batch.x, rank, grid=batch.grid)
-            outputs = head.outputs(denormalise(a @ b, batch.mean, batch.std), batch.rows)
-            parts.setdefault(f"error {rank}", []).append(head.error(outputs, full).cpu())
-            found = _log_loss(head.loss(outputs, full)).double().cpu()
-            parts.setdefault(f"log loss {rank}", []).append(found)
-    columns = processes.gather_columns({name: torch.cat(found) for name, found in parts.items()})
-    errors = torch.stack([columns[f"error {rank}"].mean() for rank in ranks])
-    losses = torch.stack([columns[f"log loss {rank}"].mean() for rank in ranks])
+        full = head.of_batch(batch)
+        factors = [model(batch.x, rank, grid=batch.grid) for rank in trained_ranks(model)]
+        outputs = [head.of_batch(batch, a @ b) for a, b in factors]
+        parts["error"].append(torch.stack([head.error(y, full) for y in outputs], -1).cpu())
+        losses = torch.stack([_log_loss(head.loss(y, full)) for y in outputs], -1)
+        parts["log_loss"].append(losses.double().cpu())
+    columns = processes.gather_columns({k: torch.cat(v) for k, v in parts.items() if v})
     return {
-        "val_task_error": float(errors.log().mean().exp()),
-        "val_task_loss": float(losses.mean().exp()),
+        "val_task_error": float(columns["error"].mean(0).log().mean().exp()),
+        "val_task_loss": float(columns["log_loss"].mean().exp()),
     }
 
 

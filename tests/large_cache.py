@@ -29,7 +29,8 @@ from common import spectra
 from common.cache_manifest import FORMAT
 from common.files import sha256_file
 from common.grids import most_frequent
-from features.cache_writer import ROW_SCHEMA, ROWS_PER_SHARD
+from common.shard_folder import ROWS_PER_SHARD
+from features.cache_writer import ROW_SCHEMA
 from qwenvl_dataloader import RealQwenVLDataset, normalise
 
 COUNT, WIDTH = 4370, 2048

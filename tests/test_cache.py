@@ -12,7 +12,7 @@ from conftest import extract, manifest_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import spectra
+from common import shard_folder, spectra
 from common.boxes import box_in_view
 from common.epoch_order import EpochSampler
 from common.errors import UserError
@@ -150,7 +150,7 @@ def write(cache, features, shards=None):
 
 
 def test_an_interrupted_cache_goes_on_and_ends_byte_identical(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 3)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 3)
     features = torch.randn(11, 4, 6)
     write(tmp_path / "whole", features)
     for shards in ([], [2], [0, 1]):  # as processes that work side by side leave it
@@ -198,7 +198,7 @@ def test_extraction_lists_unreadable_images_and_encodes_repeated_ones_once(
     rows[7]["image"]["bytes"], rows[8]["image"] = b"no image", None
     (tmp_path / "set").mkdir()
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "set" / "a.parquet")
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 3)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 3)
     encoded = []
     original = DemoEncoder.encode
     monkeypatch.setattr(DemoEncoder, "encode",

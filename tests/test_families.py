@@ -37,6 +37,71 @@ EVERY = pytest.mark.parametrize("family", FAMILIES)
 AT_448 = {"qwen2_vl": 16, "qwen2_5_vl": 16, "qwen3_vl": 14, "siglip": 28}
 AT_448 |= {"dinov2": 32, "dinov2_with_registers": 32}
 
+# the vision parts of published config.json files: those before transformers 5 name sub-configs
+# after the whole, leave out what is a default, and stand beside the text's entries
+PUBLISHED = {
+    "Qwen/Qwen2-VL-2B-Instruct": {
+        "model_type": "qwen2_vl",
+        "hidden_size": 1536,
+        "num_attention_heads": 12,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+        "vision_config": {
+            "hidden_size": 1536,
+            "in_chans": 3,
+            "model_type": "qwen2_vl",
+            "spatial_patch_size": 14,
+        },
+    },
+    "Qwen/Qwen2.5-VL-3B-Instruct": {
+        "model_type": "qwen2_5_vl",
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "vision_config": {
+            "depth": 32,
+            "hidden_size": 1280,
+            "in_chans": 3,
+            "intermediate_size": 3420,
+            "out_hidden_size": 2048,
+            "spatial_patch_size": 14,
+            "tokens_per_second": 2,
+        },
+    },
+    "Qwen/Qwen3-VL-2B-Instruct": {
+        "model_type": "qwen3_vl",
+        "vision_config": {
+            "deepstack_visual_indexes": [5, 11, 17],
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "model_type": "qwen3_vl",
+            "out_hidden_size": 2048,
+            "patch_size": 16,
+        },
+    },
+    "google/siglip2-base-patch16-224": {
+        "model_type": "siglip",
+        "text_config": {"model_type": "siglip_text_model", "vocab_size": 256000},
+        "vision_config": {"model_type": "siglip_vision_model"},
+    },
+    "facebook/dinov2-base": {
+        "architectures": ["Dinov2Model"],
+        "model_type": "dinov2",
+        "hidden_size": 768,
+        "image_size": 518,
+        "out_features": ["stage12"],
+        "out_indices": [12],
+        "patch_size": 14,
+        "torch_dtype": "float32",
+    },
+    "facebook/dinov2-with-registers-base": {
+        "model_type": "dinov2_with_registers",
+        "hidden_size": 768,
+        "image_size": 518,
+        "num_register_tokens": 4,
+        "patch_size": 14,
+    },
+}
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
@@ -97,9 +162,26 @@ def test_448_pixels_give_the_grid_that_the_docs_state(saved, family):
     assert encoder.id == "small" and encoder.folder == str(saved(family).resolve())
 
 
+@pytest.mark.parametrize("example", PUBLISHED)
+def test_published_configs_give_the_sizes_that_the_docs_state(example, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[example]))
+    checkpoint = checkpoints.read_checkpoint(tmp_path)
+    assert checkpoint.family.example == example
+    vision, merges = checkpoint.vision, checkpoint.family.kind.merges
+    side = 448 // vision.patch_size // (vision.spatial_merge_size if merges else 1)
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text()
+    row = next(line for line in page.splitlines() if f"| `{example}` |" in line)
+    assert [cell.strip() for cell in row.split("|")][3:5] == [f"{side**2}", f"{checkpoint.width}"]
+    with torch.device("meta"):
+        tower = checkpoint.family.tower._from_config(vision)
+    blocks = next(part for part in tower.modules() if isinstance(part, torch.nn.ModuleList))
+    depths = {"Qwen2-VL": 32, "Qwen2.5-VL": 32, "Qwen3-VL": 24}  # of the others 12
+    assert len(blocks) == depths.get(checkpoint.family.name, 12)
+
+
 @EVERY
 def test_tokens_stand_in_raster_order(saved, family):
-    # one changed pixel changes the embedding of one token only, before any attention
+    # of one changed pixel a tower without attention can only change one token
     encoder = load(saved(family), image_size=6 * 32 if family == "qwen3_vl" else 224)
     rows, columns = encoder.grid
     image = random_image(encoder.image_size, encoder.image_size)
@@ -112,24 +194,11 @@ def test_tokens_stand_in_raster_order(saved, family):
         step = encoder.step
         where = changed.reshape(3, rows, step, columns, step).any(4).any(2).any(0)
     assert where.nonzero().tolist() == [[2, 4]]
-    embedded = embeddings(encoder, before), embeddings(encoder, encoder.pixels_of(image))
-    differ = (embedded[0] != embedded[1]).any(-1).nonzero().flatten().tolist()
-    assert differ == [2 * columns + 4]
-
-
-def embeddings(encoder: encoders.CheckpointEncoder, pixels: torch.Tensor) -> torch.Tensor:
-    """Tokens [T, ...] of an image with the tower's blocks left out: each sees its own patches."""
-    kept = {}
-    for name in ("blocks", "encoder"):
-        if layers := getattr(encoder.tower, name, None):
-            holder, key = (encoder.tower, name) if name == "blocks" else (layers, "layers")
-            key = key if hasattr(holder, key) else "layer"
-            kept[holder, key] = getattr(holder, key)
-            setattr(holder, key, torch.nn.ModuleList())
-    tokens = encoder.encode(pixels[None])[0]
-    for (holder, key), layers in kept.items():
-        setattr(holder, key, layers)
-    return tokens
+    blocks = next(part for part in encoder.tower.modules() if isinstance(part, torch.nn.ModuleList))
+    assert len(blocks) in (2, 3)
+    del blocks[:]  # so that a token depends on its own patches only
+    one, other = encoder.encode(torch.stack([before, encoder.pixels_of(image)]))
+    assert (one != other).any(-1).nonzero().flatten().tolist() == [2 * columns + 4]
 
 
 @EVERY
@@ -217,6 +286,23 @@ def test_another_family_is_one_line_with_all_that_are_supported(
     for key, family in FAMILIES.items():
         assert f"{key!r} (such as {family.example})" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "dinov2", "hidden_size": "many"},
+        {"model_type": "dinov2", "patch_size": [14, 16]},
+        {"model_type": "siglip", "vision_config": 5},
+        {"model_type": ["siglip"]},
+        ["siglip"],
+    ],
+)
+def test_a_config_that_makes_no_tower_is_named_in_one_line(config, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="config.json: |model_type .* is not supp") as refused:
+        load(tmp_path)
+    assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
 
 
 def test_an_id_that_cannot_be_reached_is_one_line_with_all_families(monkeypatch):

@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 import extract_features
 import train_real_data
 from coding.factor_files import load_factors, read_manifest
-from common import cli, files
+from common import cli, files, shard_folder
 from common.errors import UserError
 from common.locks import LOCK_NAME, sole_writer
-from features import cache_writer
 from model import ARCHITECTURES, get_model_by_name
 from qwenvl_dataloader import RealQwenVLDataset, normalise
 from svd_baseline import exact_singular_values, image_metrics
@@ -255,7 +254,7 @@ def test_old_results_that_were_moved_half_way_are_not_resumed(train, tmp_path, m
 
 
 def test_an_overwrite_that_was_cut_off_leaves_no_part_without_its_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 4)
     tokens = tiny.steep_tokens(10)
 
     def begin(**options):

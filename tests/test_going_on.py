@@ -11,6 +11,7 @@ from conftest import hashes, manifest_of, picture, write_parquet
 from safetensors.torch import load_file, save_file
 
 import extract_features
+from common import shard_folder
 from features import cache_writer, checkpoints, encoders
 
 
@@ -42,7 +43,7 @@ def interrupted(encode, data, monkeypatch, after: int) -> None:
 
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_an_interrupted_extraction_ends_byte_identical(after, mixed, encode, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 4)
     assert encode(mixed, "whole", "--batch_size", 3).returncode == 0
     interrupted(encode, mixed, monkeypatch, after)
     assert encode(mixed, "cache", "--batch_size", 3).returncode == 0
@@ -64,7 +65,7 @@ def other_weights(folder: Path) -> None:
 def test_another_model_size_rule_or_data_set_is_refused_with_both_values(
     change, state, mixed, encode, qwen, tmp_path, monkeypatch, script
 ):
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 4)
     if state == "finished":
         assert encode(mixed).returncode == 0
     else:
@@ -101,7 +102,7 @@ def test_another_model_size_rule_or_data_set_is_refused_with_both_values(
 def test_an_interrupted_extraction_goes_on_only_with_its_device_precision_and_batch_size(
     mixed, encode, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 4)
     interrupted(encode, mixed, monkeypatch, 2)
     before = hashes(tmp_path / "cache")
     done = encode(mixed, "cache", "--batch_size", 4)
@@ -163,7 +164,7 @@ def test_the_same_command_on_a_finished_cache_says_that_it_is_finished(mixed, en
 
 @pytest.fixture
 def cache(mixed, encode, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 8)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 8)
     assert encode(mixed).returncode == 0
     return tmp_path / "cache"
 

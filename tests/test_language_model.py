@@ -229,6 +229,13 @@ def test_a_hubs_language_model_is_that_of_the_recorded_revision(
     assert asked == [("Qwen/some", "aaa111")] * 2
 
 
+def test_a_language_model_of_another_family_is_refused_by_its_type(qwen_cache, tmp_path):
+    dataset = RealQwenVLDataset(qwen_cache)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    with pytest.raises(UserError, match="'qwen3_vl' is not supported by the head .*'qwen2_5_vl'"):
+        load_head("qwen-answer", dataset, device="cpu", model=str(tmp_path))
+
+
 def test_a_checkpoint_without_its_language_model_is_refused_in_one_line(qwen_cache, tmp_path):
     with pytest.raises(UserError, match="no-such-model") as refused:
         dataset = RealQwenVLDataset(qwen_cache)

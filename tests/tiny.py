@@ -160,8 +160,11 @@ class TinyEncoder(VisionEncoder):
     def __init__(self, device: str = "cpu", image_size: int = 28, resize: str = "stretch") -> None:
         super().__init__(device, image_size, resize, torch.float32, step=7)
 
-    def preprocess(self, image: Image.Image) -> Tensor:
+    def pixels_of(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(np.asarray(image.resize((8, 8)), dtype=np.float32).copy())
+
+    def grid_of(self, pixels: Tensor) -> tuple[int, int]:
+        return 4, 4
 
     def encode(self, pixels: Tensor) -> Tensor:
         blocks = pixels.reshape(-1, 4, 2, 4, 2, 3).permute(0, 1, 3, 2, 4, 5)
