@@ -207,10 +207,13 @@ def error_in_task(
     if head is None:
         return None, {}
     metric = metric or metric_at_hand(head, dataset)
-    judged = {name: methods[name] for name in ("svd", "network")}
+    judged = {
+        "svd": lambda batch, r: methods["svd"](batch.x, r),
+        "network": lambda batch, r: model(batch.x, r, grid=batch.grid),
+    }
     if metric:
         metric = metric.to(device)
-        judged["svd_in_metric"] = lambda x, r: metric_svd(x, r, metric)
+        judged["svd_in_metric"] = lambda batch, r: metric_svd(batch.x, r, metric)
     errors = task_errors(judged, head, loaders.test.with_progress(f"head {head.name}"), ranks)
     return task_report(errors, head, metric, groups), errors
 

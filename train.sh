@@ -102,7 +102,9 @@ if [[ $whole_path ]]; then
         --cache_dir "$cache_dir" --results_dir "$results_dir"
 fi
 
-echo "figures:"
-find "$results_dir" -maxdepth 2 -name '*.png' | sort # an earlier run's previous-* lie deeper
+if [[ -d $results_dir ]]; then
+    echo "figures:"
+    find "$results_dir" -maxdepth 2 -name '*.png' | sort # an earlier run's previous-* lie deeper
+fi
 # says last what was found
 "$python" -m experiments.make_report --results_dir "$results_dir" --log_dir "$log_dir"

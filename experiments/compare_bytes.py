@@ -194,7 +194,7 @@ def every_rival(
         if has_metric(codec) and head is not None:
             found.append(CodedHeadSteps(codec, grid, statistics, head, device))
     if head is not None:
-        found.append(FactorsHeadSteps(shape, statistics, head, device))
+        found.append(FactorsHeadSteps(grid, shape[1], statistics, head, device))
     if args.quick:
         # of a codec in a metric, its four methods in the metric
         found = [rival for rival in found if rival.name.removesuffix("_in_metric") in QUICK_METHODS]

@@ -400,6 +400,8 @@ def _epoch_table(folder: Path, best: int | None) -> Parts:
     history = _json(folder / "history.json") or []
     keys = """train_loss val_mse val_optimum_mse val_rel_error val_excess_pct effective_rank lr
         samples_per_s""".split()
+    if any("val_task_error" in record for record in history):
+        keys = ["val_task_error", *keys]
     shown = [r for r in history if r["epoch"] in (0, best) or r in history[-10:]]
     rows = [[_text(r["epoch"]), *(_text(r.get(key)) for key in keys)] for r in shown]
     return table(["epoch", *(key.replace("_", " ") for key in keys)], rows, text=())

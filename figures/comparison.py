@@ -88,7 +88,7 @@ def _task_strips(ax: Axes, errors: dict[str, np.ndarray]) -> float:
     kept = svd > 0
     change = {name: 100 * (errors[name][kept] / svd[kept] - 1) for name in others}
     mean = {name: 100 * (errors[name].mean() / max(svd.mean(), 1e-12) - 1) for name in others}
-    _strips(ax, change, {name: f"mean {mean[name]:+.0f} %" for name in others})
+    _strips(ax, change, {name: f"mean {mean[name]:+.0f} %".replace("-", "−") for name in others})
     ax.axvline(0, color=SVD, lw=1.8)
     ax.set(xlabel="task error against the SVD's of the same image (%); line: the SVD",
            title="for the head, left of the line is better than the SVD")  # fmt: skip

@@ -1,7 +1,8 @@
 """What a head makes of factors beside the plain SVD's: the task error of several methods.
 
-    errors = task_errors({"svd": truncated_svd, "network": model}, head, loaders.test, [8, 16])
-    errors[16]["network"]                    # [n] float64, one an image
+    methods = {"svd": lambda batch, r: truncated_svd(batch.x, r)}
+    errors = task_errors(methods, head, loaders.test, [8, 16])
+    errors[16]["svd"]                        # [n] float64, one an image
 
 Legend: n images, r rank.
 """
@@ -16,14 +17,14 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from qwenvl_dataloader import Batch, RealQwenVLDataset, denormalise
+from qwenvl_dataloader import Batch, RealQwenVLDataset
 from svd_baseline import Factors, gain, interval_95, summarise
 from task.metric import TaskMetric, check_head, load_metric
 
 if TYPE_CHECKING:
     from task.heads import TaskHead
 
-Factorise = Callable[[Tensor, int], Factors]
+Factorise = Callable[[Batch, int], Factors]
 
 
 @torch.no_grad()
@@ -36,12 +37,11 @@ def task_errors(
     """
     parts: dict[int, dict[str, list[Tensor]]] = {r: {n: [] for n in methods} for r in ranks}
     for batch in batches:
-        full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
+        full = head.of_batch(batch)
         for rank, found in parts.items():
             for name, factorise in methods.items():
-                a, b = factorise(batch.x, rank)
-                outputs = head.outputs(denormalise(a @ b, batch.mean, batch.std), batch.rows)
-                found[name].append(head.error(outputs, full).cpu())
+                a, b = factorise(batch, rank)
+                found[name].append(head.error(head.of_batch(batch, a @ b), full).cpu())
     return {r: {n: torch.cat(found) for n, found in of.items()} for r, of in parts.items()}
 
 

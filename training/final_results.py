@@ -89,10 +89,10 @@ def untrained_references(
 ) -> dict[str, float]:
     """Validation task error of what needs no training, as `task_record` means it: of the plain SVD,
     and of the SVD in the task's metric where its default file is at hand."""
-    methods = {"svd": gram_eigh}
+    methods = {"svd": lambda batch, r: gram_eigh(batch.x, r)}
     if metric := metric_at_hand(head, dataset):
         metric = metric.to(loaders.val.device)
-        methods["svd_in_metric"] = lambda x, r: metric_svd(x, r, metric)
+        methods["svd_in_metric"] = lambda batch, r: metric_svd(batch.x, r, metric)
     batches = loaders.val.with_progress("references")
     errors = task_errors(methods, head, batches, trained_ranks(model))
     return {
