@@ -12,6 +12,7 @@ shares the images between N processes, into the same bytes.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from coding.rate_control import coded_image, image_for_target
 from common import cli, processes
 from common.errors import UserError
 from common.files import sha256_file
-from common.grids import Grid
+from common.grids import Grid, batches_of_one_grid
 from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
 from svd_baseline import rel_error
@@ -88,8 +89,7 @@ def main(args: argparse.Namespace) -> None:
     check_coded_flags(args)
     if args.exact:
         device, dataset = cli.pick_device(args.device), RealQwenVLDataset(args.cache_dir)
-        header, model = {"arch": "exact"}, None
-        rank = min(dataset.num_tokens, dataset.feature_dim)
+        header, model, rank = {"arch": "exact"}, None, None
     else:
         results, device, dataset, model, state = open_trained(args)
         header = {
@@ -100,7 +100,8 @@ def main(args: argparse.Namespace) -> None:
     metric = load_metric(args.metric, dataset).to(device) if args.metric else None
     if metric:
         model = network_in_metric(model, metric)
-    if args.target_error is not None and not args.codec:
+    # singular values of a native-resolution cache would cost more than the factors
+    if args.target_error is not None and not args.codec and dataset.spectra_are_known:
         check_target(model, dataset, rank, args, device)
     header |= {
         "cache": cache_identity(dataset)
@@ -110,6 +111,7 @@ def main(args: argparse.Namespace) -> None:
         "target_error": args.target_error,
         "grid": list(dataset.grid),
         "num_tokens": dataset.num_tokens,
+        "tokens": sum(map(math.prod, dataset.grids)),
         "feature_dim": dataset.feature_dim,
         "count": len(dataset),
     } | ({"metric_sha256": metric.sha256} if metric else {})
@@ -179,13 +181,17 @@ def write_factors(
     """Fill `folder`, from where it was left, and report; `header` says what with."""
     arch, rank = header["arch"], header["rank"] or (model and evaluated_rank(model, None))
     with processes.main_first():
-        writer = FactorWriter(folder, header, args.overwrite and processes.is_main())
+        overwrite = args.overwrite and processes.is_main()
+        writer = FactorWriter(folder, header, overwrite, max(map(math.prod, dataset.grids)))
         if codec and processes.is_main():
             writer.put_codec(Path(args.codec))
     how = f"rank {rank}" if args.target_error is None else f"rel_error ≤ {args.target_error:g}"
     if codec:
         how = how_coded(args)
     print(f"{dataset.label}; {arch}, {how}, {header['dtype']}")
+    small = 0 if codec else sum(math.prod(grid) < rank for grid in dataset.grids)
+    if small:
+        print(f"note: {small} images have fewer tokens than rank {rank}: each at its own limit")
     done = writer.rows_done
     to_do = len(dataset) - done
     if done:
@@ -201,15 +207,17 @@ def write_factors(
                 coded = coded_rows(args, codec, model, dataset, device, rows, bar)
                 writer.write_coded(shard, coded)
                 continue
-            parts, stored_as = [], (args.target_error, args.dtype)
-            for batch in torch.tensor(writer.rows_of(shard)).split(args.batch_size):
-                features = dataset[batch].to(device)
+            images: dict[int, StoredImage] = {}
+            rows = writer.rows_of(shard)
+            for batch in batches_of_one_grid(rows, dataset.grids, args.batch_size):
+                features, grid = dataset[batch].to(device), dataset.grids[batch[0]]
                 try:
-                    parts += factorise(model, features, dataset.grid, rank, *stored_as)
+                    found = factorise(model, features, grid, rank, args.target_error, args.dtype)
                 except UserError as error:
                     raise UserError(f"rows {batch[0]} to {batch[-1]}: {error}") from None
+                images |= zip(batch, found, strict=True)
                 bar.update(len(batch))
-            writer.write_shard(shard, parts)
+            writer.write_shard(shard, [images[row] for row in rows])
     seconds = time.perf_counter() - start
     if processes.is_main():
         report(writer.finish(), folder, to_do / seconds if to_do else None)
@@ -236,21 +244,21 @@ def coded_rows(
     """The rows' images, coded. Raises UserError that names an image whose target cannot be met."""
     images = []
     for row in rows:
-        raw = dataset[[row]].float()
+        raw, grid = dataset[[row]].float(), dataset.grids[row]
         factors = None
         if model is not None:
             rank = evaluated_rank(model, None)
-            a, b = (f[0].cpu() for f in model(normalise(raw.to(device))[0], rank))
+            a, b = (f[0].cpu() for f in model(normalise(raw.to(device))[0], rank, grid=grid))
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise UserError("the model's factors are not finite: train it again")
             factors = a, torch.ones(a.shape[1]), b.mT
         raw = raw[0].cpu()
         try:
             if args.step is not None:
-                image = coded_image(codec, raw, dataset.grid, args.step, factors)
+                image = coded_image(codec, raw, grid, args.step, factors)
             else:
                 target = {"target_error": args.target_error, "target_kb": args.target_kb}
-                image = image_for_target(codec, raw, dataset.grid, factors, **target)
+                image = image_for_target(codec, raw, grid, factors, **target)
         except UserError as error:
             raise UserError(f"row {row}: {error}") from None
         images.append(image)
@@ -269,8 +277,9 @@ def check_target(
     least = optimum_curve(dataset.singular_values, rank)[:, -1]
     hardest = least.topk(min(args.batch_size, len(dataset))).indices
     try:
-        features, stored_as = dataset[hardest].to(device), (args.target_error, args.dtype)
-        factorise(model, features, dataset.grid, rank, *stored_as)
+        for batch in batches_of_one_grid(hardest.tolist(), dataset.grids, args.batch_size):
+            features, grid = dataset[batch].to(device), dataset.grids[batch[0]]
+            factorise(model, features, grid, rank, args.target_error, args.dtype)
     except UserError as error:
         raise UserError(f"the hardest images, as {args.dtype}: {error}") from None
 
@@ -291,10 +300,10 @@ def factorise(
     """
     x, mean, std = normalise(features)
     if target_error is None:
-        a, b = model(x, rank)
-        ranks = [rank] * len(x)
+        a, b = model(x, rank, grid=grid)
+        ranks = [a.shape[-1]] * len(x)  # at most the image's own limit
     else:
-        a, b = nested_factors(model, x, rank)
+        a, b = nested_factors(model, x, rank, grid)
     if not (a.isfinite().all() and b.isfinite().all()):  # int8 would hide it
         raise UserError("the model's factors are not finite: train it again")
     stored = store(a, b, dtype)
@@ -325,7 +334,7 @@ def factorise(
 def report(manifest: dict, folder: Path, per_second: float | None) -> None:
     """Print errors, bytes before and after, and the speed of this run."""
     errors, ranks = manifest["errors"], manifest["ranks"]
-    if manifest["rank"] is None:
+    if manifest["rank"] is None or ranks["min"] < ranks["max"]:
         what = "directions" if manifest.get("form") == "transform" else "rank"
         print(
             f"{what} per image: mean {ranks['mean']:.1f}, p90 {ranks['p90']:.0f}, "
@@ -340,7 +349,7 @@ def report(manifest: dict, folder: Path, per_second: float | None) -> None:
         if name not in errors:  # coded factors have none before rounding
             continue
         print(f"{words:<34} mean {errors[name]['mean']:.5f}  p90 {errors[name]['p90']:.5f}")
-    before = 2 * manifest["count"] * manifest["num_tokens"] * manifest["feature_dim"]
+    before = 2 * manifest["tokens"] * manifest["feature_dim"]
     after = sum(shard["bytes"] for shard in manifest["shards"])
     print(
         f"{before / 1e6:.1f} MB of bf16 features, {after / 1e6:.1f} MB of factors: "

@@ -358,6 +358,12 @@ class BatchLoader:
     def singular_values(self) -> Tensor:
         return self.dataset.singular_values.to(self.device)
 
+    def only(self, rows: Tensor) -> BatchLoader:
+        """A loader of these rows of the cache, shuffled as this one is; for one process."""
+        sampler = self.sampler
+        size, seed = sampler.batch_size, sampler.shuffle_seed
+        return BatchLoader(self.dataset, rows, size, self.device, seed)
+
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         self.sampler.epoch, self.sampler.start = epoch, start
 

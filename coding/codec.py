@@ -9,7 +9,8 @@ one side and the KLT of training tokens on the other, Z = C X P. Of its SVD Z = 
 rounded in units of the step Δ; then B = QᵀZ, Q an orthonormal basis of what is left of them, is
 rounded likewise. The level of a coefficient's table is i_σ + i_var: σ_k / Δ on the logarithmic grid
 of `entropy`, and the training images' variance of that coefficient in the bucket of k. All of it is
-integers, so that the same symbols are read on every machine.
+integers, so that the same symbols are read on every machine. What an image's own component differs
+from the training images' by is sent too: an offset of its levels in A, and one in B.
 
 Legend: T tokens on a grid [H, W], D features, d directions kept of the KLT, r rank that Δ leaves.
 """
@@ -31,12 +32,13 @@ from torch import Tensor
 from coding.entropy import STEPS_AN_OCTAVE, decode_symbols, encode_symbols, read_varint, varint
 from coding.transform import (
     UNITS,
+    adapted,
     dct,
     independent,
     leading,
+    level_offsets,
     on_grid,
     orthonormal,
-    rate_rounded,
     sigma_levels,
     to_levels,
     tokens_shift,
@@ -45,7 +47,8 @@ from common.errors import UserError
 from common.files import save_tensors, sha256_file
 from qwenvl_dataloader import normalise
 
-FORMAT = 1
+FORMAT = 1  # of the codec's file
+STREAM, OLDER_STREAM = 2, 1  # of a coded image; the older one is without offsets of levels
 KIND = "codec"
 # format, crc32 of all that follows, height, width, step, rank, i_σ of the first component
 HEADER = struct.Struct("<BIHHfHh")
@@ -53,6 +56,7 @@ HEADER = struct.Struct("<BIHHfHh")
 STATISTICS_STEPS = (0.05, 0.3)  # of the mean and of log std
 DROPPED_BELOW = 2.0  # components with σ_k less than this many steps
 SIGMA_LEVEL = 0  # of differences of i_σ
+OFFSET_LEVEL = 1  # of differences of offsets of levels
 BUCKETS = 16
 UNSEEN_ENERGY = 0.05  # of a v_k outside the span of few training tokens
 TAIL = 1e-5  # energy of training tokens outside the directions that are kept
@@ -70,7 +74,7 @@ class Codec:
     [d, H, W] int8, levels of Z's (`transform_code`).
     """
 
-    stream_format = FORMAT
+    stream_formats: tuple[int, ...] = (STREAM, OLDER_STREAM)  # written, and read too
 
     def __init__(self, tensors: dict[str, Tensor], info: dict, sha256: str | None = None) -> None:
         self.tensors, self.info, self.sha256 = tensors, info, sha256
@@ -141,13 +145,21 @@ class Codec:
         statistics, mean, std = self._round_statistics(raw, grid)
         if factors is None:
             x = (raw - mean[:, None]) / std[:, None]
-            z = dct(grid) @ (x @ self._klt)
+            z = self.transformed(x, grid)
         else:
             u, s, v = factors
             # they are of X by the exact statistics; what is stored divides by the rounded ones
             u = u * (normalise(raw)[2] / std[:, None])
             z = (dct(grid) @ (u.float() * s)) @ (v.float().mT @ self._klt)
         return z, statistics
+
+    def transformed(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Z = C X P [T, d] of normalised tokens [T, D]."""
+        return dct(grid) @ (x @ self._klt)
+
+    def of_gradient(self, gradient: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The gradient by the decoded Z [T, d], of that by the decoded X [T, D]."""
+        return dct(grid) @ (gradient @ self._inverse)
 
     def encode(
         self, raw: Tensor, grid: tuple[int, int], step: float, factors: Factors | None = None
@@ -166,20 +178,24 @@ class Codec:
         count = int((s >= DROPPED_BELOW * step).sum())
         sigma = sigma_levels(s[:count], step)
         levels = self._row_levels(sigma, grid)
-        q_a = rate_rounded((u[:, :count] * (s[:count] / step)).numpy(), levels)
+        q_a, _ = adapted((u[:, :count] * (s[:count] / step)).numpy(), levels)
         keep = independent(q_a)
         q_a, sigma = q_a[:, keep], sigma[keep]
+        rows, columns = self._row_levels(sigma, grid), self._column_levels(sigma)
         basis = orthonormal(q_a)
-        q_b = rate_rounded((basis.mT @ z / step).mT.numpy(), self._column_levels(sigma))
+        q_b, offsets_b = adapted((basis.mT @ z / step).mT.numpy(), columns)
+        offsets = np.stack([level_offsets(q_a, rows), offsets_b])
+        steps = np.diff(offsets, prepend=0)  # neighbours are much alike
         first = int(sigma[0]) if len(sigma) else 0
-        head = encode_symbols(*self._head(statistics, -np.diff(sigma), grid))
-        body = encode_symbols(np.concatenate([q_a.ravel(), q_b.ravel()]), self._levels(sigma, grid))
+        head = encode_symbols(*self._head(statistics, -np.diff(sigma), steps, grid))
+        levels = np.concatenate([(rows + offsets[0]).ravel(), (columns + offsets[1]).ravel()])
+        body = encode_symbols(np.concatenate([q_a.ravel(), q_b.ravel()]), levels)
         return self._framed(grid, step, len(sigma), first, varint(len(head)) + head + body)
 
     def _framed(
         self, grid: tuple[int, int], step: float, rank: int, first: int, payload: bytes
     ) -> bytes:
-        header = HEADER.pack(self.stream_format, 0, *grid, step, rank, first)
+        header = HEADER.pack(self.stream_formats[0], 0, *grid, step, rank, first)
         return header[:1] + struct.pack("<I", crc(header + payload)) + header[5:] + payload
 
     # ---------------------------------------------------------------------------------- decoding
@@ -190,11 +206,17 @@ class Codec:
         Raises UserError where the bytes are not those that `encode` gave.
         """
         grid, step, rank, first = self._checked_header(data)
-        tokens = grid[0] * grid[1]
-        symbols, at = self._read_head(data, max(rank - 1, 0), grid)
-        mean, std = self._statistics_of(symbols[: 2 * tokens].reshape(2, tokens), grid)
-        sigma = first - np.concatenate([[0], symbols[2 * tokens :].cumsum()])[:rank]
-        body = decode_symbols(data[at:], self._levels(sigma, grid))
+        tokens, differences = grid[0] * grid[1], max(rank - 1, 0)
+        offsets = 2 * rank if data[0] == STREAM else 0  # of OLDER_STREAM no level is adapted
+        symbols, at = self._read_head(data, differences, offsets, grid)
+        statistics, differences, offsets = np.split(symbols, [2 * tokens, 2 * tokens + differences])
+        mean, std = self._statistics_of(statistics.reshape(2, tokens), grid)
+        sigma = first - np.concatenate([[0], differences.cumsum()])[:rank]
+        rows, columns = self._row_levels(sigma, grid), self._column_levels(sigma)
+        if len(offsets):
+            of_rows, of_columns = offsets.reshape(2, rank).cumsum(1)
+            rows, columns = rows + of_rows, columns + of_columns
+        body = decode_symbols(data[at:], np.concatenate([rows.ravel(), columns.ravel()]))
         q_a = body[: tokens * rank].reshape(tokens, rank)
         q_b = body[tokens * rank :].reshape(self.num_directions, rank)
         a = dct(grid).mT @ orthonormal(q_a)
@@ -214,23 +236,20 @@ class Codec:
     def _checked_header(self, data: bytes) -> tuple[tuple[int, int], float, int, int]:
         """Grid, step, rank and `first` of a stream of this form, whose checksum fits."""
         grid = grid_of(data)
-        if data[0] != self.stream_format:
+        if data[0] not in self.stream_formats:
             raise UserError("a coded image is of another format: write it again")
         return grid, *HEADER.unpack_from(data)[4:]
 
     def _read_head(
-        self, data: bytes, differences: int, grid: tuple[int, int]
+        self, data: bytes, differences: int, offsets: int, grid: tuple[int, int]
     ) -> tuple[np.ndarray, int]:
         """The symbols of `_head`, and the byte at which the body begins."""
         length, at = read_varint(data, HEADER.size)
-        levels = self._head(None, np.zeros(differences, dtype=np.int64), grid)[1]
+        unknown = (np.zeros(n, dtype=np.int64) for n in (differences, offsets))
+        levels = self._head(None, *unknown, grid)[1]
         return decode_symbols(data[at : at + length], levels), at + length
 
     # ------------------------------------------------------------------------------------ levels
-
-    def _levels(self, sigma: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-        rows, columns = self._row_levels(sigma, grid), self._column_levels(sigma)
-        return np.concatenate([rows.ravel(), columns.ravel()])
 
     def _row_levels(self, sigma: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         """Of σ_k u_k: [T, r]."""
@@ -246,14 +265,20 @@ class Codec:
         return np.searchsorted(self._starts, np.arange(rank), side="right") - 1
 
     def _head(
-        self, statistics: np.ndarray | None, differences: np.ndarray, grid: tuple[int, int]
+        self,
+        statistics: np.ndarray | None,
+        differences: np.ndarray,
+        offsets: np.ndarray,
+        grid: tuple[int, int],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Symbols and levels of what comes first: the statistics [2, T] and differences of i_σ."""
+        """Symbols and levels of what comes first: the statistics [2, T], differences of i_σ, and
+        those of offsets of levels [2, r]."""
         levels = to_levels(on_grid(self._statistics, grid)).ravel()
-        levels = np.concatenate([levels, np.full(len(differences), SIGMA_LEVEL)])
+        others = np.full(len(differences), SIGMA_LEVEL), np.full(offsets.size, OFFSET_LEVEL)
+        levels = np.concatenate([levels, *others])
         if statistics is None:
             return differences, levels
-        return np.concatenate([statistics.ravel(), differences]), levels
+        return np.concatenate([statistics.ravel(), differences, offsets.ravel()]), levels
 
     # -------------------------------------------------------------------------------- statistics
 

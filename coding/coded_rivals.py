@@ -13,8 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coding.codec import Codec
-from coding.entropy import STEPS_AN_OCTAVE, decode_symbols, encode_symbols
+from coding.codec import Codec, Prepared
+from coding.entropy import (
+    HIGHEST,
+    LOWEST,
+    STEPS_AN_OCTAVE,
+    TOTAL,
+    decode_symbols,
+    encode_symbols,
+    table,
+)
 from coding.rivals import (
     FactorsDeflate,
     FactorsInt8,
@@ -78,12 +86,15 @@ class Coded(OfCodec):
 
     plain_name, knobs = "coded", STEPS
 
-    def encode(self, image: TokenImage, knob: Knob) -> bytes:
-        # of one image after another every step is asked for: factors are found once
-        key = f"prepared {self.name}"
+    def prepared(self, image: TokenImage) -> Prepared:
+        """Of one image after another every step is asked for: factors are found once."""
+        key = f"prepared, metric {has_metric(self.codec)}"
         if key not in image.__dict__:
             image.__dict__[key] = self.codec.prepare(image.raw, self.grid)
-        return self.codec.encode_prepared(image.__dict__[key], knob)
+        return image.__dict__[key]
+
+    def encode(self, image: TokenImage, knob: Knob) -> bytes:
+        return self.codec.encode_prepared(self.prepared(image), knob)
 
     def decode(self, data: bytes, knob: Knob) -> Tensor:
         return self.codec.decode(data)
@@ -92,14 +103,63 @@ class Coded(OfCodec):
         return self.codec.nbytes
 
 
+class CountedTables:
+    """Tables of levels with the shape that counted symbols have: `entropy.table` times a factor for
+    each bin of |q| between EDGES, the share counted there over the table's own.
+
+    A level with few symbols keeps the table's shape: PRIOR of that shape are counted in.
+    """
+
+    EDGES = np.array([0, 1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 49, 65, 129, 257, 513, 1025, 2049])
+    PRIOR = 8.0
+
+    def __init__(self) -> None:
+        self.counts = np.zeros((HIGHEST - LOWEST + 1, len(self.EDGES)))
+        self._made: dict[int, tuple[int, ...]] = {}
+
+    def count(self, symbols: np.ndarray, levels: np.ndarray) -> None:
+        """Before any table is asked for."""
+        bins = self._bin(np.minimum(np.abs(symbols), self.EDGES[-1])).ravel()
+        rows = (np.clip(levels, LOWEST, HIGHEST) - LOWEST).ravel()
+        size = self.counts.size
+        found = np.bincount(rows * len(self.EDGES) + bins, minlength=size)
+        self.counts += found.reshape(self.counts.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Two bytes a bin of the levels that were seen."""
+        return 2 * len(self.EDGES) * int((self.counts.sum(1) > 0).sum())
+
+    def __call__(self, level: int) -> tuple[int, ...]:
+        if level not in self._made:
+            own = np.array(table(level), dtype=np.float64) / TOTAL
+            share = np.concatenate([own[:1], 2 * own[1:-1:2], own[-1:]])  # of |q| = 0 … K, escape
+            bins = self._bin(np.arange(len(share)))
+            of_bin = np.bincount(bins, share, minlength=len(self.EDGES))
+            seen = self.counts[level - LOWEST].copy()
+            seen[bins[-1]] += seen[bins[-1] + 1 :].sum()  # beyond the table: escapes
+            factor = (seen + self.PRIOR * of_bin) / of_bin.clip(1e-300)
+            share = share * factor[bins]
+            share = (share / share.sum() * (TOTAL - 2 * len(share))).astype(np.int64)
+            ones = share[1:-1] // 2 + 1
+            escape = int(share[-1]) + 1
+            zero = TOTAL - escape - 2 * int(ones.sum())
+            self._made[level] = (zero, *np.repeat(ones, 2).tolist(), escape)
+        return self._made[level]
+
+    def _bin(self, size: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.EDGES, size, side="right") - 1
+
+
 class KltDct(OfCodec):
     """Transform code of the tokens: Z rounded and coded as the codec does, one level a coefficient.
 
     batches: raw tokens [b, T, D] of training images, from which the variance of each coefficient
-    is taken; the knob is the step Δ.
+    is taken; and its tables at each step, from some of them. The knob is the step Δ.
     """
 
-    plain_name, knobs = "klt_dct", STEPS
+    plain_name, knobs = "klt_dct", (*STEPS, 0.13)
+    SAMPLED = 16  # images at least, where there are as many, whose symbols are counted
 
     def __init__(
         self,
@@ -110,17 +170,35 @@ class KltDct(OfCodec):
     ) -> None:
         super().__init__(codec, grid, statistics)
         self.klt, self.transform = codec.tensors["klt"].float(), dct(grid)
-        energy, images = 0.0, 0
+        energy, images, every, self.sample = 0.0, 0, 1, []
         for raw in batches:
             x = normalise(raw.float().cpu())[0]
-            energy = energy + (self.transform @ (x @ self.klt)).square().sum(0)
-            images += len(raw)
+            z = self.transform @ (x @ self.klt)  # [b, T, d]
+            energy = energy + z.square().sum(0)
+            for one in z:
+                if images % every == 0:
+                    self.sample.append(one.numpy().copy())
+                images += 1
+                if len(self.sample) == 2 * self.SAMPLED:
+                    self.sample, every = self.sample[::2], 2 * every
         self.octaves = (energy / images).double().clamp_min(1e-12).log2() / 2  # of Z, [T, d]
+        self._tables: dict[Knob, CountedTables] = {}
+
+    def tables(self, step: float) -> CountedTables:
+        """Of training symbols at this step, themselves rounded by the rates of a first count."""
+        if step not in self._tables:
+            levels, counted = self.levels(step), table
+            for _ in range(2):
+                of_level, counted = counted, CountedTables()
+                for z in self.sample:
+                    counted.count(rate_rounded(z / step, levels, of_level), levels)
+            self._tables[step] = counted
+        return self._tables[step]
 
     def shared_bytes(self, knob: Knob) -> int:
-        """The KLT, as in the codec's file, and a byte of level a coefficient."""
+        """The KLT, as in the codec's file, a byte of level a coefficient, and the tables."""
         klt = [self.codec.tensors[n] for n in ("klt", "inverse") if n in self.codec.tensors]
-        return 2 * sum(t.numel() for t in klt) + self.octaves.numel()
+        return 2 * sum(t.numel() for t in klt) + self.octaves.numel() + self.tables(knob).nbytes
 
     def levels(self, step: float) -> np.ndarray:
         """Of the tables, [T, d] int64."""
@@ -128,15 +206,16 @@ class KltDct(OfCodec):
         return found.long().numpy()
 
     def encode(self, image: TokenImage, knob: Knob) -> bytes:
-        levels = self.levels(knob)
+        levels, tables = self.levels(knob), self.tables(knob)
         z = self.transform @ (image.x @ self.klt) / knob
-        symbols = rate_rounded(z.numpy(), levels)
-        return self._with_statistics(image, encode_symbols(symbols.ravel(), levels.ravel()))
+        symbols = rate_rounded(z.numpy(), levels, tables)
+        coded = encode_symbols(symbols.ravel(), levels.ravel(), tables)
+        return self._with_statistics(image, coded)
 
     def decode(self, data: bytes, knob: Knob) -> Tensor:
         payload, mean, std = self._payload(data)
         levels = self.levels(knob)
-        symbols = decode_symbols(payload, levels.ravel()).reshape(levels.shape)
+        symbols = decode_symbols(payload, levels.ravel(), self.tables(knob)).reshape(levels.shape)
         z = torch.from_numpy(symbols.astype(np.float32)) * knob
         return denormalise((self.transform.mT @ z) @ back(self.codec).mT, mean, std)
 

@@ -14,6 +14,7 @@ Stream: varint length of the escapes, escapes, ANS words (little-endian uint32).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from decimal import Context, Decimal, localcontext
 from functools import cache
 from itertools import pairwise
@@ -28,8 +29,7 @@ LOWEST, HIGHEST = -24, 48  # levels below and above use the table of the last on
 TOTAL = 1 << 24
 LARGEST_TABLE = 2048  # symbols of one sign
 
-_context = Context(prec=40)
-
+Table = Callable[[int], tuple[int, ...]]  # of a level, as `table`; hashable
 
 # Shape of a coefficient about its level, fitted to coefficients of training images as rounded by
 # rate: Gaussians of (level difference, weight in thousandths) and a Laplace for tails. 5.5 % fewer
@@ -116,20 +116,20 @@ def _power_of_two(level: int) -> Decimal:
 
 
 @cache
-def _model(level: int) -> tuple[object, int]:
+def _model(level: int, of_level: Table) -> tuple[object, int]:
     """The coder's model of a level, and K."""
-    frequencies = np.array(table(level), dtype=np.float64)
+    frequencies = np.array(of_level(level), dtype=np.float64)
     # multiples of 2^-24: sums and products with integers below 2^24 are exact in float64
     model = constriction.stream.model.Categorical(frequencies / TOTAL, perfect=False)
     return model, (len(frequencies) - 2) // 2
 
 
 @cache
-def bits_table() -> np.ndarray:
+def bits_table(of_level: Table = table) -> np.ndarray:
     """Bits of |q| at each level, [levels, LARGEST_TABLE + 2] float32; beyond a table, an escape."""
     bits = np.empty((HIGHEST - LOWEST + 1, LARGEST_TABLE + 2), dtype=np.float32)
     for row, level in zip(bits, range(LOWEST, HIGHEST + 1), strict=True):
-        own = -np.log2(np.array(table(level), dtype=np.float64) / TOTAL)
+        own = -np.log2(np.array(of_level(level), dtype=np.float64) / TOTAL)
         one_sign = np.concatenate([own[:1], own[1:-1:2]])
         row[:] = own[-1] + 16
         row[: len(one_sign)] = one_sign
@@ -145,7 +145,7 @@ def _sorted_by_level(levels: np.ndarray) -> tuple[np.ndarray, list[tuple[int, in
     return order, list(zip(found.tolist(), starts.tolist(), ends, strict=True))
 
 
-def encode_symbols(symbols: np.ndarray, levels: np.ndarray) -> bytes:
+def encode_symbols(symbols: np.ndarray, levels: np.ndarray, of_level: Table = table) -> bytes:
     """The stream of integer symbols [n], each with the table of its level [n] int."""
     order, runs = _sorted_by_level(levels)
     values = np.asarray(symbols, dtype=np.int64)[order]
@@ -154,7 +154,7 @@ def encode_symbols(symbols: np.ndarray, levels: np.ndarray) -> bytes:
     coder = constriction.stream.stack.AnsCoder()
     escaped = []
     for level, first, end in reversed(runs):
-        model, most = _model(level)
+        model, most = _model(level, of_level)
         run = entries[first:end]
         beyond = run > 2 * most
         if beyond.any():
@@ -165,7 +165,7 @@ def encode_symbols(symbols: np.ndarray, levels: np.ndarray) -> bytes:
     return varint(len(tail)) + tail + coder.get_compressed().astype("<u4").tobytes()
 
 
-def decode_symbols(data: bytes, levels: np.ndarray) -> np.ndarray:
+def decode_symbols(data: bytes, levels: np.ndarray, of_level: Table = table) -> np.ndarray:
     """The symbols [n] int64 of `encode_symbols`; raises UserError where data is no such stream."""
     length, at = read_varint(data, 0)
     words = data[at + length :]
@@ -175,7 +175,7 @@ def decode_symbols(data: bytes, levels: np.ndarray) -> np.ndarray:
     order, runs = _sorted_by_level(levels)
     entries = np.empty(len(order), dtype=np.int64)
     for level, first, end in runs:
-        model, most = _model(level)
+        model, most = _model(level, of_level)
         run = coder.decode(model, end - first).astype(np.int64)
         for i in np.flatnonzero(run == 2 * most + 1).tolist():
             beyond, at = read_varint(data, at)

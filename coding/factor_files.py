@@ -126,13 +126,15 @@ class FactorWriter(ShardWriter):
     flag, kinds = "--out", (KIND,)
     commit, others = "factors-{:05d}.safetensors", (CODEC_FILE,)
 
-    def __init__(self, folder: str | Path, header: dict, overwrite: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, header: dict, overwrite: bool = False, most_tokens: int = 1
+    ) -> None:
         header = {"format": FORMAT, "kind": KIND, **header}
-        super().__init__(folder, header, header["count"], overwrite)
+        super().__init__(folder, header, header["count"], overwrite, most_tokens=most_tokens)
         self.errors = CODED_ERRORS if header["dtype"] == CODED else ERRORS
 
     def what(self, manifest: dict) -> str:
-        return "finished factors"
+        return "a finished folder of factors"
 
     def check_shard(self, path: Path) -> None:
         load_tensors(path, "start again with --overwrite")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from common.grids import Grid
 from model import LowRankFactorModel
 from subspace import truncate_product
 from svd_baseline import Factors
@@ -55,10 +56,12 @@ def error_curve(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return (squared.clamp_min(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
 
 
-def nested_factors(model: LowRankFactorModel, x: Tensor, rank: int) -> Factors:
+def nested_factors(
+    model: LowRankFactorModel, x: Tensor, rank: int, grid: Grid | None = None
+) -> Factors:
     """A [n, T, rank], B [n, rank, D] of which the first r columns and rows are factors of rank r,
     as near as the model cut to r or nearer (its sketch is cut too), for every r ≤ rank."""
-    a, b = model(x, rank)
+    a, b = model(x, rank, grid=grid)
     return truncate_product(a, b, rank) if model.factors == "direct" else (a, b)
 
 

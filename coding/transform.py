@@ -12,9 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coding.entropy import HIGHEST, LARGEST_TABLE, LOWEST, STEPS_AN_OCTAVE, bits_table
+from coding.entropy import (
+    HIGHEST,
+    LARGEST_TABLE,
+    LOWEST,
+    STEPS_AN_OCTAVE,
+    Table,
+    bits_table,
+    table,
+)
 
 LAMBDA = 0.12  # rounding minimises (z / Δ − q)² + λ bits(q)
+OFFSETS = sorted(range(-8, 9), key=abs)  # of a component's levels, in an image; 0 if nothing is won
 DEPENDENT = 0.05  # a rounded column of which less than this is new is dropped
 UNITS = 16  # of a level, in which the codec's file keeps variances
 
@@ -78,25 +87,54 @@ def on_grid(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     return maps
 
 
-def rate_rounded(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
+def rate_rounded(
+    values: np.ndarray, levels: np.ndarray, of_level: Table = table, weight: float = LAMBDA
+) -> np.ndarray:
     """Integers q of values [n, m]: of the nearest, one nearer to 0, and 0 the one with the least
-    (value − q)² + λ bits(q)."""
+    (value − q)² + weight · bits(q)."""
     size = np.abs(values)
     nearest = np.rint(size).astype(np.int64)
     # a flat view: one gather a candidate
-    bits, width = bits_table().ravel(), LARGEST_TABLE + 2
+    bits, width = bits_table(of_level).ravel(), LARGEST_TABLE + 2
     base = (np.clip(levels, LOWEST, HIGHEST) - LOWEST) * width
     best = np.zeros_like(nearest)
     todo = nearest > 0
     size, nearest, base = size[todo], nearest[todo], base[todo]
-    cost = size**2 + LAMBDA * bits[base]
+    cost = size**2 + weight * bits[base]
     chosen = np.zeros_like(nearest)
     for q in (nearest, np.maximum(nearest - 1, 0)):
-        own = (size - q) ** 2 + LAMBDA * bits[base + np.minimum(q, LARGEST_TABLE + 1)]
+        own = (size - q) ** 2 + weight * bits[base + np.minimum(q, LARGEST_TABLE + 1)]
         better = own < cost
         chosen, cost = np.where(better, q, chosen), np.where(better, own, cost)
     best[todo] = chosen
     return np.where(values < 0, -best, best)
+
+
+def level_offsets(q: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """What to add to the levels of each column of symbols q [n, r]: that of OFFSETS with which the
+    column and the offset itself take the fewest bits, [r] int64."""
+    bits, r, most = bits_table(), q.shape[1], max(OFFSETS)
+    lowest, count = LOWEST - most, HIGHEST - LOWEST + 2 * most + 1
+    at = np.clip(levels, lowest, HIGHEST + most) - lowest  # [n, r]
+    # most symbols are 0: those are counted by level, the others looked up one by one
+    seen = np.bincount((at * r + np.arange(r)).ravel(), minlength=count * r).reshape(count, r)
+    rows, columns = np.nonzero(q)
+    at, size = at[rows, columns], np.minimum(np.abs(q[rows, columns]), LARGEST_TABLE + 1)
+    costs = []
+    for offset in OFFSETS:
+        level = np.clip(np.arange(count) + lowest + offset, LOWEST, HIGHEST) - LOWEST
+        zeros, own = bits[level, 0], level[at]
+        more = np.bincount(columns, bits[own, size] - bits[own, 0], minlength=r)
+        costs.append(zeros @ seen + more + abs(offset))
+    return np.array(OFFSETS)[np.argmin(costs, axis=0)]
+
+
+def adapted(values: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Symbols of values [n, r], rounded by the rates of the levels that suit each column, and what
+    those differ by from `levels`: [n, r], [r] int64."""
+    offsets = level_offsets(rate_rounded(values, levels), levels)
+    q = rate_rounded(values, levels + offsets)
+    return q, level_offsets(q, levels)
 
 
 def independent(q: np.ndarray) -> np.ndarray:

@@ -28,14 +28,14 @@ from coding.entropy import (
 from coding.transform import dct, on_grid, rate_rounded
 from common.errors import UserError
 
-NO_DIFFERENCES = np.zeros(0, dtype=np.int64)
+NONE = np.zeros(0, dtype=np.int64)
 
 
 class TransformCodec(Codec):
     """`encode` and `decode` by the transform; what is stored as the rank is the last direction in
     which something is left. Raises UserError where the codec's file was not fitted in a metric."""
 
-    stream_format = 2
+    stream_formats = (3,)
 
     def __init__(self, tensors: dict[str, Tensor], info: dict, sha256: str | None = None) -> None:
         super().__init__(tensors, info, sha256)
@@ -57,7 +57,7 @@ class TransformCodec(Codec):
         levels = self._coefficient_levels(grid, step_level)
         q = rate_rounded((z / step).numpy(), levels)
         count = int(np.flatnonzero(q.any(0)).max(initial=-1)) + 1
-        head = encode_symbols(*self._head(statistics, NO_DIFFERENCES, grid))
+        head = encode_symbols(*self._head(statistics, NONE, NONE, grid))
         body = encode_symbols(q[:, :count].ravel(), levels[:, :count].ravel())
         return self._framed(grid, step, count, step_level, varint(len(head)) + head + body)
 
@@ -68,7 +68,7 @@ class TransformCodec(Codec):
 
     def normalised(self, data: bytes) -> tuple[Tensor, Tensor, Tensor]:
         grid, step, count, step_level = self._checked_header(data)
-        symbols, at = self._read_head(data, 0, grid)
+        symbols, at = self._read_head(data, 0, 0, grid)
         mean, std = self._statistics_of(symbols.reshape(2, -1), grid)
         levels = self._coefficient_levels(grid, step_level)[:, :count]
         q = decode_symbols(data[at:], levels.ravel()).reshape(levels.shape)

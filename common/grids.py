@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 Grid = tuple[int, int]
 
@@ -20,3 +20,17 @@ def token_range(grids: Sequence[Grid]) -> str:
     tokens = {math.prod(grid) for grid in grids}
     least, most = min(tokens), max(tokens)
     return str(most) if least == most else f"{least} to {most}"
+
+
+def batches_of_one_grid(
+    rows: Iterable[int], grids: Sequence[Grid], batch_size: int
+) -> Iterator[list[int]]:
+    """Rows in batches of one grid each, grids in the order of their first row; grids: of all rows.
+
+    Which rows stand together depends on nothing but `rows`.
+    """
+    of_grid: dict[Grid, list[int]] = {}
+    for row in rows:
+        of_grid.setdefault(grids[row], []).append(row)
+    for own in of_grid.values():
+        yield from (own[i : i + batch_size] for i in range(0, len(own), batch_size))

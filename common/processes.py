@@ -184,7 +184,7 @@ def gather(value: T) -> list[T]:
 
 
 def gather_columns(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Columns name → [n_i] of all processes, one after another by rank: each [Σ n_i], on all.
+    """Columns name → [n_i, …] of all processes, in order of rank: each [Σ n_i, …], on all.
 
     A process without rows (n_i = 0) may give an empty dict.
     """

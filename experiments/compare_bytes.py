@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import math
+import os
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -33,11 +34,12 @@ from coding.coded_rivals import (
     has_metric,
 )
 from coding.fitted_rivals import PcaDeflate, Pictures, ProductQuantiser, fit_token_basis
+from coding.head_steps import CodedHeadSteps, FactorsHeadSteps
 from coding.rivals import Rival, Statistics, TokenImage
 from common import cli, progress
 from common.errors import UserError
-from common.files import write_json
-from common.tables import print_columns
+from common.files import atomic_path, write_json
+from experiments.bytes_tables import Point, print_tables, tables
 from features.encoders import load_encoder, resize_image
 from features.image_sources import image_bytes, open_source, read_image
 from figures.bytes_against_error import bytes_against_error
@@ -45,11 +47,10 @@ from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real, norma
 from svd_baseline import interval_95, summarise
 from task.heads import TaskHead
 from task.load_head import HEADS, load_head
+from task.metric import cache_hashes
 
 QUICK_METHODS = ("factors_int8", "factors_deflate", "klt_dct", "coded")
 QUICK_KNOBS, QUICK_IMAGES = 5, 24
-TARGETS = {"raw_error": (0.24, 0.16, 0.10, 0.05), "task_error": (0.10, 0.05, 0.03)}
-SHARED_BY = (328, 4370)  # images that a table shares the codec file between
 DATA_SETS = {"demo": "demo_data", "real": "textVQA_groundingtask_bbox"}
 
 
@@ -95,9 +96,17 @@ def main(args: argparse.Namespace) -> None:
     codecs = load_codecs(paths, dataset)
     # every method's statistics are coded by the codec's own coder, where there is a codec
     statistics = CodecStatistics(codecs[0], dataset.grid) if codecs else Statistics()
-    methods = every_rival(args, dataset, rows, device, codecs, statistics)
+    methods = every_rival(args, dataset, rows, device, codecs, statistics, head)
     images = [TokenImage(row, dataset[[row]][0], statistics) for row in rows]
-    measured = measure(methods, images, head, groups, device)
+    folder = Path(args.results_dir)
+    made = {
+        "rows": rows,
+        "cache": cache_hashes(dataset),
+        "head": head.sha256 if head else None,
+        "codecs": [codec.sha256 for codec in codecs],
+    }
+    done = Measured(folder / "bytes.partial.jsonl", made)
+    measured = measure(methods, images, head, groups, device, done)
     results = {
         "data": dataset.label,
         "split": "test",
@@ -109,14 +118,13 @@ def main(args: argparse.Namespace) -> None:
         "codec_in_metric": describe(paths, codecs, in_metric=True),
         "methods": {name: summarise_method(points, groups) for name, points in measured.items()},
     }
-    results["tables"] = tables(results["methods"], measured)
+    results["tables"] = tables(measured, groups)
     print_tables(results["tables"])
     print_retrieval(results["methods"])
     results["seconds"] = round(time.perf_counter() - started, 1)
-    folder = Path(args.results_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "bytes.json", results)
     bytes_against_error(folder / "bytes.png", results, footer)
+    done.path.unlink()
     print(f"wrote {folder}/bytes.json and bytes.png in {results['seconds']:.0f} s")
 
 
@@ -161,6 +169,7 @@ def every_rival(
     device: torch.device,
     codecs: list[Codec],
     statistics: Statistics,
+    head: TaskHead | None,
 ) -> list[Rival]:
     """All methods that this cache and these files allow; what is left out is said in one line."""
     shape, grid = (dataset.num_tokens, dataset.feature_dim), dataset.grid
@@ -182,6 +191,10 @@ def every_rival(
                 FactorsInt8InMetric(codec, shape, statistics),
                 FactorsDeflateInMetric(codec, shape, statistics),
             ]
+        if has_metric(codec) and head is not None:
+            found.append(CodedHeadSteps(codec, grid, statistics, head, device))
+    if head is not None:
+        found.append(FactorsHeadSteps(grid, shape[1], statistics, head, device))
     if args.quick:
         # of a codec in a metric, its four methods in the metric
         found = [rival for rival in found if rival.name.removesuffix("_in_metric") in QUICK_METHODS]
@@ -256,26 +269,22 @@ def read_pictures(
 # ------------------------------------------------------------------------------------ measurement
 
 
-class Point(NamedTuple):
-    """A method at one knob: of each image [n] float64."""
-
-    knob: rivals.Knob
-    shared_bytes: int
-    values: dict[str, Tensor]  # bytes, raw_error, rel_error, retrieval, …
-
-
 def measure(
     methods: list[Rival],
     images: list[TokenImage],
     head: TaskHead | None,
     groups: list[str],
     device: torch.device,
+    done: Measured,
 ) -> dict[str, list[Point]]:
-    """Every method at every knob, from few bytes to many."""
+    """Every method at every knob, from few bytes to many; what is `done` is taken from there."""
     pairs = [(method, knob) for method in methods for knob in method.knobs]
     full = [output(head, image.raw, image.row, device) for image in images]
     found: dict[str, list[Point]] = {method.name: [] for method in methods}
     for method, knob in progress.over(pairs, "bytes and errors", "points"):
+        if point := done.points.get((method.name, knob)):
+            found[method.name].append(point)
+            continue
         parts, means = [], []
         for image, wanted in zip(images, full, strict=True):
             data = method.encode(image, knob)
@@ -293,8 +302,41 @@ def measure(
         if isinstance(method, Pictures):
             seconds = torch.tensor(method.seconds[-len(images) :], dtype=torch.float64)
             values["encode_again_seconds"] = seconds
-        found[method.name].append(Point(knob, method.shared_bytes(knob), values))
+        point = Point(knob, method.shared_bytes(knob), values)
+        found[method.name].append(point)
+        done.add(method.name, point)
     return found
+
+
+class Measured:
+    """Points that an interrupted run measured, in a file of one JSON line each.
+
+    The first line says what they are of; a file that is of other things is begun anew.
+    """
+
+    def __init__(self, path: Path, made: dict) -> None:
+        self.path, self.points = path, {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        first = json.dumps(made)
+        lines = path.read_text().split("\n") if path.exists() else []
+        if lines[:1] == [first]:
+            for line in lines[1:-1]:  # behind the last line break stands half a line, or nothing
+                name, knob, shared, values = json.loads(line)
+                values = {k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
+                self.points[name, knob] = Point(knob, shared, values)
+            kept = lines[1:-1]
+            print(f"{len(kept)} points are already there, in {path}")
+        else:
+            kept = []
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in (first, *kept)))
+
+    def add(self, name: str, point: Point) -> None:
+        values = {k: v.tolist() for k, v in point.values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps([name, point.knob, point.shared_bytes, values]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def errors(raw: Tensor, image: TokenImage) -> dict[str, float]:
@@ -336,71 +378,6 @@ def summarise_method(points: list[Point], groups: list[str]) -> list[dict]:
         }
         for point in points
     ]
-
-
-# ------------------------------------------------------------------------------------------ tables
-
-
-def bytes_at(error: list[float], size: list[float], target: float) -> float | None:
-    """Bytes at which a swept curve reaches `target`; None where it is outside the sweep.
-
-    error, size: of each knob, in any order. The logarithm of bytes is interpolated linearly in the
-    error between neighbours in bytes; of several crossings the one of fewest bytes counts.
-    """
-    points = sorted(zip(size, error, strict=True))
-    for (low, high_error), (high, low_error) in zip(points, points[1:], strict=False):
-        if low_error <= target <= high_error:
-            if high_error == low_error:
-                return low
-            share = (high_error - target) / (high_error - low_error)
-            return math.exp((1 - share) * math.log(low) + share * math.log(high))
-    return None
-
-
-def tables(methods: dict[str, list[dict]], measured: dict[str, list[Point]]) -> dict:
-    """error → target → method → bytes an image: alone, with its share of what is shared between N
-    images, and (`each_image`) where every image reaches the target by a knob of its own."""
-    found: dict = {}
-    for key, targets in TARGETS.items():
-        for target in targets:
-            for name, points in methods.items():
-                if key not in points[0]:
-                    continue
-                error = [point[key]["mean"] for point in points]
-                entry = {"each_image": each_image(measured[name], key, target)}
-                for n in (math.inf, *SHARED_BY):
-                    size = [p["bytes"]["mean"] + p["shared_bytes"] / n for p in points]
-                    label = "alone" if n == math.inf else f"shared_by_{n}"
-                    entry[label] = bytes_at(error, size, target)
-                found.setdefault(key, {}).setdefault(str(target), {})[name] = entry
-    return found
-
-
-def each_image(points: list[Point], key: str, target: float) -> float | None:
-    """Mean over images of the bytes at which each one's own curve reaches the target; None where
-    one of them does not."""
-    error = torch.stack([point.values[key] for point in points], dim=-1).tolist()
-    size = torch.stack([point.values["bytes"] for point in points], dim=-1).tolist()
-    found = [bytes_at(e, s, target) for e, s in zip(error, size, strict=True)]
-    return None if None in found else sum(found) / len(found)
-
-
-def print_tables(found: dict) -> None:
-    labels = ["alone", *(f"shared_by_{n}" for n in SHARED_BY), "each_image"]
-    for key, targets in found.items():
-        for label in labels:
-            words = {
-                "alone": "without what all images share",
-                "each_image": "the same target for each image, without what all images share",
-            }.get(label, f"with the share of one of {label.rpartition('_')[2]} images")
-            print(f"bytes an image at {key.replace('_', ' ')}, {words}")
-            rows = [["", *targets]]
-            for name in next(iter(targets.values())):
-                values = [targets[target][name][label] for target in targets]
-                if any(value is not None for value in values):
-                    cells = ["-" if value is None else f"{value:,.0f}" for value in values]
-                    rows.append([f"  {name}", *cells])
-            print_columns(rows)
 
 
 def print_retrieval(methods: dict[str, list[dict]]) -> None:

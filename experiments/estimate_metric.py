@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from task.metric import (
     save_metric,
     shrunk,
 )
+from task.task_error import task_errors
 
 JUDGED_AT = (8, 32)  # ranks at which a shrinkage is judged
 SAVE_EVERY = 60  # seconds between writes of the sums so far, D² float64 each
@@ -121,16 +123,14 @@ def loaders_of(
     dataset: RealQwenVLDataset, args: argparse.Namespace, device: torch.device
 ) -> tuple[BatchLoader, BatchLoader]:
     """Loaders of training and validation images, of at most --images each, drawn by --seed."""
-    loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
+    loaders = create_data_loaders_real(dataset, args.batch_size, seed=args.seed, device=device)
     if args.images is None:
         return loaders.train, loaders.val
     chosen = []
     for rows in (dataset.split.train, dataset.split.val):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
         chosen.append(rows[order[: args.images].sort().values])
-    train, val = chosen
-    train = BatchLoader(dataset, train, args.batch_size, device, shuffle_seed=args.seed)
-    return train, BatchLoader(dataset, val, args.batch_size, device)
+    return loaders.train.only(chosen[0]), loaders.val.only(chosen[1])
 
 
 def sum_gradients(
@@ -208,21 +208,15 @@ class PartialWork:
         return self.validation[label]
 
 
-@torch.inference_mode()
 def validation_errors(
     head: TaskHead, loader: BatchLoader, metric: TaskMetric | None, label: str
 ) -> list[float]:
     """Mean task error at the ranks JUDGED_AT, of the metric's SVD or (None) of the plain one."""
-    errors = []
-    for batch in loader.with_progress(f"{label}, validation"):
-        full = head.of_batch(batch)
-        found = []
-        for rank in JUDGED_AT:
-            rank = min(rank, *batch.x.shape[-2:])
-            a, b = metric_svd(batch.x, rank, metric) if metric else gram_eigh(batch.x, rank)
-            found.append(head.error(head.of_batch(batch, a @ b), full))
-        errors.append(torch.stack(found, dim=-1))
-    return torch.cat(errors).mean(0).tolist()
+    svd = partial(metric_svd, metric=metric) if metric else gram_eigh
+    ranks = [min(r, loader.dataset.num_tokens, loader.dataset.feature_dim) for r in JUDGED_AT]
+    batches = loader.with_progress(f"{label}, validation")
+    errors = task_errors({"svd": svd}, head, batches, ranks)
+    return [float(errors[rank]["svd"].mean()) for rank in ranks]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from common.files import sha256_file, write_json
 from common.locks import sole_writer
 from common.partial_results import PartialResults
 from common.tables import print_columns
+from experiments.benchmark import checked_ranks
 from experiments.task_measures import (
     FULL,
     Found,
@@ -45,7 +46,6 @@ from figures import task_sweep
 from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import (
     Batch,
-    BatchLoader,
     Loaders,
     RealQwenVLDataset,
     create_data_loaders_real,
@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     arch = canonical_arch(args.arch)
     device = cli.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
-    ranks = evaluated_ranks(args, min(dataset.num_tokens, dataset.feature_dim))
+    ranks = checked_ranks(args, min(dataset.num_tokens, dataset.feature_dim))
     metric = load_metric(args.metric, dataset).to(device)
     paths = network_paths(args)
     networks = {name: load_model(path, device, dataset)[0] for name, path in paths.items()}
@@ -142,14 +142,6 @@ def main(args: argparse.Namespace) -> None:
     print(f"wrote {folder}/task_sweep.json, task_sweep.png and task_calibration.png")
 
 
-def evaluated_ranks(args: argparse.Namespace, limit: int) -> list[int]:
-    """--ranks in order. Raises UserError where one that was typed is out of range."""
-    ranks = [r for r in sorted(set(args.ranks)) if r <= limit]
-    if len(ranks) < len(set(args.ranks)) and "ranks" in args.typed:
-        raise UserError(f"--ranks {max(args.ranks)} is out of range: type 1 to {limit}")
-    return ranks
-
-
 def network_paths(args: argparse.Namespace) -> dict[str, Path]:
     """`network` of --results_dir where there is one, `network_task` of --task_results_dir."""
     file = Path(canonical_arch(args.arch)) / "best_model.pt"
@@ -180,12 +172,7 @@ def evaluated_images(
     if args.images is None:
         return loaders
     val, test = (
-        BatchLoader(
-            dataset,
-            spread_over_groups(dataset, loader.sampler.rows, args.images),
-            args.batch_size,
-            device,
-        )
+        loader.only(spread_over_groups(dataset, loader.sampler.rows, args.images))
         for loader in (loaders.val, loaders.test)
     )
     return loaders._replace(val=val, test=test)
@@ -241,11 +228,8 @@ def evaluate(
 
     def of_test(batch: Batch) -> Found:
         found = judge_factors(methods, head, dataset, batch, ranks, scores)
-        return (
-            found
-            | judge_fewer_tokens(head, dataset, batch, ranks)
-            | score_full_tokens(scores, batch)
-        )
+        found |= judge_fewer_tokens(head, dataset, batch, ranks)
+        return found | score_full_tokens(scores, batch)
 
     def of_val(batch: Batch) -> Found:
         alone = {"svd_in_metric": methods["svd_in_metric"]}

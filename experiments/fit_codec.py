@@ -48,7 +48,9 @@ def main(args: argparse.Namespace) -> None:
     if path.is_dir() or any(p.is_file() for p in path.parents):
         raise UserError(f"--out {path} cannot be a file there: name another")
     rows = dataset.split.train
-    print(f"{dataset.label}; {len(rows)} training images")
+    # its tables are of one grid, and read on any
+    rows = rows[[dataset.grids[row] == dataset.grid for row in rows.tolist()]]
+    print(f"{dataset.label}; {len(rows)} training images of {dataset.grid[0]} x {dataset.grid[1]}")
 
     passes = iter(("directions", "variances"))
 

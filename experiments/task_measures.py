@@ -158,8 +158,7 @@ def measure(
     rows, dataset = loader.sampler.rows.tolist(), loader.dataset
     missing = [row for row in rows if (stage, row) not in partial.records]
     if missing:
-        left = BatchLoader(dataset, torch.tensor(missing), loader.sampler.batch_size, loader.device)
-        for batch in left.with_progress(f"{stage} images"):
+        for batch in loader.only(torch.tensor(missing)).with_progress(f"{stage} images"):
             partial.add(stage, _by_image(judge_batch(batch), batch.rows.tolist()))
     images = [partial.records[stage, row] for row in rows]
     sweep: Sweep = {}

@@ -153,8 +153,8 @@ class InMetric:
     def __init__(self, factorise: Callable[[Tensor, int], Factors], metric: TaskMetric) -> None:
         self.factorise, self.metric = factorise, metric
 
-    def __call__(self, x: Tensor, rank: int) -> Factors:
-        a, b = self.factorise(x @ self.metric.root, rank)
+    def __call__(self, x: Tensor, rank: int, **options) -> Factors:
+        a, b = self.factorise(x @ self.metric.root, rank, **options)
         return a, b @ self.metric.inverse_root
 
     def __getattr__(self, name: str):

@@ -11,6 +11,7 @@ from tiny import steep_tokens
 from torch.utils.data import DataLoader
 
 import factorize
+from coding import transform
 from coding.codec import HEADER, Codec, fit, grid_of
 from coding.entropy import (
     HIGHEST,
@@ -23,7 +24,7 @@ from coding.entropy import (
 )
 from coding.factor_files import load_factors, read_factors
 from coding.rate_control import coded_image, image_for_target
-from coding.transform import dct, on_grid
+from coding.transform import OFFSETS, dct, level_offsets, on_grid
 from coding.transform_code import TransformCodec
 from coding.vision_tokens import VisionTokens
 from common import shard_folder
@@ -34,6 +35,12 @@ GRID = (4, 6)
 SYMBOLS = np.array([0, 1, -1, 5, -300, 0, 2, 70000, -3, 0, 0, 12])
 LEVELS = np.array([-30, -4, 0, 6, 20, -9, 3, 10, 2, -12, 44, 16])
 STREAM = "04fcc4084fbf71b7938e3dc35505010000"
+# one image as it was coded before levels had offsets
+OLDER_IMAGE = (
+    "01f28fe72202000300cdcc4c3e05001f0032090d2b01351501010102ffffffcad7ffff7ff9ffffffd3ffffc74bfdff"
+    "55ffffffffffffffffffffff5fffffffffff7ff507002fab644b6e6b642fd80172a9a5b0a2ef1865aa5ce39c30941e"
+    "ba263ae6a7293ecf7f61aad4895017f9ff32e830000000"
+)
 
 
 def some_tokens(n, grid=GRID, seed=0):
@@ -56,6 +63,46 @@ def raw_error(raw, decoded):
 def test_a_stored_stream_decodes_to_the_stored_symbols():
     assert encode_symbols(SYMBOLS, LEVELS).hex() == STREAM
     assert decode_symbols(bytes.fromhex(STREAM), LEVELS).tolist() == SYMBOLS.tolist()
+
+
+def test_an_image_that_an_older_version_coded_is_still_read():
+    tensors = {
+        "klt": torch.eye(6, dtype=torch.bfloat16),
+        **{"rows": torch.zeros(2, 2, 3), "columns": torch.zeros(2, 6)},
+        **{"statistics": torch.zeros(2, 2, 3), "starts": torch.tensor([0, 1])},
+    }
+    tensors = {name: t if name == "klt" else t.to(torch.int16) for name, t in tensors.items()}
+    codec = Codec(tensors, {"log_std": 0.0, "statistics_steps": [0.05, 0.3]})
+    raw = torch.tensor([[i * j % 7 - 3.0 + 0.1 * i for j in range(6)] for i in range(6)])
+    read = codec.decode(bytes.fromhex(OLDER_IMAGE))
+    wanted = [-2.907947, -1.775369, -0.853346, 0.218301, 1.184093, 2.190043]
+    assert read[1].tolist() == pytest.approx(wanted, abs=1e-4)
+    assert raw_error(raw, read) == pytest.approx(0.04322, abs=1e-4)
+    assert raw_error(raw, codec.decode(codec.encode(raw, (2, 3), 0.2))) < 0.05
+
+
+def test_offsets_are_those_of_the_fewest_bits_and_make_an_image_smaller(codec):
+    rng = np.random.default_rng(0)
+    levels = rng.integers(-30, 55, (300, 7))
+    q = np.rint(rng.normal(size=(300, 7)) * 2.0 ** ((levels + 5) / 4)).astype(np.int64)
+    found = level_offsets(q, levels)
+
+    def bits(offset):
+        rows = np.clip(levels + offset, LOWEST, HIGHEST) - LOWEST
+        return bits_table()[rows, np.minimum(abs(q), 2049)].sum(0)
+
+    least = np.min([bits(o) + abs(o) for o in OFFSETS], axis=0)
+    assert np.allclose([bits(o)[k] + abs(o) for k, o in enumerate(found)], least, rtol=1e-5)
+    assert ((found >= 3) & (found <= 7)).all()
+    raw = some_tokens(1, seed=8)[0]
+    sizes = []
+    for offsets in (OFFSETS, [0]):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(transform, "OFFSETS", offsets)
+            data = codec.encode(raw, GRID, 0.2)
+        sizes.append(len(data))
+        assert raw_error(raw, codec.decode(data)) < 0.05
+    assert sizes[0] < sizes[1]
 
 
 def test_tables_are_integers_that_fall_with_the_symbol_and_sum_to_the_whole():
@@ -180,7 +227,7 @@ def test_in_a_metric_the_features_that_count_err_less():
 
 
 @pytest.fixture(scope="module")
-def transform():
+def transform_codec():
     """The transform code of a codec in a metric."""
     weight = torch.ones(48, dtype=torch.float64)
     weight[:12] = 25
@@ -189,35 +236,35 @@ def transform():
 
 
 @pytest.mark.parametrize("grid", [GRID, (4, 4), (1, 7), (9, 8)])
-def test_the_transform_of_any_grid_is_decoded_and_a_finer_step_errs_less(transform, grid):
+def test_the_transform_of_any_grid_is_decoded_and_a_finer_step_errs_less(transform_codec, grid):
     raw = some_tokens(1, grid, seed=1)[0]
     errors, sizes = [], []
     for step in (2.0, 0.5, 0.1, 0.02):
-        data = transform.encode(raw, grid, step)
+        data = transform_codec.encode(raw, grid, step)
         assert grid_of(data) == grid
-        errors.append(raw_error(raw, transform.decode(data)))
+        errors.append(raw_error(raw, transform_codec.decode(data)))
         sizes.append(len(data))
     assert errors == sorted(errors, reverse=True) and sizes == sorted(sizes)
     assert errors[-1] < 0.02
-    constant = transform.encode(torch.full((grid[0] * grid[1], 48), 3.0), grid, 1.0)
-    assert raw_error(torch.full((1, 1), 3.0), transform.decode(constant)) < 1
+    constant = transform_codec.encode(torch.full((grid[0] * grid[1], 48), 3.0), grid, 1.0)
+    assert raw_error(torch.full((1, 1), 3.0), transform_codec.decode(constant)) < 1
 
 
-def test_a_transform_has_no_factors_and_each_form_refuses_the_other_s_bytes(transform, codec):
+def test_a_transform_has_no_factors_and_each_form_refuses_the_other_s_bytes(transform_codec, codec):
     raw = some_tokens(1, seed=4)[0]
-    data = transform.encode(raw, GRID, 1.5)
+    data = transform_codec.encode(raw, GRID, 1.5)
     with pytest.raises(UserError, match="without factors: .*load_factors"):
-        transform.factors(data)
+        transform_codec.factors(data)
     with pytest.raises(UserError, match="of another format"):
         codec.decode(data)
     with pytest.raises(UserError, match="of another format"):
-        transform.decode(codec.encode(raw, GRID, 1.5))
+        transform_codec.decode(codec.encode(raw, GRID, 1.5))
     for i in range(len(data)):
         flipped = bytearray(data)
         flipped[i] ^= 1 << i % 8
         for damaged in (bytes(flipped), data[:i]):
             with pytest.raises(UserError, match="damaged"):
-                transform.decode(damaged)
+                transform_codec.decode(damaged)
     with pytest.raises(UserError, match="needs a codec fitted in a metric"):
         TransformCodec(codec.tensors, codec.info)
 

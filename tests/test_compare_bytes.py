@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny import TinyEncoder, steep_tokens
@@ -12,10 +13,12 @@ from coding.codec import fit
 from coding.coded_rivals import (
     CodecStatistics,
     Coded,
+    CountedTables,
     FactorsDeflateInMetric,
     FactorsInt8InMetric,
     KltDct,
 )
+from coding.entropy import TOTAL, bits_table, decode_symbols, encode_symbols, table
 from coding.fitted_rivals import (
     BITS,
     PcaDeflate,
@@ -26,9 +29,14 @@ from coding.fitted_rivals import (
     balanced,
     quantise,
 )
+from coding.head_steps import CodedHeadSteps, FactorsHeadSteps
 from coding.rivals import TokenImage
-from experiments.compare_bytes import bytes_at, nearest_is_kin, thinned
+from experiments import compare_bytes
+from experiments.bytes_tables import Point, bytes_at, jackknife_95, tables
+from experiments.compare_bytes import nearest_is_kin, thinned
 from qwenvl_dataloader import denormalise, normalise
+from svd_baseline import interval_95
+from task.heads import TaskHead, squared_error
 
 T, D, GRID = 16, 48, (4, 4)
 
@@ -36,6 +44,25 @@ T, D, GRID = 16, 48, (4, 4)
 @pytest.fixture
 def image():
     return TokenImage(0, steep_tokens(1, T, D)[0].bfloat16())
+
+
+@pytest.fixture
+def linear_head():
+    """A head of 40 linear outputs, of tokens and features that are mixed at random."""
+
+    class Linear(TaskHead):
+        weight = torch.randn(T * D, 40, generator=torch.Generator().manual_seed(3))
+
+        def outputs(self, tokens, rows):
+            return tokens.flatten(1) @ self.weight
+
+        def loss(self, outputs, full):
+            return squared_error(outputs, full)
+
+        def agreement(self, outputs, full):
+            raise AssertionError("not asked for")
+
+    return Linear()
 
 
 def error(raw, image):
@@ -177,6 +204,58 @@ def test_coded_rivals_come_back_from_their_bytes_with_the_statistics_of_the_code
         assert found[1] < 0.1 and found[1] < found[0], code.name
 
 
+def test_tables_of_counted_symbols_take_fewer_bytes_for_symbols_of_their_shape():
+    rng = np.random.default_rng(0)
+    levels = rng.integers(-6, 20, 40_000)
+    # all of one size, which no mixture of Gaussians is
+    symbols = np.rint(2.0 ** (levels / 4) * rng.choice([-1, 1], 40_000)).astype(np.int64)
+    counted = CountedTables()
+    counted.count(symbols[:20_000], levels[:20_000])
+    for level in (-24, -6, 0, 7, 19, 48):
+        assert sum(counted(level)) == TOTAL and min(counted(level)) >= 1
+        assert len(counted(level)) == len(table(level))
+    own, shared = symbols[20_000:], levels[20_000:]
+    own[:2] = 70_000, -3000  # beyond every table
+    data = encode_symbols(own, shared, counted)
+    assert np.array_equal(decode_symbols(data, shared, counted), own)
+    assert len(data) < 0.8 * len(encode_symbols(own, shared))
+    assert not np.array_equal(bits_table(counted), bits_table())
+
+
+def test_head_steps_lower_the_head_s_error_at_nearly_the_same_bytes(linear_head):
+    training = steep_tokens(24, T, D, seed=1)
+    codec = fit(lambda: training.split(8), GRID, torch.eye(D))
+    statistics = CodecStatistics(codec, GRID)
+    plain, steps = Coded(codec, GRID, statistics), CodedHeadSteps(
+        codec, GRID, statistics, linear_head, "cpu"
+    )  # fmt: skip
+    assert steps.name == "coded_in_metric_head_steps"
+    found = []
+    for seed in range(4):
+        image = TokenImage(0, steep_tokens(1, T, D, seed=seed)[0].bfloat16(), statistics)
+        wanted = linear_head.outputs(image.raw[None], None)
+        for code in (plain, steps):
+            data = code.encode(image, 0.5)
+            got = linear_head.outputs(code.decode(data, 0.5)[None], None)
+            found.append((float(linear_head.error(got, wanted)), len(data)))
+    before, after = torch.tensor(found[::2]), torch.tensor(found[1::2])
+    assert (after[:, 0] <= before[:, 0]).all()  # the best of all tries, the first among them
+    assert after[:, 0].mean() < 0.9 * before[:, 0].mean()
+    assert after[:, 1].mean() < 1.15 * before[:, 1].mean()
+
+
+def test_factors_with_head_steps_err_less_for_the_head_at_the_same_bytes(image, linear_head):
+    control = FactorsHeadSteps(GRID, D, rivals.Statistics(), linear_head, "cpu")
+    wanted = linear_head.outputs(image.raw[None], None)
+    streams = [code.encode(image, 4) for code in (rivals.FactorsInt8((T, D)), control)]
+    assert len(streams[0]) == len(streams[1])
+    errors = [
+        float(linear_head.error(linear_head.outputs(control.decode(s, 4)[None], None), wanted))
+        for s in streams
+    ]
+    assert errors[1] < 0.95 * errors[0]
+
+
 def test_parts_of_a_product_quantiser_share_every_component_once():
     variances = torch.logspace(0, -4, 12, dtype=torch.float64)
     order = balanced(variances, 3, 4)
@@ -205,6 +284,35 @@ def test_log_bytes_are_interpolated_linearly_between_knobs():
     assert bytes_at([0.2, 0.1], [100.0, 400.0], 0.15) == pytest.approx(200)
     assert bytes_at([0.1, 0.2], [400.0, 100.0], 0.175) == pytest.approx(math.sqrt(2) * 100)
     assert bytes_at([0.2, 0.1, 0.05], [100.0, 400.0, 800.0], 0.05) == pytest.approx(800)
+
+
+def test_the_interval_of_a_mean_by_leaving_groups_out_is_the_t_interval_of_the_groups():
+    groups = [name for name in "abcdef" for _ in range(3)]
+    values = torch.randn(18, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = jackknife_95(lambda images: float(values.numpy()[images].mean()), groups)
+    wanted = interval_95(values, groups)
+    assert [math.log(end) for end in found["interval_95"]] == pytest.approx(wanted)
+    assert math.log(found["mean"]) == pytest.approx(float(values.mean()))
+    assert jackknife_95(lambda images: 0.0, list("aabbcc"))["interval_95"] is None
+    assert jackknife_95(lambda images: None, groups) is None
+
+
+def test_a_method_that_takes_thrice_the_bytes_everywhere_is_said_to_with_no_doubt():
+    """However much the images differ: what they share is no doubt about the ratio."""
+    rng = torch.Generator().manual_seed(1)
+    scale = torch.rand(12, generator=rng, dtype=torch.float64) + 0.5
+    groups = [name for name in "abcdef" for _ in range(2)]
+
+    def curve(times):
+        return [Point(k, 0, {"bytes": times * 1000 * k * scale, "raw_error": 0.4 / k * scale})
+                for k in (1, 2, 4, 8)]  # fmt: skip
+
+    entry = tables({"coded": curve(1), "klt_dct": curve(3)}, groups)["raw_error"]["0.16"]
+    times = entry["klt_dct"]["times"]["coded"]
+    assert times["mean"] == pytest.approx(3)
+    assert times["interval_95"] == pytest.approx([3, 3])
+    low, high = entry["coded"]["interval_95"]
+    assert low < 0.95 * entry["coded"]["alone"] and 1.05 * entry["coded"]["alone"] < high
 
 
 def test_nothing_is_extrapolated():
@@ -242,12 +350,31 @@ def test_the_command_writes_bytes_of_every_method_that_the_cache_allows(
     monkeypatch.setattr(ProductQuantiser, "knobs", (1, 2))
     monkeypatch.setattr(PcaDeflate, "knobs", (4, 16))
     monkeypatch.setattr(Pictures, "knobs", (30, 90))
-    done = script("experiments.compare_bytes", "--cache_dir", tiny_cache, "--dataset_dir",
-                  tiny_data, "--results_dir", tmp_path / "r", "--device", "cpu")  # fmt: skip
+    flags = ["--cache_dir", tiny_cache, "--dataset_dir", tiny_data, "--results_dir",
+             tmp_path / "r", "--device", "cpu"]  # fmt: skip
+    real, calls = compare_bytes.errors, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) > 100:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compare_bytes, "errors", interrupted)
+        assert script("experiments.compare_bytes", *flags).returncode == 130
+    partial = tmp_path / "r" / "bytes.partial.jsonl"
+    kept = len(partial.read_text().splitlines()) - 1
+    assert kept > 5
+    with partial.open("a") as file:
+        file.write('["factors_int8", 8, 0, {"byt')  # killed in the middle of a line
+    done = script("experiments.compare_bytes", *flags)
     assert done.returncode == 0, done.stderr
+    assert f"{kept} points are already there" in done.stdout and not partial.exists()
     found = json.loads((tmp_path / "r" / "bytes.json").read_text())
     assert found["data"].startswith("DEMO") and found["split"] == "test"
     names = ["bf16", "bf16_zstd", "factors_bf16", "factors_int8", "factors_deflate", "jpeg"]
+    names += ["factors_head_steps"]
     assert set(names + ["webp", "pca_deflate", "pq", "tokens_averaged", "tokens_dropped"]) <= set(
         found["methods"]
     )

@@ -189,7 +189,7 @@ def test_an_interrupted_run_goes_on_and_its_folder_is_byte_identical(
 def test_a_finished_folder_is_replaced_only_when_asked_to(write, tmp_path):
     write("--rank", 4)
     before = hashes(tmp_path / "out")
-    assert "holds finished factors" in write("--rank", 4, fails=True).stderr
+    assert "holds a finished folder of factors: use it" in write("--rank", 4, fails=True).stderr
     assert "begun with rank = 4, now it is 3" in write("--rank", 3, fails=True).stderr
     assert hashes(tmp_path / "out") == before
     write("--rank", 3, "--overwrite")

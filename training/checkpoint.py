@@ -24,7 +24,7 @@ from common import cli
 from common.errors import UserError
 from common.files import atomic_path, first_difference
 from model import LowRankFactorModel, canonical_arch
-from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset
+from qwenvl_dataloader import Loaders, RealQwenVLDataset
 from task.trained_norm import build_model
 
 FORMAT = 2
@@ -84,11 +84,7 @@ def unseen_test(state: dict, loaders: Loaders) -> tuple[Loaders, int | None, str
     test = loaders.test
     seen = rows_seen(state, test.dataset, test.sampler.rows)
     if seen is None:
-        return (
-            loaders,
-            None,
-            "overlap unknown: the checkpoint does not say what it saw",
-        )
+        return loaders, None, "overlap unknown: the checkpoint does not say what it saw"
     count = int(seen.sum())
     if not count:
         return loaders, 0, ""
@@ -98,9 +94,8 @@ def unseen_test(state: dict, loaders: Loaders) -> tuple[Loaders, int | None, str
             f"--cache_dir {test.dataset.cache_dir}: the network was trained or validated on every "
             "test image of this cache: name the cache it was trained on, or one of other images"
         )
-    unseen = BatchLoader(test.dataset, rows, test.sampler.batch_size, test.device)
     words = f"{count} test images left out: the network was trained or validated on them"
-    return loaders._replace(test=unseen), count, words
+    return loaders._replace(test=test.only(rows)), count, words
 
 
 def rng_state() -> dict:
