@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from coding.codec import fit
@@ -35,6 +36,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     codec.add_argument("--out", type=cli.name, default=None,
                        help="file; default codecs/<cache's kind>.safetensors, with the head's name "
                             "where there is a metric")  # fmt: skip
+    codec.add_argument("--images", type=cli.number(int, 1), default=None, metavar="N",
+                       help="so many training images, spread over all of them; default all: what "
+                            "more bring is in docs/task_and_bytes.md")  # fmt: skip
     codec.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
                        help="images at once")  # fmt: skip
     codec.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
@@ -50,6 +54,8 @@ def main(args: argparse.Namespace) -> None:
     if path.is_dir() or any(p.is_file() for p in path.parents):
         raise UserError(f"--out {path} cannot be a file there: name another")
     rows = dataset.split.train
+    if args.images and args.images < len(rows):
+        rows = rows[torch.arange(args.images) * len(rows) // args.images]
     print(f"{dataset.label}; {len(rows)} training images")
 
     passes = iter(("directions", "variances"))
