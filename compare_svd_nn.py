@@ -7,7 +7,8 @@
 Writes results/<arch>/svd_nn_comparison.json, svd_nn_comparison.png and rank_sweep.png; with
 --target_error or --mean_rank also rank_per_image.png, what ranks that differ gain over one fixed
 rank that stores as much. Every method sees the same normalised X of the same test images and is
-judged by the same whole-matrix error.
+judged by the same whole-matrix error; a network of a task's norm also by its head's output, beside
+the SVD in the task's metric where --metric or metrics/<head>.safetensors is at hand.
 """
 
 from __future__ import annotations
@@ -31,14 +32,15 @@ from coding.rank_budget import (
 from common import cli
 from common.files import with_content_hash, write_json
 from common.locks import sole_writer
+from common.tables import print_columns
 from figures import comparison
 from model import LowRankFactorModel
 from qwenvl_dataloader import Loaders, create_data_loaders_real
 from svd_baseline import (
     Factors,
     evaluate,
-    exact_singular_values,
     fit_pca,
+    gain_text,
     interval_95,
     pca,
     percent_text,
@@ -49,31 +51,28 @@ from svd_baseline import (
     truncated_svd,
 )
 from task.boxes import PARTS, box_report, part_errors, tokens_in_boxes
-from task.metric import load_metric, metric_svd, network_in_metric
+from task.metric import TaskMetric, load_metric, metric_svd, network_in_metric
+from task.task_error import head_of_norm, metric_at_hand, task_errors, task_report
 from training.checkpoint import Trained, evaluated_rank, open_trained, unseen_test
 
 STORED_AS = "bf16"  # factorize.py's default: its ranks for a target are those that are reported
 Method = Callable[[Tensor, int], Factors]
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Compare a trained network with the truncated SVD on held-out images.",
         epilog="example:\n  python compare_svd_nn.py --arch ResMLP --rank 64",
     )
-    what = parser.add_argument_group("what is compared")
-    what.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
-    ranks = what.add_mutually_exclusive_group()
-    ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
-                       help="rank to evaluate; default the trained (effective) rank")  # fmt: skip
-    ranks.add_argument("--target_error", type=cli.number(float, above=0, below=1), default=None,
-                       metavar="E",
-                       help="also: each image at the least rank with this rel_error")  # fmt: skip
-    ranks.add_argument("--mean_rank", type=cli.number(int, 1), default=None, metavar="R",
-                       help="also: this rank on average, split over images for the least total "
-                            "squared error")  # fmt: skip
-    what.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
-                      help="images at once")  # fmt: skip
+    what = parser.flags("what is compared")
+    what("--arch")
+    ranks = what.one_of()
+    ranks("--rank")
+    ranks("--target_error", help="also: each image at the least rank with this rel_error")
+    ranks("--mean_rank", cli.count)(
+        "also: this rank on average, split over images for the least total squared error"
+    )
+    what("--batch_size")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -107,6 +106,8 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
         if in_metric is model:
             print("note: the network was trained in this metric: network_in_metric is network")
     ranks = report_ranks(rank)
+    groups = dataset.rows["group"].take(loaders.test.sampler.rows.tolist()).to_pylist()
+    in_task, task_of = error_in_task(trained, methods, metric, loaders, ranks, groups)
     per_image = {
         r: {
             name: evaluate(
@@ -116,7 +117,6 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
         }
         for r in ranks
     }
-    groups = dataset.rows["group"].take(loaders.test.sampler.rows.tolist()).to_pylist()
     results = {
         "arch": state["config"]["arch"],
         "factors": model.factors,
@@ -127,6 +127,8 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
         "n_groups": len(set(groups)),
         "n_seen_left_out": left_out,  # null: overlap unknown
         "data": dataset.label,
+        "num_tokens": dataset.num_tokens,
+        "feature_dim": dataset.feature_dim,
         "ranks": {
             str(r): {
                 name: {key: summarise(values) for key, values in metrics.items()}
@@ -138,8 +140,11 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     results["network_excess_pct_95"] = {
         str(r): interval_95(per_image[r]["network"]["excess_pct"], groups) for r in ranks
     }
-    results["box"], box_errors = error_by_box(methods, loaders, rank)
+    results["task"] = in_task
+    results["box"] = error_by_box(methods, loaders, rank)
     print_table(results)
+    if in_task:
+        print_both_norms(results)
     print_box(results["box"])
     written = "svd_nn_comparison.json, svd_nn_comparison.png and rank_sweep.png"
     if per_image_rank:
@@ -149,22 +154,19 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
         written = written.replace(" and", ",") + " and rank_per_image.png"
     write_json(folder / "svd_nn_comparison.json", with_content_hash(results))
     comparison.comparison(
-        folder / "svd_nn_comparison.png",
-        per_image[rank],
-        spectra(model, loaders, rank),
-        rank,
-        footer,
-        box_errors,
+        folder / "svd_nn_comparison.png", per_image[rank], rank, footer, task_of.get(rank)
     )
-    comparison.rank_sweep(
-        folder / "rank_sweep.png", results["ranks"], dataset.num_tokens, dataset.feature_dim, footer
-    )
-    print(f"wrote {folder}/{written}: look at svd_nn_comparison.png")
+    sweep = folder / "rank_sweep.png", results["ranks"]
+    if in_task:
+        comparison.both_norms(*sweep, in_task, footer)
+    else:
+        comparison.rank_sweep(*sweep, dataset.num_tokens, dataset.feature_dim, footer)
+    print(f"wrote {folder}/{written}: look at rank_sweep.png")
     again = cli.flags_again(args, "rank", "metric", "results_dir", "cache_dir", "device")
     excess = per_image[rank]["network"]["excess_pct"].nan_to_num(nan=-1.0)
     worst = int(loaders.test.sampler.rows[excess.argmax()])
-    print("next, the test image with the largest excess: python visualize_svd_nn.py "
-          f"--arch {results['arch']} --image_idx {worst}{again}")  # fmt: skip
+    again = f"--arch {results['arch']} --image_idx {worst}{again}"
+    print(f"next, the test image with the largest excess: python visualize_svd_nn.py {again}")
 
 
 def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, Method]:
@@ -184,14 +186,42 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
     return methods
 
 
-@torch.inference_mode()
-def error_by_box(
-    methods: dict[str, Method], loaders: Loaders, rank: int
-) -> tuple[dict, dict[str, dict[str, Tensor]] | None]:
-    """Error of network and SVD inside and outside the answer's box, of test images that have one.
+def error_in_task(
+    trained: Trained,
+    methods: dict[str, Method],
+    metric: TaskMetric | None,
+    loaders: Loaders,
+    ranks: list[int],
+    groups: list[str],
+) -> tuple[dict | None, dict[int, dict[str, Tensor]]]:
+    """Task errors of SVD and network, in the norm of the head that the network was trained for.
 
-    Returns: the JSON's entry, and method → `task.boxes.part_errors`, or None where there is no box.
+    Returns: the JSON's entry (None for a network of the Frobenius norm, or without its head), and
+    rank → method → error of each test image. The closed form, the SVD in the task's metric, stands
+    beside them where --metric or the default file is at hand.
     """
+    _, device, dataset, model, state = trained
+    if model.norm is None:
+        return None, {}
+    head = head_of_norm(model.norm, dataset, device, state["args"].get("head_model"))
+    if head is None:
+        return None, {}
+    metric = metric or metric_at_hand(head, dataset)
+    judged = {
+        "svd": lambda batch, r: methods["svd"](batch.x, r),
+        "network": lambda batch, r: model(batch.x, r, grid=batch.grid),
+    }
+    if metric:
+        metric = metric.to(device)
+        judged["svd_in_metric"] = lambda batch, r: metric_svd(batch.x, r, metric)
+    errors = task_errors(judged, head, loaders.test.with_progress(f"head {head.name}"), ranks)
+    return task_report(errors, head, metric, groups), errors
+
+
+@torch.inference_mode()
+def error_by_box(methods: dict[str, Method], loaders: Loaders, rank: int) -> dict:
+    """The JSON's entry: error of network and SVD inside and outside the answer's box, of test
+    images that have one."""
     dataset, rows = loaders.test.dataset, loaders.test.sampler.rows.tolist()
     inside = tokens_in_boxes(dataset, rows)  # [n, T]
     kept = inside.any(1) & ~inside.all(1)
@@ -199,7 +229,7 @@ def error_by_box(
     groups = [group for group, keep in zip(groups, kept.tolist(), strict=True) if keep]
     left_out = len(rows) - len(groups)
     if not groups:
-        return box_report({}, inside, groups, rank, left_out), None
+        return box_report({}, inside, groups, rank, left_out)
     errors = {}
     for name in ("network", "svd"):
         parts, first = [], 0
@@ -208,18 +238,7 @@ def error_by_box(
             parts.append(part_errors(batch.x, *methods[name](batch.x, rank), masks))
             first += len(batch.rows)
         errors[name] = {key: torch.cat([part[key] for part in parts])[kept] for key in PARTS}
-    return box_report(errors, inside[kept], groups, rank, left_out), errors
-
-
-def spectra(model: LowRankFactorModel, loaders: Loaders, rank: int) -> dict[str, Tensor]:
-    """Singular values [n, min(T, D)] of X and of X_hat on the test images."""
-    with torch.inference_mode():
-        hats = []
-        for batch in loaders.test.with_progress("spectra"):
-            a, b = model(batch.x, rank)
-            hats.append(exact_singular_values(a.double() @ b.double()).cpu())
-    rows = loaders.test.sampler.rows
-    return {"X": loaders.test.dataset.singular_values[rows], "X_hat": torch.cat(hats)}
+    return box_report(errors, inside[kept], groups, rank, left_out)
 
 
 @torch.inference_mode()
@@ -261,13 +280,31 @@ def print_table(results: dict) -> None:
     print(
         f"mean rel_error, and mean excess over the optimum in per cent, {results['split']} images"
     )
-    print("rank  " + "".join(f"{name:>24}" for name in names))
+    rows = [["rank", *names]]
     for rank, methods in results["ranks"].items():
-        cells = []
-        for name in names:
-            error, excess = methods[name]["rel_error"]["mean"], methods[name]["excess_pct"]["mean"]
-            cells.append(f"{error:.5f} {percent_text(excess):>13}")
-        print(f"{rank:>4}  " + "".join(f"{cell:>24}" for cell in cells))
+        means = [[methods[n][key]["mean"] for key in ("rel_error", "excess_pct")] for n in names]
+        rows.append([rank, *(f"{error:.5f} {percent_text(excess):>11}" for error, excess in means)])
+    print_columns(rows)
+
+
+def print_both_norms(results: dict) -> None:
+    """Network and SVD in the Frobenius norm and in the head's, side by side."""
+    task = results["task"]
+    closed = any("svd_in_metric" in methods for methods in task["ranks"].values())
+    print(
+        f"both norms, mean over {results['n_images']} {results['split']} images: rel_error, of "
+        f"which no rank-r matrix has less than the SVD, and task error of the head {task['head']}; "
+        "below: by how many per cent it is below the SVD's [approximate 95 % interval]"
+    )
+    names = ["svd", "network"] + ["svd_in_metric"] * closed
+    rows = [["rank", "rel_error svd", "network", *(f"task {name}" for name in names)]]
+    rows[0] += [f"{name} below" for name in names[1:]]
+    for rank, methods in task["ranks"].items():
+        plain = results["ranks"][rank]
+        cells = [rank, *(f"{plain[name]['rel_error']['mean']:.5f}" for name in names[:2])]
+        cells += [f"{methods[name]['mean']:.5f}" for name in names]
+        rows.append(cells + [gain_text(methods[name]["gain_pct"]) for name in names[1:]])
+    print_columns(rows)
 
 
 def print_box(box: dict) -> None:
@@ -299,8 +336,8 @@ def difference_text(difference: dict) -> str:
 
 def print_budget(budget: dict) -> None:
     mode = budget["mode"]
-    print(f"ranks per image, --{mode} {budget[mode]:g}, against one fixed rank that stores as much "
-          f"(network as stored in {budget['network_stored_as']})")  # fmt: skip
+    stored = f"that stores as much (network as stored in {budget['network_stored_as']})"
+    print(f"ranks per image, --{mode} {budget[mode]:g}, against one fixed rank {stored}")
     keys = ("mean", "p90", "max", "rms")
     print(f"{'':9}{'ranks':>24}{'values stored':>15}" + "".join(f"{key:>11}" for key in keys))
     for name in ("network", "svd"):

@@ -14,78 +14,80 @@ last of all manifest.json. Interrupted, the same command goes on with the first 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import io
 import math
-import os
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
-from itertools import dropwhile, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import safetensors
 import torch
 from PIL import Image
 
-from common import cli, processes, progress
+from common import cli, processes
 from common.errors import UserError
-from features.cache_writer import ROWS_PER_SHARD, FeatureCacheWriter, refuse_finished
-from features.encoders import VisionEncoder, load_encoder, resize_image
+from common.grids import token_range
+from features import checkpoints
+from features.cache_writer import FeatureCacheWriter, refuse_finished
+from features.encoders import VisionEncoder, load_encoder
+from features.extraction import extract, look_at
 from features.image_sources import (
-    ImageCell,
     ImageSource,
-    UnreadableImage,
-    image_bytes,
     open_source,
-    read_image,
 )
+from features.native_size import PixelRange
 from features.pt_import import PtFeatures
 from qwenvl_dataloader import RealQwenVLDataset
 from svd_baseline import optimum, report_ranks
 
-THUMBNAIL_SIZE = 224  # pixels, both sides
 DEMO_DATA = "demo_data"
 DEMO_ENCODER = "demo"
-DECODERS = 8  # threads at most: so many keep an H100's tower fed
-BATCHES_AHEAD = 1
 NAMES_SHOWN = 5
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Encode images into a feature cache of vision tokens.",
         epilog="examples:\n"
         "  python -m experiments.make_demo_data && python extract_features.py --demo\n"
         "  torchrun --nproc_per_node 2 extract_features.py --demo   # two processes",
     )
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset_dir", type=cli.folder, help="folder with *.parquet, with "
-                      "data/*.parquet in it, or with images in it and below")  # fmt: skip
-    data.add_argument("--import_pt", type=cli.folder, metavar="DIR", help="take the features of an "
-                      "older cache, features_<i>.pt files, instead of encoding images")  # fmt: skip
-    data.add_argument("--demo", action="store_true",
-                      help=f"encode {DEMO_DATA}/ (or --dataset_dir) with a small pretrained DINOv2 "
-                      "that the package index has")  # fmt: skip
-    data.add_argument("--cache_dir", type=cli.folder, default="feature_cache_real",
-                      help="folder to write")  # fmt: skip
-    data.add_argument("--overwrite", action="store_true", help="replace a cache that is there")
-    data.add_argument("--verify", action="store_true", help="only check the cache that is there "
-                      "against its hashes and print what it holds")  # fmt: skip
-    encoder = parser.add_argument_group("encoder")
-    encoder.add_argument("--model", type=cli.name, default="Qwen/Qwen2.5-VL-3B-Instruct",
-                         help="hub id or folder")  # fmt: skip
-    encoder.add_argument("--image_size", type=cli.number(int, 28, 4096), default=448,
-                         help="side of the square the encoder sees, pixels")  # fmt: skip
-    encoder.add_argument("--resize", choices=("stretch", "pad"), default="stretch",
-                         help="stretch to the square, or keep the aspect and pad")  # fmt: skip
-    encoder.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=16,
-                         help="images encoded at once: memory against speed")  # fmt: skip
-    encoder.add_argument(
-        "--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N"
+    data = parser.flags("data")
+    data("--dataset_dir", cli.folder)(
+        "folder with *.parquet, with data/*.parquet in it, or with images in it and below"
     )
+    data("--import_pt", cli.folder)(
+        "take the features of an older cache, features_<i>.pt files, instead of encoding images"
+    )
+    data.switch("--demo")(
+        f"encode {DEMO_DATA}/ (or --dataset_dir) with a small pretrained DINOv2 that the package "
+        "index has"
+    )
+    data("--cache_dir", help="folder to write")
+    data.switch("--overwrite", "replace a cache that is there")
+    data.switch(
+        "--verify", "only check the cache that is there against its hashes, and describe it"
+    )
+    encoder = parser.flags("encoder")
+    encoder("--model", cli.name, "Qwen/Qwen2.5-VL-3B-Instruct")(
+        f"hub id or folder of a checkpoint of {checkpoints.names()}"
+    )
+    pixels = cli.Number(int, 28, 4096)
+    encoder("--image_size", pixels, 448, "side of the square the encoder sees, pixels")
+    encoder("--resize", ("stretch", "pad", "native"), "stretch")(
+        "stretch to the square, keep the aspect and pad, or keep aspect and size: larger images "
+        "have more tokens"
+    )
+    area = cli.Number(int, 28**2, 2**28)
+    encoder("--min_pixels", area, 4 * 28**2)(
+        "--resize native enlarges smaller images; 784 pixels are a token of Qwen2.5-VL's tower and "
+        "of the demo's"
+    )
+    encoder("--max_pixels", area, 16384 * 28**2, "--resize native shrinks larger images")
+    encoder("--batch_size", default=16, help="images encoded at once: memory against speed")
+    encoder("--batch_tokens", cli.Number(int, 1, 2**28), 4096)(
+        "with --resize native in place of --batch_size: tokens encoded at once, or one image that "
+        "has more"
+    )
+    encoder("--device")
     return parser
 
 
@@ -112,6 +114,20 @@ def check_flags(args: argparse.Namespace) -> None:
         cli.refuse_beside(args, "import_pt", {"cache_dir", "overwrite"})
     if args.demo and "model" in args.typed:
         raise UserError("--demo brings its own encoder: omit --model")
+    square, native = {"image_size", "batch_size"}, {"min_pixels", "max_pixels", "batch_tokens"}
+    if args.resize == "native":
+        if others := sorted(args.typed & square):
+            raise UserError(
+                f"--{others[0]} does nothing beside --resize native: type --min_pixels, "
+                "--max_pixels and --batch_tokens"
+            )
+        if args.min_pixels > args.max_pixels:
+            raise UserError(
+                f"--min_pixels {args.min_pixels} is above --max_pixels {args.max_pixels}: type a "
+                "smaller one"
+            )
+    elif others := sorted(args.typed & native):
+        raise UserError(f"--{others[0]} does nothing without --resize native: add that, or omit it")
 
 
 def encode_images(args: argparse.Namespace) -> list[dict]:
@@ -122,10 +138,11 @@ def encode_images(args: argparse.Namespace) -> list[dict]:
     if not (args.overwrite or args.demo or Path(args.model).is_dir()):
         # before gigabytes are fetched from a hub
         refuse_finished(Path(args.cache_dir), but_of=args.model)
+    native = args.resize == "native"
     encoder = load_encoder(
         DEMO_ENCODER if args.demo else args.model,
         device=device,
-        image_size=args.image_size,
+        image_size=PixelRange(args.min_pixels, args.max_pixels) if native else args.image_size,
         resize=args.resize,
     )
     with processes.sole_writer(args.cache_dir, "--cache_dir"):
@@ -145,21 +162,29 @@ def write_cache(
     args: argparse.Namespace, rows: ImageSource, encoder: VisionEncoder, device: torch.device
 ) -> list[dict]:
     """Fill --cache_dir, from where it was left; returns the rows that cannot be read."""
+    looks = look_at(rows, encoder)
+    grids = [look.grid for look in looks]
+    batch = "batch_size" if encoder.grid else "batch_tokens"
     with processes.main_first():
-        overwrite = args.overwrite and processes.is_main()
-        header = cache_header(encoder, rows)
-        conditions = encoder.conditions(args.batch_size)
-        writer = FeatureCacheWriter(args.cache_dir, header, len(rows), overwrite, conditions)
+        writer = FeatureCacheWriter(
+            args.cache_dir,
+            cache_header(encoder, rows),
+            len(rows),
+            overwrite=args.overwrite and processes.is_main(),
+            conditions={**encoder.conditions(), f"--{batch}": getattr(args, batch)},
+            most_tokens=max(map(math.prod, grids)),
+        )
     demo = "DEMO data, " if rows.kind == "demo" else ""
     print(
         f"{demo}{len(rows)} rows, encoder {encoder.id} on {device}: "
-        f"{encoder.num_tokens} tokens × {encoder.feature_dim} an image"
+        f"{token_range(grids)} tokens × {encoder.feature_dim} an image"
     )
     if rows.note:
         print(f"note: {rows.note}")
     if writer.rows_done:
         print(f"going on after {writer.rows_done} images that {args.cache_dir} already holds")
-    extract(rows, encoder, writer, args.batch_size)
+    tokens = args.batch_size * encoder.num_tokens if encoder.grid else args.batch_tokens
+    extract(rows, encoder, writer, looks, tokens)
     return writer.finish(encoder_folder=encoder.folder) if processes.is_main() else []
 
 
@@ -191,148 +216,6 @@ def write_imported(args: argparse.Namespace, features: PtFeatures) -> list[dict]
     return writer.finish(features.skipped) if processes.is_main() else []
 
 
-def extract(
-    rows: ImageSource, encoder: VisionEncoder, writer: FeatureCacheWriter, batch_size: int
-) -> None:
-    """Encode and write the shards that are missing, each of them in one of the processes.
-
-    While the encoder works on a batch, threads decode and preprocess the next. Images with the
-    same bytes are encoded once, where they come first. Batches begin anew with each shard: bits
-    do not depend on where a run was interrupted, nor on the number of processes.
-    """
-    hashes = image_hashes(rows)
-    to_do = batches_to_do(rows, writer, batch_size)
-    samples: list[Sample] = []  # of the shard that is being made
-    encoded: dict[int, torch.Tensor] = {}  # row → its features [T, D]
-    with processes.Progress(len(rows), "encode", writer.rows_done) as bar:
-        for shard, batch in prepared(to_do, encoder, hashes):
-            samples += batch
-            if fresh := [s for s in batch if s.pixels is not None]:
-                features = encoder.encode(torch.stack([s.pixels for s in fresh]))
-                features = features.to("cpu", torch.bfloat16)
-                encoded |= zip((s.row_id for s in fresh), features, strict=True)
-            if len(samples) == len(writer.rows_of(shard)):
-                write_samples(writer, shard, samples, encoded)
-                samples, encoded = [], {}
-            bar.update(len(batch))
-
-
-def image_hashes(rows: ImageSource) -> list[str | None]:
-    """SHA-256 of each row's image file; None where there is none."""
-    found = (row for batch in rows.batches(ROWS_PER_SHARD) for _, row in batch)
-    show = processes.is_main()
-    found = progress.over(found, "hash", "images", total=len(rows), show=show)
-    return [_sha256(row["image"]) for row in found]
-
-
-def _sha256(cell: ImageCell) -> str | None:
-    try:
-        return hashlib.sha256(image_bytes(cell)).hexdigest()
-    except (OSError, ValueError):  # read_image finds words for it
-        return None
-
-
-class Batch(NamedTuple):
-    shard: int
-    rows: list[tuple[int, dict]]  # row number in the data set, row
-
-
-def batches_to_do(
-    rows: ImageSource, writer: FeatureCacheWriter, batch_size: int
-) -> Iterator[Batch]:
-    """Batches of the shards that this process has to make; no batch is of two shards."""
-    every = (row for batch in rows.batches(ROWS_PER_SHARD) for row in batch)
-    for shard in processes.deal(writer.shards_to_do()):
-        wanted = writer.rows_of(shard)
-        here = dropwhile(lambda row, first=wanted.start: row[0] < first, every)
-        for first in range(0, len(wanted), batch_size):
-            yield Batch(shard, list(islice(here, min(batch_size, len(wanted) - first))))
-
-
-def write_samples(
-    writer: FeatureCacheWriter, shard: int, samples: list[Sample], encoded: dict[int, torch.Tensor]
-) -> None:
-    """Write a shard; an image that came in an earlier shard gets its features from there."""
-    readable = [s for s in samples if s.reason is None]
-    features = [
-        encoded[s.first] if s.first in encoded else writer.features_of(s.first) for s in readable
-    ]
-    writer.write_shard(
-        shard,
-        torch.stack(features) if features else torch.empty(0),
-        [s.record for s in readable],
-        [{"row_id": s.row_id, "reason": s.reason} for s in samples if s.reason],
-    )
-
-
-class Sample(NamedTuple):
-    """One row on its way to the encoder; `reason` says why it cannot be read."""
-
-    row_id: int
-    first: int | None  # the first row with the same image: itself where it has to be encoded
-    record: dict | None
-    pixels: torch.Tensor | None  # where it has to be encoded
-    reason: str | None
-
-
-def prepared(
-    batches: Iterator[Batch], encoder: VisionEncoder, hashes: list[str | None]
-) -> Iterator[tuple[int, list[Sample]]]:
-    """Shard and samples of batches, made by threads some batches ahead of who asks for them."""
-    first_of: dict[str, int] = {}
-    for row_id, sha in enumerate(hashes):
-        first_of.setdefault(sha, row_id)
-    pending: deque[tuple[int, list[Future[Sample]]]] = deque()
-
-    def oldest() -> tuple[int, list[Sample]]:
-        shard, samples = pending.popleft()
-        return shard, [sample.result() for sample in samples]
-
-    with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
-        for shard, rows in batches:
-            samples = [
-                pool.submit(_prepare_row, *row, encoder, hashes[row[0]], first_of[hashes[row[0]]])
-                for row in rows
-            ]
-            pending.append((shard, samples))
-            if len(pending) > BATCHES_AHEAD:
-                yield oldest()
-        while pending:
-            yield oldest()
-
-
-def _prepare_row(
-    row_id: int, row: dict, encoder: VisionEncoder, expected_sha: str | None, first: int
-) -> Sample:
-    """Decode and preprocess one row.
-
-    expected_sha: of its file as `image_hashes` found it; first: the first row with these bytes.
-    """
-    # rows with the same bytes rely on the first one
-    if (sha := _sha256(row["image"])) != expected_sha:
-        raise UserError(f"the image of row {row_id} has changed: type the same command again")
-    try:
-        image = read_image(row["image"])
-    except UnreadableImage as error:
-        return Sample(row_id, None, None, None, f"unreadable image: {error}")
-    thumbnail = io.BytesIO()
-    resize_image(image, THUMBNAIL_SIZE, encoder.resize).save(thumbnail, "JPEG", quality=85)
-    record = {
-        "row_id": row_id,
-        "group": row.get("group") or sha,
-        "image_sha256": sha,
-        "path": row["image"].path,
-        "question": row.get("question"),
-        "answers": row.get("answer"),
-        "bbox": row.get("bbox"),
-        "width": image.width,
-        "height": image.height,
-        "thumbnail": thumbnail.getvalue(),
-    }
-    pixels = encoder.preprocess(image) if first == row_id else None
-    return Sample(row_id, first, record, pixels, None)
-
-
 def find_rows(args: argparse.Namespace) -> ImageSource:
     """The rows that --dataset_dir or --demo name. Raises UserError where there are none."""
     if args.dataset_dir is None and not args.demo:
@@ -351,20 +234,25 @@ def cache_header(encoder: VisionEncoder, rows: ImageSource) -> dict:
     In the order in which a difference is reported: what a user typed before what follows from it.
     """
     revision = {"revision": encoder.revision} if encoder.revision else {}
+    fixed, limits = {}, {}
+    if encoder.limits:
+        limits = {"min_pixels": encoder.limits.least, "max_pixels": encoder.limits.most}
+    else:
+        fixed = {"num_tokens": encoder.num_tokens, "grid": list(encoder.grid)}
     return {
         "kind": rows.kind,  # of the data: the encoder says for itself what it is
         "dataset_sha256": rows.sha256,
         "image_size": encoder.image_size,
         "resize": encoder.resize,
+        **limits,
         "encoder": {
             "id": encoder.id,
             **revision,
             "weights_sha256": encoder.weights_sha256,
             "preprocessor": encoder.preprocessor,
         },
-        "num_tokens": encoder.num_tokens,
         "feature_dim": encoder.feature_dim,
-        "grid": list(encoder.grid),
+        **fixed,
         "split_by": rows.split_by,
         "versions": {
             "torch": torch.__version__,
@@ -418,9 +306,10 @@ def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
     skipped = sum(entry.get("count", 1) for entry in manifest["skipped"])
     print(f"  rows       {len(dataset)}, {images}; {skipped} skipped as unreadable or missing")
     megabytes = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
-    rows, columns = dataset.grid
-    print(f"  tokens     {dataset.num_tokens} × {dataset.feature_dim}, {manifest['dtype']}, grid "
-          f"{rows} × {columns}; {len(manifest['shards'])} shards, {megabytes:.0f} MB")  # fmt: skip
+    many = f"{len(set(dataset.grids))} grids, most often " if dataset.ragged else "grid "
+    shape = f"{token_range(dataset.grids)} × {dataset.feature_dim}, {manifest['dtype']}"
+    files = f"{len(manifest['shards'])} shards, {megabytes:.0f} MB"
+    print(f"  tokens     {shape}, {many}{dataset.grid[0]} × {dataset.grid[1]}; {files}")
     encoder = manifest["encoder"]
     print("  encoder    " + ", ".join(encoder[k] for k in ("id", "preprocessor") if k in encoder))
     groups = dataset.rows["group"].to_pylist()
@@ -432,9 +321,12 @@ def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
     print(f"  split      by {manifest['split_by']}: {', '.join(sizes)}")
     if "split_note" in manifest:
         print(f"             {manifest['split_note']}")
-    ranks = report_ranks(dataset.singular_values.shape[1])[:-1]
-    best = "  ".join(f"{r}: {optimum(dataset.singular_values, r).mean():.4f}" for r in ranks)
-    print(f"  optimum    mean rel_error at rank  {best}")
+    if dataset.spectra_are_known:
+        ranks = report_ranks(min(dataset.num_tokens, dataset.feature_dim))[:-1]
+        best = "  ".join(f"{r}: {optimum(dataset.singular_values, r).mean():.4f}" for r in ranks)
+        print(f"  optimum    mean rel_error at rank  {best}")
+    else:
+        print("  optimum    not known yet: singular values are computed where they are needed")
     if verify:
         print("the cache is whole: every file matches its sha256, every feature is finite")
     else:

@@ -12,19 +12,20 @@ shares the images between N processes, into the same bytes.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 
 import torch
 
 from coding.codec import Codec
-from coding.coded_files import CODED, CodedImage
+from coding.coded_files import CODED, FORMS, CodedImage
 from coding.factor_files import (
     DTYPES,
-    ERRORS,
     WRITE_AGAIN,
     FactorWriter,
     Stored,
+    StoredImage,
     damaged_files,
     restore,
     store,
@@ -34,6 +35,7 @@ from coding.rate_control import coded_image, image_for_target
 from common import cli, processes
 from common.errors import UserError
 from common.files import sha256_file
+from common.grids import Grid, batches_of_one_grid
 from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
 from svd_baseline import rel_error
@@ -41,44 +43,40 @@ from task.metric import load_metric, network_in_metric
 from training.checkpoint import cache_identity, evaluated_rank, open_trained
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Write the factors A and B of every image of a feature cache.",
         epilog="examples:\n  python factorize.py --arch ResMLP --rank 64\n"
         "  python factorize.py --arch ResMLP --target_error 0.1 --dtype int8\n"
         "  torchrun --nproc_per_node 2 factorize.py --arch ResMLP   # two processes",
     )
-    what = parser.add_argument_group("factors")
-    what.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the model")
-    ranks = what.add_mutually_exclusive_group()
-    ranks.add_argument("--rank", type=cli.number(int, 1), default=None, metavar="R",
-                       help="of every image; default the trained (effective) rank")  # fmt: skip
-    ranks.add_argument("--target_error", type=cli.number(float, above=0, below=1), default=None,
-                       metavar="E",
-                       help="rel_error that each image has to meet, as stored, at its own "
-                            "smallest rank")  # fmt: skip
-    ranks.add_argument("--step", type=cli.number(float, 1e-4, 1e4), default=None, metavar="S",
-                       help="with --codec: the step of every image, in units of normalised "
-                            "tokens")  # fmt: skip
-    ranks.add_argument("--target_kb", type=cli.number(float, above=0), default=None, metavar="KB",
-                       help="with --codec: the most that each image takes, in 1000 "
-                            "bytes")  # fmt: skip
-    what.add_argument("--codec", type=cli.name, default=None, metavar="FILE",
-                      help="of experiments.fit_codec: coded factors, a fraction of int8's bytes, "
-                           "at --step, --target_kb or --target_error (then of raw tokens, "
-                           "as decoded)")  # fmt: skip
-    what.add_argument("--exact", action="store_true",
-                      help="with --codec: exact factors, no trained network")  # fmt: skip
-    what.add_argument("--dtype", choices=DTYPES, default="bf16",
-                      help="of A and B on disk; int8 has half the bytes of bf16 and the larger "
-                             "error")  # fmt: skip
-    what.add_argument("--out", type=cli.folder, default=None,
-                      help="folder to write; default factors/<arch>")  # fmt: skip
-    what.add_argument("--overwrite", action="store_true", help="replace what is in --out")
-    what.add_argument("--verify", action="store_true",
-                      help="only check the factors in --out against their hashes")  # fmt: skip
-    what.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
-                      help="images at once")  # fmt: skip
+    what = parser.flags("factors")
+    what("--arch")
+    ranks = what.one_of()
+    ranks("--rank", help="of every image; default the trained (effective) rank")
+    ranks("--target_error")(
+        "rel_error that each image has to meet, as stored, at its own smallest rank"
+    )
+    ranks("--step", cli.Number(float, 1e-4, 1e4))(
+        "with --codec: the step of every image, in units of normalised tokens"
+    )
+    ranks("--target_kb", cli.positive, None, "with --codec: the most of each image, in 1000 bytes")
+    what("--codec", cli.file)(
+        "of experiments.fit_codec: coded factors, a fraction of int8's bytes, at --step, "
+        "--target_kb or --target_error (then of raw tokens, as decoded)"
+    )
+    what("--form", FORMS, "factors")(
+        "with --codec: factors, or the tokens' own transform, without factors (fewer bytes in a "
+        "metric, below 4 kB an image)"
+    )
+    what.switch("--exact", "with --codec: exact factors, no trained network")
+    what("--dtype", DTYPES, "bf16")(
+        "of A and B on disk; int8 has half the bytes of bf16 and the larger error"
+    )
+    what("--out", cli.folder, None, "folder to write; default factors/<arch>")
+    what.switch("--overwrite", "replace what is in --out")
+    what.switch("--verify", "only check the factors in --out against their hashes")
+    what("--batch_size")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -91,8 +89,7 @@ def main(args: argparse.Namespace) -> None:
     check_coded_flags(args)
     if args.exact:
         device, dataset = cli.pick_device(args.device), RealQwenVLDataset(args.cache_dir)
-        header, model = {"arch": "exact"}, None
-        rank = min(dataset.num_tokens, dataset.feature_dim)
+        header, model, rank = {"arch": "exact"}, None, None
     else:
         results, device, dataset, model, state = open_trained(args)
         header = {
@@ -103,7 +100,8 @@ def main(args: argparse.Namespace) -> None:
     metric = load_metric(args.metric, dataset).to(device) if args.metric else None
     if metric:
         model = network_in_metric(model, metric)
-    if args.target_error is not None and not args.codec:
+    # singular values of a native-resolution cache would cost more than the factors
+    if args.target_error is not None and not args.codec and dataset.spectra_are_known:
         check_target(model, dataset, rank, args, device)
     header |= {
         "cache": cache_identity(dataset)
@@ -111,13 +109,16 @@ def main(args: argparse.Namespace) -> None:
         "dtype": CODED if args.codec else args.dtype,
         "rank": rank if args.target_error is None and not args.codec else None,
         "target_error": args.target_error,
+        "grid": list(dataset.grid),
         "num_tokens": dataset.num_tokens,
+        "tokens": sum(map(math.prod, dataset.grids)),
         "feature_dim": dataset.feature_dim,
         "count": len(dataset),
     } | ({"metric_sha256": metric.sha256} if metric else {})
     codec = open_codec(args, dataset, metric) if args.codec else None
     if codec:
         header |= {"codec_sha256": codec.sha256, "step": args.step, "target_kb": args.target_kb}
+        header |= {"form": args.form}
     folder = Path(args.out) if args.out else Path("factors") / header["arch"]
     with processes.sole_writer(folder, "--out"):
         write_factors(args, folder, header, model, dataset, device, codec)
@@ -126,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
 def check_coded_flags(args: argparse.Namespace) -> None:
     """Refuse flags that only coded factors have without --codec, and the others with it."""
     if not args.codec:
-        for flag in ("step", "target_kb", "exact"):
+        for flag in ("step", "target_kb", "exact", "form"):
             if flag in args.typed:
                 raise UserError(f"--{flag} is of coded factors: name a --codec beside it")
         return
@@ -135,13 +136,15 @@ def check_coded_flags(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} does nothing beside --codec: omit it")
     if args.step is None and args.target_kb is None and args.target_error is None:
         raise UserError("--codec needs one of --step, --target_error and --target_kb")
+    if args.form == "transform" and not args.exact:
+        raise UserError("--form transform codes no factors: type --exact, it needs no network")
     if args.exact and args.metric:
         raise UserError("--metric does nothing beside --exact: the codec has its own metric")
 
 
 def open_codec(args: argparse.Namespace, dataset: RealQwenVLDataset, metric) -> Codec:
     """The codec at --codec. Raises UserError where it does not fit the cache or the metric."""
-    codec = Codec.load(args.codec)
+    codec = FORMS[args.form].load(args.codec)
     if codec.feature_dim != dataset.feature_dim:
         raise UserError(
             f"--codec {args.codec} is of {codec.feature_dim} features, --cache_dir has "
@@ -178,13 +181,17 @@ def write_factors(
     """Fill `folder`, from where it was left, and report; `header` says what with."""
     arch, rank = header["arch"], header["rank"] or (model and evaluated_rank(model, None))
     with processes.main_first():
-        writer = FactorWriter(folder, header, args.overwrite and processes.is_main())
+        overwrite = args.overwrite and processes.is_main()
+        writer = FactorWriter(folder, header, overwrite, max(map(math.prod, dataset.grids)))
         if codec and processes.is_main():
             writer.put_codec(Path(args.codec))
     how = f"rank {rank}" if args.target_error is None else f"rel_error ≤ {args.target_error:g}"
     if codec:
         how = how_coded(args)
     print(f"{dataset.label}; {arch}, {how}, {header['dtype']}")
+    small = 0 if codec else sum(math.prod(grid) < rank for grid in dataset.grids)
+    if small:
+        print(f"note: {small} images have fewer tokens than rank {rank}: each at its own limit")
     done = writer.rows_done
     to_do = len(dataset) - done
     if done:
@@ -196,25 +203,21 @@ def write_factors(
             # batches begin anew with each shard: bits do not depend on where a run was interrupted,
             # nor on the number of processes
             if codec:
-                writer.write_coded(shard, coded_rows(args, codec, model, dataset, device,
-                                                     writer.rows_of(shard), bar))  # fmt: skip
+                rows = writer.rows_of(shard)
+                coded = coded_rows(args, codec, model, dataset, device, rows, bar)
+                writer.write_coded(shard, coded)
                 continue
-            parts = []
-            for batch in torch.tensor(writer.rows_of(shard)).split(args.batch_size):
-                features = dataset[batch].to(device)
+            images: dict[int, StoredImage] = {}
+            rows = writer.rows_of(shard)
+            for batch in batches_of_one_grid(rows, dataset.grids, args.batch_size):
+                features, grid = dataset[batch].to(device), dataset.grids[batch[0]]
                 try:
-                    parts.append(factorise(model, features, rank, args.target_error, args.dtype))
+                    found = factorise(model, features, grid, rank, args.target_error, args.dtype)
                 except UserError as error:
                     raise UserError(f"rows {batch[0]} to {batch[-1]}: {error}") from None
+                images |= zip(batch, found, strict=True)
                 bar.update(len(batch))
-            stored, mean, std, errors = zip(*parts, strict=True)
-            writer.write_shard(
-                shard,
-                sum(stored, []),
-                torch.cat(mean),
-                torch.cat(std),
-                {name: torch.cat([e[name] for e in errors]) for name in ERRORS},
-            )
+            writer.write_shard(shard, [images[row] for row in rows])
     seconds = time.perf_counter() - start
     if processes.is_main():
         report(writer.finish(), folder, to_do / seconds if to_do else None)
@@ -241,23 +244,21 @@ def coded_rows(
     """The rows' images, coded. Raises UserError that names an image whose target cannot be met."""
     images = []
     for row in rows:
-        raw = dataset[[row]].float()
+        raw, grid = dataset[[row]].float(), dataset.grids[row]
         factors = None
         if model is not None:
             rank = evaluated_rank(model, None)
-            a, b = (f[0].cpu() for f in model(normalise(raw.to(device))[0], rank))
+            a, b = (f[0].cpu() for f in model(normalise(raw.to(device))[0], rank, grid=grid))
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise UserError("the model's factors are not finite: train it again")
             factors = a, torch.ones(a.shape[1]), b.mT
         raw = raw[0].cpu()
         try:
             if args.step is not None:
-                image = coded_image(codec, raw, dataset.grid, args.step, factors)
+                image = coded_image(codec, raw, grid, args.step, factors)
             else:
-                image = image_for_target(
-                    codec, raw, dataset.grid, factors,
-                    target_error=args.target_error, target_kb=args.target_kb,
-                )  # fmt: skip
+                target = {"target_error": args.target_error, "target_kb": args.target_kb}
+                image = image_for_target(codec, raw, grid, factors, **target)
         except UserError as error:
             raise UserError(f"row {row}: {error}") from None
         images.append(image)
@@ -276,7 +277,9 @@ def check_target(
     least = optimum_curve(dataset.singular_values, rank)[:, -1]
     hardest = least.topk(min(args.batch_size, len(dataset))).indices
     try:
-        factorise(model, dataset[hardest].to(device), rank, args.target_error, args.dtype)
+        for batch in batches_of_one_grid(hardest.tolist(), dataset.grids, args.batch_size):
+            features, grid = dataset[batch].to(device), dataset.grids[batch[0]]
+            factorise(model, features, grid, rank, args.target_error, args.dtype)
     except UserError as error:
         raise UserError(f"the hardest images, as {args.dtype}: {error}") from None
 
@@ -285,22 +288,22 @@ def check_target(
 def factorise(
     model: LowRankFactorModel,
     features: torch.Tensor,
+    grid: Grid,
     rank: int,
     target_error: float | None,
     dtype: str,
-) -> tuple[list[Stored], torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Factors of features [b, T, D] as they will be stored, one per image on the CPU.
+) -> list[StoredImage]:
+    """Factors of features [b, T, D] of a grid as they will be stored, on the CPU.
 
     With a target_error each image gets the smallest rank ≤ `rank` at which what is stored meets it.
-    Returns the factors, mean and std [b, T, 1] float32, and ERRORS → [b] float64.
     Raises UserError where the target is out of reach, or where factors are not finite.
     """
     x, mean, std = normalise(features)
     if target_error is None:
-        a, b = model(x, rank)
-        ranks = [rank] * len(x)
+        a, b = model(x, rank, grid=grid)
+        ranks = [a.shape[-1]] * len(x)  # at most the image's own limit
     else:
-        a, b = nested_factors(model, x, rank)
+        a, b = nested_factors(model, x, rank, grid)
     if not (a.isfinite().all() and b.isfinite().all()):  # int8 would hide it
         raise UserError("the model's factors are not finite: train it again")
     stored = store(a, b, dtype)
@@ -319,23 +322,22 @@ def factorise(
         "rel_error_float32": rel_error(x, a, b),
         "rel_error_original": torch.linalg.matrix_norm((features - original).double()) / norm,
     }
-    images = [
-        Stored(
-            stored.a[i : i + 1, :, :r].cpu(),
-            stored.b[i : i + 1, :r].cpu(),
-            *(s[i : i + 1, :r].cpu() for s in stored[2:] if s is not None),
-        )
-        for i, r in enumerate(ranks)
-    ]
-    return images, mean.cpu(), std.cpu(), {name: e.cpu() for name, e in errors.items()}
+    images = []
+    for i, r in enumerate(ranks):
+        scales = (s[i, :r].cpu() for s in stored[2:] if s is not None)
+        kept = Stored(stored.a[i, :, :r].cpu(), stored.b[i, :r].cpu(), *scales)
+        measured = {name: float(e[i]) for name, e in errors.items()}
+        images.append(StoredImage(kept, grid, mean[i].cpu(), std[i].cpu(), measured))
+    return images
 
 
 def report(manifest: dict, folder: Path, per_second: float | None) -> None:
     """Print errors, bytes before and after, and the speed of this run."""
     errors, ranks = manifest["errors"], manifest["ranks"]
-    if manifest["rank"] is None:
+    if manifest["rank"] is None or ranks["min"] < ranks["max"]:
+        what = "directions" if manifest.get("form") == "transform" else "rank"
         print(
-            f"rank per image: mean {ranks['mean']:.1f}, p90 {ranks['p90']:.0f}, "
+            f"{what} per image: mean {ranks['mean']:.1f}, p90 {ranks['p90']:.0f}, "
             f"{ranks['min']} to {ranks['max']}"
         )
     lines = {
@@ -347,7 +349,7 @@ def report(manifest: dict, folder: Path, per_second: float | None) -> None:
         if name not in errors:  # coded factors have none before rounding
             continue
         print(f"{words:<34} mean {errors[name]['mean']:.5f}  p90 {errors[name]['p90']:.5f}")
-    before = 2 * manifest["count"] * manifest["num_tokens"] * manifest["feature_dim"]
+    before = 2 * manifest["tokens"] * manifest["feature_dim"]
     after = sum(shard["bytes"] for shard in manifest["shards"])
     print(
         f"{before / 1e6:.1f} MB of bf16 features, {after / 1e6:.1f} MB of factors: "

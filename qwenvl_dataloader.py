@@ -1,13 +1,15 @@
-"""Vision-token features on disk and in batches: cache, split, normalisation, loaders.
+"""Vision-token features on disk and in batches: cache, normalisation, loaders.
 
 A feature cache is a folder (DESIGN: one format for real, demo and imported features):
 
     manifest.json                 written last: a folder without it is not a cache
-    features-00000.safetensors    tensor `features` [n, T, D] bfloat16, as the encoder gave them
-    rows.parquet                  one row per image: question, answers, box, thumbnail, hashes
+    features-00000.safetensors    tensor `features` [Σ T_i, D] bfloat16, as the encoder gave them:
+                                  tokens of its images end to end (format 1: [n, T, D])
+    rows.parquet                  one row per image: question, answers, box, thumbnail, hashes, grid
     singular_values.safetensors   `singular_values` [N, min(T, D)] float64 of the normalised X
+    spectra.safetensors           the same of a native-resolution cache, once they are asked for
 
-N images, T tokens per image, D features per token, b images in a batch.
+N images, T tokens of an image (T_i where they differ), D features per token, b images in a batch.
 `features/cache_writer.py` writes such folders; this module only reads them.
 """
 
@@ -15,10 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,32 +34,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from common import cli, progress
-from common.epoch_order import EpochSampler
+from common import cli, progress, spectra
+from common.cache_manifest import BUILD_CACHE, read_manifest, tables_of
+from common.epoch_order import Batch, EpochSampler
 from common.errors import UserError
-from common.files import (
-    check_files,
-    check_hash,
-    check_keys,
-    content_hash_fits,
-    read_json,
-    sha256_file,
-)
+from common.files import check_hash, content_hash_fits, sha256_file
+from common.grids import Grid, most_frequent, token_range
+from common.split import split_by_group
+from svd_baseline import exact_singular_values
 
-FORMAT = 1
 LAYER_NORM_EPS = 1e-6
-LARGEST_FEATURE = (
-    1e15  # the square of a larger one is beyond float32, in which tokens are normalised
-)
-# A constant, not --seed: every script and every run must hold out the same images.
-SPLIT_SEED = 42
-MIN_HELD_OUT_GROUPS = 8
-BUILD_CACHE = "build the cache again with extract_features.py --overwrite"
-MANIFEST_KEYS = {
-    **{"format": int, "kind": str, "encoder": dict, "resize": (str, type(None)), "grid": list},
-    **{"num_tokens": int, "feature_dim": int, "count": int, "shards": list, "skipped": list},
-    **{"rows": dict, "singular_values": dict, "dtype": str, "split_by": str},
-}
+# the square of a larger one is beyond float32, in which tokens are normalised
+LARGEST_FEATURE = 1e15
+MAX_SIDE = 65536  # tokens
 
 
 def normalise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,81 +75,14 @@ def denormalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return x * std + mean
 
 
-def box_in_view(record: dict, resize: str) -> tuple[float, float, float, float] | None:
-    """The answer's box (x, y, w, h) as fractions of the square that the encoder saw.
-
-    record: a row with bbox in pixels of the original and its width and height; resize: the
-    manifest's rule. None where the row has no box.
-    """
-    box, width, height = record["bbox"], record["width"], record["height"]
-    if not box or len(box) != 4:
-        return None
-    x, y, w, h = box
-    if resize == "stretch":
-        return x / width, y / height, w / width, h / height
-    side = max(width, height)  # pad: centred in a square
-    left, top = (side - width) / 2, (side - height) / 2
-    return (x + left) / side, (y + top) / side, w / side, h / side
-
-
-class Batch(NamedTuple):
-    """b normalised images on the device; what every model and reference is given."""
-
-    rows: Tensor  # [b] int64, rows of the cache
-    x: Tensor  # [b, T, D] float32, normalised
-    mean: Tensor  # [b, T, 1] float32
-    std: Tensor  # [b, T, 1] float32
-    singular_values: Tensor  # [b, min(T, D)] float64, of x, largest first
-    images: int  # of this step in all processes
-    share: float  # of them that are this process's: b / images, or 0 where it computes along
-
-
-@dataclass(frozen=True)
-class Split:
-    """Rows of the cache by part; parts share no group."""
-
-    train: Tensor  # [n] int64
-    val: Tensor
-    test: Tensor
-    hash: str  # of which row is in which part, 16 hexadecimal digits
-
-    def part_of(self, row: int) -> str:
-        """'train', 'val' or 'test'."""
-        return next(name for name in ("train", "val", "test") if row in getattr(self, name))
-
-
-def split_by_group(groups: list[str]) -> Split:
-    """80/10/10 by group: rows with one group name (one image, one photograph) stay together.
-
-    With few groups, 10 % would be too few to judge by: validation and test get at least 8 groups
-    each where that leaves them at most a fifth of the groups, and at least one. Deterministic in
-    the group names alone. Raises UserError for fewer than three groups.
-    """
-    names = sorted(set(groups))
-    if len(names) < 3:
-        raise UserError(
-            f"the cache has {len(names)} group(s) of images: training, validation and test need "
-            "at least 3 different images"
-        )
-    held_out = max(round(len(names) / 10), min(MIN_HELD_OUT_GROUPS, len(names) // 5), 1)
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(names))
-    part_of_name = {
-        names[index]: 0 if position < held_out else 1 if position < 2 * held_out else 2
-        for position, index in enumerate(order)
-    }
-    part = np.array([part_of_name[group] for group in groups], dtype=np.uint8)
-    test, val, train = (torch.from_numpy(np.flatnonzero(part == p)) for p in range(3))
-    digest = hashlib.sha256(part.tobytes()).hexdigest()[:16]
-    return Split(train, val, test, digest)
-
-
 class RealQwenVLDataset(Dataset):
     """A feature cache, opened lazily: manifest, rows and singular values; features by row.
 
-    `dataset[rows]` with a list of rows is the raw features [len(rows), T, D] bfloat16. Shards are
+    `dataset[rows]` with rows of one grid is the raw features [len(rows), T, D] bfloat16. Shards are
     memory-mapped on first use, so opening thousands of images costs no time and no memory.
-    Attributes: manifest (dict), rows (pyarrow table without thumbnails), singular_values
-    [N, min(T, D)] float64, split (Split), num_tokens T, feature_dim D, grid (rows, columns).
+    Attributes: manifest (dict), rows (pyarrow table without thumbnails), split (Split), grids
+    (rows, columns) of each image, grid the most frequent of them and num_tokens its T, feature_dim
+    D, ragged (whether there is more than one grid).
 
     Raises UserError where a file is missing, has another size than the manifest says, or
     disagrees in shape.
@@ -167,24 +90,69 @@ class RealQwenVLDataset(Dataset):
 
     def __init__(self, cache_dir: str | Path) -> None:
         self.cache_dir = Path(cache_dir)
-        self.manifest = _read_manifest(self.cache_dir)
+        self.manifest = read_manifest(self.cache_dir)
         self.num_tokens: int = self.manifest["num_tokens"]
         self.feature_dim: int = self.manifest["feature_dim"]
-        self.grid: tuple[int, int] = tuple(self.manifest["grid"])
+        self.grid: Grid = tuple(self.manifest["grid"])
         self._shard_ends = np.cumsum([shard["rows"] for shard in self.manifest["shards"]])
         self._shards: dict[int, object] = {}
-        self._resident: Tensor | None = None
-        self.singular_values = self._read_singular_values()
+        self._resident: Tensor | None = None  # [Σ T_i, D]
+        if self.manifest["singular_values"]:
+            self.singular_values = self._read_singular_values()
         self.rows = self._read_rows()
+        self.grids: list[Grid] = self._read_grids()
+        self.ragged = len(set(self.grids)) > 1
+        # the first token of each image, and their number
+        self._tokens = [0, *accumulate(map(math.prod, self.grids))]
         self.split = split_by_group(self.rows["group"].to_pylist())
 
     def __len__(self) -> int:
         return self.manifest["count"]
 
-    def __getitem__(self, rows: list[int] | Tensor) -> Tensor:
+    def __getitem__(self, rows: Sequence[int] | Tensor) -> Tensor:
+        if self.ragged and len(grids := {self.grids[int(row)] for row in rows}) > 1:
+            raise ValueError(f"rows of different grids do not stack: {sorted(grids)}")
         if self._resident is not None:
-            return self._resident[torch.as_tensor(rows, device=self._resident.device)]
+            grid = self.grids[int(rows[0])] if self.ragged else self.grid
+            return self.resident(torch.as_tensor(rows, device=self._resident.device), grid)
         return torch.stack([self._read_row(int(row)) for row in rows])
+
+    def resident(self, rows: Tensor, grid: Grid) -> Tensor:
+        """Raw features [b, T, D] of rows [b] of one grid, all where the features are held."""
+        if not self.ragged:
+            return self._resident.unflatten(0, (len(self), -1))[rows]
+        first = self._first_tokens[rows]
+        tokens = torch.arange(math.prod(grid), device=first.device)
+        return self._resident[first[:, None] + tokens]
+
+    @cached_property
+    def singular_values(self) -> Tensor:
+        """σ [N, max min(T_i, D)] float64 of the normalised X, zero-padded at the right.
+
+        Of caches without a singular_values.safetensors they are computed here, at first need.
+        """
+        return spectra.spectra(self.cache_dir, self._content, self._spectrum_sizes, self._spectrum)
+
+    @property
+    def spectra_are_known(self) -> bool:
+        """Whether `singular_values` takes no computation."""
+        if "singular_values" in self.__dict__:
+            return True
+        stored = spectra.stored_spectra(self.cache_dir, self._content, self._spectrum_sizes)
+        return stored is not None
+
+    @property
+    def _spectrum_sizes(self) -> list[int]:
+        return [min(math.prod(grid), self.feature_dim) for grid in self.grids]
+
+    @property
+    def _content(self) -> str:
+        """Hash of what the features are: shards and grids."""
+        files = [*self.manifest["shards"], self.manifest["rows"]]
+        return hashlib.sha256(" ".join(f["sha256"] for f in files).encode()).hexdigest()
+
+    def _spectrum(self, row: int) -> Tensor:
+        return exact_singular_values(normalise(self._read_row(row))[0])
 
     @property
     def is_demo(self) -> bool:
@@ -198,14 +166,15 @@ class RealQwenVLDataset(Dataset):
         demo = "DEMO data, " if self.is_demo else ""
         if not demo and encoder.startswith("demo-"):  # a user's own images
             demo = "demo encoder "
-        return f"{demo}{encoder}, {len(self)} images, T={self.num_tokens}, D={self.feature_dim}"
+        tokens = token_range(self.grids)
+        return f"{demo}{encoder}, {len(self)} images, T={tokens}, D={self.feature_dim}"
 
     def image_record(self, row: int) -> dict:
         """Question, answers, bbox, width, height, group … of one row, as a dict."""
         return self.rows.slice(row, 1).to_pylist()[0]
 
     def thumbnail(self, row: int) -> Image.Image | None:
-        """The image as the encoder saw it (square), small, RGB; None of imported features."""
+        """The image as the encoder saw it, small, RGB; None of imported features."""
         table = pq.read_table(self.cache_dir / "rows.parquet", columns=["thumbnail"])
         data = table["thumbnail"][row].as_py()
         return None if data is None else Image.open(io.BytesIO(data)).convert("RGB")
@@ -214,15 +183,17 @@ class RealQwenVLDataset(Dataset):
         """Hold all features on `device` where they take at most `share` of its free memory."""
         if self._resident is not None and self._resident.device.type == device.type:
             return True
-        shape = (len(self), self.num_tokens, self.feature_dim)
+        shape = self._tokens[-1], self.feature_dim
         if 2 * math.prod(shape) > share * cli.free_memory(device):
             return False
         resident = torch.empty(shape, dtype=torch.bfloat16, device=device)
         ends = self._shard_ends.tolist()
         for index, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
-            resident[first:end].copy_(self._shard(index).get_tensor("features"))
-            self._check_finite(resident[first:end], first)
+            part = resident[self._tokens[first] : self._tokens[end]]
+            part.copy_(_tokens_of(self._shard(index)))
+            self._check_finite(part, self._tokens[first])
         self._resident = resident
+        self._first_tokens = torch.tensor(self._tokens[:-1], device=device)
         return True
 
     def verify(self) -> dict[str, str]:
@@ -231,16 +202,16 @@ class RealQwenVLDataset(Dataset):
         Returns damaged file → what is wrong, empty where all is well. One shard at a time is in
         memory.
         """
-        files = [*self.manifest["shards"], self.manifest["rows"], self.manifest["singular_values"]]
+        files = [*self.manifest["shards"], *tables_of(self.manifest)]
         damaged = {}
         for index, entry in enumerate(progress.over(files, "verify", "files")):
             name = entry["file"]
             if sha256_file(self.cache_dir / name) != entry["sha256"]:
                 damaged[name] = "does not match its sha256"
             elif index < len(self.manifest["shards"]):
-                if not usable_features(self._shard(index).get_tensor("features")).all():
+                if not usable_features(_tokens_of(self._shard(index))).all():
                     damaged[name] = f"holds NaN or Inf, or features above {LARGEST_FEATURE:.0e}"
-        if not self.singular_values.isfinite().all():
+        if self.spectra_are_known and not self.singular_values.isfinite().all():
             damaged["singular_values.safetensors"] = "holds NaN or Inf"
         if not content_hash_fits(self.manifest):
             damaged["manifest.json"] = "is not as it was written"
@@ -249,14 +220,20 @@ class RealQwenVLDataset(Dataset):
     def _read_row(self, row: int) -> Tensor:
         shard = int(np.searchsorted(self._shard_ends, row, side="right"))
         first = int(self._shard_ends[shard]) - self.manifest["shards"][shard]["rows"]
-        features = self._shard(shard).get_slice("features")[row - first]
-        self._check_finite(features[None], row)
+        stored = self._shard(shard).get_slice("features")
+        if self.manifest["format"] == 1:
+            features = stored[row - first]
+        else:
+            start, end = (self._tokens[i] - self._tokens[first] for i in (row, row + 1))
+            features = stored[start:end]
+        self._check_finite(features, self._tokens[row])
         return features
 
     def _check_finite(self, features: Tensor, first: int) -> None:
-        """Refuse features [n, T, D] of the rows from `first` on that are not usable."""
+        """Refuse features [n, D] of the cache's tokens from `first` on that are not usable."""
         if not (usable := usable_features(features)).all():
-            row = first + int((~usable).nonzero()[0])
+            token = first + int((~usable).nonzero()[0])
+            row = bisect_right(self._tokens, token) - 1
             raise UserError(
                 f"{self.cache_dir}: the features of row {row} are not finite, or above "
                 f"{LARGEST_FEATURE:.0e}: look for damage with extract_features.py --verify "
@@ -272,8 +249,11 @@ class RealQwenVLDataset(Dataset):
                 found = features.get_shape(), features.get_dtype()
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path} is damaged ({error}): {BUILD_CACHE}") from None
-            rows = self.manifest["shards"][index]["rows"]
-            expected = [rows, self.num_tokens, self.feature_dim], "BF16"
+            rows, end = self.manifest["shards"][index]["rows"], int(self._shard_ends[index])
+            shape = [self._tokens[end] - self._tokens[end - rows], self.feature_dim]
+            if self.manifest["format"] == 1:
+                shape = [rows, self.num_tokens, self.feature_dim]
+            expected = shape, "BF16"
             if found != expected:
                 raise UserError(
                     f"{path} holds {found}, its manifest says {expected}: {BUILD_CACHE}"
@@ -312,48 +292,32 @@ class RealQwenVLDataset(Dataset):
             raise UserError(f"{path} has no column group: {BUILD_CACHE}")
         return rows
 
+    def _read_grids(self) -> list[Grid]:
+        if self.manifest["format"] == 1:
+            return [self.grid] * len(self)
+        path, names = self.cache_dir / "rows.parquet", ("grid_rows", "grid_columns")
+        if missing := [name for name in names if name not in self.rows.column_names]:
+            raise UserError(f"{path} has no column {missing[0]}: {BUILD_CACHE}")
+        grids = list(zip(*(self.rows[name].to_pylist() for name in names), strict=True))
+        for row, grid in enumerate(grids):
+            if not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in grid):
+                raise UserError(f"{path} is damaged (row {row} has the grid {grid}): {BUILD_CACHE}")
+        if (grid := most_frequent(grids)) != self.grid:
+            manifest = self.cache_dir / "manifest.json"
+            raise UserError(
+                f"{manifest} is damaged (grid is {list(self.grid)}, most images have "
+                f"{list(grid)}): {BUILD_CACHE}"
+            )
+        return grids
+
     # safetensors handles do not pickle: a loader's worker process maps the shards for itself
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_shards": {}}
 
 
-def _read_manifest(cache_dir: Path) -> dict:
-    if not cache_dir.is_dir():
-        raise UserError(
-            f"--cache_dir {cache_dir} does not exist: make it with extract_features.py, or with "
-            "experiments.make_demo_data and extract_features.py --demo"
-        )
-    path = cache_dir / "manifest.json"
-    unfinished = (cache_dir / "partial.json").exists()
-    manifest = read_json(
-        path,
-        "the extraction was interrupted, run the same extract_features.py command to finish it"
-        if unfinished
-        else BUILD_CACHE,
-    )
-    check_keys(path, manifest, MANIFEST_KEYS, BUILD_CACHE)
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{path} has format {manifest['format']}, not {FORMAT}: {BUILD_CACHE}")
-    files = [*manifest["shards"], manifest["rows"], manifest["singular_values"]]
-    check_files(path, files, BUILD_CACHE)
-    check_keys(path, manifest["encoder"], {"id": str}, BUILD_CACHE)
-    for shard in manifest["shards"]:
-        check_keys(path, shard, {"rows": int}, BUILD_CACHE)
-    wrong = {
-        "kind": manifest["kind"] not in ("real", "demo", "imported"),
-        "resize": manifest["resize"] not in ("stretch", "pad", None),  # None: imported, not known
-        "grid": [type(side) for side in manifest["grid"]] != [int, int]
-        or math.prod(manifest["grid"]) != manifest["num_tokens"],
-        "feature_dim": manifest["feature_dim"] < 1,
-        "rows": manifest["rows"]["file"] != "rows.parquet",
-        "singular_values": manifest["singular_values"]["file"] != "singular_values.safetensors",
-    }
-    for key in [key for key, is_wrong in wrong.items() if is_wrong]:
-        value = json.dumps(manifest[key])[:60]
-        raise UserError(f"{path} is damaged ({key} is {value}): {BUILD_CACHE}")
-    if sum(shard["rows"] for shard in manifest["shards"]) != manifest["count"]:
-        raise UserError(f"{path}: the shards' rows do not add up to its count: {BUILD_CACHE}")
-    return manifest
+def _tokens_of(shard: safe_open) -> Tensor:
+    """All tokens of a shard of either format, [Σ T_i, D]."""
+    return shard.get_tensor("features").flatten(0, -2)
 
 
 class BatchLoader:
@@ -368,10 +332,10 @@ class BatchLoader:
         shuffle_seed: int | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> None:
-        self.sampler = EpochSampler(rows, batch_size, shuffle_seed, part)
+        grids = dataset.grids if dataset.ragged else None
+        self.sampler = EpochSampler(rows, batch_size, shuffle_seed, part, grids)
         self.device = device
         self.dataset = dataset
-        self.singular_values = dataset.singular_values.to(device)
         lazy_cuda = dataset._resident is None and device.type == "cuda"
         self.loader = DataLoader(
             dataset,
@@ -390,17 +354,26 @@ class BatchLoader:
     def num_images(self) -> int:
         return len(self.sampler.rows)
 
+    @cached_property
+    def singular_values(self) -> Tensor:
+        return self.dataset.singular_values.to(self.device)
+
+    def only(self, rows: Tensor) -> BatchLoader:
+        """A loader of these rows of the cache, shuffled as this one is; for one process."""
+        sampler = self.sampler
+        size, seed = sampler.batch_size, sampler.shuffle_seed
+        return BatchLoader(self.dataset, rows, size, self.device, seed)
+
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         self.sampler.epoch, self.sampler.start = epoch, start
 
     def with_progress(self, desc: str, *, show: bool = True) -> Iterator[Batch]:
         """The batches, counted on stderr in images of all processes."""
-        sampler = self.sampler
-        done = min(self.num_images, sampler.start * sampler.batch_size * sampler.world)
-        return progress.over(
-            self, desc, "images", total=self.num_images, show=show, initial=done,
-            count=lambda batch: batch.images,
-        )  # fmt: skip
+        done = self.sampler.images_before
+        with progress.bar(self.num_images, desc, initial=done, show=show) as bar:
+            for batch in self:
+                yield batch
+                bar.update(batch.images)
 
     def __iter__(self) -> Iterator[Batch]:
         # the epoch's order goes to the device once: no step waits for a copy of its rows
@@ -408,14 +381,21 @@ class BatchLoader:
         rows = sum((s.rows for s in shares), [])
         order = torch.tensor(rows, dtype=torch.int64, device=self.device)
         order = order.split([len(s.rows) for s in shares])
-        resident = self.dataset._resident is not None
-        sources = (self.dataset[rows] for rows in order) if resident else self.loader
-        for rows, features, (_, images, share) in zip(order, sources, shares, strict=True):
+        data, grids = self.dataset, self.sampler.grids
+        of_batch = [data.grid if grids is None else grids[share.rows[0]] for share in shares]
+        resident = data._resident is not None
+        sources = map(data.resident, order, of_batch) if resident else self.loader
+        for rows, grid, features, (_, images, share) in zip(
+            order, of_batch, sources, shares, strict=True
+        ):
             x, mean, std = normalise(features.to(self.device, non_blocking=True))
-            yield Batch(rows, x, mean, std, self.singular_values[rows], images, share)
+            sigma = self.singular_values[rows, : min(x.shape[1:])]
+            yield Batch(rows, x, mean, std, sigma, images, share, grid)
 
 
 class Loaders(NamedTuple):
+    """The loaders of the three parts of the split."""
+
     train: BatchLoader
     val: BatchLoader
     test: BatchLoader

@@ -8,11 +8,16 @@ order of the components matters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.grids import Grid
 
 NORM_FLOOR = 1e-20  # norms are clamped here, so that zero tokens give zeros and not NaN
 
@@ -128,6 +133,16 @@ def pivoted_features(moment: Tensor, count: int) -> Tensor:
     return torch.tensor(sorted(chosen + own.topk(count - len(chosen)).indices.tolist()))
 
 
+def add_sketches(y: Tensor, other: Tensor, gain: Tensor | float) -> tuple[Tensor, Tensor]:
+    """y + gain · ‖y‖/‖other‖ · other [b, T, c], and `other`: gain is relative to y's length.
+
+    Only the span of a sketch counts: one of the two norms is enough.
+    """
+    norms = (torch.linalg.matrix_norm(m, keepdim=True) for m in (y, other))
+    of_y, of_other = (norm.clamp_min(NORM_FLOOR) for norm in norms)
+    return torch.addcmul(y, other, gain * (of_y / of_other)), other
+
+
 def columns_for(rank: int, oversample: int, limit: int) -> int:
     """Columns of the sketch for a rank: twice as many and at least `oversample` more, ≤ limit."""
     return min(limit, max(2 * rank, rank + oversample))
@@ -223,6 +238,104 @@ def refine(sketch: Tensor, x: Tensor, shifts: Tensor, columns: int, ordered: boo
     return Subspace(factor @ v / length.unsqueeze(-2), theta)
 
 
+# ------------------------------------------------------------------ factors and their errors
+
+
+def project(
+    sketch: Tensor, x: Tensor, shifts: Tensor, rank: int, ordered: bool, gate: Tensor | None,
+    ridge: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A = U · gate [b, T, r'] and B = Uᵀ X / (1 + λ) [b, r', D], U by `refine` from the sketch.
+
+    Args: gate [r] with r ≥ r', or None; ridge λ: B is argmin ‖X − U B‖² + λ ‖B‖².
+    A gate is one of components in order of size, so there is an order wherever there is a gate.
+    """
+    u = refine(sketch, x, shifts, rank, ordered or gate is not None).u.to(x.dtype)
+    b = u.mT @ x / (1 + ridge)
+    return (u if gate is None else u * gate[:rank]), b
+
+
+class Errors(NamedTuple):
+    """A batch's squared errors, sums over one image each."""
+
+    bound: Tensor  # [b] float64, ≥ ‖X − A·B‖²: what is trained
+    error: Tensor  # [b] float64 ‖X − A·B‖² of A·B as users get it; no gradient
+    b_squared: Tensor  # [b] float64 ‖B‖²
+    component: Tensor  # [b, r] cost of dropping a component; no gradient
+
+
+def projected_errors(
+    sketch: Tensor, x: Tensor, shifts: Tensor, rank: int, gate: Tensor | None, ridge: float,
+    energy: Tensor,
+) -> Errors:  # fmt: skip
+    """Of the factors of `project`, without forming A·B; energy ‖X‖² [b] float64.
+
+    U orthonormal, B = UᵀX / (1 + λ), A = U diag(g):
+    ‖X − A B‖² = ‖X‖² − Σ_i ‖u_iᵀX‖² (1 − (1 − g_i / (1 + λ))²), and θ_i ≤ ‖u_iᵀX‖² gives a bound.
+    """
+    space = refine(sketch, x, shifts, rank, ordered=gate is not None)
+    g = 1.0 if gate is None else gate[:rank].double()
+    kept = 1 - (1 - g / (1 + ridge)) ** 2
+    bound = energy - (space.theta * kept).sum(-1)
+    b_squared = space.theta.sum(-1) / (1 + ridge) ** 2
+    with torch.no_grad():
+        component = (space.u.mT @ x.double()).square().sum(-1)  # [b, r]
+        error = energy - (component * kept).sum(-1)
+    return Errors(bound, error, b_squared, component / (1 + ridge) ** 2)
+
+
+def product_errors(x: Tensor, a: Tensor, b: Tensor) -> Errors:
+    """Of any A [b, T, r] and B [b, r, D]; bound and error are the same."""
+    error = (x - a @ b).double().square().sum((-2, -1))
+    component = a.square().sum(-2) * b.square().sum(-1)  # [b, r]
+    b_squared = b.double().square().sum((-2, -1))
+    return Errors(error, error.detach(), b_squared, component.detach())
+
+
+def activation_orth_regu_A(a: Tensor) -> Tensor:
+    """‖ÂᵀÂ − I‖_F² / c², mean over images, scalar; Â is a [b, T, c] with columns of unit norm."""
+    unit = F.normalize(a, dim=-2, eps=NORM_FLOOR)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    return (unit.mT @ unit - eye).square().mean()
+
+
+# ------------------------------------------------------------------------------- other grids
+
+
+def default_grid(tokens: int) -> Grid:
+    """The grid of T tokens where none was noted: a square if T is one, else one row."""
+    side = math.isqrt(tokens)
+    return (side, side) if side * side == tokens else (1, tokens)
+
+
+def resize_positions(weight: Tensor, old: Grid, new: Grid, axis: int) -> Tensor:
+    """`weight` with its `axis`, the positions of grid `old`, interpolated to those of `new`.
+
+    As a ViT's table of positions is (Dosovitskiy et al. 2021, sec. 3.2): bicubic, and with the
+    filter widened where a side shrinks (as PIL resizes), so that no position is passed over.
+    """
+    rows = weight.movedim(axis, -1)  # [..., T₀]
+    shrinks = new[0] < old[0] or new[1] < old[1]
+    table = rows.reshape(1, -1, *old)
+    table = F.interpolate(table, new, mode="bicubic", antialias=shrinks, align_corners=False)
+    return table.reshape(*rows.shape[:-1], -1).movedim(-1, axis)  # [..., T] there
+
+
+def gaussian(rows: int, columns: int) -> Tensor:
+    """[rows, columns] float32 from N(0, 1) on the CPU, always the same draw."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+
+
+def add_detail(table: Tensor, share: float) -> Tensor:
+    """`table` [n, T] plus white noise of `share` ≥ 0 of its mean square, always the same draw.
+
+    A table interpolated from T₀ to T positions is smooth: of T modes it has T₀. A sketch made with
+    it misses what X has in the others, a Gaussian one does not; a share of 1 − T₀ / T fills them.
+    """
+    noise = gaussian(*table.shape).to(table)
+    return table + noise * (share * table.detach().square().mean()).sqrt()
+
+
 # ------------------------------------------------------------------------- a product's rank
 
 
@@ -233,3 +346,74 @@ def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     u, sigma, vh = torch.linalg.svd(r_a @ r_b.mT)
     cut_b = (sigma[..., :rank, None] * vh[..., :rank, :]) @ q_b.mT
     return q_a @ u[..., :rank], cut_b
+
+
+# -------------------------------------------------- two heads: from a model's branches to factors
+# `model` is a model.LowRankFactorModel; T of a grid; energy ‖X‖² [b] float64
+Factors = tuple[Tensor, Tensor]  # A [b, T, r], B [b, r, D]
+Measured = tuple[Errors, Tensor, Tensor]  # and the sketch, row_net's output [b, T, c]
+
+
+class ProjectedFactors:
+    """The branches sketch, linear algebra does the rest: see `project`."""
+
+    settings = ("refine_steps", "oversample")  # K, p
+    any_grid = True
+    start_power = 0.0  # of a sketch only the span counts
+    features_seen = staticmethod(even_features)
+
+    @staticmethod
+    def chosen(steps: int | None, extra: int | None, rank: int, limit: int) -> tuple[int, int]:
+        if steps is not None and steps < 0:
+            raise UserError(f"--refine_steps {steps} is out of range: type 0 or more")
+        most = limit - rank
+        if extra is not None and not 0 <= extra <= most:
+            raise UserError(f"--oversample {extra}: at rank {rank} type 0 to {most}")
+        return 1 if steps is None else steps, min(32, most) if extra is None else extra
+
+    @staticmethod
+    def factors(model: nn.Module, x: Tensor, grid: Grid, rank: int, ordered: bool) -> Factors:
+        sketch = model.sketch(x, model.sketch_columns(rank), grid)[0]
+        ordered = ordered or rank < model.rank
+        return project(sketch, x, model.shifts, rank, ordered, model.gate(), model.lambda_B)
+
+    @staticmethod
+    def measure(model: nn.Module, x: Tensor, grid: Grid, energy: Tensor) -> Measured:
+        sketch, row_output = model.sketch(x, model.sketch_columns(), grid)
+        errors = projected_errors(
+            sketch, x, model.shifts, model.rank_at(x), model.gate(), model.lambda_B, energy
+        )
+        return errors, sketch, row_output
+
+
+class DirectFactors:
+    """The branches' outputs are the factors: A = row_net(X) · gate, B = col_net(Xᵀ)ᵀ."""
+
+    settings = ()
+    any_grid = False  # outputs for one grid's positions are none for another's
+    start_power = -0.25  # of r, for each factor: A·B starts at the scale of X, not r times above it
+    features_seen = staticmethod(lambda features, tokens: torch.arange(features))  # B needs all
+
+    @staticmethod
+    def chosen(steps: int | None, extra: int | None, rank: int, limit: int) -> tuple[int, int]:
+        if steps is not None or extra is not None:
+            raise UserError("--factors direct: omit --refine_steps and --oversample")
+        return 0, 0
+
+    @staticmethod
+    def factors(
+        model: nn.Module, x: Tensor, grid: Grid, rank: int, ordered: bool = False
+    ) -> Factors:
+        """Uncut as they come; at a lower rank the truncated SVD of their product."""
+        from_rows, from_columns = model.branch_outputs(x, model.rank, grid)  # [b, T, r], [b, D, r]
+        a, b, gate = from_rows.to(x.dtype), from_columns.mT.to(x.dtype), model.gate()
+        a = a if gate is None else a * gate
+        return (a, b) if rank == model.rank else truncate_product(a, b, rank)
+
+    @staticmethod
+    def measure(model: nn.Module, x: Tensor, grid: Grid, energy: Tensor) -> Measured:
+        a, b = DirectFactors.factors(model, x, grid, model.rank)
+        return product_errors(x, a, b), a, a
+
+
+FACTORS = {"projected": ProjectedFactors, "direct": DirectFactors}

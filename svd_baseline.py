@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from common.epoch_order import Batch
 from subspace import even_features, refine, start_shifts
-
-if TYPE_CHECKING:
-    from qwenvl_dataloader import Batch
 
 # Below this relative error the optimum is rounding, and a ratio to it says nothing.
 NO_EXCESS_BELOW = 1e-6
@@ -98,17 +96,23 @@ def image_metrics(
     }
 
 
-@torch.inference_mode()
 def evaluate(
     factorise: Callable[[Tensor], Factors], batches: Iterable[Batch], rank: int | None = None
 ) -> dict[str, Tensor]:
-    """`image_metrics` of `factorise(x)` on every batch, one after another: each [n] on the CPU.
+    """`evaluate_batches` of a method that needs no grid: `factorise(x)`."""
+    return evaluate_batches(lambda batch: factorise(batch.x), batches, rank)
+
+
+@torch.inference_mode()
+def evaluate_batches(
+    factorise: Callable[[Batch], Factors], batches: Iterable[Batch], rank: int | None = None
+) -> dict[str, Tensor]:
+    """`image_metrics` of `factorise(batch)` on one batch after another: each [n] on the CPU.
 
     Without any batch the dict is empty.
     """
     parts = [
-        image_metrics(batch.x, *factorise(batch.x), batch.singular_values, rank)
-        for batch in batches
+        image_metrics(batch.x, *factorise(batch), batch.singular_values, rank) for batch in batches
     ]
     names = parts[0] if parts else ()
     return {name: torch.cat([part[name] for part in parts]).cpu() for name in names}
@@ -192,6 +196,15 @@ def gain(own: Tensor, base: Tensor, groups: list[str]) -> dict[str, float | list
     return found
 
 
+def gain_text(gain: dict | None) -> str:
+    """A `gain` in per cent, as tables print it: mean [interval]; a dash where there is none."""
+    if gain is None or gain["mean"] is None:
+        return "-"
+    # + 0.0: as little below as above is 0.0 and not -0.0
+    mean, *ends = (f"{round(v, 1) + 0.0:.1f}" for v in (gain["mean"], *(gain["interval_95"] or [])))
+    return f"{mean} [{', '.join(ends)}]" if ends else mean
+
+
 def _half_width(deviations: Tensor, groups: list[str]) -> float | None:
     """t · standard error of a mean over n images, from deviations [n] that add up to 0."""
     names, index = np.unique(groups, return_inverse=True)
@@ -243,21 +256,25 @@ def randomized_svd(x: Tensor, rank: int, seed: int = 0) -> Factors:
     return u[..., :rank], sigma[..., :rank, None] * v.mT[..., :rank, :]
 
 
-def random_sketch(
-    x: Tensor, rank: int, steps: int, columns: int, shifts: Tensor | None = None, seed: int = 0
-) -> Factors:
+def random_sketch(x: Tensor, rank: int, steps: int, columns: int) -> Factors:
     """The network's own refinement on X_s X_sᵀ Ω, Ω Gaussian [T, c], X_s evenly spaced features of
-    X: what is left when nothing is learned.
-
-    steps K, columns c ≥ rank of Ω; shifts [K] default to the untrained schedule.
+    X: what is left when nothing is learned. steps K, columns c ≥ rank of Ω.
     """
-    generator = torch.Generator().manual_seed(seed)
-    omega = torch.randn(x.shape[-2], columns, generator=generator).to(x)
-    seen = x[..., even_features(x.shape[-1], x.shape[-2]).to(x.device)]
-    shifts = start_shifts(steps) if shifts is None else shifts
+    omega, features, shifts = _nothing_learned(*x.shape[-2:], steps, columns, x.device)
+    seen = x[..., features]
     sketch = seen @ (seen.mT @ omega)
-    u = refine(sketch, x, shifts.to(x.device), rank, ordered=False).u.to(x.dtype)
+    u = refine(sketch, x, shifts, rank, ordered=False).u.to(x.dtype)
     return u, u.mT @ x
+
+
+@cache
+def _nothing_learned(
+    tokens: int, features: int, steps: int, columns: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ω, seen features and shifts in place of a network's weights: as those, made before timing."""
+    omega = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0))
+    made = omega, even_features(features, tokens), start_shifts(steps)
+    return tuple(tensor.to(device) for tensor in made)
 
 
 def second_moment(images: Iterable[Tensor]) -> Tensor:

@@ -3,7 +3,8 @@
 #
 #   ./train.sh                                   the whole path for one architecture, on the cache
 #                                                that is there or on demo data: minutes on two CPU
-#                                                cores. The demo's network is trained for its task
+#                                                cores. The demo's network is trained for its task.
+#                                                Ends with what was found, in five lines
 #   ARCHS="ResMLP MLP AdaLoRA" ./train.sh --epochs 500 --rank 128
 #                                                each architecture; flags of train_real_data.py
 #   ./train.sh [batch_size=64] [epochs=200] [lr=0.0001] [rank=128] [lambda_B=0.0001]
@@ -92,7 +93,7 @@ for arch in $archs; do
     esac
     "$python" train_real_data.py --arch "$arch" "${flags[@]}"
     "$python" compare_svd_nn.py --arch "$arch" "${shared[@]}"
-    "$python" visualize_svd_nn.py --arch "$arch" --image_idx 0 "${shared[@]}"
+    "$python" visualize_svd_nn.py --arch "$arch" "${shared[@]}"
 done
 
 if [[ $whole_path ]]; then
@@ -101,8 +102,9 @@ if [[ $whole_path ]]; then
         --cache_dir "$cache_dir" --results_dir "$results_dir"
 fi
 
+if [[ -d $results_dir ]]; then
+    echo "figures:"
+    find "$results_dir" -maxdepth 2 -name '*.png' | sort # an earlier run's previous-* lie deeper
+fi
+# says last what was found
 "$python" -m experiments.make_report --results_dir "$results_dir" --log_dir "$log_dir"
-
-echo "figures:"
-find "$results_dir" -maxdepth 2 -name '*.png' | sort # an earlier run's previous-* lie deeper
-echo "look at $results_dir/index.html in a browser: every run with its figures, on one page each"

@@ -36,7 +36,7 @@ from qwenvl_dataloader import (
     RealQwenVLDataset,
     create_data_loaders_real,
 )
-from svd_baseline import evaluate, optimum, percent_text, summarise
+from svd_baseline import evaluate_batches, optimum, percent_text, summarise
 from task.trained_norm import in_own_norm, task_loss, task_record
 from training.checkpoint import save_checkpoint
 from training.final_results import test_and_draw
@@ -48,8 +48,7 @@ RESUME_FLAGS = ("results_dir", "cache_dir", "log_dir", "device", "tensorboard", 
 CHECK_EVERY = 50  # steps between looks at the non-finite flag, each a wait for the device
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    number = cli.number
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Train a network that factors vision tokens, X ≈ A·B at rank r.",
         epilog="examples:\n"
@@ -57,86 +56,67 @@ def get_args_parser() -> argparse.ArgumentParser:
         "  python train_real_data.py --arch ResMLP --resume --epochs 100\n"
         "  torchrun --nproc_per_node 2 train_real_data.py --batch_size 4   # 8 a step",
     )
-    where = parser.add_argument_group("files")
-    where.add_argument("--cache_dir", type=cli.folder, default="feature_cache_real",
-                       help="feature cache to read")  # fmt: skip
-    where.add_argument("--results_dir", type=cli.folder, default="results",
-                       help="results go to its <arch>/ folder")  # fmt: skip
-    where.add_argument("--log_dir", type=cli.folder, default="log",
-                       help="logs go to its logs_<timestamp>/ folder")  # fmt: skip
-    where.add_argument("--tensorboard", action="store_true", help="write TensorBoard events too")
-    model = parser.add_argument_group("model")
-    model.add_argument("--arch", type=cli.name, default="ResMLP",
-                       help=f"{', '.join(ARCHITECTURES)}, or an alias of one")  # fmt: skip
-    model.add_argument("--rank", type=number(int, 1), default=128,
-                       help="r, columns of A: error against r (T + D) stored numbers")  # fmt: skip
-    model.add_argument("--factors", choices=("projected", "direct"), default="projected",
-                       help="projected: branches propose a subspace, X is projected on it; "
-                       "direct: branches predict A and B outright")  # fmt: skip
-    model.add_argument("--refine_steps", type=number(int, 0, 1000), default=None,
-                       help="K, refinement steps, default 1: error against time")  # fmt: skip
-    model.add_argument("--oversample", type=number(int, 0), default=None,
-                       help="p, extra sketch columns, default 32: error against time")  # fmt: skip
-    model.add_argument("--hidden_dim", type=number(int, 1, 65536), default=256,
-                       help="branch width")  # fmt: skip
-    model.add_argument("--num_blocks", type=number(int, 0, 1000), default=None,
-                       help="residual blocks (default 1) or hidden layers (2)")  # fmt: skip
-    model.add_argument("--seen_features", choices=("pivoted", "even"), default="pivoted",
-                       help="which 256 features the branches look at: chosen from the training "
-                       "tokens by pivoted Cholesky, or evenly spaced")  # fmt: skip
-    model.add_argument("--dropout", type=number(float, 0, below=1), default=0.0,
-                       help="dropout in the branches, 0 to 1")  # fmt: skip
-    train = parser.add_argument_group("training")
-    train.add_argument("--epochs", type=number(int, 1), default=20,
-                       help="epochs, or epochs to add with --resume")  # fmt: skip
-    train.add_argument("--batch_size", type=number(int, 1, 65536), default=8,
-                       help="images a step, of each process")  # fmt: skip
-    train.add_argument("--lr", type=number(float, above=0), default=1e-4,
-                       help=f"AdamW's; shifts get {SHIFT_LR_FACTOR} times it")  # fmt: skip
-    train.add_argument("--weight_decay", type=number(float, 0, 1e6), default=1e-5,
-                       help="AdamW's")  # fmt: skip
-    train.add_argument("--patience", type=number(int, 1), default=10,
-                       help="epochs without a smaller validation mse above its optimum (with "
-                       "--task_head: the head's loss) before stopping; that decides the best "
-                       "epoch too")  # fmt: skip
-    train.add_argument("--lambda_B", type=number(float, 0, 1e6), default=1e-4,
-                       help="ridge of B, and weight of ‖B‖²/(TD)")  # fmt: skip
-    train.add_argument("--lambda_ortho", type=number(float, 0, 1e6), default=1e-3,
-                       help="weight of the sketch's (and SVDLinear's) orthogonality")  # fmt: skip
-    train.add_argument("--lambda_act", type=number(float, 0, 1e6), default=0.0,
-                       help="weight of the orthogonality of row_net's output")  # fmt: skip
-    train.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=42,
-                       help="of weights, order and dropout; the split has its own")  # fmt: skip
-    train.add_argument("--precision", choices=("float32", "bf16"), default="float32",
-                       help="of the branches; the linear algebra is float64")  # fmt: skip
-    train.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
-    train.add_argument("--resume", nargs="?", const="best", choices=("best", "last"),
-                       help="go on from best_model.pt, or exactly from last_model.pt")  # fmt: skip
-    task = parser.add_argument_group("training for a task")
-    task.add_argument("--task_head", type=cli.name, default=None, metavar="HEAD",
-                      help="saliency or qwen-answer: its error joins the loss, and the norm that "
-                      "X is factored in is learned")  # fmt: skip
-    task.add_argument("--lambda_task", type=number(float, above=0), default=1.0,
-                      help="weight of the mean log task error, ranks 4 to 32 in turn")  # fmt: skip
-    task.add_argument("--metric", type=cli.name, default=None, metavar="FILE",
-                      help="of experiments.estimate_metric: X is factored in it; with --task_head "
-                      "the start of the learned norm, which is else the plain one")  # fmt: skip
-    task.add_argument("--head_model", type=cli.name, default=None, metavar="NAME",
-                      help="of qwen-answer: its folder or hub id")  # fmt: skip
-    alloc = parser.add_argument_group("rank allocator (AdaLoRA)")
-    alloc.add_argument(
-        "--use_rank_allocator", action="store_true", help="lower the rank in training"
+    where = parser.flags("files")
+    where("--cache_dir")
+    where("--results_dir", help="results go to its <arch>/ folder")
+    where("--log_dir", help="logs go to its logs_<timestamp>/ folder")
+    where.switch("--tensorboard", "write TensorBoard events too")
+    model = parser.flags("model")
+    model("--arch", help=f"{', '.join(ARCHITECTURES)}, or an alias of one")
+    model("--rank", default=128, help="r, columns of A: error against r (T + D) stored numbers")
+    model("--factors", ("projected", "direct"), "projected")(
+        "projected: branches propose a subspace, X is projected on it; direct: branches predict A "
+        "and B outright"
     )
-    alloc.add_argument("--allocator_init_warmup", type=number(int, 0), default=1000,
-                       help="steps at full rank")  # fmt: skip
-    alloc.add_argument("--allocator_final_warmup", type=number(int, 1), default=1000,
-                       help="steps during which the rank falls")  # fmt: skip
-    alloc.add_argument("--allocator_mask_interval", type=number(int, 1), default=20,
-                       help="steps between masks")  # fmt: skip
-    alloc.add_argument("--allocator_keep_ratio", type=number(float, above=0, at_most=1),
-                       default=0.25, help="final rank as a fraction of --rank")  # fmt: skip
-    alloc.add_argument("--allocator_importance", choices=("energy", "sensitivity"),
-                       default="energy", help="what decides which component goes")  # fmt: skip
+    model("--refine_steps", cli.few, None, "K, refinement steps, default 1: error against time")
+    model("--oversample", cli.whole)("p, extra sketch columns, default 32: error against time")
+    model("--hidden_dim", cli.size, 256, "branch width")
+    model("--num_blocks", cli.few, None, "residual blocks (default 1) or hidden layers (2)")
+    model("--seen_features", ("pivoted", "even"), "pivoted")(
+        "which 256 features the branches look at: chosen from the training tokens by pivoted "
+        "Cholesky, or evenly spaced"
+    )
+    share = cli.Number(float, 0, below=1)
+    model("--dropout", share, 0.0, "dropout in the branches, 0 to 1")
+    train = parser.flags("training")
+    train("--epochs", cli.count, 20, "epochs, or epochs to add with --resume")
+    train("--batch_size", help="images a step, of each process")
+    train("--lr", cli.positive, 1e-4, f"AdamW's; shifts get {SHIFT_LR_FACTOR} times it")
+    train("--weight_decay", cli.weight, 1e-5, "AdamW's")
+    train("--patience", cli.count, 10)(
+        "epochs without a smaller validation mse above its optimum (with --task_head: the head's "
+        "loss) before stopping; that decides the best epoch too"
+    )
+    train("--lambda_B", cli.weight, 1e-4, "ridge of B, and weight of ‖B‖²/(TD)")
+    train("--lambda_ortho", cli.weight, 1e-3, "weight of the sketch's, SVDLinear's orthogonality")
+    train("--lambda_act", cli.weight, 0.0, "weight of the orthogonality of row_net's output")
+    train("--seed", help="of weights, order and dropout; the split has its own")
+    precisions = ("float32", "bf16")
+    train("--precision", precisions, "float32", "of the branches; the linear algebra is float64")
+    train("--device")
+    train("--resume", ("best", "last"), nargs="?", const="best")(
+        "go on from best_model.pt, or exactly from last_model.pt"
+    )
+    task = parser.flags("training for a task")
+    task("--task_head", cli.name)(
+        "saliency or qwen-answer: its error joins the loss, and the norm that X is factored in is "
+        "learned"
+    )
+    task("--lambda_task", cli.positive, 1.0, "weight of the mean log task error, ranks 4 to 32")
+    task("--metric")(
+        "of experiments.estimate_metric: X is factored in it; with --task_head the start of the "
+        "learned norm, which is else the plain one"
+    )
+    task("--head_model")
+    alloc = parser.flags("rank allocator (AdaLoRA)")
+    alloc.switch("--use_rank_allocator", "lower the rank in training")
+    alloc("--allocator_init_warmup", cli.whole, 1000, "steps at full rank")
+    alloc("--allocator_final_warmup", cli.count, 1000, "steps during which the rank falls")
+    alloc("--allocator_mask_interval", cli.count, 20, "steps between masks")
+    kept = cli.Number(float, above=0, at_most=1)
+    alloc("--allocator_keep_ratio", kept, 0.25, "final rank as a fraction of --rank")
+    kinds = ("energy", "sensitivity")
+    alloc("--allocator_importance", kinds, "energy", "what decides which component goes")
     return parser
 
 
@@ -158,7 +138,7 @@ def train_step(run: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
     where the step is not finite; then it changed no weight. On CUDA only the eigenproblem of the
     refinement waits for the device (`subspace.refine`), and a rank allocator where it sets a mask.
     """
-    terms = run.model.loss_terms(batch.x, batch.singular_values)._asdict()
+    terms = run.model.loss_terms(batch.x, batch.singular_values, batch.grid)._asdict()
     energy = terms.pop("component_energy")
     if run.head:
         terms["task"] = task_loss(run.model, run.head, batch, run.step)
@@ -258,26 +238,30 @@ def validate(run: TrainState, loaders: Loaders) -> dict:
     rank = model.current_effective_rank()
     batches = loaders.val.with_progress("validation", show=processes.is_main())
     core, batches = in_own_norm(model, batches)
-    sigma: list[Tensor] = []
+    spectra: dict[str, list[Tensor]] = {"mean_square": [], "optimum": []}
 
     def noted() -> Iterator[Batch]:
         for batch in batches:
-            sigma.append(batch.singular_values.cpu())
+            sigma = batch.singular_values.cpu()
+            spectra["mean_square"].append(sigma.square().sum(-1) / batch.x[0].numel())
+            spectra["optimum"].append(optimum(sigma, rank))
             yield batch
 
-    own = evaluate(lambda x: core(x), noted(), rank)
-    metrics = processes.gather_columns(own | ({"sigma": torch.cat(sigma)} if own else {}))
-    mean_square = metrics["sigma"].square().sum(-1) / (model.num_tokens * model.input_dim)
+    own = evaluate_batches(lambda batch: core(batch.x, grid=batch.grid), noted(), rank)
+    own |= {name: torch.cat(parts) for name, parts in spectra.items() if own}
+    metrics = processes.gather_columns(own)
+    mean_square = metrics["mean_square"]
     mean_square = torch.where(mean_square > 0, mean_square, 1)  # for an X of zeros
     record = {
         "val_mse": float((metrics["rel_error"].square() * mean_square).mean()),
-        "val_optimum_mse": float((optimum(metrics["sigma"], rank).square() * mean_square).mean()),
+        "val_optimum_mse": float((metrics["optimum"].square() * mean_square).mean()),
         "val_rel_error": float(metrics["rel_error"].mean()),
         "val_excess_pct": summarise(metrics["excess_pct"])["mean"],
         "effective_rank": rank,
     }
     if model.norm:
-        plain = processes.gather_columns(evaluate(lambda x: model(x), loaders.val, rank))
+        plain = evaluate_batches(lambda batch: model(batch.x, grid=batch.grid), loaders.val, rank)
+        plain = processes.gather_columns(plain)
         record["val_frobenius_excess_pct"] = summarise(plain["excess_pct"])["mean"]
     return record | (task_record(model, run.head, loaders.val) if run.head else {})
 
@@ -380,12 +364,14 @@ def main(args: argparse.Namespace) -> int:
         print_header(run, dataset, loaders, log)
         if args.resume:
             lr = run.optimizer.param_groups[0]["lr"]
-            log(f"going on with epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}")
+            trained_for = f" trained for --task_head {args.task_head}" if args.task_head else ""
+            of = f"epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}"
+            log(f"going on with the run{trained_for}: {of}; without --resume a new run begins")
             if run.note:
                 log(run.note)
             if args.resume == "best":
-                log(f"epoch {run.epoch - 1} is the best: later ones, if there were any, are left "
-                    "behind and come out the same again; type --lr to train otherwise")  # fmt: skip
+                later = "later ones, if there were any, are left behind and come out the same again"
+                log(f"epoch {run.epoch - 1} is the best: {later}; type --lr to train otherwise")
         else:
             start_from_data(run, dataset)
             initial = processes.from_main(validate(run, loaders))
@@ -407,7 +393,7 @@ def main(args: argparse.Namespace) -> int:
             )
             return 128 + stop.signal
         if processes.is_main():
-            results = test_and_draw(folder, dataset, loaders, run.history)
+            results = test_and_draw(folder, dataset, loaders, run.history, run.head)
             report(run, results, folder, log, time.perf_counter() - started)
     return 0
 

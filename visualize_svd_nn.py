@@ -1,6 +1,7 @@
 """Draw what a trained network and the truncated SVD keep and lose of one image.
 
-    python visualize_svd_nn.py --arch ResMLP --image_idx 0
+    python visualize_svd_nn.py --arch ResMLP                 # the first test image
+    python visualize_svd_nn.py --arch ResMLP --image_idx 0   # row 0 of the cache
 
 Writes into results/<arch>/: image_<i>_spatial_channel_comparison.png,
 image_<i>_spatial_error_comparison.png, image_<i>_rank_comparison.png (where the tokens form a
@@ -17,12 +18,13 @@ from PIL.Image import Image
 from torch import Tensor
 
 from common import cli
+from common.boxes import box_in_view
 from common.errors import UserError
 from common.files import write_json
 from common.locks import sole_writer
 from figures import token_grid
 from model import LowRankFactorModel
-from qwenvl_dataloader import box_in_view, normalise
+from qwenvl_dataloader import normalise
 from svd_baseline import (
     image_metrics,
     principal_coordinates,
@@ -34,20 +36,18 @@ from task.metric import load_metric, metric_svd, network_in_metric
 from training.checkpoint import Trained, evaluated_rank, open_trained, rows_seen
 
 RANKS_SHOWN = (8, 32, 128)  # of rank_comparison, as far as the model goes
-CHANNELS = 8  # the first ones: the same in every image, so that figures can be compared
+CHANNELS = 8  # the first ones, the same in every image; and those of most and of least error
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Draw what network and SVD keep of one image on the grid of its tokens.",
         epilog="example:\n  python visualize_svd_nn.py --arch ResMLP --rank 32 --image_idx 0",
     )
-    what = parser.add_argument_group("what is drawn")
-    what.add_argument("--arch", type=cli.name, default="ResMLP",
-                      help="architecture whose best model is drawn")  # fmt: skip
-    what.add_argument("--rank", type=cli.number(int, 1), default=None,
-                      help="rank to draw; default the trained (effective) rank")  # fmt: skip
-    what.add_argument("--image_idx", type=cli.number(int, 0), default=0, help="row of the cache")
+    what = parser.flags("what is drawn")
+    what("--arch")
+    what("--rank")
+    what("--image_idx", cli.whole)("row of the cache; default the first test image")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
 def visualise(args: argparse.Namespace, trained: Trained) -> None:
     """All figures and numbers of one image, into the model's folder."""
     folder, device, dataset, model, state = trained
-    row = args.image_idx
+    row = int(dataset.split.test[0]) if args.image_idx is None else args.image_idx
     if row >= len(dataset):
         raise UserError(
             f"--image_idx {row}: the cache has {len(dataset)}, type 0 to {len(dataset) - 1}"
@@ -97,17 +97,15 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
         "of the energy" + ("" if excess is None else f", {excess:.3f} % above the SVD's error"),
         "footer": f"{dataset.label}; rank {rank}, {source}",
     }
-    channels = list(range(min(CHANNELS, dataset.feature_dim)))
     maps = {"original": x[0]} | {name: (a @ b)[0] for name, (a, b) in factors.items()}
-    maps = {name: tokens[:, channels].cpu() for name, tokens in maps.items()}
+    channels = shown_channels(maps["original"], maps["network"])
+    maps = {name: tokens[:, list(channels)].cpu() for name, tokens in maps.items()}
     errors = {name: token_error(x, *ab)[0].cpu() for name, ab in factors.items()}
     photo = dataset.thumbnail(row)
     stem = folder / f"image_{row}"
-    token_grid.channel_comparison(f"{stem}_spatial_channel_comparison.png", photo, box, maps,
-                                  channels, dataset.grid, info)  # fmt: skip
-    token_grid.spatial_error(f"{stem}_spatial_error_comparison.png", photo, box, errors,
-                             dataset.grid, info)  # fmt: skip
     written = [f"{stem}_spatial_channel_comparison.png", f"{stem}_spatial_error_comparison.png"]
+    token_grid.channel_comparison(written[0], photo, box, maps, channels, dataset.grid, info)
+    token_grid.spatial_error(written[1], photo, box, errors, dataset.grid, info)
     if dataset.grid[0] == dataset.grid[1] > 1:
         where = f"Image {row} ({side}), {arch}"
         written.append(f"{stem}_rank_comparison.png")
@@ -124,7 +122,7 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
         "data": dataset.label,
         "question": record["question"],
         "answers": record["answers"],
-        "channels": channels,
+        "channels": list(channels),
         **metrics,
     }
     write_json(f"{stem}_comparison_results.json", results)
@@ -134,11 +132,29 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
     print(f"next, for a page of all results: python -m experiments.make_report{again}")
 
 
+def shown_channels(x: Tensor, x_hat: Tensor) -> dict[int, str]:
+    """The first CHANNELS of x [T, D], then those of the largest and of the smallest relative error
+    of x_hat: number → that error, in words."""
+    error = torch.linalg.vector_norm(x_hat - x, dim=0)
+    error = error / torch.linalg.vector_norm(x, dim=0).clamp_min(torch.finfo(x.dtype).tiny)
+    first = range(min(CHANNELS, x.shape[1]))
+    ends = {int(error.argmax()): "largest", int(error.argmin()): "smallest"}
+    words = {channel: f"error {error[channel]:.3g}" for channel in [*first, *ends]}
+    return words | {channel: f"{words[channel]}\nthe {name}" for channel, name in ends.items()}
+
+
 @torch.inference_mode()
 def draw_ranks(
-    path: str, model: LowRankFactorModel, most: int, x: Tensor, photo: Image | None,
-    box: token_grid.Box, grid: token_grid.Grid, where: str, footer: str,
-) -> None:  # fmt: skip
+    path: str,
+    model: LowRankFactorModel,
+    most: int,
+    x: Tensor,
+    photo: Image | None,
+    box: token_grid.Box,
+    grid: token_grid.Grid,
+    where: str,
+    footer: str,
+) -> None:
     """Figure of what network and SVD keep of x [1, T, D] at rising ranks, up to `most`."""
     ranks = sorted({r for r in RANKS_SHOWN if r < most} | {min(most, RANKS_SHOWN[-1])})
     factors = {
@@ -147,11 +163,10 @@ def draw_ranks(
     }
     # below the three components that every rank keeps, the first three that each rank has lost
     blocks = [range(3)] + [range(r, r + 3) for r in ranks[:-1] if r + 3 <= min(x.shape[1:])]
-    hats = [(a @ b)[0] for pairs in factors.values() for a, b in pairs]
+    hats = [(a @ b)[0] for a, b in factors["network"]]
     original, *coordinates = principal_coordinates(x[0], hats, blocks[-1][-1] + 1)
     errors = {n: [float(rel_error(x, *ab)) for ab in pairs] for n, pairs in factors.items()}
-    maps = {"original": [original], "network": coordinates[: len(ranks)],
-            "svd": coordinates[len(ranks) :]}  # fmt: skip
+    maps = {"original": [original], "network": coordinates}
     energy = [f"{100 * (1 - e**2):.2f} %" for e in errors["network"]]
     energy = [f"{e} at rank {r}" for e, r in zip(energy, ranks, strict=True)]
     energy[0] = energy[0].replace(" at", " of the energy at")

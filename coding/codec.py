@@ -71,8 +71,11 @@ class Codec:
     tensors: klt [D, d] bf16 (P), inverse [D, d] bf16 (back to tokens; absent where it is P), rows
     [buckets, H, W], columns [buckets, d] and statistics [2, H, W] int16, all log variances in
     1 / UNITS of a level; starts [buckets] int16, the first component of each bucket. info: what it
-    was made from. sha256: of the file, None before it is saved.
+    was made from. sha256: of the file, None before it is saved. In a metric also coefficients
+    [d, H, W] int8, levels of Z's (`transform_code`).
     """
+
+    stream_formats: tuple[int, ...] = (STREAM, OLDER_STREAM)  # written, and read too
 
     def __init__(self, tensors: dict[str, Tensor], info: dict, sha256: str | None = None) -> None:
         self.tensors, self.info, self.sha256 = tensors, info, sha256
@@ -127,6 +130,13 @@ class Codec:
         self, raw: Tensor, grid: tuple[int, int], factors: Factors | None = None
     ) -> Prepared:
         """All of `encode` that does not depend on the step: search a step with this done once."""
+        z, statistics = self._transformed(raw, grid, factors)
+        return Prepared(z, *leading(z), statistics, grid)
+
+    def _transformed(
+        self, raw: Tensor, grid: tuple[int, int], factors: Factors | None
+    ) -> tuple[Tensor, np.ndarray]:
+        """Z [T, d] and the symbols [2, T] of the statistics."""
         if raw.shape != (grid[0] * grid[1], self.feature_dim):
             raise UserError(
                 f"tokens {list(raw.shape)} do not fit a grid of {grid[0]} x {grid[1]} and the "
@@ -142,7 +152,7 @@ class Codec:
             # they are of X by the exact statistics; what is stored divides by the rounded ones
             u = u * (normalise(raw)[2] / std[:, None])
             z = (dct(grid) @ (u.float() * s)) @ (v.float().mT @ self._klt)
-        return Prepared(z, *leading(z), statistics, grid)
+        return z, statistics
 
     def transformed(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Z = C X P [T, d] of normalised tokens [T, D]."""
@@ -186,7 +196,7 @@ class Codec:
     def _framed(
         self, grid: tuple[int, int], step: float, rank: int, first: int, payload: bytes
     ) -> bytes:
-        header = HEADER.pack(STREAM, 0, *grid, step, rank, first)
+        header = HEADER.pack(self.stream_formats[0], 0, *grid, step, rank, first)
         return header[:1] + struct.pack("<I", crc(header + payload)) + header[5:] + payload
 
     # ---------------------------------------------------------------------------------- decoding
@@ -196,37 +206,49 @@ class Codec:
 
         Raises UserError where the bytes are not those that `encode` gave.
         """
-        if len(data) < HEADER.size or data[0] not in (STREAM, OLDER_STREAM):
-            raise UserError("a coded image is damaged, or of another format: write it again")
-        stream, found, height, width, step, rank, first = HEADER.unpack_from(data)
-        if crc(data) != found:
-            raise UserError("a coded image is damaged (its checksum differs): write it again")
-        grid = height, width
-        tokens = height * width
-        length, at = read_varint(data, HEADER.size)
-        shifted = rank if stream == STREAM else 0
-        differences = np.zeros(max(rank - 1, 0), dtype=np.int64)
-        levels = self._head(None, differences, np.zeros((2, shifted)), grid)[1]
-        symbols = decode_symbols(data[at : at + length], levels)
-        parts = np.split(symbols, np.cumsum([2 * tokens, len(differences)]))
-        mean, std = self._statistics_of(parts[0].reshape(2, tokens), grid)
-        sigma = first - np.concatenate([[0], parts[1].cumsum()])[:rank]
+        grid, step, rank, first = self._checked_header(data)
+        tokens, differences = grid[0] * grid[1], max(rank - 1, 0)
+        offsets = 2 * rank if data[0] == STREAM else 0  # of OLDER_STREAM no level is adapted
+        symbols, at = self._read_head(data, differences, offsets, grid)
+        statistics, differences, offsets = np.split(symbols, [2 * tokens, 2 * tokens + differences])
+        mean, std = self._statistics_of(statistics.reshape(2, tokens), grid)
+        sigma = first - np.concatenate([[0], differences.cumsum()])[:rank]
         rows, columns = self._row_levels(sigma, grid), self._column_levels(sigma)
-        if shifted:
-            offsets = parts[2].reshape(2, rank).cumsum(1)
-            rows, columns = rows + offsets[0], columns + offsets[1]
-        levels = np.concatenate([rows.ravel(), columns.ravel()])
-        body = decode_symbols(data[at + length :], levels)
+        if len(offsets):
+            of_rows, of_columns = offsets.reshape(2, rank).cumsum(1)
+            rows, columns = rows + of_rows, columns + of_columns
+        body = decode_symbols(data[at:], np.concatenate([rows.ravel(), columns.ravel()]))
         q_a = body[: tokens * rank].reshape(tokens, rank)
         q_b = body[tokens * rank :].reshape(self.num_directions, rank)
         a = dct(grid).mT @ orthonormal(q_a)
         b = torch.from_numpy(q_b.T.astype(np.float32)) * step @ self._inverse.mT
         return a, b, mean, std
 
+    def normalised(self, data: bytes) -> tuple[Tensor, Tensor, Tensor]:
+        """X_hat [T, D], mean [T] and std [T] float32; errors as `factors`."""
+        a, b, mean, std = self.factors(data)
+        return a @ b, mean, std
+
     def decode(self, data: bytes) -> Tensor:
         """Raw tokens [T, D] float32 of `encode`'s bytes; errors as `factors`."""
-        a, b, mean, std = self.factors(data)
-        return (a * std[:, None]) @ b + mean[:, None]
+        x, mean, std = self.normalised(data)
+        return x * std[:, None] + mean[:, None]
+
+    def _checked_header(self, data: bytes) -> tuple[tuple[int, int], float, int, int]:
+        """Grid, step, rank and `first` of a stream of this form, whose checksum fits."""
+        grid = grid_of(data)
+        if data[0] not in self.stream_formats:
+            raise UserError("a coded image is of another format: write it again")
+        return grid, *HEADER.unpack_from(data)[4:]
+
+    def _read_head(
+        self, data: bytes, differences: int, offsets: int, grid: tuple[int, int]
+    ) -> tuple[np.ndarray, int]:
+        """The symbols of `_head`, and the byte at which the body begins."""
+        length, at = read_varint(data, HEADER.size)
+        unknown = (np.zeros(n, dtype=np.int64) for n in (differences, offsets))
+        levels = self._head(None, *unknown, grid)[1]
+        return decode_symbols(data[at : at + length], levels), at + length
 
     # ------------------------------------------------------------------------------------ levels
 
@@ -282,6 +304,13 @@ class Prepared(tuple):
 
     def __new__(cls, *parts):
         return super().__new__(cls, parts)
+
+
+def grid_of(data: bytes) -> tuple[int, int]:
+    """Rows and columns of a coded image's tokens. Raises UserError where the bytes are none."""
+    if len(data) < HEADER.size or crc(data) != HEADER.unpack_from(data)[1]:
+        raise UserError("a coded image is damaged (its checksum differs): write it again")
+    return HEADER.unpack_from(data)[2:4]
 
 
 def content_sha256(tensors: dict[str, Tensor], info: str) -> str:
@@ -342,7 +371,7 @@ def fit(
         "grid": list(grid),
     }
     floor = UNSEEN_ENERGY * unseen / len(moment)
-    tensors |= _variances(batches, tensors["klt"].float(), grid, made, floor)
+    tensors |= _variances(batches, tensors["klt"].float(), grid, made, floor, root is not None)
     return Codec(tensors, made)
 
 
@@ -365,17 +394,20 @@ def _variances(
     grid: tuple[int, int],
     info: dict,
     floor: float,
+    in_metric: bool,
 ) -> dict[str, Tensor]:
-    """Log variances of u_k and v_k, a bucket of k each, and of the statistics in their steps."""
+    """Log variances of u_k and v_k, a bucket of k each, of the statistics in their steps, and in a
+    metric of Z's coefficients."""
     transform, steps = dct(grid), torch.tensor(info["statistics_steps"])[:, None]
     rank = min(len(transform), klt.shape[1])
     starts = bucket_starts(rank)
     bounds = list(zip(starts, [*starts[1:], rank], strict=True))
-    rows, columns, statistics = 0.0, 0.0, 0.0
+    rows, columns, statistics, coefficients = 0.0, 0.0, 0.0, 0.0
     for batch in batches():
         for raw in batch.float().cpu():
             x, mean, std = normalise(raw)
             z = transform @ (x @ klt)
+            coefficients = coefficients + z.square()
             u, s = leading(z)
             u, s = u[:, :rank], s[:rank]
             v = z.mT @ u / s.clamp_min(1e-6 * s[0])
@@ -384,13 +416,17 @@ def _variances(
             both = torch.stack([mean[:, 0], std[:, 0].log() - info["log_std"]])
             statistics = statistics + (both @ transform.mT / steps).square()
 
-    def units(total: Tensor) -> Tensor:
+    def levels(total: Tensor, units: int = UNITS) -> Tensor:
         variance = (total / info["images"]).double().clamp_min(1e-12)
-        return (variance.log2() / 2 * STEPS_AN_OCTAVE * UNITS).round().to(torch.int16)
+        return (variance.log2() / 2 * STEPS_AN_OCTAVE * units).round().to(torch.int16)
 
-    return {
-        "rows": units(rows).reshape(-1, *grid),
-        "columns": units(columns + floor * info["images"]),
-        "statistics": units(statistics).reshape(2, *grid),
+    tensors = {
+        "rows": levels(rows).reshape(-1, *grid),
+        "columns": levels(columns + floor * info["images"]),
+        "statistics": levels(statistics).reshape(2, *grid),
         "starts": torch.tensor(starts, dtype=torch.int16),
     }
+    if in_metric:
+        own = levels(coefficients, 1).clamp(-128, 127).to(torch.int8)
+        tensors["coefficients"] = own.mT.reshape(-1, *grid).contiguous()
+    return tensors

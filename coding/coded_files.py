@@ -7,27 +7,37 @@ read: codec.safetensors, by its sha256 the one they were written with. A shard o
     streams [bytes] uint8      coded images end to end, as `Codec.encode` gives them
     offsets [n + 1] int64      image i is streams[offsets[i] : offsets[i + 1]]
     ranks [n] int64, steps [n] float64, and the errors of each image, [n] float64
+
+The manifest's form says what is coded: factors, or the tokens' transform (transform_code), of which
+the ranks count directions. The grid of an image is in its stream. Formats 1 and 2 of the folder
+differ in nothing here.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from coding.codec import Codec
+from coding.codec import Codec, grid_of
+from coding.transform_code import TransformCodec
 from common.errors import UserError
-from common.files import atomic_path, save_tensors, sha256_file
+from common.files import atomic_path, check_tensors, load_tensors, save_tensors, sha256_file
+from common.grids import Grid
+from common.shard_folder import ShardReader
 
 CODED = "coded"
 CODEC_FILE = "codec.safetensors"
+FORMS = {"factors": Codec, "transform": TransformCodec}
 CODED_ERRORS = ("rel_error", "rel_error_original")
 WRITE_AGAIN = "write the factors again with factorize.py --overwrite"
+
+Image = tuple[Tensor, Tensor, Tensor, Tensor]  # A [T, r], B [r, D], mean [T] and std [T] float32
+T = TypeVar("T")
 
 
 class CodedImage(NamedTuple):
@@ -70,33 +80,41 @@ def read_codec(folder: Path, manifest: dict) -> Codec:
             f"{path} is another codec than the one that {folder} was written with, or damaged: "
             "put that one there"
         )
-    return Codec.load(path)
+    form = manifest.get("form", "factors")  # of format 1 there was one
+    if form not in list(FORMS):
+        raise UserError(f"{folder}/manifest.json is damaged (form is {form}): {WRITE_AGAIN}")
+    return FORMS[form].load(path)
 
 
-class CodedShards:
-    """Images of a finished folder by row; shards are memory-mapped when first asked for."""
+class CodedShards(ShardReader):
+    """Images of a finished folder of coded factors, by row."""
 
-    def __init__(self, folder: Path, manifest: dict) -> None:
-        self.folder, self.manifest = Path(folder), manifest
+    def __init__(self, folder: str | Path, manifest: dict) -> None:
+        super().__init__(folder, manifest)
         self.codec = read_codec(self.folder, manifest)
-        self._ends = torch.tensor([shard["rows"] for shard in manifest["shards"]]).cumsum(0)
-        self._opened: dict[int, tuple] = {}
+        self.feature_dim = self.codec.feature_dim
+
+    def open(self, path: Path, rows: int) -> tuple[Tensor, list[int]]:
+        """The streams and the offsets of a shard."""
+        tensors = load_tensors(path, WRITE_AGAIN)
+        check_tensors(path, tensors, {"offsets": (rows + 1, torch.int64)}, WRITE_AGAIN)
+        offsets = tensors["offsets"]
+        if offsets[0] != 0 or not (offsets.diff() >= 0).all():
+            raise UserError(f"{path} is damaged (its offsets do not rise from 0): {WRITE_AGAIN}")
+        sizes = {"streams": (int(offsets[-1]), torch.uint8)}
+        check_tensors(path, tensors, sizes, WRITE_AGAIN)
+        return tensors["streams"], offsets.tolist()
 
     def bytes_of(self, row: int) -> bytes:
         """The coded image of a row. Raises UserError for a row that is not there."""
-        if not 0 <= row < self.manifest["count"]:
-            raise UserError(
-                f"row {row} is not in {self.folder}: type 0 to {self.manifest['count'] - 1}"
-            )
-        index = int(torch.searchsorted(self._ends, row, right=True))
-        entry = self.manifest["shards"][index]
-        if index not in self._opened:
-            self._opened[index] = _open_shard(self.folder / entry["file"], entry["rows"])
-        streams, offsets = self._opened[index]
-        i = row - (int(self._ends[index]) - entry["rows"])
-        return streams[int(offsets[i]) : int(offsets[i + 1])].numpy().tobytes()
+        (streams, offsets), i = self.find(row)
+        return streams[offsets[i] : offsets[i + 1]].numpy().tobytes()
 
-    def factors(self, row: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def grid(self, row: int) -> Grid:
+        """Rows and columns of an image's tokens. Errors as `factors`."""
+        return self._named(row, grid_of)
+
+    def factors(self, row: int) -> Image:
         """A [T, r], B [r, D], mean [T] and std [T] float32. Raises UserError where damaged."""
         return self._named(row, self.codec.factors)
 
@@ -104,35 +122,8 @@ class CodedShards:
         """Raw tokens [T, D] float32. Errors as `factors`."""
         return self._named(row, self.codec.decode)
 
-    def _named(self, row: int, read):
+    def _named(self, row: int, read: Callable[[bytes], T]) -> T:
         try:
             return read(self.bytes_of(row))
         except UserError as error:
             raise UserError(f"{self.folder}, row {row}: {error}") from None
-
-    # memory maps do not pickle: a loader's worker process maps the shards for itself
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_opened": {}}
-
-
-def _open_shard(path: Path, rows: int) -> tuple[object, Tensor]:
-    """The streams, to be sliced, and the offsets of a shard."""
-    try:
-        shard = safe_open(path, framework="pt")
-        offsets, streams = shard.get_tensor("offsets"), shard.get_slice("streams")
-        size = streams.get_shape()
-        fits = streams.get_dtype() == "U8" and offsets.dtype == torch.int64
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): {WRITE_AGAIN}") from None
-    rising = offsets.shape == (rows + 1,) and bool((offsets.diff() >= 0).all())
-    if not (fits and rising and [int(offsets[-1])] == size and offsets[0] == 0):
-        raise UserError(f"{path} is damaged (its offsets do not fit its streams): {WRITE_AGAIN}")
-    return streams, offsets
-
-
-def coded_images(
-    folder: Path, manifest: dict, rows: list[int] | range
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """A [T, r], B [r, D], mean [T] and std [T] float32 of each row."""
-    shards = CodedShards(folder, manifest)
-    yield from (shards.factors(row) for row in rows)

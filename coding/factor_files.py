@@ -4,35 +4,30 @@
     factors-00000.safetensors     the factors of 128 images, in the cache's order of rows
     partial.json                  only while unfinished: what the folder was begun with
 
-A shard of n images holds, at one fixed rank r,
+Image i of the n of a shard has T_i tokens and r_i components; all components of a shard, and all
+tokens, stand one after another in the images' order:
 
-    A [n, T, r]   B [n, r, D]     in the manifest's dtype: bfloat16, float32 or int8
-    A_scale [n, r]   B_scale [n, r]                float32, int8 only: A = A · A_scale, column by
-                                                   column, and B = B · B_scale, row by row
-    mean [n, T]   std [n, T]      float32: what LayerNorm removed of each token
+    A_columns [Σ r_i T_i]   B_rows [Σ r_i, D]    in the manifest's dtype: bfloat16, float32 or int8;
+                                                 a column of an A, T_i numbers, after another
+    A_scale [Σ r_i]   B_scale [Σ r_i]            float32, int8 only: A = A · A_scale, column by
+                                                 column, and B = B · B_scale, row by row
+    mean [Σ T_i]   std [Σ T_i]                   float32: what LayerNorm removed of each token
+    ranks [n] int64   grids [n, 2] int32         r_i, and rows and columns of the tokens
 
-and at ranks that differ, r_i of image i, all components one after another, R = Σ r_i,
-
-    A_columns [R, T]   B_rows [R, D]   A_scale [R]   B_scale [R]   ranks [n] int64
-
-so that image i has those from Σ_{j<i} r_j on; row k of A_columns is a column of its A. Both hold
-the errors of each image, [n] float64, as measured when it was written: `rel_error` of what is
+and the errors of each image, [n] float64, as measured when it was written: `rel_error` of what is
 stored, `rel_error_float32` before rounding to the dtype, and `rel_error_original`, ‖F − F̂‖ / ‖F‖
 of the tokens F in the encoder's own units. Coded factors (dtype "coded"): see coded_files.
 
-Tokens are A·B · std + mean. A shard is whole or absent and depends on no other: several processes
-may each write some, an interrupted writer goes on with those that are missing, and the finished
-folder is byte-identical to that of one uninterrupted process.
+Tokens are A·B · std + mean. How such folders are begun, gone on with and finished: shard_folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from coding.coded_files import (
@@ -40,7 +35,8 @@ from coding.coded_files import (
     CODED,
     CODED_ERRORS,
     CodedImage,
-    coded_images,
+    CodedShards,
+    Image,
     copy_codec,
     write_coded_shard,
 )
@@ -48,21 +44,20 @@ from common.errors import UserError
 from common.files import (
     check_files,
     check_keys,
-    check_same_header,
+    check_tensors,
     content_hash_fits,
     file_entry,
+    load_tensors,
     read_json,
     save_tensors,
     sha256_file,
-    sweep_temporaries,
-    with_content_hash,
-    write_json,
 )
-from features.cache_writer import ROWS_PER_SHARD
+from common.grids import Grid
+from common.shard_folder import ShardReader, ShardWriter
 from qwenvl_dataloader import denormalise
 from svd_baseline import Factors, summarise
 
-FORMAT = 1
+FORMAT = 2  # of format 1 are folders of images with one number of tokens
 KIND = "factors"
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 ERRORS = ("rel_error", "rel_error_float32", "rel_error_original")
@@ -71,19 +66,28 @@ MANIFEST_KEYS = {
     **{"format": int, "dtype": str, "rank": (int, type(None)), "num_tokens": int},
     **{"feature_dim": int, "count": int, "shards": list},
 }
-SAFETENSORS_DTYPES = {"bf16": "BF16", "float32": "F32", "int8": "I8"}
 
 
 # ------------------------------------------------------------------------------------------ values
 
 
 class Stored(NamedTuple):
-    """A [n, T, r] and B [n, r, D] as they are stored; scales [n, r] float32 for int8, else None."""
+    """A [..., T, r] and B [..., r, D] as they are stored; scales [..., r] float32 for int8."""
 
     a: Tensor
     b: Tensor
     a_scale: Tensor | None = None
     b_scale: Tensor | None = None
+
+
+class StoredImage(NamedTuple):
+    """One image as it is written."""
+
+    stored: Stored  # without a dimension of images
+    grid: Grid
+    mean: Tensor  # [T, 1] float32, as `normalise` gives it
+    std: Tensor
+    errors: dict[str, float]  # ERRORS
 
 
 def store(a: Tensor, b: Tensor, dtype: str) -> Stored:
@@ -112,155 +116,70 @@ def restore(stored: Stored) -> Factors:
 # ----------------------------------------------------------------------------------------- writing
 
 
-class FactorWriter:
+class FactorWriter(ShardWriter):
     """Writes the shards of a folder of factors in any order, then the manifest.
 
-    Args:
-        folder: to write. A finished one in it is refused unless `overwrite`; a folder with another
-            kind of manifest is always refused.
-        header: what the factors depend on (checkpoint, cache, dtype, rank or target_error, T, D,
-            count); an interrupted folder with another header is refused with both values.
+    Args: as ShardWriter; header: what the factors depend on (checkpoint, cache, dtype, rank or
+    target_error, grid, T, D, count).
     """
 
-    def __init__(self, folder: str | Path, header: dict, overwrite: bool = False) -> None:
-        self.folder = Path(folder)
-        self.header = {"format": FORMAT, "kind": KIND, **header}
-        self.ranks_differ = header["rank"] is None
+    flag, kinds = "--out", (KIND,)
+    commit, others = "factors-{:05d}.safetensors", (CODEC_FILE,)
+
+    def __init__(
+        self, folder: str | Path, header: dict, overwrite: bool = False, most_tokens: int = 1
+    ) -> None:
+        header = {"format": FORMAT, "kind": KIND, **header}
+        super().__init__(folder, header, header["count"], overwrite, most_tokens=most_tokens)
         self.errors = CODED_ERRORS if header["dtype"] == CODED else ERRORS
-        self._refuse_other_folders(overwrite)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            self._clear()
-        sweep_temporaries(self.folder)
-        partial = self.folder / "partial.json"
-        if not partial.exists():
-            write_json(partial, self.header)
-        for path in self.folder.glob("factors-*.safetensors"):
-            _open(path, "start again with --overwrite")
+
+    def what(self, manifest: dict) -> str:
+        return "a finished folder of factors"
+
+    def check_shard(self, path: Path) -> None:
+        load_tensors(path, "start again with --overwrite")
 
     def put_codec(self, path: Path) -> None:
         """Copy the codec beside the shards, where it is not yet."""
         copy_codec(path, self.folder)
 
-    def rows_of(self, shard: int) -> range:
-        """Rows of the cache that belong to a shard."""
-        first = shard * ROWS_PER_SHARD
-        return range(first, min(first + ROWS_PER_SHARD, self.header["count"]))
-
-    def shards_to_do(self) -> list[int]:
-        """Shards that are not on disk yet, lowest first."""
-        every = range(-(-self.header["count"] // ROWS_PER_SHARD))
-        return [shard for shard in every if not self._shard_path(shard).exists()]
-
-    @property
-    def rows_done(self) -> int:
-        left = sum(len(self.rows_of(shard)) for shard in self.shards_to_do())
-        return self.header["count"] - left
-
-    def write_shard(
-        self,
-        shard: int,
-        stored: list[Stored],
-        mean: Tensor,
-        std: Tensor,
-        errors: dict[str, Tensor],
-    ) -> None:
-        """Write one shard: one `Stored` per image (n = 1 each), already cut to its rank.
-
-        mean, std [n, T, 1] float32 as `normalise` gives them; errors: ERRORS → [n] float64.
-        """
-        tensors = _ragged(stored) if self.ranks_differ else _stacked(stored)
-        tensors |= {"mean": mean.squeeze(-1), "std": std.squeeze(-1), **errors}
-        path = self._shard_path(shard)
-        save_tensors(path, {name: t.cpu().contiguous() for name, t in tensors.items()})
+    def write_shard(self, shard: int, images: list[StoredImage]) -> None:
+        """Write one shard."""
+        stored = [image.stored for image in images]
+        tensors = {
+            "A_columns": torch.cat([s.a.mT.flatten() for s in stored]),
+            "B_rows": torch.cat([s.b for s in stored]),
+            "mean": torch.cat([image.mean.flatten() for image in images]),
+            "std": torch.cat([image.std.flatten() for image in images]),
+            "ranks": torch.tensor([len(s.b) for s in stored]),
+            "grids": torch.tensor([image.grid for image in images], dtype=torch.int32),
+        }
+        if stored[0].a_scale is not None:
+            tensors["A_scale"] = torch.cat([s.a_scale for s in stored])
+            tensors["B_scale"] = torch.cat([s.b_scale for s in stored])
+        for name in ERRORS:
+            tensors[name] = torch.tensor([i.errors[name] for i in images], dtype=torch.float64)
+        save_tensors(self.commit_path(shard), tensors)
 
     def write_coded(self, shard: int, images: list[CodedImage]) -> None:
         """Write one shard of coded images."""
-        write_coded_shard(self._shard_path(shard), images)
+        write_coded_shard(self.commit_path(shard), images)
 
     def finish(self) -> dict:
         """Write the manifest, which commits the folder, once every shard is there; return it."""
-        shards = range(-(-self.header["count"] // ROWS_PER_SHARD))
-        paths = {self._shard_path(shard): len(self.rows_of(shard)) for shard in shards}
-        errors, ranks = {name: [] for name in self.errors}, []
-        for path, rows in paths.items():
-            with _open(path, WRITE_AGAIN) as shard:
-                for name in self.errors:
-                    errors[name].append(shard.get_tensor(name))
-                if self.ranks_differ:
-                    ranks.append(shard.get_tensor("ranks"))
-                else:
-                    ranks.append(torch.full((rows,), self.header["rank"]))
-        ranks = torch.cat(ranks)
+        paths = [self.commit_path(shard) for shard in self.shards]
+        tensors = [load_tensors(path, WRITE_AGAIN) for path in paths]
+        ranks = torch.cat([t["ranks"] for t in tensors])
+        entries = zip(paths, map(self.rows_of, self.shards), strict=True)
         manifest = {
             **self.header,
-            "shards": [{**file_entry(path), "rows": rows} for path, rows in paths.items()],
-            "ranks": {
-                **summarise(ranks.double()),
-                "min": int(ranks.min()),
-                "max": int(ranks.max()),
+            "shards": [{**file_entry(path), "rows": len(rows)} for path, rows in entries],
+            "ranks": summarise(ranks.double()) | {"min": int(ranks.min()), "max": int(ranks.max())},
+            "errors": {
+                name: summarise(torch.cat([t[name] for t in tensors])) for name in self.errors
             },
-            "errors": {name: summarise(torch.cat(values)) for name, values in errors.items()},
         }
-        manifest = with_content_hash(manifest)
-        write_json(self.folder / "manifest.json", manifest)
-        (self.folder / "partial.json").unlink()
-        return manifest
-
-    def _refuse_other_folders(self, overwrite: bool) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--out {self.folder} is a file: type the name of a folder")
-        for name in ("manifest.json", "partial.json"):
-            path = self.folder / name
-            if not path.exists():
-                continue
-            found = read_json(path, "type another --out, or remove it")
-            if not isinstance(found, dict) or found.get("kind") != KIND:
-                raise UserError(f"--out {self.folder} holds something else: type another --out")
-            if name == "partial.json" and not overwrite:
-                check_same_header(f"--out {self.folder}", found, self.header)
-            if name == "manifest.json" and not overwrite:
-                # a run killed after its manifest has left it behind
-                (self.folder / "partial.json").unlink(missing_ok=True)
-                sweep_temporaries(self.folder)
-                raise UserError(
-                    f"--out {self.folder} holds finished factors: use them, type another --out, or "
-                    "--overwrite to replace them"
-                )
-        if not (self.folder / "partial.json").exists() and not overwrite:
-            if any(self.folder.glob("factors-*.safetensors")):
-                raise UserError(
-                    f"{self.folder}/partial.json is missing: start again with --overwrite"
-                )
-
-    def _clear(self) -> None:
-        # the manifest goes first: a half-removed folder must not look like a whole one
-        for pattern in ("manifest.json", "partial.json", "factors-*.safetensors", CODEC_FILE):
-            for path in self.folder.glob(pattern):
-                path.unlink()
-
-    def _shard_path(self, index: int) -> Path:
-        return self.folder / f"factors-{index:05d}.safetensors"
-
-
-def _stacked(stored: list[Stored]) -> dict[str, Tensor]:
-    tensors = {"A": torch.cat([s.a for s in stored]), "B": torch.cat([s.b for s in stored])}
-    if stored[0].a_scale is not None:
-        tensors["A_scale"] = torch.cat([s.a_scale for s in stored])
-        tensors["B_scale"] = torch.cat([s.b_scale for s in stored])
-    return tensors
-
-
-def _ragged(stored: list[Stored]) -> dict[str, Tensor]:
-    tensors = {
-        "A_columns": torch.cat([s.a[0].mT for s in stored]),
-        "B_rows": torch.cat([s.b[0] for s in stored]),
-        "ranks": torch.tensor([s.b.shape[1] for s in stored]),
-    }
-    if stored[0].a_scale is not None:
-        tensors["A_scale"] = torch.cat([s.a_scale[0] for s in stored])
-        tensors["B_scale"] = torch.cat([s.b_scale[0] for s in stored])
-    return tensors
+        return self.seal(manifest)
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -294,10 +213,10 @@ def read_manifest(folder: str | Path) -> dict:
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise UserError(f"{path} is not of factors: name a folder that factorize.py wrote")
     check_keys(path, manifest, MANIFEST_KEYS, WRITE_AGAIN)
-    if manifest["format"] != FORMAT or manifest["dtype"] not in {*DTYPES, CODED}:
+    if manifest["format"] not in (1, FORMAT) or manifest["dtype"] not in {*DTYPES, CODED}:
         raise UserError(
             f"{path} has format {manifest['format']} and dtype {manifest['dtype']}, this version "
-            f"reads format {FORMAT} and {', '.join(DTYPES)}: {WRITE_AGAIN}"
+            f"reads formats 1 and {FORMAT} and {', '.join(DTYPES)}: {WRITE_AGAIN}"
         )
     check_files(path, manifest["shards"], WRITE_AGAIN)
     for shard in manifest["shards"]:
@@ -323,18 +242,98 @@ def damaged_files(folder: str | Path) -> list[str]:
     return bad + ["manifest.json"] * (not content_hash_fits(manifest))
 
 
+class FactorShards(ShardReader):
+    """Images of a finished folder of factors that are not coded, by row."""
+
+    @property
+    def feature_dim(self) -> int:
+        """D."""
+        return self.manifest["feature_dim"]
+
+    def open(self, path: Path, rows: int) -> tuple[dict[str, Tensor], list[Grid], list, list, list]:
+        """Tensors and grids; the first token, component and number in A_columns of each image, and
+        behind the last."""
+        tensors = load_tensors(path, WRITE_AGAIN)
+        if self.manifest["format"] == 1:
+            tensors = _in_format_2(path, tensors, self.manifest, rows)
+        sizes = {"ranks": (rows, torch.int64), "grids": (rows, 2, torch.int32)}
+        check_tensors(path, tensors, sizes, WRITE_AGAIN)
+        ranks, grids = tensors["ranks"].tolist(), list(map(tuple, tensors["grids"].tolist()))
+        if min(ranks) < 0 or min(map(min, grids)) < 1:
+            raise UserError(f"{path} is damaged (its ranks or grids are below 0): {WRITE_AGAIN}")
+        tokens = [h * w for h, w in grids]
+        numbers = [r * t for r, t in zip(ranks, tokens, strict=True)]
+        starts = [[0, *accumulate(sizes)] for sizes in (tokens, ranks, numbers)]
+        total_tokens, total_ranks, total_numbers = (s[-1] for s in starts)
+        dtype = DTYPES[self.manifest["dtype"]]
+        sizes = {
+            "A_columns": (total_numbers, dtype),
+            "B_rows": (total_ranks, self.manifest["feature_dim"], dtype),
+            "mean": (total_tokens, torch.float32),
+            "std": (total_tokens, torch.float32),
+        }
+        if self.manifest["dtype"] == "int8":
+            sizes |= dict.fromkeys(("A_scale", "B_scale"), (total_ranks, torch.float32))
+        check_tensors(path, tensors, sizes, WRITE_AGAIN)
+        return tensors, grids, *starts
+
+    def grid(self, row: int) -> Grid:
+        """Rows and columns of an image's tokens."""
+        (_, grids, *_), i = self.find(row)
+        return grids[i]
+
+    def factors(self, row: int) -> Image:
+        """A [T, r], B [r, D], mean [T] and std [T] float32."""
+        (tensors, _, *starts), i = self.find(row)
+        tokens, components, numbers = (slice(s[i], s[i + 1]) for s in starts)
+        b, mean = tensors["B_rows"][components], tensors["mean"][tokens]
+        a = tensors["A_columns"][numbers].view(len(b), len(mean)).mT
+        scales = (tensors[n][components] for n in ("A_scale", "B_scale") if n in tensors)
+        return *restore(Stored(a, b, *scales)), mean, tensors["std"][tokens]
+
+    def tokens(self, row: int) -> Tensor:
+        """Raw tokens [T, D] float32."""
+        a, b, mean, std = self.factors(row)
+        return denormalise(a @ b, mean.unsqueeze(-1), std.unsqueeze(-1))
+
+
+def _in_format_2(
+    path: Path, tensors: dict[str, Tensor], manifest: dict, rows: int
+) -> dict[str, Tensor]:
+    """A shard of format 1: A [n, T, r], B [n, r, D], scales [n, r] at one rank, else A_columns
+    [Σ r_i, T]; mean and std [n, T]. Its grids were not kept, the tokens are T × 1."""
+    tokens, rank = manifest["num_tokens"], manifest["rank"]
+    tensors = dict(tensors)
+    try:
+        if rank is not None:
+            tensors["ranks"] = torch.full((rows,), rank)
+            tensors["A_columns"] = tensors["A"].view(rows, tokens, rank).mT
+            tensors["B_rows"] = tensors["B"].view(rows * rank, manifest["feature_dim"])
+        for name in {"A_columns", "A_scale", "B_scale", "mean", "std"} & set(tensors):
+            tensors[name] = tensors[name].flatten()
+        tensors["grids"] = torch.tensor([[tokens, 1]], dtype=torch.int32).expand(rows, 2)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged ({error}): {WRITE_AGAIN}") from None
+    return tensors
+
+
+def open_shards(folder: str | Path, manifest: dict) -> FactorShards | CodedShards:
+    """The images of a finished folder by row: grid, factors and tokens; coded or not."""
+    return (CodedShards if manifest["dtype"] == CODED else FactorShards)(folder, manifest)
+
+
 def read_factors(folder: str | Path, rows: list[int] | range | None = None) -> StoredImages:
     """A, B, mean and std of `rows` of the cache, in that order; default all.
 
-    Raises UserError as `read_manifest` does, for a row that is not there, and for a damaged shard.
+    Raises UserError as `read_manifest` does, for a row that is not there, for rows of more than one
+    grid, and for a damaged shard.
     """
-    manifest = read_manifest(folder)
-    rows = range(manifest["count"]) if rows is None else [int(row) for row in rows]
-    images = list(_images(Path(folder), manifest, rows))
-    ranks = torch.tensor([b.shape[0] for _, b, _, _ in images], dtype=torch.int64)
-    most = int(ranks.max()) if images else 0
-    tokens, width = manifest["num_tokens"], manifest["feature_dim"]
-    a, b = torch.zeros(len(images), tokens, most), torch.zeros(len(images), most, width)
+    shards, rows, grid = _rows_of_one_grid(folder, rows)
+    images = [shards.factors(row) for row in rows]
+    ranks = torch.tensor([len(b) for _, b, _, _ in images], dtype=torch.int64)
+    tokens, most = grid[0] * grid[1], int(ranks.max()) if images else 0
+    a = torch.zeros(len(images), tokens, most)
+    b = torch.zeros(len(images), most, shards.feature_dim)
     mean, std = torch.empty(len(images), tokens, 1), torch.empty(len(images), tokens, 1)
     for i, (a_i, b_i, mean_i, std_i) in enumerate(images):
         a[i, :, : len(b_i)], b[i, : len(b_i)] = a_i, b_i
@@ -348,92 +347,27 @@ def load_factors(folder: str | Path, rows: list[int] | range | None = None) -> T
     Returns: [n, T, D] float32, 4·T·D bytes an image: name rows where all of them are too many.
     Errors as `read_factors`.
     """
-    manifest = read_manifest(folder)
-    rows = range(manifest["count"]) if rows is None else [int(row) for row in rows]
-    tokens = torch.empty(len(rows), manifest["num_tokens"], manifest["feature_dim"])
+    shards, rows, grid = _rows_of_one_grid(folder, rows)
+    tokens = torch.empty(len(rows), grid[0] * grid[1], shards.feature_dim)
     # one image at a time: factors and tokens together never take twice the room
-    for i, (a, b, mean, std) in enumerate(_images(Path(folder), manifest, rows)):
-        tokens[i] = denormalise(a @ b, mean.unsqueeze(-1), std.unsqueeze(-1))
+    for i, row in enumerate(rows):
+        tokens[i] = shards.tokens(row)
     return tokens
 
 
-def _images(
-    folder: Path, manifest: dict, rows: list[int] | range
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """A [T, r], B [r, D], mean [T] and std [T] float32 of each row, coded or not."""
-    read = coded_images if manifest["dtype"] == CODED else _read_images
-    return read(folder, manifest, rows)
-
-
-def _read_images(
-    folder: Path, manifest: dict, rows: list[int] | range
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """A [T, r], B [r, D], mean [T] and std [T] float32 of each row."""
-    ends = torch.tensor([shard["rows"] for shard in manifest["shards"]]).cumsum(0)
-    opened: dict[int, tuple] = {}
-    for row in rows:
-        if not 0 <= row < manifest["count"]:
-            raise UserError(f"row {row} is not in {folder}: type 0 to {manifest['count'] - 1}")
-        index = int(torch.searchsorted(ends, row, right=True))
-        entry = manifest["shards"][index]
-        if index not in opened:
-            opened[index] = _checked_shard(folder / entry["file"], manifest, entry["rows"])
-        shard, starts = opened[index]
-        i = row - (int(ends[index]) - entry["rows"])
-        if starts is None:
-            names, at = ("A", "B"), i
-        else:
-            names, at = ("A_columns", "B_rows"), slice(int(starts[i]), int(starts[i + 1]))
-        a, b = (shard.get_slice(name)[at] for name in names)
-        a = a if starts is None else a.mT
-        scales = []
-        if manifest["dtype"] == "int8":
-            scales = [shard.get_slice(name)[at][None] for name in ("A_scale", "B_scale")]
-        a, b = restore(Stored(a[None], b[None], *scales))
-        yield a[0], b[0], shard.get_slice("mean")[i], shard.get_slice("std")[i]
-
-
-def _checked_shard(path: Path, manifest: dict, rows: int) -> tuple[object, Tensor | None]:
-    """A shard opened, its shapes as the manifest says; where ranks differ also the first component
-    of each image, and the number of components, [rows + 1]."""
-    shard = _open(path, WRITE_AGAIN)
-    tokens, width, rank = (manifest[key] for key in ("num_tokens", "feature_dim", "rank"))
-    expected = {"mean": [rows, tokens], "std": [rows, tokens]}
-    starts = None
-    try:
-        if rank is not None:
-            expected |= {"A": [rows, tokens, rank], "B": [rows, rank, width]}
-            scales = [rows, rank]
-        else:
-            ranks = shard.get_tensor("ranks")
-            starts = torch.cat([ranks.new_zeros(1), ranks.cumsum(0)])
-            total = int(starts[-1])
-            expected |= {"ranks": [rows], "A_columns": [total, tokens], "B_rows": [total, width]}
-            scales = [total]
-        if manifest["dtype"] == "int8":
-            expected |= {"A_scale": scales, "B_scale": scales}
-        found = {name: shard.get_slice(name).get_shape() for name in expected}
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}): {WRITE_AGAIN}") from None
-    dtypes = dict.fromkeys(expected, "F32") | {"ranks": "I64"}
-    dtypes |= dict.fromkeys(
-        ("A", "B", "A_columns", "B_rows"), SAFETENSORS_DTYPES[manifest["dtype"]]
-    )
-    for name in expected:
-        if (dtype := shard.get_slice(name).get_dtype()) != dtypes[name]:
-            raise UserError(
-                f"{path} holds {name} as {dtype}, its manifest says {dtypes[name]}: {WRITE_AGAIN}"
-            )
-        if found[name] != expected[name]:
-            raise UserError(
-                f"{path} holds {name} {found[name]}, its manifest says {expected[name]}: "
-                f"{WRITE_AGAIN}"
-            )
-    return shard, starts
-
-
-def _open(path: Path, remedy: str):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+def _rows_of_one_grid(
+    folder: str | Path, rows: list[int] | range | None
+) -> tuple[FactorShards | CodedShards, list[int], Grid]:
+    """What reads a folder, the rows, and their one grid."""
+    manifest = read_manifest(folder)
+    shards = open_shards(folder, manifest)
+    rows = list(range(manifest["count"])) if rows is None else [int(row) for row in rows]
+    grids = list(dict.fromkeys(map(shards.grid, rows))) or [(manifest["num_tokens"], 1)]
+    if len(grids) > 1:
+        (h, w), (other_h, other_w) = grids[:2]
+        raise UserError(
+            f"{folder} has images of {h} x {w} and of {other_h} x {other_w} tokens among the rows "
+            "asked for, which do not stack: read them one by one with "
+            f'coding.vision_tokens.VisionTokens("{folder}")'
+        )
+    return shards, rows, grids[0]

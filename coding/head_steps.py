@@ -20,6 +20,7 @@ from coding.codec import Codec, Prepared
 from coding.coded_rivals import STEPS, Coded
 from coding.rivals import FactorsInt8, Knob, Statistics, TokenImage
 from coding.transform import leading
+from common.grids import Grid
 from qwenvl_dataloader import Batch
 from task.heads import TaskHead
 from task.refinement import refine_factors
@@ -98,17 +99,18 @@ class FactorsHeadSteps(FactorsInt8):
     name = "factors_head_steps"
 
     def __init__(
-        self, shape: tuple[int, int], statistics: Statistics, head: TaskHead, device
+        self, grid: Grid, feature_dim: int, statistics: Statistics, head: TaskHead, device
     ) -> None:
-        super().__init__(shape, statistics)
-        self.head, self.device = head, device
+        super().__init__((grid[0] * grid[1], feature_dim), statistics)
+        self.grid, self.head, self.device = grid, head, device
 
     def factors(self, image: TokenImage, rank: int) -> tuple[Tensor, Tensor]:
         a, b = super().factors(image, rank)
         reader = reader_of(image, self.head, self.device)
         parts = (part[None].to(self.device) for part in (image.x, image.mean, image.std, a, b))
         x, mean, std, a, b = parts
-        batch = Batch(reader.rows, x, mean, std, None, 1, 1.0)  # no step needs singular values
+        # no step needs singular values
+        batch = Batch(reader.rows, x, mean, std, None, 1, 1.0, self.grid)
         a, b = refine_factors(self.head, batch, a, b, None, HEAD_STEPS, reader.full)
         return a[0].cpu(), b[0].cpu()
 

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from model import LowRankFactorModel, truncate_product
+from common.grids import Grid
+from model import LowRankFactorModel
+from subspace import truncate_product
 from svd_baseline import Factors
 
 # An error measured with float32 products may lie this much above the float64 curve that chose the
@@ -54,22 +56,16 @@ def error_curve(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return (squared.clamp_min(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
 
 
-def nested_factors(model: LowRankFactorModel, x: Tensor, rank: int) -> Factors:
+def nested_factors(
+    model: LowRankFactorModel, x: Tensor, rank: int, grid: Grid | None = None
+) -> Factors:
     """A [n, T, rank], B [n, rank, D] of which the first r columns and rows are factors of rank r,
     as near as the model cut to r or nearer (its sketch is cut too), for every r ≤ rank."""
-    a, b = model(x, rank)
+    a, b = model(x, rank, grid=grid)
     return truncate_product(a, b, rank) if model.factors == "direct" else (a, b)
 
 
 # ------------------------------------------------------------------------------------------- ranks
-
-
-def smallest_rank(singular_values: Tensor, target_error: float) -> Tensor:
-    """The smallest r with optimum(r) ≤ target_error, of each image: [n] int64; 0 where X = 0.
-
-    Args: singular_values [n, S] float64, largest first; target_error ≥ 0. Exact. Cost O(n S).
-    """
-    return first_rank_within(optimum_curve(singular_values), target_error)
 
 
 def first_rank_within(curve: Tensor, target_error: float) -> Tensor:

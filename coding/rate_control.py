@@ -11,7 +11,6 @@ from coding.codec import HEADER, Codec, Factors
 from coding.coded_files import CodedImage
 from common.errors import UserError
 from qwenvl_dataloader import normalise
-from svd_baseline import rel_error
 
 # a search tries steps 2^(i / 16): 3 % of bytes apart, at most 9 tries
 FINEST, COARSEST = -96, 192
@@ -74,13 +73,16 @@ def _last(holds: Callable[[int], bool]) -> int | None:
 
 def _measured(codec: Codec, raw: Tensor, data: bytes, step: float) -> CodedImage:
     """What was stored, with its errors as decoded from these very bytes."""
-    a, b, mean, std = codec.factors(data)
+    decoded, mean, std = codec.normalised(data)
     raw = raw.float()
-    x = normalise(raw)[0]
-    decoded = (a * std[:, None]) @ b + mean[:, None]
-    norm = torch.linalg.vector_norm(raw.double()).clamp_min(torch.finfo(torch.float64).tiny)
     errors = {
-        "rel_error": float(rel_error(x, a, b)),
-        "rel_error_original": float(torch.linalg.vector_norm((raw - decoded).double()) / norm),
+        "rel_error": _relative(normalise(raw)[0], decoded),
+        "rel_error_original": _relative(raw, decoded * std[:, None] + mean[:, None]),
     }
     return CodedImage(data, HEADER.unpack_from(data)[5], step, errors)
+
+
+def _relative(x: Tensor, decoded: Tensor) -> float:
+    """‖x − decoded‖ / ‖x‖, in float64; 0 of zeros that stay zeros."""
+    x, decoded = x.double(), decoded.double()
+    return float((x - decoded).norm() / x.norm().clamp_min(torch.finfo(x.dtype).tiny))

@@ -223,6 +223,8 @@ class Factors(Rival):
 
 
 class FactorsBf16(Factors):
+    """A and B in bfloat16."""
+
     name = "factors_bf16"
 
     def encode(self, image: TokenImage, knob: Knob) -> bytes:

@@ -59,6 +59,7 @@ def sigma_levels(s: Tensor, step: float) -> np.ndarray:
 
 
 def to_levels(units: np.ndarray) -> np.ndarray:
+    """The nearest whole level of what is counted in UNITS a level."""
     return (units + UNITS // 2) // UNITS
 
 

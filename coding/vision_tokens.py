@@ -11,29 +11,33 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from coding.coded_files import CODED, CodedShards
-from coding.factor_files import load_factors, read_manifest
+from coding.factor_files import open_shards, read_manifest
+from common.grids import Grid
 
 
 class VisionTokens(Dataset):
     """Raw tokens of a folder of factors, coded or not: `tokens[row]` is [T, D] float32.
 
-    Random access, one image at a time, in DataLoader's worker processes too. Errors as
-    `read_factors`.
+    Random access, one image at a time, in DataLoader's worker processes too. Images of other grids
+    have another T: then a loader needs a collate_fn, or batch_size=None. Errors as `read_factors`.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder, self.manifest = Path(folder), read_manifest(folder)
-        is_coded = self.manifest["dtype"] == CODED
-        self._coded = CodedShards(self.folder, self.manifest) if is_coded else None
+        self.folder = Path(folder)
+        self._shards = open_shards(self.folder, read_manifest(folder))
 
     def __len__(self) -> int:
-        return self.manifest["count"]
+        return self._shards.manifest["count"]
 
     def __getitem__(self, row: int) -> Tensor:
+        return self._shards.tokens(self._checked(row))
+
+    def grid(self, row: int) -> Grid:
+        """(rows, columns) of an image's tokens, which stand in raster order."""
+        return self._shards.grid(self._checked(row))
+
+    def _checked(self, row: int) -> int:
         row = int(row)
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is not in {self.folder}: type 0 to {len(self) - 1}")
-        if self._coded is not None:
-            return self._coded.tokens(row)
-        return load_factors(self.folder, [row])[0]
+        return row

@@ -1,6 +1,6 @@
 """Which tokens of a grid a box covers.
 
-A box is (x, y, w, h) in fractions of the square that the encoder saw.
+A box is (x, y, w, h) in fractions of what the encoder saw.
 """
 
 from __future__ import annotations
@@ -12,6 +12,23 @@ from torch import Tensor
 LEAST_OVERLAP = 1e-6
 
 Box = tuple[float, float, float, float]
+
+
+def box_in_view(record: dict, resize: str | None) -> Box | None:
+    """The answer's box (x, y, w, h) as fractions of what the encoder saw.
+
+    record: a row with bbox in pixels of the original and its width and height; resize: the
+    manifest's rule. None where the row has no box.
+    """
+    box, width, height = record["bbox"], record["width"], record["height"]
+    if not box or len(box) != 4:
+        return None
+    x, y, w, h = box
+    if resize != "pad":  # the whole image, whatever became of its aspect ratio
+        return x / width, y / height, w / width, h / height
+    side = max(width, height)  # pad: centred in a square
+    left, top = (side - width) / 2, (side - height) / 2
+    return (x + left) / side, (y + top) / side, w / side, h / side
 
 
 def tokens_in_box(box: Box | None, grid: tuple[int, int]) -> Tensor:

@@ -75,6 +75,11 @@ def less_memory(args: argparse.Namespace) -> str:
     size = getattr(args, "batch_size", None)
     resume = getattr(args, "resume", None)
     head = getattr(args, "task_head", None) or getattr(args, "head", None)
+    if getattr(args, "resize", None) == "native":
+        return (
+            f"--batch_tokens {args.batch_tokens} is too large, try {args.batch_tokens // 2}; an "
+            "image of more tokens than that needs a smaller --max_pixels"
+        )
     if size is None:
         return "type --device cpu" + (f", the head {head} does not fit" if head else "")
     if size == 1:  # what is left are the model and the head
@@ -109,6 +114,10 @@ class Parser(argparse.ArgumentParser):
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
+
+    def flags(self, title: str) -> Flags:
+        """A new group of flags under `title`."""
+        return Flags(self.add_argument_group(title))
 
     def error(self, message: str) -> None:
         """Print one line that names the flag and what it accepts, and exit with status 2."""
@@ -164,10 +173,9 @@ class Number:
     @property
     def accepted(self) -> str:
         """The range in words."""
-        bounds = (("at least", self.at_least), ("above", self.above),
-                  ("at most", self.at_most if self.at_most != LARGEST_INT else None),
-                  ("below", self.below))  # fmt: skip
-        words = " and ".join(f"{word} {bound}" for word, bound in bounds if bound is not None)
+        bounds = {"at least": self.at_least, "above": self.above}
+        bounds |= {"at most": self.at_most, "below": self.below}
+        words = " and ".join(f"{word} {x}" for word, x in bounds.items() if x is not None)
         return f"{'a whole number' if self.kind is int else 'a number'} {words}".strip()
 
     def __call__(self, text: str) -> float:
@@ -175,8 +183,10 @@ class Number:
             value = self.kind(text)
         except ValueError:
             value = math.nan
+        unlimited = self.kind is int and self.at_most is None and self.below is None
         if not (
             math.isfinite(value)
+            and (value <= LARGEST_INT or not unlimited)
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.at_most is None or value <= self.at_most)
@@ -186,24 +196,16 @@ class Number:
         return value
 
 
-def number(
-    kind: type[int] | type[float],
-    at_least: float | None = None,
-    at_most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Number:
-    """The type of a flag that is a number; whole ones have a limit even where none is given."""
-    if kind is int and at_most is None and below is None:
-        at_most = LARGEST_INT
-    return Number(kind, at_least, at_most, above, below)
-
-
 def name(text: str) -> str:
     """The type of a flag that is a name: text, not empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is not a name: omit the flag, or type one")
     return text
+
+
+def file(text: str) -> str:
+    """The type of a flag that names a file, which only the script can judge: not empty."""
+    return name(text)
 
 
 def folder(text: str) -> str:
@@ -215,6 +217,89 @@ def folder(text: str) -> str:
     return text
 
 
+count = Number(int, 1)
+whole = Number(int, 0)
+size = Number(int, 1, 65536)  # of a batch or a layer
+few = Number(int, 0, 1000)  # of steps or layers that are done one after the other
+random_seed = Number(int, 0, 2**63 - 1)
+positive = Number(float, above=0)
+fraction = Number(float, above=0, below=1)
+weight = Number(float, 0, 1e6)  # of a term of the loss
+
+# the flags of several scripts: type, default and help
+SHARED = {
+    "--arch": (name, "ResMLP", "architecture of the model"),
+    "--batch_size": (size, 8, "images at once"),
+    "--cache_dir": (folder, "feature_cache_real", "feature cache to read"),
+    "--device": (name, "auto", "auto, cpu, cuda or cuda:N"),
+    "--head_model": (name, None, "of qwen-answer: folder or hub id; default the cache's encoder"),
+    "--images": (count, None, "so many test images, of all groups alike; default all"),
+    "--log_dir": (folder, "log", "where the logs_<timestamp>/ are"),
+    "--metric": (file, None, "of experiments.estimate_metric"),
+    "--rank": (count, None, "of A·B; default the trained (effective) rank"),
+    "--repeats": (count, 7, "timed calls of each method, after a warm-up"),
+    "--results_dir": (folder, "results", "where <arch>/best_model.pt is"),
+    "--seed": (random_seed, 42, "of all that is random"),
+    "--target_error": (fraction, None, "rel_error that each image has to meet"),
+    "--threads": (Number(int, 1, 1024), 1, "CPU threads when timing"),
+}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """A group of a parser's flags; a call adds one.
+
+    flags("--rank", count, 128, "columns of A")     type, default, help
+    flags("--arch", ("MLP", "ResMLP"), "MLP", "…")  one of these words
+    flags("--ranks", count, [8, 16], "…")           one or more
+    flags("--device")                               of SHARED; what is given here replaces it
+    flags("--rank", count, 128)("a help that needs lines of its own")
+    """
+
+    group: argparse._ActionsContainer
+
+    def __call__(
+        self, flag: str, kind=None, default=None, help: str | None = None, **more
+    ) -> Callable[[str], None]:
+        of_all = SHARED.get(flag, (None, None, None))
+        kind, help = kind or of_all[0], help or of_all[2]
+        default = of_all[1] if default is None else default
+        if callable(kind):
+            more = {"type": kind, "metavar": _METAVARS.get(getattr(kind, "kind", kind))} | more
+        else:
+            more["choices"] = kind
+        if isinstance(default, list):
+            more["nargs"] = "+"
+        return self._add(flag, default=default, help=help, **more)
+
+    def switch(self, flag: str, help: str | None = None) -> Callable[[str], None]:
+        """Add a flag without a value, off unless typed."""
+        return self._add(flag, action="store_true", help=help)
+
+    def _add(self, flag: str, **more) -> Callable[[str], None]:
+        action = self.group.add_argument(flag, **more)
+        return lambda text: setattr(action, "help", text)
+
+    def one_of(self) -> Flags:
+        """A group of its own in this one, of which at most one flag may be typed."""
+        return Flags(self.group.add_mutually_exclusive_group())
+
+
+_METAVARS = {int: "N", float: "X", folder: "DIR", file: "FILE"}
+
+
+def add_evaluation_flags(parser: Parser, *, metric: bool = True) -> None:
+    """The flags of every script that judges or uses a trained network.
+
+    metric: with --metric, for scripts that can factor in a task's own metric as well.
+    """
+    where = parser.flags("files and device")
+    for flag in ("--results_dir", "--cache_dir", "--device"):
+        where(flag)
+    if metric:
+        where("--metric")("of experiments.estimate_metric: also factor X M^½ and map B back")
+
+
 def check_head_model(head_model: str | None, head: str | None) -> None:
     """Raises UserError where --head_model is typed and no head reads it."""
     if head_model is not None and head != "qwen-answer":
@@ -222,24 +307,6 @@ def check_head_model(head_model: str | None, head: str | None) -> None:
             f"--head_model {head_model} is of the head qwen-answer only: type that head, or omit "
             "--head_model"
         )
-
-
-def add_evaluation_flags(parser: argparse.ArgumentParser, *, metric: bool = True) -> None:
-    """The flags of every script that judges or uses a trained network.
-
-    metric: with --metric, for scripts that can factor in a task's own metric as well.
-    """
-    where = parser.add_argument_group("files and device")
-    where.add_argument("--results_dir", type=folder, default="results",
-                       help="where <arch>/best_model.pt is")  # fmt: skip
-    where.add_argument("--cache_dir", type=folder, default="feature_cache_real",
-                       help="feature cache to read")  # fmt: skip
-    where.add_argument("--device", type=name, default="auto", help="auto, cpu, cuda or cuda:N")
-    if metric:
-        where.add_argument(
-            "--metric", type=name, default=None, metavar="FILE",
-            help="of experiments.estimate_metric: also factor X M^½ and map B back",
-        )  # fmt: skip
 
 
 def flags_again(args: argparse.Namespace, *names: str) -> str:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -139,6 +139,31 @@ def save_tensors(
             raise UserError(f"{path} cannot be written ({error}): free or choose a disk") from None
 
 
+def load_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, memory-mapped: nothing is read yet.
+
+    Raises UserError, ending in `remedy`, where the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+
+
+def check_tensors(
+    path: Path, tensors: dict[str, Tensor], expected: dict[str, tuple], remedy: str
+) -> None:
+    """Refuse tensors of a file that lack one, or have it of another shape or dtype.
+
+    expected: name → (*shape, dtype).
+    """
+    for name, wanted in expected.items():
+        found = (*tensors[name].shape, tensors[name].dtype) if name in tensors else "nothing"
+        if found != wanted:
+            raise UserError(f"{path} holds {name} {found}, its manifest says {wanted}: {remedy}")
+
+
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with open(path, "rb") as file:
@@ -191,16 +216,19 @@ def check_hash(path: Path, entry: dict, remedy: str) -> None:
         raise UserError(f"{path} is damaged (its sha256 is another than its manifest's): {remedy}")
 
 
-def check_same_header(folder: str, started: dict, header: dict) -> None:
-    """Refuse to go on with what was begun under another header; `folder` is named as typed.
+def check_same_header(
+    what: str, started: dict, header: dict, anew: str = "--overwrite to start anew"
+) -> None:
+    """Refuse to go on with `what`, a folder as typed or a file, that another header began.
 
-    Of several differences the first in the header's order is shown, with both values.
+    Of several differences the first in the header's order is shown, with both values; `anew` says
+    what to type in place of going on.
     """
     if different := first_difference(started, header):
         key, before, now = different
         raise UserError(
-            f"{folder} was begun with {key} = {before}, now it is {now}: type the same command "
-            "again, or --overwrite to start anew"
+            f"{what} was begun with {key} = {before}, now it is {now}: type the same command "
+            f"again, or {anew}"
         )
 
 

@@ -45,14 +45,33 @@ def sole_writer(folder: str | Path, flag: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        print(f"note: {folder} is on a file system without locks: see to it that no other run "
-              "writes there")  # fmt: skip
+        no_locks = f"{folder} is on a file system without locks"
+        print(f"note: {no_locks}: see to it that no other run writes there")
     try:
         holder = {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%F %T")}
         path.write_text(json.dumps(holder))
         yield
     finally:
         path.unlink(missing_ok=True)  # while it is still held: nobody else has got it
+        lock.release()
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait until no other process is inside, whatever user or host it belongs to.
+
+    path: the lock's file, which stays; on a file system without locks nobody waits.
+    """
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            error.filename = str(path)
+            raise
+    try:
+        yield
+    finally:
         lock.release()
 
 

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import atomic_path, first_difference
+from common.files import atomic_path, check_same_header
 
 
 class PartialResults:
@@ -26,16 +26,11 @@ class PartialResults:
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last is unended
         try:
             begun, *records = map(json.loads, lines or [json.dumps(header)])
-            different = first_difference(begun, header)
+            begun = dict(begun)
             self.records = {(r["stage"], r["row"]): r["values"] for r in records}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is damaged: remove it and start again") from None
-        if different:
-            key, before, now = different
-            raise UserError(
-                f"{path} was begun with {key} = {before}, now it is {now}: type the same command "
-                "to go on, or remove it to start anew"
-            )
+        check_same_header(str(path), begun, header, "remove it to start anew")
         with atomic_path(path) as temporary:
             whole = [json.dumps(header).encode(), *lines[1:]]
             temporary.write_bytes(b"".join(line + b"\n" for line in whole))

@@ -138,10 +138,12 @@ def _own_device(name: str) -> torch.device:
 
 
 def rank() -> int:
+    """Number of this process, 0 to world() − 1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
+    """Number of processes that work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -182,7 +184,7 @@ def gather(value: T) -> list[T]:
 
 
 def gather_columns(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Columns name → [n_i] of all processes, one after another by rank: each [Σ n_i], on all.
+    """Columns name → [n_i, …] of all processes, in order of rank: each [Σ n_i, …], on all.
 
     A process without rows (n_i = 0) may give an empty dict.
     """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -16,7 +17,7 @@ LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_noinv_fmt}, {remaining} left"
 Item = TypeVar("Item")
 
 
-class Lines:
+class Lines(AbstractContextManager):
     """What `tqdm` does with a bar, as a line of its own every LINE_SECONDS; short loops write none.
 
     Nothing is rewritten in place, so the file stays readable, and a stuck run can be told.
@@ -32,20 +33,15 @@ class Lines:
         now = time.monotonic()
         if count and now - self.written >= LINE_SECONDS:
             self.written = now
-            line = tqdm.format_meter(
-                self.n, self.total, now - self.begun, prefix=self.desc, unit=self.unit,
-                initial=self.initial, bar_format=LINE,
-            )  # fmt: skip
+            style = {"prefix": self.desc, "unit": self.unit, "bar_format": LINE}
+            seconds = now - self.begun
+            line = tqdm.format_meter(self.n, self.total, seconds, initial=self.initial, **style)
             print(line, file=sys.stderr, flush=True)
 
-    def close(self) -> None:
+    def __exit__(self, *_) -> None:
         """There is no bar to take away."""
 
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
+    close = __exit__
 
 
 def bar(
@@ -62,11 +58,10 @@ def bar(
 
 
 def over(
-    items: Iterable[Item], desc: str, unit: str, *, total: int | None = None, show: bool = True,
-    count: Callable[[Item], int] = lambda _: 1, initial: int = 0,
-) -> Iterator[Item]:  # fmt: skip
+    items: Iterable[Item], desc: str, unit: str, *, total: int | None = None, show: bool = True
+) -> Iterator[Item]:
     """The items, counted when the next one is asked for. total: where they have no len()."""
-    with bar(len(items) if total is None else total, desc, unit, initial=initial, show=show) as b:
+    with bar(len(items) if total is None else total, desc, unit, show=show) as shown:
         for item in items:
             yield item
-            b.update(count(item))
+            shown.update()

@@ -1,17 +1,26 @@
-"""Wall-clock time and peak memory of calls, measured in turn; the machine's matmul rate."""
+"""Wall-clock time and peak memory of calls, measured in turn; matrix products and their rate."""
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Timing(NamedTuple):
+    """What the repeated calls of one method took."""
+
     seconds: list[float]  # of one call on a whole batch, one entry a repeat
     peak_mb: float | None
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
 
 
 @torch.inference_mode()
@@ -48,6 +57,7 @@ def warm_up(call: Callable[[], object], device: torch.device) -> float | None:
 
 
 def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -56,8 +66,36 @@ def matmul_rates(device: torch.device, repeats: int = 15) -> dict[str, float]:
     """Multiply-adds per second of a large product on this device, fastest of `repeats`."""
     count, size = (8, 4096) if device.type == "cuda" else (2, 768)
     rates = {}
-    for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
-        x = torch.randn(count, size, size, dtype=dtype, device=device)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        x = torch.randn(count, size, size, device=device).to(dtype)
         (timing,) = time_in_turn([lambda x=x: torch.bmm(x, x)], repeats, device)
-        rates[name] = count * size**3 / min(timing.seconds)
+        rates[_name(dtype)] = count * size**3 / min(timing.seconds)
     return rates
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class _Products(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("mm", "bmm", "addmm", "baddbmm"):
+            inner = args[-2].shape[-1]  # the last two are the factors
+            self.counts[_name(out.dtype)] += out.numel() * inner
+        return out
+
+
+@torch.no_grad()
+def matrix_products(call: Callable[[], object]) -> dict[str, int]:
+    """Multiply-adds of the matrix products that a call makes, by data type: {} where it makes none.
+
+    Choleskys, triangular solves, QR and eigenproblems are not among them.
+    """
+    with _Products() as products:
+        call()
+    return dict(products.counts)

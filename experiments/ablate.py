@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from common import cli, progress
 from common.errors import UserError
 from common.files import read_json, write_json
+from common.grids import Grid
+from common.tables import print_columns
 from common.timing import time_in_turn
 from figures import error_against_time
 from model import LowRankFactorModel, LowRankProjMLP, LowRankProjSymmetric
@@ -38,31 +41,27 @@ UNTRAINED = ("random", "columns")
 SKETCHES = (*UNTRAINED, "linear", "ResMLP", "MLP")
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    number = cli.number
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Measure what learning buys: error and time of random and trained sketches.",
         epilog="example:\n  python -m experiments.ablate --rank 32 --refine_steps 0 1",
     )
-    grid = parser.add_argument_group("what is compared")
-    grid.add_argument("--rank", type=number(int, 1), default=128, help="rank of A·B")
-    grid.add_argument("--sketches", nargs="+", choices=SKETCHES, default=list(SKETCHES),
-                      metavar="SKETCH",
-                      help="random: X Ω; columns: X_s X_sᵀ Ω on evenly spaced features; "
-                      "linear: the same on chosen features, Ω trained; ResMLP; MLP")  # fmt: skip
-    grid.add_argument("--refine_steps", type=number(int, 0), nargs="+", default=[0, 1, 2, 3, 4],
-                      help="K, each with start shifts and with learned ones")  # fmt: skip
-    grid.add_argument("--oversample", type=number(int, 0), nargs="+", default=[0, 16, 32],
-                      help="p, extra sketch columns")  # fmt: skip
-    grid.add_argument("--seeds", type=number(int, 1), default=3,
-                      help="runs of each, with seeds 0, 1, …")  # fmt: skip
-    train = parser.add_argument_group("training and timing")
-    train.add_argument("--epochs", type=number(int, 1), default=2, help="epochs of each sketch")
-    train.add_argument("--lr", type=number(float, above=0), default=1e-3,
-                       help="Adam's, falling to 0")  # fmt: skip
-    train.add_argument("--batch_size", type=number(int, 1), default=8, help="images a step")
-    train.add_argument("--threads", type=number(int, 1), default=1, help="CPU threads when timing")
-    train.add_argument("--repeats", type=number(int, 1), default=7, help="timed calls of each")
+    grid = parser.flags("what is compared")
+    grid("--rank", default=128, help="of A·B")
+    grid("--sketches", SKETCHES, list(SKETCHES), metavar="SKETCH")(
+        "random: X Ω; columns: X_s X_sᵀ Ω on evenly spaced features; linear: the same on chosen "
+        "features, Ω trained; ResMLP; MLP"
+    )
+    steps = [0, 1, 2, 3, 4]
+    grid("--refine_steps", cli.whole, steps, "K, each with start shifts and with learned ones")
+    grid("--oversample", cli.whole, [0, 16, 32], "p, extra sketch columns")
+    grid("--seeds", cli.count, 3, "runs of each, with seeds 0, 1, …")
+    train = parser.flags("training and timing")
+    train("--epochs", cli.count, 2, "epochs of each sketch")
+    train("--lr", cli.positive, 1e-3, "Adam's, falling to 0")
+    train("--batch_size", help="images a step")
+    train("--threads")
+    train("--repeats")
     cli.add_evaluation_flags(parser, metric=False)
     return parser
 
@@ -92,7 +91,7 @@ class RandomSketch(LowRankFactorModel):
     def make_branch(self, in_features: int, out_features: int) -> nn.Module:
         return nn.Identity()
 
-    def sketch(self, x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    def sketch(self, x: Tensor, columns: int, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
         omega, seen = self.omega[:, :columns], x[..., self.seen]
         y = x @ omega if self.from_rows else seen @ (seen.mT @ omega)
         return y, y
@@ -102,10 +101,8 @@ def build(
     setting: Setting, rank: int, dataset: RealQwenVLDataset, seen: Tensor
 ) -> LowRankFactorModel:
     """The untrained model, drawn from torch's generator; seen: features of those to be trained."""
-    config = {
-        "input_dim": dataset.feature_dim, "num_tokens": dataset.num_tokens, "rank": rank,
-        "refine_steps": setting.steps, "oversample": setting.oversample, "lambda_B": 0.0,
-    }  # fmt: skip
+    config = {"input_dim": dataset.feature_dim, "num_tokens": dataset.num_tokens, "rank": rank}
+    config |= {"refine_steps": setting.steps, "oversample": setting.oversample, "lambda_B": 0.0}
     model = {
         "random": lambda: RandomSketch(from_rows=True, **config),
         "columns": lambda: RandomSketch(**config),
@@ -163,15 +160,12 @@ def run_setting(
             continue  # without steps there are no shifts
         with torch.no_grad():
             model.shift_logits.copy_(logits)
-        excess = {}
-        for part, loader in (("val", loaders.val), ("test", loaders.test)):
+        run = setting._asdict() | {"shifts": name, "seed": seed}
+        run["shift_values"] = model.shifts.tolist()
+        for key, loader in (("val_excess_pct", loaders.val), ("excess_pct", loaders.test)):
             metrics = evaluate(lambda x: model(x, ordered=False), loader)
-            excess[part] = [round(float(value), 7) for value in metrics["excess_pct"]]
-        yield {
-            **setting._asdict(), "shifts": name, "seed": seed,
-            "shift_values": model.shifts.tolist(),
-            "val_excess_pct": excess["val"], "excess_pct": excess["test"],
-        }  # fmt: skip
+            run[key] = [round(float(value), 7) for value in metrics["excess_pct"]]
+        yield run
 
 
 def measure_times(
@@ -200,22 +194,21 @@ def summarise_runs(runs: list[dict], times: dict[Setting, float], groups: list[s
     records = []
     for setting, ms in times.items():
         for shifts in ("start", "learned"):
-            found = [
-                run for run in runs
-                if (run["sketch"], run["steps"], run["oversample"], run["shifts"])
-                == (*setting, shifts)
-            ]  # fmt: skip
+            wanted = setting._asdict() | {"shifts": shifts}
+            found = [run for run in runs if wanted.items() <= run.items()]
             if found:
                 on_val = torch.tensor([run["val_excess_pct"] for run in found])
                 per_image = torch.tensor([run["excess_pct"] for run in found]).mean(0)  # over seeds
-                records.append({
-                    **setting._asdict(), "shifts": shifts, "seeds": len(found), "ms": ms,
+                measured = {
+                    "seeds": len(found),
+                    "ms": ms,
                     "excess_mean": float(per_image.mean()),
                     "excess_p90": float(np.percentile(per_image, 90)),
                     "excess_interval": interval_95(per_image, groups),
                     "val_excess_mean": float(on_val.mean()),
                     "per_image": per_image.tolist(),
-                })  # fmt: skip
+                }
+                records.append(wanted | measured)
     return records
 
 
@@ -238,36 +231,36 @@ def gains_at_equal_time(records: list[dict], groups: list[str]) -> list[dict]:
             continue  # rounding
         less = gain(torch.tensor(own["per_image"]), torch.tensor(rival["per_image"]), groups)
         names = ("sketch", "shifts", "steps", "oversample", "ms", "excess_mean", "val_excess_mean")
-        found.append({
-            **{name: own[name] for name in names},
+        gains = {
             "random": {name: rival[name] for name in names},
             "val_gain_pct": 100 * (1 - own["val_excess_mean"] / rival["val_excess_mean"]),
             "gain_pct": less["mean"],
             "gain_interval": less["interval_95"],
-        })  # fmt: skip
+        }
+        found.append({name: own[name] for name in names} | gains)
     return sorted(
         found, key=lambda g: (g["ms"] > SAME_TIME * g["random"]["ms"], -g["val_gain_pct"])
     )
 
 
+HOW_TO_READ_GAINS = """less excess than the best untrained sketch that takes no longer, paired and
+ordered by validation images, measured on test images (approximate 95 %):"""
+
+
 def print_tables(records: list[dict], gains: list[dict], exact_ms: float) -> None:
-    print(f"{'sketch':<8}{'shifts':<9}{'K':>2}{'p':>4}{'ms':>8}{'excess mean %':>15}"
-          f"{'p90 %':>10}   approximate 95 % interval")  # fmt: skip
+    header = "sketch|shifts|K|p|ms|excess mean %|p90 %|approximate 95 % interval"
+    rows = [header.split("|")]
     order = ("oversample", "steps", "shifts")
     for r in sorted(records, key=lambda r: ([r[name] for name in order], r["excess_mean"])):
-        name = f"{r['sketch']:<8}{r['shifts']:<9}{r['steps']:>2}{r['oversample']:>4}"
-        error = f"{r['excess_mean']:>15.5f}{r['excess_p90']:>10.5f}"
-        if r["excess_interval"]:
-            error += "   {:.5f} to {:.5f}".format(*r["excess_interval"])
-        print(f"{name}{r['ms']:>8.2f}{error}")
+        rows.append([r[name] for name in ("sketch", "shifts", "steps", "oversample")])
+        rows[-1] += [f"{r['ms']:.2f}", f"{r['excess_mean']:.5f}", f"{r['excess_p90']:.5f}"]
+        rows[-1].append(" to ".join(f"{end:.5f}" for end in r["excess_interval"] or []))
+    print_columns(rows)
     print(f"exact, by the float64 Gram matrix: {exact_ms:.2f} ms")
-    print("less excess than the best untrained sketch that takes no longer, paired and ordered by "
-          "validation images, measured on test images (approximate 95 %):")  # fmt: skip
+    print(HOW_TO_READ_GAINS)
+    words = "{sketch} {shifts} shifts K={steps} p={oversample} {ms:.2f} ms {excess_mean:.5f} %"
     for g in gains[:12]:
-        own, rival = (
-            f"{e['sketch']} {e['shifts']} shifts K={e['steps']} p={e['oversample']} "
-            f"{e['ms']:.2f} ms {e['excess_mean']:.5f} %" for e in (g, g["random"])
-        )  # fmt: skip
+        own, rival = words.format(**g), words.format(**g["random"])
         bounds = " ({:.0f} to {:.0f})".format(*g["gain_interval"]) if g["gain_interval"] else ""
         print(f"{own}  against  {rival}: {g['gain_pct']:.0f} % less{bounds}")
 
@@ -277,20 +270,16 @@ def main(args: argparse.Namespace) -> None:
     dataset = RealQwenVLDataset(args.cache_dir)
     limit = min(dataset.num_tokens, dataset.feature_dim)
     if args.rank + max(args.oversample) > limit:
-        raise UserError(f"--rank {args.rank} and --oversample {max(args.oversample)} are more than "
-                        f"the {limit} columns there can be: lower one")  # fmt: skip
+        flags = f"--rank {args.rank} and --oversample {max(args.oversample)}"
+        raise UserError(f"{flags} are more than the {limit} columns there can be: lower one")
     loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
     path = Path(args.results_dir) / f"ablation_rank{args.rank}.json"
-    trained_with = {
-        "data": dataset.label, "split": dataset.split.hash, "rank": args.rank,
-        "epochs": args.epochs, "lr": args.lr, "batch_size": args.batch_size,
-    }  # fmt: skip
+    trained_with = {"data": dataset.label, "split": dataset.split.hash, "rank": args.rank}
+    trained_with |= {"epochs": args.epochs, "lr": args.lr, "batch_size": args.batch_size}
     runs = runs_so_far(path, trained_with)
     print(dataset.label)
-    settings = [
-        Setting(sketch, steps, extra)
-        for extra in args.oversample for steps in args.refine_steps for sketch in args.sketches
-    ]  # fmt: skip
+    grid = itertools.product(args.oversample, args.refine_steps, args.sketches)
+    settings = [Setting(sketch, steps, extra) for extra, steps, sketch in grid]
     done = {(r["sketch"], r["steps"], r["oversample"], r["seed"]) for r in runs}
     todo = [(s, seed) for seed in range(args.seeds) for s in settings if (*s, seed) not in done]
     moment = second_moment(batch.x for batch in loaders.train)
@@ -327,8 +316,8 @@ def runs_so_far(path: Path, trained_with: dict) -> list[dict]:
         return []
     before = read_json(path, "remove it and start again")
     if before["trained_with"] != trained_with:
-        raise UserError(f"{path} was made with {before['trained_with']}, not {trained_with}: type "
-                        "the same flags to go on, or remove it")  # fmt: skip
+        made = f"{path} was made with {before['trained_with']}, not {trained_with}"
+        raise UserError(f"{made}: type the same flags to go on, or remove it")
     return [run for run in before["runs"] if "val_excess_pct" in run]
 
 

@@ -19,41 +19,28 @@ import torch
 from common import cli, progress
 from common.errors import UserError
 from common.files import write_json
-from common.timing import Timing, matmul_rates, time_in_turn
+from common.tables import print_columns
+from common.timing import Timing, matmul_rates, matrix_products, time_in_turn
 from experiments.contenders import Contender, contenders_in_metric, references, trained_networks
 from figures import error_against_time
-from qwenvl_dataloader import (
-    BatchLoader,
-    RealQwenVLDataset,
-    create_data_loaders_real,
-    normalise,
-)
-from subspace import even_features, gram_is_cheaper
-from svd_baseline import (
-    evaluate,
-    summarise,
-)
+from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real, normalise
+from svd_baseline import evaluate, summarise
 from task.metric import load_metric
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Measure cost and error of every factorisation: networks and references.",
         epilog="example:\n  python -m experiments.benchmark --ranks 32 128 --batch_size 8",
     )
-    what = parser.add_argument_group("what is measured")
-    what.add_argument("--quality", action="store_true",
-                        help="only the error, on all test images (neither flag: both)")  # fmt: skip
-    what.add_argument("--speed", action="store_true",
-                        help="only the time (neither flag: both)")  # fmt: skip
-    what.add_argument("--ranks", type=cli.number(int, 1), nargs="+", default=[8, 16, 32, 64, 128],
-                        help="ranks of A·B")  # fmt: skip
-    what.add_argument("--batch_size", dest="batch_sizes", nargs="+",
-                        type=cli.number(int, 1, 65536), default=[8], metavar="BATCH_SIZE",
-                        help="matrices of a timed call; several are measured in turn")  # fmt: skip
-    what.add_argument("--threads", type=cli.number(int, 1, 1024), default=1, help="CPU threads")
-    what.add_argument("--repeats", type=cli.number(int, 1), default=7,
-                        help="timed calls of each method, after a warm-up")  # fmt: skip
+    what = parser.flags("what is measured")
+    what.switch("--quality", "only the error, on all test images (neither flag: both)")
+    what.switch("--speed", "only the time (neither flag: both)")
+    what("--ranks", cli.count, [8, 16, 32, 64, 128], "ranks of A·B")
+    matrices = "matrices of a timed call; several are measured in turn"
+    what("--batch_size", default=[8], dest="batch_sizes", help=matrices)
+    what("--threads")
+    what("--repeats")
     cli.add_evaluation_flags(parser)
     return parser
 
@@ -107,7 +94,8 @@ def main(args: argparse.Namespace) -> None:
 HOW_TO_READ = """how to read it: of the methods at one rank and batch, take the fastest whose excess
 you accept. ms is per matrix, [iqr] the interquartile range of the repeats; excess is rel_error over
 the optimum, mean and 90th percentile of the test images (the SVD's is rounding). floor: the share
-of the time in which plain matrix products do the multiply-adds that the method cannot avoid."""
+of the time that the method's own matrix products would take at the rate of a large one; what it
+does beside them (Choleskys, triangular solves, eigenproblems) is not counted."""
 
 
 def checked_ranks(args: argparse.Namespace, limit: int) -> list[int]:
@@ -155,10 +143,14 @@ def measure_quality(
 
 
 def measure_speed(
-    contenders: list[Contender], ranks: list[int], batches: list[int], test: BatchLoader,
+    contenders: list[Contender],
+    ranks: list[int],
+    batches: list[int],
+    test: BatchLoader,
     repeats: int,
-) -> dict[tuple[int, int, int], Timing]:  # fmt: skip
-    """(contender, rank, batch) → times on the first `batch` test images, repeated if fewer."""
+) -> dict[tuple[int, int, int], tuple[Timing, dict[str, int]]]:
+    """(contender, rank, batch) → times, and multiply-adds of a call's matrix products by data type,
+    on the first `batch` test images, repeated if fewer."""
     found = {}
     rows = test.sampler.rows
     for batch in batches:
@@ -171,7 +163,8 @@ def measure_speed(
                 active = [i for i, c in enumerate(contenders) if r <= c.max_rank]
                 calls = [lambda i=i, x=x, r=r: contenders[i].factorise(x, r) for i in active]
                 timings = time_in_turn(calls, repeats, test.device)
-                found |= {(i, r, batch): t for i, t in zip(active, timings, strict=True)}
+                counts = map(matrix_products, calls)
+                found |= {(i, r, batch): tc for i, *tc in zip(active, timings, counts, strict=True)}
         except torch.cuda.OutOfMemoryError:
             raise UserError(
                 f"CUDA is out of memory: --batch_size {batch} is too large, type "
@@ -180,68 +173,25 @@ def measure_speed(
     return found
 
 
-# --------------------------------------------------------------------------------------- floors
-
-
-def multiply_adds(contender: Contender, t: int, d: int, r: int) -> dict[str, float] | None:
-    """What `contender` cannot avoid on one matrix, by data type; None where no formula is given.
-
-    Symmetric products and triangular solves count half, a Cholesky c³/6, the eigenvectors of a
-    symmetric n × n matrix 2/3 n³ for its tridiagonal form and n² for each vector brought back.
-    """
-    c = contender.columns(r) if contender.columns else r
-    steps = contender.steps or 0
-    m = min(t, d)
-    gram_eigh_count = t * d * m / 2 + 2 / 3 * m**3 + m * m * r
-    gram_eigh_count += t * d * r + 2 * t * r * r if d < t else 0  # X V_r and its basis
-    power_steps = (2 * steps + 2) * t * d * c + (3 * d + 2 * t) * c * c + d * c * r
-    formulas = {
-        "gram_eigh_f32": {"float32": gram_eigh_count + t * d * r},
-        "gram_eigh_f64": {"float32": t * d * r, "float64": gram_eigh_count},
-        "svd_lowrank": {"float32": power_steps},
-        "pca": {"float32": t * d * r},
-    }
-    if contender.method == "random_sketch" or (contender.method == "network" and contender.columns):
-        seen = len(even_features(d, t))
-        sketch = contender.branches(r) if contender.branches else 2 * t * seen * c
-        return refine_multiply_adds(t, d, c, r, steps, sketch)
-    if contender.method == "network":  # direct factors: the branches, uncut
-        return {"float32": contender.branches(r)} if r == contender.max_rank else None
-    return formulas.get(contender.method)
-
-
-def refine_multiply_adds(
-    t: int, d: int, c: int, r: int, steps: int, sketch: float
-) -> dict[str, float]:
-    """Of `subspace.refine` on a sketch of that cost, and of B."""
-    products = steps + 1
-    by_gram, by_x = t * t * (d / 2 + products * c), products * 2 * t * d * c
-    basis = t * c * c + c**3 / 6  # Cholesky QR, one pass
-    shift = t * c * c / 2 + c**3 / 6  # QᵀGQ and its pivot, for μ
-    finish = 3 / 2 * t * c * c + c**3 / 6 + 2 / 3 * c**3 + c * c * r + t * c * r
-    algebra = basis + steps * (shift + basis) + finish
-    single = sketch + t * d * r
-    if gram_is_cheaper(t, d, c, products):
-        return {"float32": single, "float64": algebra + by_gram}
-    return {"float32": single + by_x, "float64": algebra}
-
-
 # -------------------------------------------------------------------------------------- results
 
 
 def record(
-    contender: Contender, rank: int, batch: int | None, environment: dict,
-    error: dict[str, float | None] | None, timing: Timing | None,
-) -> dict[str, str | int | float | None]:  # fmt: skip
+    contender: Contender,
+    rank: int,
+    batch: int | None,
+    environment: dict,
+    error: dict[str, float | None] | None,
+    timed: tuple[Timing, dict[str, int]] | None,
+) -> dict[str, str | int | float | None]:
     """One entry of benchmark.json; null where it was not measured or does not apply."""
-    ms = floor_ms = iqr = None
-    if timing:
-        low, ms, high = np.percentile(timing.seconds, [25, 50, 75]) * 1e3 / batch
+    ms = floor_ms = iqr = peak_mb = None
+    if timed:
+        (seconds, peak_mb), counts = timed
+        low, ms, high = np.percentile(seconds, [25, 50, 75]) * 1e3 / batch
         ms, iqr = float(ms), float(high - low)
-        shape = environment["num_tokens"], environment["feature_dim"]
-        if counts := multiply_adds(contender, *shape, rank):
-            rates = environment["matmul_multiply_adds_per_s"]
-            floor_ms = sum(1e3 * count / rates[dtype] for dtype, count in counts.items())
+        rates = environment["matmul_multiply_adds_per_s"]
+        floor_ms = sum(1e3 * n / rates[dtype] for dtype, n in counts.items()) / batch or None
     return {
         "method": contender.method,
         "arch": contender.arch,
@@ -255,8 +205,8 @@ def record(
         "batch": batch,
         "ms_median": ms,
         "ms_iqr": iqr,
-        "matrices_per_s": 1e3 / ms if timing else None,
-        "peak_mb": timing.peak_mb if timing else None,
+        "matrices_per_s": 1e3 / ms if ms else None,
+        "peak_mb": peak_mb,
         "excess_mean": error["mean"] if error else None,
         "excess_p90": error["p90"] if error else None,
         "floor_ms": floor_ms,
@@ -266,24 +216,16 @@ def record(
 
 def print_table(records: list[dict]) -> None:
     """All records, of each batch and rank the fastest first."""
-    print(
-        f"{'batch':>5}{'rank':>5}  {'method':<14}{'arch':<8}{'K':>2}{'p':>4}{'ms':>9}{'[iqr]':>8}"
-        f"{'matrices/s':>11}{'excess mean %':>15}{'p90 %':>11}{'floor':>7}{'peak MB':>9}"
-    )
-
-    def cell(value: float | None, form: str) -> str:
-        return "-" if value is None else format(value, form)
-
-    for row in sorted(records, key=lambda r: (r["batch"] or 0, -r["rank"], r["ms_median"] or 0)):
-        share = row["floor_fraction"]
-        print(
-            f"{cell(row['batch'], 'd'):>5}{row['rank']:>5}  {row['method']:<14}"
-            f"{row['arch'] or '-':<8}{cell(row['K'], 'd'):>2}{cell(row['p'], 'd'):>4}"
-            f"{cell(row['ms_median'], '.3f'):>9}{cell(row['ms_iqr'], '.3f'):>8}"
-            f"{cell(row['matrices_per_s'], '.1f'):>11}{cell(row['excess_mean'], '.5f'):>15}"
-            f"{cell(row['excess_p90'], '.5f'):>11}{cell(share, '.0%'):>7}"
-            f"{cell(row['peak_mb'], '.0f'):>9}"
+    header = "batch|rank|method|arch|K|p|ms|[iqr]|matrices/s|excess mean %|p90 %|floor|peak MB"
+    forms = {"batch": "d", "rank": "d", "method": "", "arch": "", "K": "d", "p": "d"}
+    forms |= {"ms_median": ".3f", "ms_iqr": ".3f", "matrices_per_s": ".1f", "excess_mean": ".5f"}
+    forms |= {"excess_p90": ".5f", "floor_fraction": ".0%", "peak_mb": ".0f"}
+    rows = [header.split("|")]
+    for r in sorted(records, key=lambda r: (r["batch"] or 0, -r["rank"], r["ms_median"] or 0)):
+        rows.append(
+            ["-" if r[key] is None else format(r[key], form) for key, form in forms.items()]
         )
+    print_columns(rows)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from coding.rivals import Knob
+from common.tables import print_columns
 from svd_baseline import FEWEST_GROUPS, student_t_95
 
 TARGETS = {"raw_error": (0.24, 0.16, 0.10, 0.05), "task_error": (0.10, 0.05, 0.037, 0.03)}
@@ -143,14 +144,14 @@ def print_tables(found: dict) -> None:
                 name: [_number(entries[name][label]) for entries in targets.values()]
                 for name in next(iter(targets.values()))
             }
-            _print_rows(f"bytes an image at {words}, {title}", targets, rows, 12)
+            _print_rows(f"bytes an image at {words}, {title}", targets, rows)
         for base in BASES:
             rows = {
                 name: [_times(entries[name]["times"].get(base)) for entries in targets.values()]
                 for name in next(iter(targets.values()))
             }
             title = f"times the bytes of {base} at {words} [95 % over groups]"
-            _print_rows(title, targets, rows, 20)
+            _print_rows(title, targets, rows)
 
 
 def _number(value: float | None) -> str:
@@ -166,12 +167,9 @@ def _times(found: dict | None) -> str:
     return f"{found['mean']:.{digits}f}{ends}"
 
 
-def _print_rows(title: str, targets: dict, rows: dict[str, list[str]], width: int) -> None:
+def _print_rows(title: str, targets: dict, rows: dict[str, list[str]]) -> None:
     """Rows that say something, under their targets."""
     rows = {name: cells for name, cells in rows.items() if set(cells) != {"-"}}
-    if not rows:
-        return
-    print(title)
-    print(" " * 28 + "".join(f"{target:>{width}}" for target in targets))
-    for name, cells in rows.items():
-        print(f"  {name:<26}" + "".join(f"{cell:>{width}}" for cell in cells))
+    if rows:
+        print(title)
+        print_columns([["", *targets], *([f"  {name}", *cells] for name, cells in rows.items())])

@@ -54,32 +54,28 @@ QUICK_KNOBS, QUICK_IMAGES = 5, 24
 DATA_SETS = {"demo": "demo_data", "real": "textVQA_groundingtask_bbox"}
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Compare every way to write an image's tokens at equal bytes.",
         epilog="example:\n"
         "  python -m experiments.compare_bytes --codec codecs/demo.safetensors --quick",
     )
-    what = parser.add_argument_group("what is compared")
-    what.add_argument("--codec", type=cli.name, nargs="+", default=None, metavar="FILE",
-                      help="of experiments.fit_codec, a plain one, one in a metric or both; "
-                           "without one only their rivals")  # fmt: skip
-    what.add_argument("--head", choices=HEADS, default=None,
-                      help="whose output counts; default saliency on the demo's cache")  # fmt: skip
-    what.add_argument("--images", type=cli.number(int, 1), default=None, metavar="N",
-                      help="so many test images, of all groups alike; default all")  # fmt: skip
-    what.add_argument("--quick", action="store_true",
-                      help=f"{len(QUICK_METHODS)} methods, {QUICK_KNOBS} knobs, {QUICK_IMAGES} "
-                           "images: a minute and a half")  # fmt: skip
-    where = parser.add_argument_group("files and device")
-    where.add_argument("--cache_dir", type=cli.folder, default="feature_cache_real",
-                       help="feature cache to read")  # fmt: skip
-    where.add_argument("--dataset_dir", type=cli.folder, default=None, metavar="DIR",
-                       help="the cache's pictures, for JPEG and WebP; default "
-                            + " or ".join(DATA_SETS.values()))  # fmt: skip
-    where.add_argument("--results_dir", type=cli.folder, default="results",
-                       help="where bytes.json and bytes.png go")  # fmt: skip
-    where.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
+    what = parser.flags("what is compared")
+    what("--codec", cli.file, nargs="+")(
+        "of experiments.fit_codec, a plain one, one in a metric or both; without one only their "
+        "rivals"
+    )
+    what("--head", HEADS, None, "whose output counts; default saliency on the demo's cache")
+    what("--images")
+    few = f"{len(QUICK_METHODS)} methods, {QUICK_KNOBS} knobs, {QUICK_IMAGES} images"
+    what.switch("--quick", f"{few}: a minute and a half")
+    where = parser.flags("files and device")
+    where("--cache_dir")
+    where("--dataset_dir", cli.folder)(
+        f"the cache's pictures, for JPEG and WebP; default {' or '.join(DATA_SETS.values())}"
+    )
+    where("--results_dir", help="where bytes.json and bytes.png go")
+    where("--device")
     return parser
 
 
@@ -198,7 +194,7 @@ def every_rival(
         if has_metric(codec) and head is not None:
             found.append(CodedHeadSteps(codec, grid, statistics, head, device))
     if head is not None:
-        found.append(FactorsHeadSteps(shape, statistics, head, device))
+        found.append(FactorsHeadSteps(grid, shape[1], statistics, head, device))
     if args.quick:
         # of a codec in a metric, its four methods in the metric
         found = [rival for rival in found if rival.name.removesuffix("_in_metric") in QUICK_METHODS]
@@ -367,9 +363,9 @@ def nearest_is_kin(means: Tensor, groups: list[str]) -> Tensor:
     """
     unit = torch.nn.functional.normalize(means.double(), dim=-1)
     near = (unit @ unit.mT).fill_diagonal_(-torch.inf).argmax(-1)
-    right = [float(groups[i] == groups[j]) if groups.count(groups[i]) > 1 else math.nan
-             for i, j in enumerate(near.tolist())]  # fmt: skip
-    return torch.tensor(right, dtype=torch.float64)
+    right = torch.tensor([groups[i] == groups[j] for i, j in enumerate(near.tolist())]).double()
+    alone = torch.tensor([groups.count(group) == 1 for group in groups])
+    return right.masked_fill(alone, math.nan)
 
 
 def summarise_method(points: list[Point], groups: list[str]) -> list[dict]:

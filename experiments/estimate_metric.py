@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor
 
 from common import cli
 from common.errors import UserError
-from common.files import first_difference, save_tensors
-from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real, denormalise
+from common.files import check_same_header, save_tensors
+from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import gram_eigh
 from task.heads import TaskHead
 from task.load_head import HEADS, load_head
@@ -37,38 +38,32 @@ from task.metric import (
     save_metric,
     shrunk,
 )
+from task.task_error import task_errors
 
 JUDGED_AT = (8, 32)  # ranks at which a shrinkage is judged
 SAVE_EVERY = 60  # seconds between writes of the sums so far, D² float64 each
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Estimate which features of the tokens a head's output depends on.",
         epilog="example:\n  python -m experiments.estimate_metric --head saliency --probes 3",
     )
-    task = parser.add_argument_group("head, metric and what is measured")
-    task.add_argument("--head", choices=HEADS, default="saliency", help="whose output counts")
-    task.add_argument("--head_model", type=cli.name, default=None, metavar="NAME",
-                        help="of qwen-answer: folder or hub id of the whole checkpoint; default "
-                             "the cache's encoder")  # fmt: skip
-    task.add_argument("--probes", type=cli.number(int, 1), default=3,
-                        help="random projections an image: noise of M against time")  # fmt: skip
-    task.add_argument("--images", type=cli.number(int, 1), default=None, metavar="N",
-                        help="training images (and validation images) to use at most, drawn by "
-                             "--seed: noise of M against time; default all")  # fmt: skip
-    task.add_argument("--shrinkage", type=cli.number(float, above=0), nargs="+",
-                        default=[1e-3, 1e-2, 1e-1], metavar="S",
-                        help="of the mean diagonal, to try on validation images")  # fmt: skip
-    task.add_argument(
-        "--out", type=cli.name, default=None, help="file; default metrics/<head>.safetensors"
+    task = parser.flags("head, metric and what is measured")
+    task("--head", HEADS, "saliency", "whose output counts")
+    task("--head_model")
+    task("--probes", cli.count, 3, "random projections an image: noise of M against time")
+    task("--images")(
+        "training images (and validation images) to use at most, drawn by --seed: noise of M "
+        "against time; default all"
     )
-    task.add_argument(
-        "--cache_dir", type=cli.folder, default="feature_cache_real", help="feature cache to read"
-    )
-    task.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
-    task.add_argument("--seed", type=cli.number(int, 0, 2**63 - 1), default=42, help="of probes")
-    task.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
+    shares = [1e-3, 1e-2, 1e-1]
+    task("--shrinkage", cli.positive, shares, "of the mean diagonal, to try on validation images")
+    task("--out", cli.file, None, "file; default metrics/<head>.safetensors")
+    task("--cache_dir")
+    task("--batch_size")
+    task("--seed", help="of probes")
+    task("--device")
     return parser
 
 
@@ -81,8 +76,8 @@ def main(args: argparse.Namespace) -> None:
     dataset = RealQwenVLDataset(args.cache_dir)
     head = load_head(args.head, dataset, device=device, model=args.head_model)
     train, val = loaders_of(dataset, args, device)
-    print(f"{dataset.label}; head {head.name}, {args.probes} probes of "
-          f"{train.num_images} training images")  # fmt: skip
+    probes = f"{args.probes} probes of {train.num_images} training images"
+    print(f"{dataset.label}; head {head.name}, {probes}")
     path.parent.mkdir(parents=True, exist_ok=True)
     header = {
         "head": head.name,
@@ -128,15 +123,14 @@ def loaders_of(
     dataset: RealQwenVLDataset, args: argparse.Namespace, device: torch.device
 ) -> tuple[BatchLoader, BatchLoader]:
     """Loaders of training and validation images, of at most --images each, drawn by --seed."""
-    loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
+    loaders = create_data_loaders_real(dataset, args.batch_size, seed=args.seed, device=device)
     if args.images is None:
         return loaders.train, loaders.val
     chosen = []
     for rows in (dataset.split.train, dataset.split.val):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(args.seed))
         chosen.append(rows[order[: args.images].sort().values])
-    return (BatchLoader(dataset, chosen[0], args.batch_size, device, shuffle_seed=args.seed),
-            BatchLoader(dataset, chosen[1], args.batch_size, device))  # fmt: skip
+    return loaders.train.only(chosen[0]), loaders.val.only(chosen[1])
 
 
 def sum_gradients(
@@ -188,20 +182,15 @@ class PartialWork:
             raise UserError(f"{path} is damaged ({error}): {remedy}") from None
         if said.get(CONTENT_HASH) != content_sha256(total, said):
             raise UserError(f"{path} is damaged (its content hash is another): {remedy}")
-        if different := first_difference(json.loads(said["header"]), header):
-            key, before, now = different
-            raise UserError(
-                f"{path} was begun with {key} = {before}, now it is {now}: type the same command "
-                f"again to go on, or {remedy}"
-            )
+        check_same_header(str(path), json.loads(said["header"]), header, remedy)
         images, tokens = json.loads(said["done"])
         work.sum, work.validation = MomentSum(total, images, tokens), json.loads(said["validation"])
         return work
 
     def save(self) -> None:
         total = self.sum.total.cpu()
-        said = {"header": self.header, "done": [self.sum.images, self.sum.tokens],
-                "validation": self.validation}  # fmt: skip
+        done = [self.sum.images, self.sum.tokens]
+        said = {"header": self.header, "done": done, "validation": self.validation}
         said = {key: json.dumps(value) for key, value in said.items()}
         save_tensors(
             self.path, {"total": total}, said | {CONTENT_HASH: content_sha256(total, said)}
@@ -219,22 +208,15 @@ class PartialWork:
         return self.validation[label]
 
 
-@torch.inference_mode()
 def validation_errors(
     head: TaskHead, loader: BatchLoader, metric: TaskMetric | None, label: str
 ) -> list[float]:
     """Mean task error at the ranks JUDGED_AT, of the metric's SVD or (None) of the plain one."""
-    errors = []
-    for batch in loader.with_progress(f"{label}, validation"):
-        full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
-        found = []
-        for rank in JUDGED_AT:
-            rank = min(rank, *batch.x.shape[-2:])
-            a, b = metric_svd(batch.x, rank, metric) if metric else gram_eigh(batch.x, rank)
-            tokens = denormalise(a @ b, batch.mean, batch.std)
-            found.append(head.error(head.outputs(tokens, batch.rows), full))
-        errors.append(torch.stack(found, dim=-1))
-    return torch.cat(errors).mean(0).tolist()
+    svd = partial(metric_svd, metric=metric) if metric else gram_eigh
+    ranks = [min(r, loader.dataset.num_tokens, loader.dataset.feature_dim) for r in JUDGED_AT]
+    batches = loader.with_progress(f"{label}, validation")
+    errors = task_errors({"svd": svd}, head, batches, ranks)
+    return [float(errors[rank]["svd"].mean()) for rank in ranks]
 
 
 if __name__ == "__main__":

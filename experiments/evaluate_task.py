@@ -28,6 +28,8 @@ from common.errors import UserError
 from common.files import sha256_file, write_json
 from common.locks import sole_writer
 from common.partial_results import PartialResults
+from common.tables import print_columns
+from experiments.benchmark import checked_ranks
 from experiments.task_measures import (
     FULL,
     Found,
@@ -44,12 +46,11 @@ from figures import task_sweep
 from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import (
     Batch,
-    BatchLoader,
     Loaders,
     RealQwenVLDataset,
     create_data_loaders_real,
 )
-from svd_baseline import gram_eigh, summarise
+from svd_baseline import gain_text, gram_eigh, summarise
 from task.heads import Score, TaskHead
 from task.load_head import HEADS, load_head
 from task.metric import (
@@ -63,48 +64,36 @@ from task.refinement import refine_factors
 from training.checkpoint import load_model
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Measure what a task's head makes of compressed tokens.",
         epilog="example:\n"
         "  python -m experiments.evaluate_task --metric metrics/saliency.safetensors",
     )
-    task = parser.add_argument_group("head, metric and what is measured")
-    task.add_argument("--head", choices=HEADS, default="saliency", help="whose output counts")
-    task.add_argument("--head_model", type=cli.name, default=None, metavar="NAME",
-                        help="of qwen-answer: folder or hub id of the whole checkpoint; default "
-                             "the cache's encoder")  # fmt: skip
-    task.add_argument(
-        "--metric",
-        type=cli.name,
-        required=True,
-        metavar="FILE",
-        help="of experiments.estimate_metric",
+    task = parser.flags("head, metric and what is measured")
+    task("--head", HEADS, "saliency", "whose output counts")
+    task("--head_model")
+    task("--metric", required=True)
+    task("--arch")
+    task("--task_results_dir", cli.folder)("results folder of the network trained with --task_head")
+    task("--ranks", cli.count, [2, 4, 8, 16, 32, 64, 128], "ranks to evaluate")
+    task("--head_steps", cli.whole, 0)(
+        "also: A and B refined by K gradient steps of the head on each image (K + 1 forward, K "
+        "backward passes), the plain SVD's too"
     )
-    task.add_argument("--arch", type=cli.name, default="ResMLP", help="architecture of the network")
-    task.add_argument("--task_results_dir", type=cli.folder, default=None, metavar="DIR",
-                        help="results folder of the network trained with --task_head")  # fmt: skip
-    task.add_argument("--ranks", type=cli.number(int, 1), nargs="+", metavar="R",
-                        default=[2, 4, 8, 16, 32, 64, 128], help="ranks to evaluate")  # fmt: skip
-    task.add_argument("--head_steps", type=cli.number(int, 0), default=0, metavar="K",
-                        help="also: A and B refined by K gradient steps of the head on each image "
-                             "(K + 1 forward, K backward passes), the plain SVD's too")  # fmt: skip
-    task.add_argument("--bound", type=cli.number(float, above=0, below=1), nargs="+",
-                        default=[0.2, 0.1, 0.05], metavar="E",
-                        help="task errors whose rank is predicted for each image")  # fmt: skip
-    task.add_argument("--confidence", type=cli.number(float, above=0, below=1), default=0.9,
-                        metavar="Q",
-                        help="share of validation images and ranks whose error the prediction "
-                             "must cover")  # fmt: skip
-    task.add_argument("--answers", action="store_true",
-                        help="also generate the answers and score them (qwen-answer)")  # fmt: skip
-    task.add_argument("--boxes", action="store_true",
-                        help="also ask where the answer stands, and score the overlap with the "
-                             "row's box (qwen-answer)")  # fmt: skip
-    task.add_argument("--images", type=cli.number(int, 1), default=None, metavar="N",
-                        help="only so many test images, and at most as many for validation, "
-                             "spread over their groups")  # fmt: skip
-    task.add_argument("--batch_size", type=cli.number(int, 1), default=8, help="images at once")
+    bounds = [0.2, 0.1, 0.05]
+    task("--bound", cli.fraction, bounds, "task errors whose rank is predicted for each image")
+    task("--confidence", cli.fraction, 0.9)(
+        "share of validation images and ranks whose error the prediction must cover"
+    )
+    task.switch("--answers", "also generate the answers and score them (qwen-answer)")
+    task.switch("--boxes")(
+        "also ask where the answer stands, and score the overlap with the row's box (qwen-answer)"
+    )
+    task("--images")(
+        "only so many test images, and at most as many for validation, spread over their groups"
+    )
+    task("--batch_size")
     cli.add_evaluation_flags(parser, metric=False)
     return parser
 
@@ -115,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     arch = canonical_arch(args.arch)
     device = cli.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
-    ranks = evaluated_ranks(args, min(dataset.num_tokens, dataset.feature_dim))
+    ranks = checked_ranks(args, min(dataset.num_tokens, dataset.feature_dim))
     metric = load_metric(args.metric, dataset).to(device)
     paths = network_paths(args)
     networks = {name: load_model(path, device, dataset)[0] for name, path in paths.items()}
@@ -146,16 +135,11 @@ def main(args: argparse.Namespace) -> None:
         results["seconds"] = round(time.perf_counter() - started, 1)
         write_json(folder / "task_sweep.json", results)
         task_sweep.task_sweep(folder / "task_sweep.png", results, head.output, footer)
+        task_sweep.task_calibration(
+            folder / "task_calibration.png", results["rank_per_image"], footer
+        )
         partial.remove()
-    print(f"wrote {folder}/task_sweep.json and task_sweep.png")
-
-
-def evaluated_ranks(args: argparse.Namespace, limit: int) -> list[int]:
-    """--ranks in order. Raises UserError where one that was typed is out of range."""
-    ranks = [r for r in sorted(set(args.ranks)) if r <= limit]
-    if len(ranks) < len(set(args.ranks)) and "ranks" in args.typed:
-        raise UserError(f"--ranks {max(args.ranks)} is out of range: type 1 to {limit}")
-    return ranks
+    print(f"wrote {folder}/task_sweep.json, task_sweep.png and task_calibration.png")
 
 
 def network_paths(args: argparse.Namespace) -> dict[str, Path]:
@@ -188,12 +172,7 @@ def evaluated_images(
     if args.images is None:
         return loaders
     val, test = (
-        BatchLoader(
-            dataset,
-            spread_over_groups(dataset, loader.sampler.rows, args.images),
-            args.batch_size,
-            device,
-        )
+        loader.only(spread_over_groups(dataset, loader.sampler.rows, args.images))
         for loader in (loaders.val, loaders.test)
     )
     return loaders._replace(val=val, test=test)
@@ -249,11 +228,8 @@ def evaluate(
 
     def of_test(batch: Batch) -> Found:
         found = judge_factors(methods, head, dataset, batch, ranks, scores)
-        return (
-            found
-            | judge_fewer_tokens(head, dataset, batch, ranks)
-            | score_full_tokens(scores, batch)
-        )
+        found |= judge_fewer_tokens(head, dataset, batch, ranks)
+        return found | score_full_tokens(scores, batch)
 
     def of_val(batch: Batch) -> Found:
         alone = {"svd_in_metric": methods["svd_in_metric"]}
@@ -262,6 +238,9 @@ def evaluate(
     on_test = measure(partial, "test", loaders.test, of_test)
     on_val = measure(partial, "validation", loaders.val, of_val)
     groups = dataset.rows["group"].take(loaders.test.sampler.rows.tolist()).to_pylist()
+    found = on_val["svd_in_metric"], on_test["svd_in_metric"]
+    wanted = args.bound, args.confidence
+    per_image = rank_per_image(head, metric, loaders.val, loaders.test, *found, *wanted)
     return {
         "head": head.name,
         "head_sha256": head.sha256,
@@ -274,30 +253,11 @@ def evaluate(
         "data": dataset.label,
         "methods": summarise_methods(on_test, groups),
         FULL: {name: summarise(value) for name, value in on_test[FULL][0].measures.items()},
-        "rank_per_image": rank_per_image(
-            head, metric, loaders.val, loaders.test, on_val["svd_in_metric"],
-            on_test["svd_in_metric"], args.bound, args.confidence,
-        ),
-    }  # fmt: skip
+        "rank_per_image": per_image,
+    }
 
 
 # --------------------------------------------------------------------------------------- results
-
-
-def gain_text(gain: dict | None) -> str:
-    if gain is None or gain["mean"] is None:
-        return "-"
-    # + 0.0: as little below as above is 0.0 and not -0.0
-    mean, *ends = (f"{round(v, 1) + 0.0:.1f}" for v in (gain["mean"], *(gain["interval_95"] or [])))
-    return f"{mean} [{', '.join(ends)}]" if ends else mean
-
-
-def print_columns(rows: list[list[str]]) -> None:
-    """The first column to the left, the others to the right, each as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *cells in rows:
-        line = "".join(f"  {c:>{w}}" for c, w in zip(cells, widths[1:], strict=True))
-        print(f"{first:{widths[0]}}{line}")
 
 
 def print_tables(results: dict) -> None:
@@ -314,8 +274,8 @@ def print_tables(results: dict) -> None:
         ):
             if any(e and key in e for e in entries):
                 rows.append([words, *(gain_text(e and e.get(key)) for e in entries)])
-    print("task error, mean over test images; below it, by how many per cent it is below another's "
-          "[approximate 95 % interval]")  # fmt: skip
+    below = "by how many per cent it is below another's [approximate 95 % interval]"
+    print(f"task error, mean over test images; below it, {below}")
     print_columns(rows)
     if results["loss_name"]:
         print(f"{results['loss_name']}, mean over test images")
@@ -334,11 +294,11 @@ def print_tables(results: dict) -> None:
                 rows.append([name, *(f"{e['mean']:.4f}" if e else "-" for e in found)])
         print_columns(rows)
     for side, entry in results["methods"].get("token_averaging", {}).items():
-        print(f"tokens averaged {side} × {side}: {entry['task_error']['mean']:.5f} at "
-              f"{entry['bytes'] / 1e3:.0f} kB")  # fmt: skip
+        error, kilobytes = entry["task_error"]["mean"], entry["bytes"] / 1e3
+        print(f"tokens averaged {side} × {side}: {error:.5f} at {kilobytes:.0f} kB")
     for bound, entry in results["rank_per_image"]["bounds"].items():
-        print(f"task error ≤ {bound}: predicted ranks {entry['rank']['mean']:.1f} on average, "
-              f"{100 * entry['within']:.0f} % of the images within")  # fmt: skip
+        rank, within = entry["rank"]["mean"], f"{100 * entry['within']:.0f} % of the images within"
+        print(f"task error ≤ {bound}: predicted ranks {rank:.1f} on average, {within}")
 
 
 if __name__ == "__main__":

@@ -23,25 +23,24 @@ from qwenvl_dataloader import RealQwenVLDataset
 from task.metric import cache_hashes, load_metric
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Fit the codec of factors on the training images of a feature cache.",
         epilog="example:\n  python -m experiments.fit_codec --out codecs/demo.safetensors",
     )
-    codec = parser.add_argument_group("codec")
-    codec.add_argument("--cache_dir", type=cli.folder, default="feature_cache_real",
-                       help="feature cache to read")  # fmt: skip
-    codec.add_argument("--metric", type=cli.name, default=None, metavar="FILE",
-                       help="of experiments.estimate_metric: code X M^½")  # fmt: skip
-    codec.add_argument("--out", type=cli.name, default=None,
-                       help="file; default codecs/<cache's kind>.safetensors, with the head's name "
-                            "where there is a metric")  # fmt: skip
-    codec.add_argument("--images", type=cli.number(int, 1), default=None, metavar="N",
-                       help="so many training images, spread over all of them; default all: what "
-                            "more bring is in docs/task_and_bytes.md")  # fmt: skip
-    codec.add_argument("--batch_size", type=cli.number(int, 1, 65536), default=8,
-                       help="images at once")  # fmt: skip
-    codec.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
+    codec = parser.flags("codec")
+    codec("--cache_dir")
+    codec("--metric", help="of experiments.estimate_metric: code X M^½")
+    codec("--out", cli.file)(
+        "file; default codecs/<cache's kind>.safetensors, with the head's name where there is a "
+        "metric"
+    )
+    codec("--images")(
+        "so many training images, spread over all of them; default all: what more bring is in "
+        "docs/task_and_bytes.md"
+    )
+    codec("--batch_size")
+    codec("--device")
     return parser
 
 
@@ -54,9 +53,11 @@ def main(args: argparse.Namespace) -> None:
     if path.is_dir() or any(p.is_file() for p in path.parents):
         raise UserError(f"--out {path} cannot be a file there: name another")
     rows = dataset.split.train
+    # its tables are of one grid, and read on any
+    rows = rows[[dataset.grids[row] == dataset.grid for row in rows.tolist()]]
     if args.images and args.images < len(rows):
         rows = rows[torch.arange(args.images) * len(rows) // args.images]
-    print(f"{dataset.label}; {len(rows)} training images")
+    print(f"{dataset.label}; {len(rows)} training images of {dataset.grid[0]} x {dataset.grid[1]}")
 
     passes = iter(("directions", "variances"))
 

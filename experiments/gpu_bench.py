@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import UserError
-from common.timing import synchronise, warm_up
+from common.timing import Timing, synchronise, warm_up
 from qwenvl_dataloader import RealQwenVLDataset, normalise
 
 # what a check may raise and leave the others something to do; a bug of ours is among it, and shows
@@ -57,8 +57,6 @@ class Setting:
     tiny: bool
     cache_dir: str
     tokens_file: str | None
-    limit: float  # seconds of this part
-    begun: float = field(default_factory=time.time)
 
     @property
     def device(self) -> torch.device:
@@ -67,10 +65,6 @@ class Setting:
     @property
     def sizes(self) -> Sizes:
         return TINY if self.tiny else FULL
-
-    @property
-    def seconds_left(self) -> float:
-        return self.limit - (time.time() - self.begun)
 
     @cached_property
     def found_tokens(self) -> tuple[Tensor, str]:
@@ -93,8 +87,7 @@ class Setting:
         time whatever the values; iterations of an SVD or an eigensolver may not.
         """
         found = self.found_tokens[0][:batch].float()
-        repeats = [-(-want // have) for want, have in zip((tokens, features), found.shape[1:],
-                                                          strict=True)]  # fmt: skip
+        repeats = -(-tokens // found.shape[1]), -(-features // found.shape[2])
         found = found.repeat(1, *repeats)[:, :tokens, :features]
         generator = torch.Generator().manual_seed(1)
         noise = torch.randn(found.shape, generator=generator) * found.std()
@@ -106,10 +99,7 @@ class Setting:
             raise Skipped(f"{what} needs CUDA")
 
 
-def row(
-    what: str, value: float | str | None = None, unit: str = "", note: str = "",
-    status: str = "measured",
-) -> dict:  # fmt: skip
+def row(what: str, value: float | str | None = None, unit="", note="", status="measured") -> dict:
     """One line of the table. status: measured, ok, differs, failed or skipped."""
     return {"what": what, "status": status, "value": value, "unit": unit, "note": note}
 
@@ -130,10 +120,8 @@ def rows_of(part: str, module: str, setting: Setting) -> Iterator[dict]:
     for what, check in checks.items():
         try:
             yield from check(setting)
-        except Skipped as reason:
+        except (Skipped, ImportError) as reason:
             yield row(what, note=str(reason), status="skipped")
-        except ImportError as error:
-            yield row(what, note=f"cannot import: {error}", status="skipped")
         except FAILURES as error:
             yield row(what, note=error_line(error), status="failed")
         if setting.device.type == "cuda":
@@ -146,15 +134,14 @@ def error_line(error: Exception) -> str:
     return f"{type(error).__name__}: {line}"
 
 
-class Time(NamedTuple):
-    """Of one call."""
+def speed(what: str, count: int, time: Timing, note: str, unit: str = "images/s") -> Iterator[dict]:
+    """Rows: `count` things a call, and on CUDA what memory that takes."""
+    yield row(what, count / time.median, unit, note)
+    if time.peak_mb is not None:
+        yield row(f"{what}: peak memory beside the weights", time.peak_mb, "MiB")
 
-    seconds: float  # median of the repeats
-    repeats: int
-    peak_mb: float | None  # CUDA memory above what was there before, 2^20 bytes
 
-
-def timed(call: Callable[[], object], setting: Setting) -> Time:
+def timed(call: Callable[[], object], setting: Setting) -> Timing:
     """Warmed up, synchronised, repeated 3 to 30 times or for `sizes.seconds`."""
     device = setting.device
     peak = warm_up(call, device)
@@ -167,7 +154,7 @@ def timed(call: Callable[[], object], setting: Setting) -> Time:
         seconds.append(time.perf_counter() - start)
         if sum(seconds) > 2 * setting.sizes.seconds:
             break  # a slow one: fewer than three
-    return Time(sorted(seconds)[len(seconds) // 2], len(seconds), peak)
+    return Timing(seconds, peak)
 
 
 def largest_batch(call: Callable[[int], object], full: int, setting: Setting) -> int:

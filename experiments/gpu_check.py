@@ -41,33 +41,27 @@ STARTS_IN = 25  # seconds until torch and transformers are there: less is left t
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "pyarrow", "constriction")
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Check and time every CUDA path in one call: results equal to the CPU's,\n"
         "training, factorisations, extraction, language model, codec.",
         epilog="examples:\n  python -m experiments.gpu_check --out gpu_check\n"
         "  python -m experiments.gpu_check --out check --parts correctness --sizes tiny",
     )
-    what = parser.add_argument_group("what is run")
-    what.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
-                      help=", ".join(PARTS))  # fmt: skip
-    what.add_argument("--sizes", choices=("auto", "full", "tiny"), default="auto",
-                      help="auto: those of the 3B model on CUDA, tiny ones elsewhere")  # fmt: skip
-    what.add_argument("--time_limit", type=cli.number(float, 1), default=540.0,
-                      help="seconds of all parts together")  # fmt: skip
-    what.add_argument("--in_process", action="store_true",
-                      help="parts in this process, without limits of their own")  # fmt: skip
-    where = parser.add_argument_group("files and device")
-    where.add_argument("--out", type=cli.folder, default="gpu_check",
-                       help="folder of the two files that are written")  # fmt: skip
-    where.add_argument("--device", type=cli.name, default="auto", help="auto, cpu, cuda or cuda:N")
-    where.add_argument("--cache_dir", type=cli.folder, default="feature_cache_real",
-                       help="cache whose first images' tokens are used, if it exists")  # fmt: skip
-    where.add_argument("--tokens", type=cli.name, default=None, metavar="FILE",
-                       help="what --pack wrote, instead of a cache")  # fmt: skip
-    where.add_argument("--pack", type=cli.number(int, 1, 64), default=None, metavar="N",
-                       help="only write the tokens of the cache's first N images to "
-                       "OUT/tokens.safetensors")  # fmt: skip
+    what = parser.flags("what is run")
+    what("--parts", PARTS, list(PARTS), ", ".join(PARTS), metavar="PART")
+    sizes = ("auto", "full", "tiny")
+    what("--sizes", sizes, "auto", "auto: those of the 3B model on CUDA, tiny ones elsewhere")
+    what("--time_limit", cli.Number(float, 1), 540.0, "seconds of all parts together")
+    what.switch("--in_process", "parts in this process, without limits of their own")
+    where = parser.flags("files and device")
+    where("--out", cli.folder, "gpu_check", "folder of the two files that are written")
+    where("--device")
+    where("--cache_dir", help="cache whose first images' tokens are used, if it exists")
+    where("--tokens", cli.file, None, "what --pack wrote, instead of a cache")
+    where("--pack", cli.Number(int, 1, 64))(
+        "only write the tokens of the cache's first N images to OUT/tokens.safetensors"
+    )
     return parser
 
 
@@ -95,8 +89,8 @@ def main(args: argparse.Namespace) -> int:
     rows = [row for part in report["parts"] for row in part["rows"]]
     wrong = [r for r in rows if r["status"] in ("failed", "differs")]
     broken = [p for p in report["parts"] if p["status"] != "done"]
-    print(f"wrote {out}/gpu_check.json and gpu_check.md: {len(rows)} rows, {len(wrong)} of them "
-          f"failed or differ, {len(broken)} parts not done")  # fmt: skip
+    found = f"{len(rows)} rows, {len(wrong)} of them failed or differ, {len(broken)} parts not done"
+    print(f"wrote {out}/gpu_check.json and gpu_check.md: {found}")
     return 1 if wrong or broken else 0
 
 
@@ -156,7 +150,7 @@ def run_part(args: argparse.Namespace, name: str, out: Path, limit: float) -> di
     path.unlink(missing_ok=True)
     device = cli.pick_device(args.device)
     tiny = sizes_of(args, device) == "tiny"
-    setting = gpu_bench.Setting(str(device), tiny, args.cache_dir, args.tokens, limit)
+    setting = gpu_bench.Setting(str(device), tiny, args.cache_dir, args.tokens)
     status = "done"
     if args.in_process:
         work(name, setting, path)
@@ -198,8 +192,8 @@ def as_markdown(report: dict) -> str:
             value = row["value"]
             shown = f"{value:.4g}" if isinstance(value, float) else "" if value is None else value
             note = str(row["note"]).replace("|", "/")
-            lines.append(f"| {part['name']} | {row['what']} | {row['status']} | {shown} "
-                         f"| {row['unit']} | {note} |")  # fmt: skip
+            cells = part["name"], row["what"], row["status"], shown, row["unit"], note
+            lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 

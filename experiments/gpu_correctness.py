@@ -35,10 +35,11 @@ def new_run(setting: Setting, device: torch.device, *flags: str) -> TrainState:
     args = cli.parse(train_real_data.get_args_parser(), argv)
     args.arch = train_real_data.canonical_arch(args.arch)
     none = torch.zeros(0, dtype=torch.int64)  # rows: the batch is given, no cache is read
-    dataset = SimpleNamespace(
-        feature_dim=sizes.features, num_tokens=sizes.tokens, manifest={"encoder": {"id": "check"}},
-        split=SimpleNamespace(hash="check", train=none, val=none), is_demo=False, rows=pa.table({}),
-    )  # fmt: skip
+    dataset = SimpleNamespace(feature_dim=sizes.features, num_tokens=sizes.tokens)
+    dataset.grid = (1, sizes.tokens)  # as of `new_batch`
+    dataset.manifest, dataset.is_demo = {"encoder": {"id": "check"}}, False
+    dataset.split = SimpleNamespace(hash="check", train=none, val=none)
+    dataset.rows = pa.table({})
     run = build_run(args, dataset, device)
     run.model.train()
     return run
@@ -51,7 +52,8 @@ def new_batch(setting: Setting, device: torch.device, images: int) -> Batch:
     sigma = sigma.repeat(-(-images // len(sigma)), 1)[:images]
     ones = torch.ones(images, setting.sizes.tokens, 1, device=device)
     rows = torch.arange(images, device=device)
-    return Batch(rows, x.to(device), 0 * ones, ones, sigma.to(device), images, 1.0)
+    grid = (1, x.shape[1])
+    return Batch(rows, x.to(device), 0 * ones, ones, sigma.to(device), images, 1.0, grid)
 
 
 def check_orth(setting: Setting) -> Iterator[dict]:
@@ -69,8 +71,8 @@ def check_orth(setting: Setting) -> Iterator[dict]:
     names = ("orth: Q, float64", "orth: its gradient")
     for name, cpu, other in zip(names, *found, strict=True):
         scale = float(cpu.abs().max())
-        yield compared(name, float((cpu - other).abs().max()) / scale, 1e-9,
-                       "with dependent and zero columns; largest entry = 1")  # fmt: skip
+        note = "with dependent and zero columns; largest entry = 1"
+        yield compared(name, float((cpu - other).abs().max()) / scale, 1e-9, note)
 
 
 def check_refine(setting: Setting) -> Iterator[dict]:
@@ -112,11 +114,10 @@ def check_training_step(setting: Setting) -> Iterator[dict]:
     ):
         loss_cpu, gradient_cpu = step_gradients(setting, CPU, *flags)
         loss, gradient = step_gradients(setting, setting.device, *flags)
-        yield compared(f"training step, {name}: reconstruction loss, relative",
-                       abs(loss - loss_cpu) / abs(loss_cpu), of_loss)  # fmt: skip
-        difference = (gradient - gradient_cpu).norm() / gradient_cpu.norm()
-        yield compared(f"training step, {name}: gradient, ‖difference‖ / ‖gradient‖",
-                       float(difference), of_gradient)  # fmt: skip
+        what, apart = f"training step, {name}", abs(loss - loss_cpu) / abs(loss_cpu)
+        yield compared(f"{what}: reconstruction loss, relative", apart, of_loss)
+        apart = float((gradient - gradient_cpu).norm() / gradient_cpu.norm())
+        yield compared(f"{what}: gradient, ‖difference‖ / ‖gradient‖", apart, of_gradient)
 
 
 def weights_after(run: TrainState, batch: Batch, steps: int) -> Tensor:
@@ -147,23 +148,24 @@ def check_resume(setting: Setting) -> Iterator[dict]:
     other = new_run(setting, setting.device, *flags)
     other.restore(state)
     resumed = weights_after(other, batch, 2)
-    yield compared("resume from a file after 2 of 4 steps, weights",
-                   float((resumed - unbroken).abs().max()), 0.0)  # fmt: skip
+    apart = float((resumed - unbroken).abs().max())
+    yield compared("resume from a file after 2 of 4 steps, weights", apart, 0.0)
 
 
 def check_waits(setting: Setting) -> Iterator[dict]:
     """A step without an eigenproblem waits for nothing; with one, where it waits is listed."""
     setting.need_cuda("torch.cuda.set_sync_debug_mode")
     batch = new_batch(setting, setting.device, setting.sizes.batches[0])
-    for name, flags in (("p = 0", ("--oversample", "0")), ("direct", ("--factors", "direct")),
-                        ("default p", ()), ("AdaLoRA", ("--arch", "AdaLoRA"))):  # fmt: skip
-        run = new_run(setting, setting.device, *flags)
+    runs = {"p = 0": "--oversample 0", "direct": "--factors direct"}
+    runs |= {"default p": "", "AdaLoRA": "--arch AdaLoRA"}
+    for name, flags in runs.items():
+        run = new_run(setting, setting.device, *flags.split())
         weights_after(run, batch, 2)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             step_in_mode("warn", run, batch)
-        places = {f"{Path(w.filename).name}:{w.lineno}" for w in caught
-                  if "synchroniz" in str(w.message)}  # fmt: skip
+        waits = [w for w in caught if "synchroniz" in str(w.message)]
+        places = {f"{Path(w.filename).name}:{w.lineno}" for w in waits}
         note, status = ", ".join(sorted(places)) or "none", "measured"
         if name in ("p = 0", "direct"):  # elsewhere the eigensolver's status is read on the host
             status = "ok"

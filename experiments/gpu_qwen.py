@@ -6,7 +6,6 @@ config.json of Qwen2.5-VL-3B-Instruct; nothing that is computed here is an answe
 
 from __future__ import annotations
 
-import inspect
 import json
 import tempfile
 from collections.abc import Iterator
@@ -21,36 +20,25 @@ from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForCondit
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 
-from experiments.gpu_bench import Setting, compared, row, timed
+from experiments.gpu_bench import Setting, compared, row, speed, timed
 from features.encoders import load_encoder
 
-# config.json of Qwen/Qwen2.5-VL-3B-Instruct
-VISION = {
-    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-    "out_hidden_size": 2048, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2,
-    "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "hidden_act": "silu",
-}  # fmt: skip
-TEXT = {
-    "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
-    "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
-}  # fmt: skip
-TINY_VISION = VISION | {
-    "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 64,
-    "fullatt_block_indexes": [1],
-}  # fmt: skip
-TINY_TEXT = TEXT | {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 96,
-    "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6},
-}  # fmt: skip
-PREPROCESSOR = {
-    "min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2,
-    "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "image_processor_type": "Qwen2VLImageProcessor",
-}  # fmt: skip
+# config.json and preprocessor_config.json of Qwen/Qwen2.5-VL-3B-Instruct
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, hidden_act="silu")
+VISION |= dict(out_hidden_size=2048, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+VISION |= dict(window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+TINY_VISION = VISION | dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2)
+TINY_VISION |= dict(out_hidden_size=64, fullatt_block_indexes=[1])
+TEXT = dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, vocab_size=151936)
+TEXT |= dict(num_attention_heads=16, num_key_value_heads=2, tie_word_embeddings=True)
+ROPE = dict(rope_type="default", mrope_section=[16, 24, 24], rope_theta=1e6)
+TEXT["rope_parameters"] = ROPE
+TINY_TEXT = TEXT | dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=96)
+TINY_TEXT |= dict(num_attention_heads=4, rope_parameters=ROPE | dict(mrope_section=[2, 3, 3]))
+PREPROCESSOR = dict(min_pixels=3136, max_pixels=12845056, patch_size=14, temporal_patch_size=2)
+PREPROCESSOR |= dict(merge_size=2, image_processor_type="Qwen2VLImageProcessor")
+PREPROCESSOR["image_mean"] = [0.48145466, 0.4578275, 0.40821073]
+PREPROCESSOR["image_std"] = [0.26862954, 0.26130258, 0.27577711]
 PROMPT_TOKENS = 40  # beside the image: template, question
 NEW_TOKENS = 32
 RANDOM = "random weights"
@@ -116,6 +104,12 @@ def count(module: nn.Module) -> float:
     return sum(p.numel() for p in module.parameters())
 
 
+def memory_of_weights(what: str, setting: Setting) -> Iterator[dict]:
+    if setting.device.type == "cuda":
+        used = torch.cuda.memory_allocated(setting.device) / 2**20
+        yield row(f"{what}: memory of its weights", used, "MiB", RANDOM)
+
+
 def check_tower(setting: Setting) -> Iterator[dict]:
     """features.encoders' own path: what extract_features.py computes for a batch of images."""
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +118,7 @@ def check_tower(setting: Setting) -> Iterator[dict]:
     yield row("tower: parameters", count(encoder.tower) / 1e6, "million", RANDOM)
     image = Image.linear_gradient("L").convert("RGB").resize((640, 480))
     time = timed(partial(encoder.preprocess, image), setting)
-    yield row("preprocessing on one CPU thread", 1 / time.seconds, "images/s", "640 × 480, in PIL")
+    yield row("preprocessing on one CPU thread", 1 / time.median, "images/s", "640 × 480, in PIL")
     one = encoder.preprocess(image)
     for batch in setting.sizes.encode_batches:
         pixels = one.expand(batch, *one.shape).contiguous()
@@ -132,9 +126,7 @@ def check_tower(setting: Setting) -> Iterator[dict]:
             pixels = pixels.pin_memory()
         time = timed(partial(encoder.encode, pixels), setting)
         note = f"{RANDOM}; {encoder.dtype}, copy of the pixels included"
-        yield row(f"tower, batch {batch}", batch / time.seconds, "images/s", note)
-        if time.peak_mb is not None:
-            yield row(f"tower, batch {batch}: peak memory beside the weights", time.peak_mb, "MiB")
+        yield from speed(f"tower, batch {batch}", batch, time, note)
     two = one.expand(2, *one.shape).clone()
     two[1] = two[1].flip(0)
     apart = torch.cat([encoder.encode(image[None]) for image in two]).float()
@@ -152,18 +144,15 @@ def check_whole_model(setting: Setting) -> Iterator[dict]:
     pixels = torch.randn(side * side, 3 * 2 * 14 * 14, device=setting.device)
     pixels = pixels.to(precision(setting))
     yield row("whole model: parameters", count(model) / 1e6, "million", RANDOM)
-    if setting.device.type == "cuda":
-        used = torch.cuda.memory_allocated(setting.device) / 2**20
-        yield row("whole model: memory of its weights", used, "MiB", RANDOM)
+    yield from memory_of_weights("whole model", setting)
     with torch.inference_mode():
         time = timed(lambda: model.model.get_image_features(pixels, grid), setting)
         note = f"{RANDOM}; transformers' sdpa, a call for each attention window"
-        yield row("whole model loaded, tower, one image at a time", 1 / time.seconds, "images/s",
-                  note)  # fmt: skip
+        yield from speed("whole model loaded, tower, one image at a time", 1, time, note)
         inputs = {"pixel_values": pixels, **prompt(model, setting, side * side // 4)}
         time = timed(lambda: model(**inputs, image_grid_thw=grid, logits_to_keep=1), setting)
-        yield row("whole model, image and prompt, one at a time", 1 / time.seconds, "images/s",
-                  f"{RANDOM}; every layer, {PROMPT_TOKENS} tokens of text")  # fmt: skip
+        note = f"{RANDOM}; every layer, {PROMPT_TOKENS} tokens of text"
+        yield from speed("whole model, image and prompt, one at a time", 1, time, note)
 
 
 def prompt(model: nn.Module, setting: Setting, image_tokens: int) -> dict:
@@ -173,10 +162,7 @@ def prompt(model: nn.Module, setting: Setting, image_tokens: int) -> dict:
     ids[:, 4] = config.vision_start_token_id
     ids[:, 5 : 5 + image_tokens] = config.image_token_id
     ids[:, 5 + image_tokens] = config.vision_end_token_id
-    kinds = (ids == config.image_token_id).int()
-    accepted = inspect.signature(model.forward).parameters
-    types = {"mm_token_type_ids": kinds} if "mm_token_type_ids" in accepted else {}
-    return {"input_ids": ids, **types}
+    return {"input_ids": ids, "mm_token_type_ids": (ids == config.image_token_id).int()}
 
 
 def check_language_model(setting: Setting) -> Iterator[dict]:
@@ -187,36 +173,19 @@ def check_language_model(setting: Setting) -> Iterator[dict]:
     width = model.config.text_config.hidden_size
     tokens = torch.randn(side * side, width, device=setting.device)
     inputs = prompt(model, setting, side * side)
-    if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
-        inputs["image_grid_thw"] = torch.tensor([[1, 2 * side, 2 * side]], device=setting.device)
-        outputs = BaseModelOutputWithPooling(pooler_output=(tokens,))
-        inputs["mm_encoder_outputs"] = {"image": outputs}
-        how = "tokens by mm_encoder_outputs"
-    else:
-        places = inputs["input_ids"][0] == model.config.image_token_id
-        embedded = model.get_input_embeddings()(inputs.pop("input_ids"))
-        embedded[0, places] = tokens.to(embedded.dtype)
-        inputs = {"inputs_embeds": embedded}
-        how = "tokens by inputs_embeds: this transformers has no mm_encoder_outputs, which the "
-        how += "head qwen-answer needs"
-    if setting.device.type == "cuda":
-        used = torch.cuda.memory_allocated(setting.device) / 2**20
-        yield row("language model: memory of its weights", used, "MiB", RANDOM)
+    inputs["image_grid_thw"] = torch.tensor([[1, 2 * side, 2 * side]], device=setting.device)
+    outputs = BaseModelOutputWithPooling(pooler_output=(tokens,))
+    inputs["mm_encoder_outputs"] = {"image": outputs}
+    yield from memory_of_weights("language model", setting)
     with torch.inference_mode():
         time = timed(lambda: model(**inputs, logits_to_keep=8), setting)
-        length = side * side + PROMPT_TOKENS
-        yield row("language model, forward", 1 / time.seconds, "images/s",
-                  f"{RANDOM}; {length} tokens, batch 1; {how}")  # fmt: skip
-        if time.peak_mb is not None:
-            yield row("language model, forward: peak beside the weights", time.peak_mb, "MiB")
-        greedy = GenerationConfig(max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-                                  do_sample=False, eos_token_id=1, pad_token_id=1)  # fmt: skip
-        generate = partial(model.generate, **inputs, generation_config=greedy)
-        time = timed(generate, setting)
+        note = f"{RANDOM}; {side * side + PROMPT_TOKENS} tokens, batch 1"
+        yield from speed("language model, forward", 1, time, note)
+        length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+        greedy = GenerationConfig(do_sample=False, eos_token_id=1, pad_token_id=1, **length)
+        time = timed(partial(model.generate, **inputs, generation_config=greedy), setting)
         note = f"{RANDOM}; greedy, {NEW_TOKENS} new tokens, batch 1, prompt included"
-        yield row("language model, generation", NEW_TOKENS / time.seconds, "tokens/s", note)
-        if time.peak_mb is not None:
-            yield row("language model, generation: peak beside the weights", time.peak_mb, "MiB")
+        yield from speed("language model, generation", NEW_TOKENS, time, note, "tokens/s")
 
 
 CHECKS = {

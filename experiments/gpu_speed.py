@@ -13,27 +13,12 @@ from torch import Tensor
 from torch.autograd import DeviceType
 
 import train_real_data
-from common.timing import matmul_rates
-from experiments.benchmark import multiply_adds
-from experiments.contenders import (
-    SVD_LOWRANK_EXTRA,
-    SVD_LOWRANK_STEPS,
-    Contender,
-    network_contender,
-    svd_gesvda,
-)
-from experiments.gpu_bench import FAILURES, Setting, error_line, largest_batch, row, timed
+from common.timing import matmul_rates, matrix_products
+from experiments.contenders import Contender, network_contender, solvers
+from experiments.gpu_bench import FAILURES, Setting, error_line, largest_batch, row, speed, timed
 from experiments.gpu_correctness import new_batch, new_run
 from model import get_model_by_name
-from svd_baseline import (
-    exact_singular_values,
-    excess_pct,
-    gram_eigh,
-    optimum,
-    randomized_svd,
-    rel_error,
-    truncated_svd,
-)
+from svd_baseline import exact_singular_values, excess_pct, optimum, rel_error
 
 LARGEST_SHARES = 10  # operators that the profile lists
 
@@ -48,14 +33,10 @@ def check_training(setting: Setting) -> Iterator[dict]:
             batch = new_batch(setting, setting.device, images)
             step = partial(train_real_data.train_step, run, batch)
             time = timed(step, setting)
-            name = f"{precision}, batch {images}"
             note = f"ResMLP, r = {run.model.rank}, p = {run.model.oversample}; "
-            note += (
-                f"{time.seconds * 1e3:.2f} ms a step, {time.repeats} steps; {tokens_of(setting)}"
-            )
-            yield row(f"training, {name}", images / time.seconds, "images/s", note)
-            if time.peak_mb is not None:
-                yield row(f"peak memory of a step, {name}", time.peak_mb, "MiB")
+            note += f"{time.median * 1e3:.2f} ms a step, {len(time.seconds)} steps; "
+            note += tokens_of(setting)
+            yield from speed(f"training, {precision}, batch {images}", images, time, note)
 
 
 def check_shares(setting: Setting) -> Iterator[dict]:
@@ -63,7 +44,7 @@ def check_shares(setting: Setting) -> Iterator[dict]:
     images = setting.sizes.batches[-1]
     run, batch = new_run(setting, setting.device), new_batch(setting, setting.device, images)
     step = partial(train_real_data.train_step, run, batch)
-    wall = timed(step, setting).seconds
+    wall = timed(step, setting).median
     on_cuda = setting.device.type == "cuda"
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if on_cuda else []
@@ -78,9 +59,9 @@ def check_shares(setting: Setting) -> Iterator[dict]:
         for e in events
     }
     total = sum(own.values())
-    yield row("time in operators, of a step's wall time", 100 * total / wall, "%",
-              f"float32, batch {images}; {wall * 1e3:.2f} ms a step unprofiled, "
-              f"{1e3 * total:.2f} ms in operators while profiled")  # fmt: skip
+    note = f"float32, batch {images}; {wall * 1e3:.2f} ms a step unprofiled, "
+    note += f"{1e3 * total:.2f} ms in operators while profiled"
+    yield row("time in operators, of a step's wall time", 100 * total / wall, "%", note)
     for name in sorted(own, key=own.get, reverse=True)[:LARGEST_SHARES]:
         yield row(f"share of {name}", 100 * own[name] / total, "%", f"{1e3 * own[name]:.3f} ms")
 
@@ -99,28 +80,17 @@ def ceilings(setting: Setting) -> dict[str, float]:
     source = torch.zeros(count, dtype=torch.float16, device=setting.device)
     target = torch.empty_like(source)
     time = timed(lambda: target.copy_(source), setting)
-    return rates | {"bytes": 2 * source.numel() * source.element_size() / time.seconds}
+    return rates | {"bytes": 2 * source.numel() * source.element_size() / time.median}
 
 
 def contenders(tokens: int, features: int, rank: int, setting: Setting) -> list[Contender]:
     """The network and its rivals at one T and r; training does not change a network's time."""
     torch.manual_seed(0)
     hidden = {"hidden_dim": 16} if setting.tiny else {}
-    network = get_model_by_name(
-        "ResMLP", input_dim=features, num_tokens=tokens, rank=rank, **hidden
-    )
-    limit = min(tokens, features)
-    found = [
-        network_contender(network.to(setting.device).eval()),
-        Contender("svd_lowrank", randomized_svd, "float32", limit, steps=SVD_LOWRANK_STEPS,
-                  columns=lambda r: min(r + SVD_LOWRANK_EXTRA, limit)),
-        Contender("gram_eigh_f32", lambda x, r: gram_eigh(x, r, torch.float32), "float32", limit),
-        Contender("gram_eigh_f64", gram_eigh, "float64", limit),
-        Contender("svd", truncated_svd, "float32", limit),
-    ]  # fmt: skip
-    if setting.device.type == "cuda":  # the driver is cuSOLVER's
-        found.insert(-1, Contender("svd_gesvda", svd_gesvda, "float32", limit))
-    return found
+    shape = {"input_dim": features, "num_tokens": tokens, "rank": rank}
+    network = get_model_by_name("ResMLP", **shape, **hidden)
+    own = network_contender(network.to(setting.device).eval())
+    return [own, *solvers(min(tokens, features), setting.device)]
 
 
 def compare(
@@ -135,14 +105,14 @@ def compare(
         judged = min(batch, len(best))
         error = rel_error(x[:judged], *contender.factorise(x[:judged], rank))
         excess = float(excess_pct(error, best[:judged]).mean())
-    ms = 1e3 * time.seconds / batch
+    ms = 1e3 * time.median / batch
     moved = 4 * (tokens * features + rank * (tokens + features))  # X read, A and B written
     floors = [1e3 * moved / limits["bytes"]]
-    if counts := multiply_adds(contender, tokens, features, rank):
-        floors.append(sum(1e3 * n / limits[dtype] for dtype, n in counts.items()))
-    note = f"batch {batch} of {len(x)}, {time.repeats} calls; excess {excess:.4f} %; "
+    if counts := matrix_products(partial(call, batch)):
+        floors.append(sum(1e3 * n / limits[dtype] for dtype, n in counts.items()) / batch)
+    note = f"batch {batch} of {len(x)}, {len(time.seconds)} calls; excess {excess:.4f} %; "
     note += f"floor by bytes {floors[0]:.5f} ms"
-    note += f", by operations {floors[1]:.5f} ms" if len(floors) > 1 else ", operations not counted"
+    note += f", by products {floors[1]:.5f} ms" if len(floors) > 1 else ", no products"
     note += f": {100 * max(floors) / ms:.0f} % of the time"
     note += f"; peak {time.peak_mb:.0f} MiB" if time.peak_mb is not None else ""
     note += "; untrained" if contender.method == "network" else ""
@@ -170,8 +140,8 @@ def check_against_svd(setting: Setting) -> Iterator[dict]:
                     what = f"{contender.method}, T = {tokens}, r = {rank}"
                     yield row(what, note=error_line(error), status="failed")
         del x
-    yield row("what the values are", None, "", f"{tokens_of(setting)}, 1 % of noise added; only "
-              "what iterates (svd, eigh) can depend on them")  # fmt: skip
+    note = "1 % of noise added; only what iterates (svd, eigh) can depend on them"
+    yield row("what the values are", note=f"{tokens_of(setting)}, {note}")
 
 
 CHECKS = {

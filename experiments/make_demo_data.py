@@ -31,7 +31,7 @@ from PIL import Image
 from common import cli, progress
 from common.errors import UserError
 from common.files import atomic_path, locate
-from features.demo_signs import Box, choose_wording, place_sign
+from features.demo_signs import PixelBox, choose_wording, place_sign
 
 CROPS_PER_GROUP = 8
 JPEG_QUALITY = 90
@@ -171,7 +171,7 @@ class Sample:
     image: Image.Image
     text: str
     question: str
-    bbox: Box  # pixels
+    bbox: PixelBox  # pixels
 
 
 def render_row(seed: int, row: int) -> Sample:
@@ -274,20 +274,14 @@ def check_target(out: Path) -> Path:
 
 
 def get_args_parser() -> cli.Parser:
-    """Flags of experiments.make_demo_data."""
     parser = cli.Parser(
         description="Make the demo data set: photographs from PyPI packages with rendered signs.",
         epilog="example:\n"
         "  python -m experiments.make_demo_data && python extract_features.py --demo",
     )
-    what = parser.add_argument_group("data set")
-    what.add_argument("--out", type=cli.folder, default="demo_data", help="folder to write to")
-    what.add_argument(
-        "--seed",
-        type=cli.number(int, 0, 2**63 - 1),
-        default=42,
-        help="crops, texts and signs follow from it",
-    )
+    what = parser.flags("data set")
+    what("--out", cli.folder, "demo_data", "folder to write to")
+    what("--seed", help="crops, texts and signs follow from it")
     return parser
 
 

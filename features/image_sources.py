@@ -16,6 +16,7 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,9 +48,21 @@ def read_image(cell: ImageCell) -> Image.Image:
     Raises UnreadableImage: no bytes and no path, no such file, damaged, or more pixels than
     Pillow takes for honest (twice `Image.MAX_IMAGE_PIXELS`), which is found before decoding.
     """
+    with _readable(cell):
+        return Image.open(io.BytesIO(image_bytes(cell))).convert("RGB")
+
+
+def image_size(cell: ImageCell) -> tuple[int, int]:
+    """Width and height as the file's head says, nothing decoded. Raises UnreadableImage."""
+    with _readable(cell):
+        return Image.open(io.BytesIO(image_bytes(cell))).size
+
+
+@contextmanager
+def _readable(cell: ImageCell) -> Iterator[None]:
     name = f"{cell.path}: " if cell.path else ""
     try:
-        return Image.open(io.BytesIO(image_bytes(cell))).convert("RGB")
+        yield
     except MemoryError:
         raise
     except UnidentifiedImageError:  # whose own words hold a memory address
@@ -223,9 +236,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
 
 def _next_chunk(path: Path, chunks: Iterator[pa.RecordBatch]) -> list[dict] | None:
     try:
-        return next(chunks).to_pylist()
-    except StopIteration:
-        return None
+        return next((chunk.to_pylist() for chunk in chunks), None)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} is damaged ({_first_line(error)}): download it again") from None
 
@@ -234,12 +245,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+_TEXT = (pa.string(), pa.large_string(), pa.null())
+_BYTES = (pa.binary(), pa.large_binary())
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -250,16 +257,16 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _is_image(kind: pa.DataType) -> bool:
     if not pa.types.is_struct(kind):
-        return _is_bytes(kind) or _is_text(kind)
+        return kind in _BYTES + _TEXT
     fields = {field.name: field.type for field in kind}
     if not fields.keys() & {"bytes", "path"}:
         return False
     data, path = fields.get("bytes", pa.null()), fields.get("path", pa.null())
-    return (_is_bytes(data) or pa.types.is_null(data)) and _is_text(path)
+    return data in (*_BYTES, pa.null()) and path in _TEXT
 
 
 def _is_texts(kind: pa.DataType) -> bool:
-    return _is_text(kind) or (_is_list(kind) and _is_text(kind.value_type))
+    return kind in _TEXT or (_is_list(kind) and kind.value_type in _TEXT)
 
 
 def _is_box(kind: pa.DataType) -> bool:
@@ -271,10 +278,10 @@ def _is_box(kind: pa.DataType) -> bool:
 
 _COLUMNS = {
     "image": (_is_image, "struct(bytes, path), bytes or a file's path"),
-    "question": (_is_text, "text"),
+    "question": (_TEXT.__contains__, "text"),
     "answer": (_is_texts, "text or a list of texts"),
     "bbox": (_is_box, "a list of the numbers x, y, w, h"),
-    "group": (_is_text, "text"),
+    "group": (_TEXT.__contains__, "text"),
 }
 
 

@@ -25,95 +25,140 @@ from figures.style import (
     STYLE,
     SVD,
     as_array,
-    band,
     column,
-    common_limits,
     curve,
     in_order,
     log_scale,
     new_figure,
-    note,
     note_undefined,
     percent,
     save,
-    spread,
 )
 
 
 @rc_context(STYLE)
 def comparison(
-    path: str | Path, per_image: dict[str, dict[str, ArrayLike]], spectra: dict[str, ArrayLike],
-    rank: int, footer: str, box: dict[str, dict[str, ArrayLike]] | None = None,
-    split: str = "test",
+    path: str | Path, per_image: dict[str, dict[str, ArrayLike]], rank: int, footer: str,
+    task_error: dict[str, ArrayLike] | None = None, split: str = "test",
 ) -> None:  # fmt: skip
-    """Error per image against the SVD's, excess of every method, spectra of X and X_hat.
+    """Excess of every method, each dot one image; below, where there is a head, its error too.
 
-    per_image: method → {"rel_error": [n], "excess_pct": [n]}; spectra: X and X_hat → [n, S];
-    box: network, svd → {"inside": [m], "outside": [m]}, errors in the answer's box and outside of
-    the m images that have one, or None: then there is no panel for it.
+    per_image: method → {"excess_pct": [n]}; task_error: method → [n], the plain SVD's among them.
     """
-    figure = new_figure(17, 6) if box else new_figure(16, 6)
-    widths = [1, 1.3, 1] + [0.7] * bool(box)
-    scatter, strips, spectrum, *places = figure.subplots(1, len(widths), width_ratios=widths)
-    for ax in places:
-        _box_panel(ax, box)
-    network, svd = (as_array(per_image[name]["rel_error"]) for name in ("network", "svd"))
-    low, high = common_limits(network, svd)
-    span = (low - 0.06 * (high - low), high + 0.06 * (high - low))
-    scatter.plot(span, span, color=SVD, lw=1.4)
-    scatter.plot(svd, network, "o", color=NETWORK, ms=5, alpha=0.6, mec="none")
-    scatter.set(xlim=span, ylim=span, xlabel="rel_error of the SVD",
-                ylabel="rel_error of the network", title=f"each dot one {split} image")  # fmt: skip
-    scatter.locator_params(nbins=5)
-    note(scatter, 0.97, 0.03, "on the line: as good as the SVD", SVD, ha="right")
     excess = {name: as_array(per_image[name]["excess_pct"]) for name in in_order(per_image)}
     excess = {name: values[np.isfinite(values)] for name, values in excess.items()}
-    _excess_strips(strips, excess)
-    sigma = as_array(spectra["X"])
-    band(spectrum, sigma, BLACK, wide=True)
-    band(spectrum, as_array(spectra["X_hat"])[:, :rank], NETWORK)
-    spectrum.set(xlabel="index i", ylabel="singular value $σ_i$ (units of X)",
-                 ylim=np.median(sigma, axis=0).max() * np.array([1e-6, 3]))  # fmt: skip
-    spectrum.set_ylim(bottom=max(spectrum.get_ylim()[0], np.median(sigma, axis=0)[-1] / 3))
-    log_scale(spectrum)
-    note(spectrum, 0.97, 0.93, "X", BLACK, ha="right")
-    note(spectrum, 0.97, 0.86, "X_hat = A·B", NETWORK, ha="right")
-    spectrum.axvline(rank, color=GREY, lw=1, ls="--")
-    spectrum.text(rank, 0.02, f"rank {rank} ", color=GREY, va="bottom", ha="right", rotation=90,
-                  transform=spectrum.get_xaxis_transform())  # fmt: skip
+    heights = [1 + 0.75 * len(excess)] + ([0.75 * len(task_error)] if task_error else [])
+    figure = new_figure(10, 1.7 + sum(heights))
+    top, *below = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    _excess_strips(top, excess)
     means = {name: percent(values.mean()) for name, values in excess.items() if values.size}
-    others = [f"{METHODS[name][0]} {means[name]}" for name in ("random_sketch", "randomized_svd")
-              if name in means]  # fmt: skip
-    title = f"At rank {rank} the network's error is {means.get('network', 'undefined')} above the "
-    title += "SVD's" + (f" ({', '.join(others)})" if others else "")
+    found = means.get("network", "undefined")
+    if task_error:
+        top.set_title(f"in the Frobenius norm the SVD wins, by theorem; a dot is a {split} image")
+        change = _task_strips(below[0], {name: as_array(v) for name, v in task_error.items()})
+        title = f"At rank {rank} the network's error is {found} above the SVD's in the Frobenius "
+        title += f"norm, and {abs(change):.0f} % {'below' if change < 0 else 'above'} it for the "
+        title += "head that it was trained for"
+    else:
+        top.set_title(f"a dot is a {split} image; of one method they are spread in height")
+        others = [f"{METHODS[name][0]} {means[name]}"
+                  for name in ("random_sketch", "randomized_svd") if name in means]  # fmt: skip
+        title = f"At rank {rank} the network's error is {found} above the SVD's"
+        title += f" ({', '.join(others)})" if others else ""
     save(figure, path, title, footer)
-
-
-def _box_panel(ax: Axes, box: dict[str, dict[str, ArrayLike]]) -> None:
-    """Errors at the tokens of the answer's box and at the others."""
-    words = {"inside": "answer's box", "outside": "outside"}
-    spread(ax, {words[part]: {name: as_array(box[name][part]) for name in ("network", "svd")}
-                for part in words})  # fmt: skip
-    ax.set(ylabel="relative error of the tokens there",
-           title=f"mean, 10–90 % of {len(box['svd']['inside'])} images")  # fmt: skip
 
 
 def _excess_strips(ax: Axes, excess: dict[str, np.ndarray]) -> None:
     """A row of dots per method over log excess; rounding, of either sign, sits at the left edge."""
-    jitter = np.random.default_rng(0)  # the same in every run
-    for y, (name, values) in enumerate(reversed(excess.items())):
-        label, colour = METHODS[name]
-        height = y - 0.08 + jitter.uniform(-0.2, 0.2, len(values))
-        ax.plot(np.maximum(values, ROUNDING_PCT), height, "o", color=colour, ms=3.5, alpha=0.45,
-                mec="none")  # fmt: skip
-        text = f"{label}: " + (f"mean {percent(values.mean())}" if values.size else "undefined")
-        ax.text(0.02, y + 0.24, text, color=colour, transform=ax.get_yaxis_transform())
+    words = {n: f"mean {percent(v.mean())}" if v.size else "undefined" for n, v in excess.items()}
+    _strips(ax, {name: np.maximum(values, ROUNDING_PCT) for name, values in excess.items()}, words)
     highest = max([v.max(initial=10 * ROUNDING_PCT) for v in excess.values()])
-    ax.set(xlim=(ROUNDING_PCT / 2, 2 * highest), ylim=(-0.5, len(excess) - 0.4), yticks=[],
-           xlabel=f"error above the optimum (%); {ROUNDING} and less is rounding",
-           title="excess of every method, each dot one image")  # fmt: skip
-    ax.spines["left"].set_visible(False)
+    ax.set(xlim=(ROUNDING_PCT / 2, 2 * highest),
+           xlabel=f"rel_error above the optimum (%); {ROUNDING} and less is rounding")  # fmt: skip
     log_scale(ax, "x")
+
+
+def _task_strips(ax: Axes, errors: dict[str, np.ndarray]) -> float:
+    """Task error of each image beside the SVD's of the same image, in per cent.
+
+    Returns by how much the network's mean error is above the SVD's mean error.
+    """
+    svd = errors["svd"]
+    others = [name for name in in_order(errors) if name != "svd"]
+    kept = svd > 0
+    change = {name: 100 * (errors[name][kept] / svd[kept] - 1) for name in others}
+    mean = {name: 100 * (errors[name].mean() / max(svd.mean(), 1e-12) - 1) for name in others}
+    _strips(ax, change, {name: f"mean {mean[name]:+.0f} %".replace("-", "−") for name in others})
+    ax.axvline(0, color=SVD, lw=1.8)
+    ax.set(xlabel="task error against the SVD's of the same image (%); line: the SVD",
+           title="for the head, left of the line is better than the SVD")  # fmt: skip
+    return mean["network"]
+
+
+def _strips(ax: Axes, values: dict[str, np.ndarray], words: dict[str, str]) -> None:
+    """A row of dots per method, its name and `words` above them."""
+    jitter = np.random.default_rng(0)  # the same in every run
+    for y, name in enumerate(reversed(values)):
+        label, colour = METHODS[name]
+        height = y - 0.08 + jitter.uniform(-0.2, 0.2, len(values[name]))
+        ax.plot(values[name], height, "o", color=colour, ms=4, alpha=0.5, mec="none")
+        ax.text(0.01, y + 0.22, f"{label}: {words[name]}", color=colour,
+                transform=ax.get_yaxis_transform())  # fmt: skip
+    ax.set(ylim=(-0.5, len(values) - 0.4), yticks=[])
+    ax.spines["left"].set_visible(False)
+
+
+@rc_context(STYLE)
+def both_norms(path: str | Path, ranks: dict[str, dict], task: dict, footer: str) -> None:
+    """Error over the rank in the Frobenius norm above and of the head's output below.
+
+    ranks, task: of svd_nn_comparison.json, rank → method → "rel_error" → {"mean", "p90"}, and
+    {"head", "output", "ranks": rank → method → {"mean", "interval_95", "gain_pct"}}.
+    """
+    figure = new_figure(10, 9)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    x = np.array(sorted(int(r) for r in task["ranks"]))
+    ends: dict[Axes, list] = {top: [], bottom: []}
+    for name in in_order(task["ranks"][str(x[0])]):
+        label, colour = METHODS[name]
+        of_task = [task["ranks"][str(r)][name] for r in x]
+        panels = [(bottom, of_task)]
+        if name in ("svd", "network"):
+            panels.append((top, [ranks[str(r)][name]["rel_error"] for r in x]))
+        for ax, entries in panels:
+            mean = column(entries, "mean")
+            line = "--" if name == "svd_in_metric" else "-"  # on it the network's can be seen
+            curve(ax, x, mean, colour, wide=name == "svd", ls=line)
+            ends[ax].append((mean[-1], label, colour))
+        low, high = as_array([e["interval_95"] or (None, None) for e in of_task]).T
+        bottom.fill_between(x, low, high, color=colour, alpha=0.1, lw=0)
+    top.set(ylabel="rel_error ‖X − A·B‖ / ‖X‖",
+            title="Frobenius norm: no matrix of this rank is nearer than the SVD's")  # fmt: skip
+    bottom.set(xscale="log", xlim=(x[0] / 1.12, x[-1] * 1.12), xlabel="rank r (log scale)",
+               ylabel=f"task error: relative error\nof the {task['output']}",
+               title=f"the head {task['head']}; bands: approximate 95 % intervals")  # fmt: skip
+    for ax in (top, bottom):
+        log_scale(ax)
+    bottom.set_xticks(x, [str(r) for r in x])
+    bottom.xaxis.set_minor_locator(NullLocator())
+    gains = [task["ranks"][str(r)]["network"]["gain_pct"]["mean"] for r in x]
+    error = {n: column([ranks[str(r)][n]["rel_error"] for r in x], "mean")
+             for n in ("network", "svd")}  # fmt: skip
+    above = 100 * (error["network"] / np.maximum(error["svd"], 1e-12) - 1)
+    reach = f"Rank {x[0]}" if len(x) == 1 else f"Ranks {x[0]} to {x[-1]}"
+    title = f"{reach}: the network's error is {_span(above)} above the SVD's in the Frobenius "
+    title += f"norm, and {_span(gains)} below it for the head that it was trained for"
+    save(figure, path, title, footer, ends)
+
+
+def _span(values: ArrayLike) -> str:
+    """The least and the largest of percentages, in words."""
+    values = as_array(values)
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return "an undefined share"
+    low, high = f"{values.min():.3g}", f"{values.max():.3g}"
+    return f"{low} %" if low == high else f"{low} to {high} %"
 
 
 @rc_context(STYLE)

@@ -26,12 +26,12 @@ from figures.style import (
 
 @rc_context(STYLE)
 def task_sweep(path: str | Path, results: dict, output: str, footer: str) -> None:
-    """Task error and what it is below the plain SVD's over bytes, and the rank's prediction.
+    """Task error over bytes above, and below what it is below the plain SVD's.
 
     results: of task_sweep.json; output: what the error is of, in words.
     """
-    figure = new_figure(20, 7)
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 1.1, 1))
+    figure = new_figure(10.5, 11)
+    left, middle = figure.subplots(2, 1)
     methods = results["methods"]
     # the plain network lies on the SVD, the network in the metric on the SVD in the metric
     drawn = [name for name in in_order(methods) if not name.startswith("network_in")]
@@ -60,18 +60,25 @@ def task_sweep(path: str | Path, results: dict, output: str, footer: str) -> Non
     middle.set_ylim(bottom=min(-6, middle.get_ylim()[0]))
     note(middle, 0.02, 0.01, "0: the plain SVD at the same rank", SVD)
     middle.set_ylabel("task error below the plain SVD's (%)")
-    _calibration(right, results["rank_per_image"])
-    for ax, title in (
-        (left, "error of the head's output"),
-        (middle, "gain at the same rank and bytes"),
-        (right, "predicting the error of the SVD in the metric"),
-    ):
-        ax.set_title(title)
+    left.set_title("error of the head's output")
+    middle.set_title("gain at the same rank and bytes")
     steps = results["head_steps"]
     if steps:
         footer += f"; {steps} head steps: its gradient steps on the factors of each image"
     footer += "; bands: approximate 95 % intervals over photographs"
     save(figure, path, _finding(methods), footer, ends)
+
+
+@rc_context(STYLE)
+def task_calibration(path: str | Path, found: dict, footer: str) -> None:
+    """How well the task error is predicted without the head. found: rank_per_image of the JSON."""
+    figure = new_figure(8, 7)
+    _calibration(figure.subplots(), found)
+    share = found["confidence"]
+    title = (
+        "The task error of the SVD in the metric, predicted without running the head: calibrated "
+    )
+    save(figure, path, title + f"to hold for {100 * share:.0f} % of validation images", footer)
 
 
 def _band(entries: list[dict]) -> np.ndarray:

@@ -7,38 +7,64 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.ticker import MaxNLocator
 
-from figures.style import BLACK, NETWORK, STYLE, SVD, column, curve, log_scale, new_figure, save
+from figures.style import BLACK, METHODS, NETWORK, STYLE, column, curve, log_scale, new_figure, save
 
 
 @rc_context(STYLE)
 def task_curve(
-    path: str | Path, history: list[dict], best_epoch: int, start: str, footer: str
-) -> None:
-    """Validation task error over epochs, with the untrained start as a line; the learning rate.
+    path: str | Path, history: list[dict], best_epoch: int, references: dict[str, float],
+    footer: str,
+) -> None:  # fmt: skip
+    """Validation task error over epochs, with what needs no training as lines.
 
-    history: the entries of history.json, the first of the untrained model; start: what that is, in
-    words ("plain SVD", "SVD in the metric"); best_epoch: the epoch of best_model.pt.
+    history: the entries of history.json, the first of the untrained model; references: method
+    ("svd", "svd_in_metric") → the same mean of its task error; best_epoch: that of best_model.pt.
+    The learning rate has a panel where it changes.
     """
     epochs = [record["epoch"] for record in history]
-    error = column(history, "val_task_error")
+    error, rates = column(history, "val_task_error"), column(history[1:], "lr")
     best = epochs.index(best_epoch)
-    figure = new_figure(10, 6.4)
-    top, below = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    top.axhline(error[0], color=SVD, ls="--", lw=1.8)
+    changes = len(set(rates)) > 1
+    figure = new_figure(10, 5.8 + 1.2 * changes)
+    heights = [4, 1] if changes else [1]
+    top, *below = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights,
+                                  squeeze=False)[:, 0]  # fmt: skip
+    ends = []
+    for name, value in references.items():
+        label, colour = METHODS[name]
+        top.axhline(value, color=colour, ls="--", lw=1.8)
+        ends.append((value, f"{label} {value:.4f}", colour))
     curve(top, epochs, error, NETWORK)
+    ends.append((error[-1], "network", NETWORK))
     top.plot(epochs[best], error[best], "o", ms=9, color=NETWORK)
     top.annotate(f"best: {error[best]:.4f}", (epochs[best], error[best]), (0, 12), ha="center",
                  textcoords="offset points", color=NETWORK)  # fmt: skip
     top.set_ylabel("validation task error\n(geometric mean over ranks 4 to 32)")
-    top.margins(y=0.2)
+    top.margins(x=0.06, y=0.2)
     log_scale(top)
-    curve(below, epochs, column(history, "lr"), BLACK, drawstyle="steps-mid")
-    below.set(ylabel="learning\nrate", xlabel="epoch")
-    below.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-    log_scale(below)
-    gain = 100 * (1 - error[best] / error[0])
-    title = f"Trained through the head: task error {gain:.0f} % below the {start}'s"
-    if best == 0:
-        title = f"No epoch of {epochs[-1]} lowers the task error below the {start}'s"
-    ends = [(error[0], f"{start}\n{error[0]:.4f}", SVD), (error[-1], "network", NETWORK)]
-    save(figure, path, title, footer, {top: ends})
+    for ax in below:
+        curve(ax, epochs[1:], rates, BLACK, drawstyle="steps-mid")
+        ax.set_ylabel("learning\nrate")
+        log_scale(ax)
+    last = below[-1] if below else top
+    last.set_xlabel("epoch (0: untrained)")
+    last.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    save(
+        figure, path, _finding(error[best], best_epoch, epochs[-1], references), footer, {top: ends}
+    )
+
+
+def _finding(error: float, best_epoch: int, epochs: int, references: dict[str, float]) -> str:
+    """The network's best error against the plain SVD's, and the closed form's beside it."""
+
+    def below(value: float) -> str:
+        gain = 100 * (1 - value / references["svd"])
+        return f"{abs(gain):.0f} % {'below' if gain >= 0 else 'above'} the SVD's"
+
+    if best_epoch == 0:
+        return f"No epoch of {epochs} lowers the task error of the start, {below(error)}"
+    title = f"Trained through the head: task error {below(error)}"
+    if "svd_in_metric" in references:
+        closed = below(references["svd_in_metric"]).removesuffix(" the SVD's")
+        title += f" (closed form, the SVD in the task's metric: {closed})"
+    return title

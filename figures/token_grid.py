@@ -39,6 +39,8 @@ from figures.style import (
 
 Box = tuple[float, float, float, float] | None
 Grid = tuple[int, int]
+CHANNELS_A_ROW = 5
+CHANNEL_ROWS = [("X", BLACK), METHODS["network"], ("network − X", NETWORK), ("SVD − X", SVD)]
 
 
 def _token_map(ax: Axes, values: np.ndarray, grid: Grid, limits: tuple[float, float], **style):
@@ -98,7 +100,7 @@ def error_heatmap(
     """Mean relative error per token [T] of network and SVD on one scale, and their difference."""
     errors = {name: as_array(token_error[name]) for name in ("network", "svd")}
     apart = errors["network"] - errors["svd"]
-    figure = new_figure(13, 4.5, "compressed")
+    figure = new_figure(11, 4.2, "compressed")
     axes = figure.subplots(1, 3)
     for ax, (name, values) in zip(axes, errors.items(), strict=False):
         image = _token_map(ax, values, grid, common_limits(*errors.values()))
@@ -119,37 +121,36 @@ def error_heatmap(
 @rc_context(STYLE)
 def channel_comparison(
     path: str | Path, photo: Image | None, box: Box, maps: dict[str, ArrayLike],
-    channels: list[int], grid: Grid, info: dict[str, str],
+    channels: dict[int, str], grid: Grid, info: dict[str, str],
 ) -> None:  # fmt: skip
-    """C channels of one image: original, network and SVD on one scale each, differences on one.
+    """C channels of one image: X and network on one scale each; what network and SVD lose, on one.
 
-    maps: original, network, svd → [T, C]; info: title and footer.
+    maps: original, network, svd → [T, C]; channels: number → words below it, in that order; info:
+    title and footer.
     """
     original, network, svd = (as_array(maps[name]) for name in ("original", "network", "svd"))
-    count = len(channels)
-    figure = new_figure(4 + 1.6 * count, 9.6)
-    grids = figure.add_gridspec(1, 2, width_ratios=[3, 1.6 * count])
-    picture = figure.add_subplot(grids[0], anchor="N")
-    _photograph(picture, photo, box, title=_caption(box))
-    axes = grids[1].subgridspec(5, count).subplots()
-    axes = axes.reshape(5, count)
-    below = {"location": "bottom", "pad": 0.01, "aspect": 12}
     reach = common_limits(network - original, svd - original, symmetric=True)
-    for column, j in zip(axes.T, range(count), strict=True):
-        values = [v[:, j] for v in (original, network, svd)]
-        for ax, v in zip(column[:3], values, strict=True):
-            image = _token_map(ax, v, grid, common_limits(*values))
-        for ax, v in zip(column[3:], values[1:], strict=True):
-            signed = _token_map(ax, v - values[0], grid, reach, cmap="RdBu_r")
-        column[0].set_title(f"channel {channels[j]}", loc="center")
-        _colour_bar(figure, image, list(column[:3]), "units of X", 3, **below)
-    _colour_bar(figure, signed, list(axes[3:, -1]), "difference (units of X)", aspect=25)
-    labels = [("original X", BLACK), METHODS["network"], METHODS["svd"],
-              ("network − original", NETWORK), ("SVD − original", SVD)]  # fmt: skip
-    for ax, (label, colour) in zip(axes[:, 0], labels, strict=True):
-        ax.set_ylabel(label, color=colour)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
+    blocks = -(-len(channels) // CHANNELS_A_ROW)
+    figure = new_figure(10.5, 1.5 + 6.9 * blocks)
+    rows = figure.add_gridspec(blocks * 4, CHANNELS_A_ROW + 1)
+    picture = figure.add_subplot(rows[0, 0])
+    _photograph(picture, photo, box, title=_caption(box).replace(" and box", "\nand box"))
+    signed = []
+    for j, (channel, words) in enumerate(channels.items()):
+        block, place = divmod(j, CHANNELS_A_ROW)
+        x, found, of_svd = (values[:, j] for values in (original, network, svd))
+        axes = [figure.add_subplot(rows[4 * block + row, place + 1]) for row in range(4)]
+        for ax, values in zip(axes[:2], (x, found), strict=True):
+            _token_map(ax, values, grid, common_limits(x, found))
+        for ax, values in zip(axes[2:], (found - x, of_svd - x), strict=True):
+            image = _token_map(ax, values, grid, reach, cmap="RdBu_r")
+            signed.append(ax)
+        axes[0].set_title(f"channel {channel}\n{words}", loc="center")
+        for ax, (label, colour) in zip(axes, CHANNEL_ROWS, strict=True):
+            ax.set(xticks=[], yticks=[])
+            if place == 0:
+                ax.set_ylabel(label, color=colour)
+    _colour_bar(figure, image, signed, "network − X and SVD − X, units of X", aspect=40)
     save(figure, path, info["title"], info["footer"])
 
 
@@ -160,35 +161,34 @@ def spatial_error(
 ) -> None:  # fmt: skip
     """Relative error per token [T] of one image: network and SVD on one scale, their difference.
 
-    Above as maps, below over the photograph, where there is one; info: title and footer.
+    The network's also over the photograph, where there is one; info: title and footer.
     """
     errors = {name: as_array(token_error[name]) for name in ("network", "svd")}
     apart = errors["network"] - errors["svd"]
-    figure = new_figure(15.5, 7.7 if photo else 4.5, "compressed")
-    axes = figure.subplots(2 if photo else 1, 4, squeeze=False)
+    figure = new_figure(11, 8, "compressed")
+    (picture, *above), (spread_ax, over, signed) = figure.subplots(2, 3)
+    _photograph(picture, photo, box, title=_caption(box))
+    _inside_outside(spread_ax, errors, box, grid)
+    scale = common_limits(*errors.values())
+    for ax, (name, values) in zip(above, errors.items(), strict=True):
+        image = _token_map(ax, values, grid, scale)
+        ax.set_title(METHODS[name][0], color=METHODS[name][1])
     if photo:
-        _photograph(axes[0, 0], photo, box, title=_caption(box))
-    _inside_outside(axes[-1, 0], errors, box, grid)
-    scale, signed = common_limits(*errors.values()), common_limits(apart, symmetric=True)
-    panels = [(*METHODS[name], values, scale, "viridis") for name, values in errors.items()]
-    panels.append(("network − SVD (red: SVD better)", BLACK, apart, signed, "RdBu_r"))
-    images, (across, down) = [], _axis_names(grid)
-    for (above, *over_photo), (label, colour, values, limits, cmap) in zip(
-        axes[:, 1:].T, panels, strict=True
-    ):
-        images.append(_token_map(above, values, grid, limits, cmap=cmap))
-        above.set_title(label, color=colour)
-        for below in over_photo:
-            _photograph(below, photo, None, grid)
-            _token_map(below, values, grid, limits, cmap=cmap, alpha=0.6)
-        for ax in (above, *over_photo):
-            _draw_box(ax, box, grid)
-    for ax in axes[-1, 1:]:
+        _photograph(over, photo, None, grid)
+        _token_map(over, errors["network"], grid, scale, alpha=0.6)
+        over.set_title("network, over the photograph", color=NETWORK)
+    else:
+        over.set_axis_off()
+    limits = common_limits(apart, symmetric=True)
+    difference = _token_map(signed, apart, grid, limits, cmap="RdBu_r")
+    signed.set_title("network − SVD (red: SVD better)")
+    across, down = _axis_names(grid)
+    for ax in (*above, *[over] * bool(photo), signed):
+        _draw_box(ax, box, grid)
         ax.set_xlabel(across)
-    for ax in axes[:, 1]:
-        ax.set_ylabel(down)
-    _colour_bar(figure, images[0], list(axes[:, 2]), "relative error of a token", aspect=40)
-    _colour_bar(figure, images[2], list(axes[:, 3]), "difference of relative error", aspect=40)
+    above[0].set_ylabel(down)
+    _colour_bar(figure, image, above[1], "relative error of a token")
+    _colour_bar(figure, difference, signed, "difference of relative error")
     save(figure, path, info["title"], info["footer"])
 
 
@@ -200,19 +200,20 @@ def rank_comparison(
 ) -> None:  # fmt: skip
     """Three principal components of X as red, green and blue, beside those of X_hat at `ranks`.
 
-    maps: original → one array, network and svd → one a rank: coordinates [T, c] on the components
-    of X (`svd_baseline.principal_coordinates`). blocks: three of those c for each row of maps,
-    counted from 0. rel_error: network, svd → one a rank. Colours are scaled by X's 2nd and 98th
-    percentile and clipped, the same for all maps of a block; info: title and footer.
+    maps: original → one array, network → one a rank: coordinates [T, c] on the components of X
+    (`svd_baseline.principal_coordinates`). blocks: three of those c for each row of maps, counted
+    from 0. rel_error: network, svd → one a rank; the SVD's maps look the same, its error stands
+    below the network's. Colours are scaled by X's 2nd and 98th percentile and clipped, the same for
+    all maps of a block; info: title and footer.
     """
-    methods = ("network", "svd")
-    wide = 1 + len(methods) * len(ranks)
-    figure = new_figure(4.2 + 1.95 * wide, 1.3 + 1.9 * len(blocks))
-    columns = figure.add_gridspec(1, 2, width_ratios=[4.2, 1.95 * wide])
+    wide = 1 + len(ranks)
+    figure = new_figure(3 + 1.95 * wide, 1.6 + 1.95 * len(blocks))
+    columns = figure.add_gridspec(1, 2, width_ratios=[3, 1.95 * wide])
     picture = figure.add_subplot(columns[0], anchor="N")
-    _photograph(picture, photo, box, title=_caption(box))
+    _photograph(picture, photo, box, title=_caption(box).replace(" and box", "\nand box"))
     cells = columns[1].subgridspec(len(blocks), wide)
     original = as_array(maps["original"][0])
+    label, colour = METHODS["network"]
     for row, block in enumerate(blocks):
         low, high = np.percentile(original[:, block], (2, 98), axis=0)
         scale = (low, np.maximum(high - low, 1e-12))
@@ -220,16 +221,15 @@ def rank_comparison(
         ax.set_ylabel(f"components {block[0] + 1}–{block[-1] + 1}")
         _colour_map(ax, original[:, block], scale, grid)
         if row == 0:
-            ax.set_title("original X", loc="center")
-        for side, name in enumerate(methods):
-            label, colour = METHODS[name]
-            for i, (values, r) in enumerate(zip(maps[name], ranks, strict=True)):
-                ax = figure.add_subplot(cells[row, 1 + len(methods) * i + side])
-                _colour_map(ax, as_array(values)[:, block], scale, grid)
-                if row == 0:
-                    ax.set_title(f"{label}, rank {r}", loc="center", color=colour)
-                if row == len(blocks) - 1:
-                    ax.set_xlabel(f"rel_error {rel_error[name][i]:.4g}")
+            ax.set_title("X", loc="center")
+        for i, (values, r) in enumerate(zip(maps["network"], ranks, strict=True)):
+            ax = figure.add_subplot(cells[row, 1 + i])
+            _colour_map(ax, as_array(values)[:, block], scale, grid)
+            if row == 0:
+                ax.set_title(f"{label}, rank {r}", loc="center", color=colour)
+            if row == len(blocks) - 1:
+                network, svd = rel_error["network"][i], rel_error["svd"][i]
+                ax.set_xlabel(f"rel_error {network:.4g}\nSVD {svd:.4g}")
     save(figure, path, info["title"], info["footer"])
 
 

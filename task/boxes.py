@@ -4,7 +4,7 @@ The error of a set S of tokens of one image is relative and of the set as a whol
 of the whole image:  (Σ_{t∈S} ‖x_t − x̂_t‖² / Σ_{t∈S} ‖x_t‖²)^½.
 
 Legend: n images, T tokens on a grid (rows, columns), D features; a box is (x, y, w, h) in fractions
-of the square that the encoder saw (`qwenvl_dataloader.box_in_view`).
+of the square that the encoder saw (`common.boxes.box_in_view`).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.boxes import tokens_in_box
-from qwenvl_dataloader import RealQwenVLDataset, box_in_view
+from common.boxes import box_in_view, tokens_in_box
+from qwenvl_dataloader import RealQwenVLDataset
 from svd_baseline import interval_95, summarise
 
 PARTS = ("inside", "outside")

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.errors import UserError
-from features.encoders import DemoEncoder, demo_onnx_path, demo_onnx_sha256
-from qwenvl_dataloader import RealQwenVLDataset
+from features.demo_backbone import demo_onnx_path, demo_onnx_sha256
+from features.encoders import DemoEncoder
+from qwenvl_dataloader import Batch, RealQwenVLDataset, denormalise
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (raw tokens [b, T, D], rows [b]) → [b]
 
@@ -47,6 +48,11 @@ class TaskHead(ABC):
     @abstractmethod
     def agreement(self, outputs: Tensor, full: Tensor) -> Tensor:
         """[b] in [0, 1]: how much of the answer is the one that the full tokens give."""
+
+    def of_batch(self, batch: Batch, x: Tensor | None = None) -> Tensor:
+        """`outputs` of a batch's tokens, or of x [b, T, D], normalised as they are, instead."""
+        tokens = denormalise(batch.x if x is None else x, batch.mean, batch.std)
+        return self.outputs(tokens, batch.rows)
 
     @property
     def scores(self) -> dict[str, Score]:

@@ -5,7 +5,7 @@
     answers = head.generate(tokens, rows)           # greedy
 
 The tokens take the place of the image through the library's own input for encoder outputs. Beside
-`encoders` the only module that imports transformers.
+the encoders' modules the only one that imports transformers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from common.boxes import Box
+from common.boxes import Box, box_in_view
 from common.errors import UserError
-from features.encoders import (
+from features.checkpoints import (
     checkpoint_weights_sha256,
     tower_of_checkpoint,
     whole_checkpoint_folder,
 )
-from qwenvl_dataloader import RealQwenVLDataset, box_in_view
+from qwenvl_dataloader import RealQwenVLDataset
 from task.heads import Score, TaskHead
 
 # Qwen2.5-VL's chat template for one image and one request, written out

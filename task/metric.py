@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import check_keys, save_tensors, sha256_file
-from qwenvl_dataloader import Batch, RealQwenVLDataset, denormalise
+from qwenvl_dataloader import Batch, RealQwenVLDataset
 from svd_baseline import Factors, gram_eigh
 
 if TYPE_CHECKING:
@@ -56,14 +56,7 @@ class TaskMetric:
 
     def __init__(self, matrix: Tensor, info: dict, sha256: str | None = None) -> None:
         self.matrix, self.info, self.sha256 = matrix, info, sha256
-
-    @property
-    def head(self) -> str:
-        return self.info["head"]
-
-    @property
-    def scale(self) -> float:
-        return self.info["scale"]
+        self.head, self.scale = info.get("head"), info.get("scale")
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
@@ -96,7 +89,7 @@ def probe_gradients(head: TaskHead, batch: Batch, probe: int, seed: int) -> Tens
     the seed alone, and is 0 where a batch pads the output. One forward and one backward pass.
     """
     x = batch.x.clone().requires_grad_()
-    y = head.compared(head.outputs(denormalise(x, batch.mean, batch.std), batch.rows))
+    y = head.compared(head.of_batch(batch, x))
     v = torch.zeros(y.shape)
     shapes = head.own_shapes(y, batch.rows)
     for padded, row, shape in zip(v, batch.rows.tolist(), shapes, strict=True):
@@ -141,16 +134,6 @@ class MomentSum:
         return moment
 
 
-def second_moment(
-    head: TaskHead, batches: Iterable[Batch], probes: int, seed: int
-) -> tuple[Tensor, int]:
-    """Mean over images, probes and tokens of g_t g_tᵀ, [D, D] float64, and the number of images."""
-    found = MomentSum()
-    for batch in batches:
-        found.add(head, batch, probes, seed)
-    return found.mean(head), found.images
-
-
 def shrunk(moment: Tensor, amount: float) -> Tensor:
     """(M + amount · mean diagonal · I) with mean diagonal 1, [D, D] float64: positive definite."""
     mean = moment.diagonal().mean()
@@ -161,29 +144,21 @@ def shrunk(moment: Tensor, amount: float) -> Tensor:
 # ----------------------------------------------------------------------------------- factorisation
 
 
-def in_metric(
-    factorise: Callable[[Tensor, int], Factors], metric: TaskMetric
-) -> Callable[[Tensor, int], Factors]:
-    """`factorise` of X M^½, mapped back: A as it is, B M^-½, so that A·B has rank ≤ r as before."""
+class InMetric:
+    """`factorise` of X M^½, mapped back: A as it is, B M^-½, so that A·B has rank ≤ r as before.
 
-    def mapped(x: Tensor, rank: int) -> Factors:
-        a, b = factorise(x @ metric.root, rank)
-        return a, b @ metric.inverse_root
+    Where a model factorises, its attributes are had from this too.
+    """
 
-    return mapped
+    def __init__(self, factorise: Callable[[Tensor, int], Factors], metric: TaskMetric) -> None:
+        self.factorise, self.metric = factorise, metric
 
-
-class ModelInMetric:
-    """A model whose factors are those of X M^½, mapped back; its attributes are the model's own."""
-
-    def __init__(self, model: LowRankFactorModel, metric: TaskMetric) -> None:
-        self.model, self._mapped = model, in_metric(model, metric)
-
-    def __call__(self, x: Tensor, rank: int) -> Factors:
-        return self._mapped(x, rank)
+    def __call__(self, x: Tensor, rank: int, **options) -> Factors:
+        a, b = self.factorise(x @ self.metric.root, rank, **options)
+        return a, b @ self.metric.inverse_root
 
     def __getattr__(self, name: str):
-        return getattr(self.model, name)
+        return getattr(self.factorise, name)
 
 
 def factors_in(metric: TaskMetric, norm: dict[str, str | None] | None, what: str) -> bool:
@@ -207,13 +182,13 @@ def factors_in(metric: TaskMetric, norm: dict[str, str | None] | None, what: str
 
 def network_in_metric(
     model: LowRankFactorModel, metric: TaskMetric
-) -> LowRankFactorModel | ModelInMetric:
-    """`model` factoring in `metric`: one that was trained in it as it is, another in `in_metric`.
+) -> LowRankFactorModel | InMetric:
+    """`model` factoring in `metric`: one that was trained in it as it is, another by `InMetric`.
 
     Raises UserError for a model of another metric (`factors_in`).
     """
     own = factors_in(metric, model.norm, f"the network {model.config['arch']}")
-    return model if own else ModelInMetric(model, metric)
+    return model if own else InMetric(model, metric)
 
 
 def metric_svd(x: Tensor, rank: int, metric: TaskMetric) -> Factors:

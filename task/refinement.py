@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from qwenvl_dataloader import Batch, denormalise
+from qwenvl_dataloader import Batch
 from svd_baseline import Factors
 from task.metric import TaskMetric
 
@@ -50,7 +50,7 @@ def refine_factors(
     """
     with torch.no_grad():
         if full is None:
-            full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
+            full = head.of_batch(batch)
         scaled = b if metric is None else b @ metric.root  # [b, r, D]
         norms = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).clamp_min(1e-12).sqrt()
         start = (a * norms.mT, scaled / norms)
@@ -66,8 +66,7 @@ def refine_factors(
     for step in range(steps + 1):
         left, right = (p.detach().requires_grad_(step < steps) for p in now)
         with torch.enable_grad():
-            tokens = denormalise(left @ mapped_back(right), batch.mean, batch.std)
-            outputs = head.outputs(tokens, batch.rows)
+            outputs = head.of_batch(batch, left @ mapped_back(right))
             loss = head.loss(outputs, full)
             if step < steps:
                 gradients = torch.autograd.grad(loss.sum(), (left, right))

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from common import processes
 from common.errors import UserError
+from common.grids import Grid
 from model import LossTerms, LowRankFactorModel, get_model_by_name
-from qwenvl_dataloader import Batch, denormalise
+from qwenvl_dataloader import Batch
 from subspace import refine
 from svd_baseline import exact_singular_values
 from task.metric import TaskMetric
@@ -130,22 +131,22 @@ class TaskFactorModel(nn.Module):
         return self.core.config | {"task": self.task}
 
     def forward(
-        self, x: Tensor, rank: int | None = None, *, ordered: bool = True
+        self, x: Tensor, rank: int | None = None, *, ordered: bool = True, grid: Grid | None = None
     ) -> tuple[Tensor, Tensor]:
         """A [b, T, r'], B [b, r', D] of x [b, T, D], as `LowRankFactorModel.forward`."""
         core = self.core
-        cut = core.rank_in_use if rank is None else rank
+        cut = core.rank_at(x, rank)
         z, w = self.weighting(x)
-        sketch = core.sketch(z, core.sketch_columns(cut))[0]
+        sketch = core.sketch(z, core.sketch_columns(cut), grid)[0]
         u = refine(sketch, z, core.shifts, cut, ordered=True).u.to(x.dtype)
         b = u.mT @ (w * x) / (1 + core.lambda_B)  # [b, r', D]
         gate = core.gate()
         return (u if gate is None else u * gate[:cut]) / w, b
 
-    def loss_terms(self, x: Tensor, singular_values: Tensor) -> LossTerms:
+    def loss_terms(self, x: Tensor, singular_values: Tensor, grid: Grid | None = None) -> LossTerms:
         """The core's terms on Z: the sketch learns to reach Z's subspace, and not to change Z."""
         z = self.weighting(x)[0].detach()
-        return self.core.loss_terms(z, exact_singular_values(z.nan_to_num()))
+        return self.core.loss_terms(z, exact_singular_values(z.nan_to_num()), grid)
 
     def exact_product(self, x: Tensor, rank: int) -> Tensor:
         """A·B [b, T, D] as a perfect sketch would give it, with the gradient by w and S."""
@@ -184,8 +185,8 @@ def task_loss(model: TaskFactorModel, head: TaskHead, batch: Batch, step: int) -
     ranks = trained_ranks(model)
     x_hat = model.exact_product(batch.x, ranks[step % len(ranks)])
     with torch.no_grad():
-        full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
-    loss = head.loss(head.outputs(denormalise(x_hat, batch.mean, batch.std), batch.rows), full)
+        full = head.of_batch(batch)
+    loss = head.loss(head.of_batch(batch, x_hat), full)
     return _log_loss(loss).mean() / 2
 
 
@@ -203,22 +204,18 @@ def task_record(
     over ranks and images of the head's loss, exp(2 · task_loss): what is trained. Each process has
     its part of the images; the result is of all of them, in all.
     """
-    ranks = trained_ranks(model)
-    parts: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[Tensor]] = {"error": [], "log_loss": []}  # [b, ranks] each
     for batch in batches:
-        full = head.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
-        for rank in ranks:
-            a, b = model(batch.x, rank)
-            outputs = head.outputs(denormalise(a @ b, batch.mean, batch.std), batch.rows)
-            parts.setdefault(f"error {rank}", []).append(head.error(outputs, full).cpu())
-            found = _log_loss(head.loss(outputs, full)).double().cpu()
-            parts.setdefault(f"log loss {rank}", []).append(found)
-    columns = processes.gather_columns({name: torch.cat(found) for name, found in parts.items()})
-    errors = torch.stack([columns[f"error {rank}"].mean() for rank in ranks])
-    losses = torch.stack([columns[f"log loss {rank}"].mean() for rank in ranks])
+        full = head.of_batch(batch)
+        factors = [model(batch.x, rank, grid=batch.grid) for rank in trained_ranks(model)]
+        outputs = [head.of_batch(batch, a @ b) for a, b in factors]
+        parts["error"].append(torch.stack([head.error(y, full) for y in outputs], -1).cpu())
+        losses = torch.stack([_log_loss(head.loss(y, full)) for y in outputs], -1)
+        parts["log_loss"].append(losses.double().cpu())
+    columns = processes.gather_columns({k: torch.cat(v) for k, v in parts.items() if v})
     return {
-        "val_task_error": float(errors.log().mean().exp()),
-        "val_task_loss": float(losses.mean().exp()),
+        "val_task_error": float(columns["error"].mean(0).log().mean().exp()),
+        "val_task_loss": float(columns["log_loss"].mean().exp()),
     }
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -24,6 +25,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import extract_features
 from common import cli
 from experiments import make_demo_data
+from qwenvl_dataloader import RealQwenVLDataset
 
 # flags of the smallest training
 TRAIN = "--epochs 1 --rank 4 --oversample 2 --refine_steps 1 --hidden_dim 16".split()
@@ -75,6 +77,17 @@ def tiny_cache(tiny_data, tmp_path_factory):
     cache = tmp_path_factory.mktemp("tiny") / "cache"
     extract(tiny_data, tiny_data, cache)
     return cache
+
+
+@pytest.fixture(scope="session")
+def ragged_cache(tiny_data, tmp_path_factory):
+    """A cache of images of four grids: parts of real tokens of `tiny_data`. Do not change it.
+
+    36 rows in 12 groups, D = 1536, grids 8 × 8 (the most frequent), 6 × 8, 8 × 6 and 4 × 5.
+    """
+    folder = tmp_path_factory.mktemp("ragged")
+    extract(folder, tiny_data, folder / "square", "--image_size", "224")
+    return tiny.write_ragged(folder / "cache", RealQwenVLDataset(folder / "square"))
 
 
 @pytest.fixture

@@ -22,10 +22,9 @@ import compare_svd_nn
 import factorize
 import train_real_data
 from coding import factor_files
-from common import cli
+from common import cli, shard_folder
 from common.errors import UserError
 from experiments import fit_codec, make_report
-from features import cache_writer
 from features.image_sources import open_source
 from qwenvl_dataloader import RealQwenVLDataset
 from training import checkpoint
@@ -102,14 +101,14 @@ def read_rows(folder: Path) -> str:
 def write_begun(folder: Path, leave: int = 0) -> None:
     """A cache of three shards, or all but the last `leave` of them."""
     tokens = tiny.steep_tokens(20)
-    shards, cache_writer.ROWS_PER_SHARD = cache_writer.ROWS_PER_SHARD, 8
+    shards, shard_folder.ROWS_PER_SHARD = shard_folder.ROWS_PER_SHARD, 8
     try:
         writer = tiny.begin_cache(folder, tokens)
         tiny.write_shards(writer, tokens, leave)
         if not leave:
             writer.finish()
     finally:
-        cache_writer.ROWS_PER_SHARD = shards
+        shard_folder.ROWS_PER_SHARD = shards
 
 
 def finish_cache(folder: Path) -> str:

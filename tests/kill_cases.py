@@ -20,8 +20,9 @@ import extract_features
 import factorize
 import train_real_data
 from coding import factor_files
+from common import shard_folder
 from common.errors import UserError
-from features import cache_writer
+from experiments import fit_codec
 from qwenvl_dataloader import RealQwenVLDataset
 from training import checkpoint
 
@@ -180,7 +181,7 @@ def cache_torn(folder: Path) -> list[str]:
 
 
 def kill_extract(work: Path, count: int, rng: random.Random, log: Path) -> Tally:
-    cache_writer.ROWS_PER_SHARD = 8
+    shard_folder.ROWS_PER_SHARD = 8
     images = [tiny.jpeg(i) for i in range(60)]
     images[7], images[8], images[30] = images[3], b"no image", images[3]
     data = tiny.write_data_set(work / "images", images)
@@ -256,13 +257,20 @@ def factors_torn(folder: Path) -> list[str]:
 
 
 def kill_factorize(work: Path, count: int, rng: random.Random, log: Path) -> Tally:
-    cache_writer.ROWS_PER_SHARD = factor_files.ROWS_PER_SHARD = 8
+    shard_folder.ROWS_PER_SHARD = 8
     in_child(tiny.write_cache, work / "cache", tiny.steep_tokens(60))
     where = ["--cache_dir", work / "cache", "--results_dir", work / "results"]
     train = [*where, "--log_dir", work / "log", *TRAIN.split(), *TRAIN_KINDS["ResMLP"].split()]
     unbroken(command(train_real_data, *train), log, "test")
+    codec = work / "codec.safetensors"
+    unbroken(command(fit_codec, *where[:2], "--out", codec), log, "-")
     tally = Tally()
-    for i, more in enumerate((["--rank", 3], ["--target_error", 0.3, "--dtype", "int8"])):
+    ways = (
+        ["--rank", 3],
+        ["--target_error", 0.3, "--dtype", "int8"],
+        ["--exact", "--codec", codec, "--step", 0.5],
+    )
+    for i, more in enumerate(ways):
         out = work / f"factors{i}"
         run = command(factorize, *where, "--out", out, "--batch_size", 2, *more)
 
@@ -273,5 +281,5 @@ def kill_factorize(work: Path, count: int, rng: random.Random, log: Path) -> Tal
         scenario = Scenario(
             out, run, again, factors_torn, hashes, seconds, computing, 10, hashes(out)
         )
-        torture(scenario, count // 2, rng, log, tally)
+        torture(scenario, count * (i + 1) // 3 - count * i // 3, rng, log, tally)
     return tally

@@ -30,6 +30,7 @@ import tiny
 import extract_features
 import factorize
 import train_real_data
+from coding import coded_files
 from common import cli, files
 from common.locks import LOCK_NAME
 from features import cache_writer
@@ -93,6 +94,7 @@ def trace(board: Board, kill: Kill | None) -> None:
     phase(tiny.TinyEncoder, "encode", "encoding")
     phase(cache_writer, "exact_singular_values", "spectra")
     phase(factorize, "factorise", "factorising")
+    phase(factorize, "coded_image", "coding")
 
     original = files.atomic_path
 
@@ -115,7 +117,7 @@ def trace(board: Board, kill: Kill | None) -> None:
         reach(name, "renamed")
         board.note(before)
 
-    for module in (files, checkpoint, cache_writer, style):
+    for module in (files, checkpoint, cache_writer, coded_files, style):
         module.atomic_path = atomic_path
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import svd_baseline
 import train_real_data
@@ -148,15 +149,20 @@ def test_methods_take_turns_and_every_other_repeat_is_in_reverse():
     assert [len(t.seconds) for t in timings] == [3, 3, 3]
 
 
-def test_the_branches_count_equals_the_products_that_a_forward_pass_makes():
-    from torch.utils.flop_counter import FlopCounterMode
-
+def test_products_are_counted_by_data_type_as_many_as_torch_counts_and_nothing_else():
+    x = torch.randn(2, 24, 40)
+    counted = timing.matrix_products(lambda: svd_baseline.gram_eigh(x, 3))
+    # X Xᵀ in float64; UᵀX in float32
+    assert counted == {"float64": 2 * 24 * 24 * 40, "float32": 2 * 3 * 24 * 40}
+    assert timing.matrix_products(lambda: torch.linalg.svd(x)) == {}
     for arch in ("ResMLP", "MLP"):
         model = get_model_by_name(arch, input_dim=520, num_tokens=24, rank=4, hidden_dim=16).eval()
-        x = torch.randn(1, 24, 520)  # of which the column network sees 260
-        with FlopCounterMode(display=False) as counter:
-            model.sketch(x, columns=12)
-        assert counter.get_total_flops() == 2 * contenders.branch_multiply_adds(model, columns=12)
+        x = torch.randn(2, 24, 520)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(x)
+        counted = timing.matrix_products(lambda m=model, x=x: m(x))
+        assert counter.get_total_flops() == 2 * sum(counted.values())
+        assert set(counted) == {"float32", "float64"}
 
 
 def records(*points):

@@ -1,28 +1,33 @@
 import json
 import shutil
+from pathlib import Path
 
 import large_cache
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
-from conftest import extract
+from conftest import extract, manifest_of
 from safetensors import safe_open
+from safetensors.torch import save_file
 
+from common import shard_folder, spectra
+from common.boxes import box_in_view
 from common.epoch_order import EpochSampler
 from common.errors import UserError
+from common.files import file_entry
+from common.split import split_by_group
 from features import cache_writer
 from features.cache_writer import FeatureCacheWriter
 from features.encoders import DemoEncoder
 from qwenvl_dataloader import (
     RealQwenVLDataset,
-    box_in_view,
     create_data_loaders_real,
     denormalise,
     normalise,
-    split_by_group,
 )
-from svd_baseline import exact_singular_values
+from svd_baseline import exact_singular_values, optimum
 from training.checkpoint import cache_identity
 
 
@@ -76,7 +81,8 @@ def test_every_user_of_a_cache_gets_the_same_normalised_tokens(tiny_cache):
     rows = [5, 0, 31]
     assert torch.equal(lazy[rows], resident[rows])
     with safe_open(tiny_cache / "features-00000.safetensors", framework="pt") as shard:
-        assert torch.equal(lazy[rows], shard.get_tensor("features")[rows])
+        tokens = shard.get_tensor("features").unflatten(0, (-1, lazy.num_tokens))
+    assert torch.equal(lazy[rows], tokens[rows])
     for batch in create_data_loaders_real(resident, 4).test:
         assert torch.equal(batch.x, normalise(lazy[batch.rows])[0])
         assert torch.allclose(batch.singular_values, exact_singular_values(batch.x))
@@ -144,7 +150,7 @@ def write(cache, features, shards=None):
 
 
 def test_an_interrupted_cache_goes_on_and_ends_byte_identical(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 3)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 3)
     features = torch.randn(11, 4, 6)
     write(tmp_path / "whole", features)
     for shards in ([], [2], [0, 1]):  # as processes that work side by side leave it
@@ -192,7 +198,7 @@ def test_extraction_lists_unreadable_images_and_encodes_repeated_ones_once(
     rows[7]["image"]["bytes"], rows[8]["image"] = b"no image", None
     (tmp_path / "set").mkdir()
     pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), tmp_path / "set" / "a.parquet")
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 3)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 3)
     encoded = []
     original = DemoEncoder.encode
     monkeypatch.setattr(DemoEncoder, "encode",
@@ -255,9 +261,162 @@ def test_features_are_known_by_their_encoder_and_not_by_row_number(tiny_cache, c
     assert cache_identity(RealQwenVLDataset(cache_copy)) != before
 
 
-def test_the_cache_whose_opening_is_measured_by_hand_is_one_that_opens(tmp_path, monkeypatch):
-    for name, value in {"COUNT": 9, "TOKENS": 4, "WIDTH": 6, "ROWS_PER_SHARD": 4}.items():
+@pytest.mark.parametrize("sides", [(2, 2), (1, 3)])
+def test_the_caches_whose_opening_is_measured_by_hand_are_ones_that_open(
+    tmp_path, monkeypatch, sides
+):
+    for name, value in {"COUNT": 9, "WIDTH": 6, "ROWS_PER_SHARD": 4}.items():
         monkeypatch.setattr(large_cache, name, value)
-    large_cache.write_cache(tmp_path)
+    large_cache.write_cache(tmp_path, *sides)
     dataset = RealQwenVLDataset(tmp_path)
-    assert len(dataset) == 9 and dataset[[0, 8]].shape == (2, 4, 6)
+    assert len(dataset) == 9 and dataset.ragged == (sides[0] < sides[1])
+    assert all(dataset[[i]].shape == (1, r * c, 6) for i, (r, c) in enumerate(dataset.grids))
+    assert dataset.spectra_are_known
+
+
+# ------------------------------------------------------------------------- images of several grids
+
+
+def test_an_image_of_any_grid_is_read_as_it_was_written_mapped_and_resident(ragged_cache):
+    square = RealQwenVLDataset(ragged_cache.parent / "square")
+    lazy, resident = RealQwenVLDataset(ragged_cache), RealQwenVLDataset(ragged_cache)
+    assert resident.keep_resident(torch.device("cpu"))
+    assert lazy.ragged and lazy.grid == (8, 8) and lazy.num_tokens == 64
+    assert lazy.grids == [tiny.GRIDS[i % 5] for i in range(36)]
+    assert lazy.label.endswith("36 images, T=20 to 64, D=1536")
+    for row, (rows, columns) in enumerate(lazy.grids):
+        expected = square[[row]].unflatten(1, (8, 8))[:, :rows, :columns].flatten(1, 2)
+        assert torch.equal(lazy[[row]], expected) and torch.equal(resident[[row]], expected)
+    together = [3, 28, 8]  # of one grid
+    assert torch.equal(lazy[together], torch.cat([lazy[[row]] for row in together]))
+    assert torch.equal(resident[together], lazy[together])
+    for dataset in (lazy, resident):
+        with pytest.raises(ValueError, match="different grids"):
+            dataset[[1, 4]]  # 48 tokens each, but 6 × 8 and 8 × 6
+
+
+def test_batches_hold_images_of_one_grid_and_an_epoch_every_image_once(ragged_cache):
+    dataset = RealQwenVLDataset(ragged_cache)
+    loaders = create_data_loaders_real(dataset, 4)
+    for part, loader in zip((dataset.split.train, dataset.split.val, dataset.split.test), loaders,
+                            strict=True):  # fmt: skip
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        seen = torch.cat([batch.rows for batch in batches])
+        assert sorted(seen.tolist()) == part.tolist()
+        assert sum(batch.images for batch in batches) == loader.num_images
+        for batch in batches:
+            assert {dataset.grids[row] for row in batch.rows} == {batch.grid}
+            assert torch.equal(batch.x, normalise(dataset[batch.rows])[0])
+            assert batch.singular_values.shape[1] == min(batch.x.shape[1:])
+            assert torch.allclose(batch.singular_values, exact_singular_values(batch.x), atol=1e-4)
+    # results batch after batch stand in the order that the loader tells
+    test = loaders.test
+    assert test.sampler.rows.tolist() == torch.cat([batch.rows for batch in test]).tolist()
+
+
+def test_an_epoch_of_several_grids_can_be_entered_anywhere_and_is_shared_without_loss():
+    rows, grids = torch.arange(5, 40), [(2, 2 + i % 3) for i in range(50)]
+    whole = EpochSampler(rows, 6, shuffle_seed=1, grids=grids)
+    whole.epoch = 2
+    steps = [share.rows for share in whole.shares()]
+    assert len(steps) == len(whole) == 6 and sorted(sum(steps, [])) == rows.tolist()
+    shares = [EpochSampler(rows, 3, 1, (rank, 2), grids) for rank in range(2)]
+    for sampler in shares:
+        sampler.epoch = 2
+    for step, *parts in zip(steps, *(s.shares() for s in shares), strict=True):
+        assert sum((part.rows for part in parts if part.share), []) == step
+        assert sum(part.share for part in parts) == pytest.approx(1)
+    whole.start = 4
+    assert list(whole) == steps[4:] and whole.images_before == sum(map(len, steps[:4]))
+    # the order is not sorted by grid: training would see one after another
+    assert len({grids[step[0]] for step in steps[:4]}) > 1
+    # of one grid it is what it would be without grids
+    one = [(2, 2)] * 50
+    assert list(EpochSampler(rows, 4, 7, grids=one)) == list(EpochSampler(rows, 4, 7))
+
+
+def test_spectra_are_computed_at_first_need_and_go_on_where_they_were_cut(
+    ragged_cache, tmp_path, monkeypatch
+):
+    cache = Path(shutil.copytree(ragged_cache, tmp_path / "cache"))
+    (cache / spectra.FILE).unlink(missing_ok=True)
+    monkeypatch.setattr(spectra, "IMAGES_PER_PART", 7)
+    assert not RealQwenVLDataset(cache).spectra_are_known
+    write = spectra._write
+
+    def cut(path, *rest):
+        if path.name == "spectra-00003.safetensors":
+            raise KeyboardInterrupt
+        write(path, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(spectra, "_write", cut)
+        RealQwenVLDataset(cache).singular_values  # noqa: B018
+    left = sorted(path.name for path in cache.glob("spectra-*"))
+    assert left == [f"spectra-{i:05d}.safetensors" for i in range(3)]
+    damaged = cache / left[1]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    computed = []
+    monkeypatch.setattr(spectra, "_write", lambda p, *a: computed.append(p.name) or write(p, *a))
+    dataset = RealQwenVLDataset(cache)
+    sigma = dataset.singular_values
+    assert computed == [f"spectra-0000{i}.safetensors" for i in (1, 3, 4, 5)] + [spectra.FILE]
+    assert sorted(path.name for path in cache.glob("spectra*")) == [spectra.FILE]
+    assert sigma.shape == (36, 64) and RealQwenVLDataset(cache).spectra_are_known
+    for row, grid in enumerate(dataset.grids):
+        m = grid[0] * grid[1]
+        exact = torch.linalg.svdvals(normalise(dataset[[row]])[0].double())[0]
+        assert torch.allclose(sigma[row, :m], exact, atol=1e-5 * float(exact[0]))
+        assert not sigma[row, m:].any()
+        assert optimum(sigma[row], 8) == pytest.approx(float(optimum(exact, 8)), rel=1e-6)
+    assert RealQwenVLDataset(cache).verify() == {}
+
+
+def test_spectra_of_other_features_are_not_taken(ragged_cache, tmp_path):
+    cache = Path(shutil.copytree(ragged_cache, tmp_path / "cache"))
+    sigma = RealQwenVLDataset(cache).singular_values
+    shards = manifest_of(cache)["shards"]
+    edit_manifest(cache, shards=[{**shards[0], "sha256": "0" * 64}])
+    assert not RealQwenVLDataset(cache).spectra_are_known
+    assert torch.equal(RealQwenVLDataset(cache).singular_values, sigma)
+
+
+def test_a_cache_of_format_1_still_opens(tiny_cache, tmp_path):
+    new = RealQwenVLDataset(tiny_cache)
+    old = Path(shutil.copytree(tiny_cache, tmp_path / "old"))
+    shard, rows = old / "features-00000.safetensors", old / "rows.parquet"
+    save_file({"features": new[range(36)].contiguous()}, shard)
+    pq.write_table(pq.read_table(rows).drop_columns(["grid_rows", "grid_columns"]), rows)
+    entry = {**new.manifest["shards"][0], **file_entry(shard)}
+    edit_manifest(old, format=1, shards=[entry], rows=file_entry(rows))
+    lazy, resident = RealQwenVLDataset(old), RealQwenVLDataset(old)
+    resident.keep_resident(torch.device("cpu"))
+    assert lazy.grids == new.grids and not lazy.ragged
+    for dataset in (lazy, resident):
+        assert torch.equal(dataset[[3, 1, 35]], new[[3, 1, 35]])
+    assert torch.equal(lazy.singular_values, new.singular_values)
+    assert all(damage == "manifest.json" for damage in lazy.verify())  # which this test has edited
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.drop_columns(["grid_rows"]), "no column grid_rows"),
+        (lambda t: put_grid(t, 0), "row 0 has the grid"),
+        (lambda t: put_grid(t, None), "row 0 has the grid"),
+        (lambda t: put_grid(t, 7), "its manifest says"),
+    ],
+)
+def test_grids_that_do_not_fit_the_features_are_refused(ragged_cache, tmp_path, change, message):
+    cache = Path(shutil.copytree(ragged_cache, tmp_path / "cache"))
+    rows = cache / "rows.parquet"
+    pq.write_table(change(pq.read_table(rows)), rows)
+    edit_manifest(cache, rows=file_entry(rows))
+    with pytest.raises(UserError, match=message):
+        RealQwenVLDataset(cache)[[0]]
+
+
+def put_grid(table, side):
+    sides = pa.array([side, *table["grid_rows"].to_pylist()[1:]], pa.int32())
+    return table.set_column(table.column_names.index("grid_rows"), "grid_rows", sides)

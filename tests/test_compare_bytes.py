@@ -245,7 +245,7 @@ def test_head_steps_lower_the_head_s_error_at_nearly_the_same_bytes(linear_head)
 
 
 def test_factors_with_head_steps_err_less_for_the_head_at_the_same_bytes(image, linear_head):
-    control = FactorsHeadSteps((T, D), rivals.Statistics(), linear_head, "cpu")
+    control = FactorsHeadSteps(GRID, D, rivals.Statistics(), linear_head, "cpu")
     wanted = linear_head.outputs(image.raw[None], None)
     streams = [code.encode(image, 4) for code in (rivals.FactorsInt8((T, D)), control)]
     assert len(streams[0]) == len(streams[1])

@@ -77,7 +77,7 @@ def test_a_training_step_stays_on_its_device_and_asks_it_for_no_value(flags, x, 
     argv = f"--rank {R} --hidden_dim 16 {flags}".split()
     args = cli.parse(train_real_data.get_args_parser(), argv)
     dataset = SimpleNamespace(
-        feature_dim=D, num_tokens=T, manifest={"encoder": {}}, is_demo=False,
+        feature_dim=D, num_tokens=T, grid=None, manifest={"encoder": {}}, is_demo=False,
         split=SimpleNamespace(hash="", train=NO_ROWS, val=NO_ROWS), rows=pa.table({}),
     )  # fmt: skip
     run = build_run(args, dataset, META)
@@ -85,7 +85,9 @@ def test_a_training_step_stays_on_its_device_and_asks_it_for_no_value(flags, x, 
     ones = torch.ones(B, T, 1, device=META)
     sigma = torch.empty(B, T, dtype=torch.float64, device=META)
     rows = torch.arange(B, device=META)
-    means, broken = train_real_data.train_step(run, Batch(rows, x, ones, ones, sigma, B, 1.0))
+    grid = run.model.grid if "direct" in flags else (2, T // 2)  # another one, where it may be
+    batch = Batch(rows, x, ones, ones, sigma, B, 1.0, grid)
+    means, broken = train_real_data.train_step(run, batch)
     assert means.device == broken.device == META
     assert {p.grad.device for p in run.model.parameters() if p.grad is not None} == {META}
 

@@ -21,7 +21,7 @@ import train_real_data
 from common import cli, processes
 from common.epoch_order import EpochSampler
 from common.errors import UserError
-from experiments import estimate_metric
+from experiments import estimate_metric, fit_codec
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 from subspace import even_features
 from svd_baseline import evaluate, gram_eigh
@@ -139,6 +139,25 @@ def test_two_processes_write_the_factors_of_one(cache, tmp_path):
     assert hashes(tmp_path / "shared") == hashes(tmp_path / "alone")
     assert len(list((tmp_path / "shared").glob("factors-*"))) == 3
     assert stdout.count("matrices per second") == 1
+
+
+def test_two_processes_code_the_bytes_of_one_and_go_on_where_they_were_killed(cache, tmp_path):
+    codec = tmp_path / "codec.safetensors"
+    in_process(fit_codec, "--cache_dir", cache, "--out", codec)
+    flags = ["--cache_dir", cache, "--exact", "--codec", codec, "--step", 8]
+    in_process(factorize, *flags, "--out", tmp_path / "alone")
+    shared = tmp_path / "shared"
+    process = torchrun("factorize.py", *flags, "--out", shared)
+    while not list(shared.glob("factors-*.safetensors")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    for pid in (process.pid, *children(process)):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=20)
+    assert not (shared / "manifest.json").exists()
+    stdout = finished(torchrun("factorize.py", *flags, "--out", shared))
+    assert hashes(shared) == hashes(tmp_path / "alone")
+    assert stdout.count("images are already there") == stdout.count("bytes an image") == 1
 
 
 # --------------------------------------------------------------------------------------- training

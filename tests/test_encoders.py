@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from common.errors import UserError
-from features import encoders
+from features import checkpoints, demo_backbone, encoders
 
 INDEX = "model.safetensors.index.json"
 
@@ -98,7 +98,7 @@ def visual_shard(folder: Path) -> tuple[Path, str]:
 def image_features(model, pixels: torch.Tensor) -> torch.Tensor:
     grid = torch.tensor([[1, 32, 32]] * len(pixels))
     with torch.no_grad():
-        return torch.stack(model.get_image_features(pixels.flatten(0, 1), grid).pooler_output)
+        return torch.stack(model.get_image_features(pixels.flatten(0, -2), grid).pooler_output)
 
 
 # ------------------------------------------------------------------------------ resizing, merging
@@ -162,7 +162,7 @@ def test_merging_has_the_order_in_which_qwens_own_processor_lays_out_its_patches
     number = np.arange(1024).reshape(32, 32)
     colours = np.stack([number // 32 * 8, number % 32 * 8, 0 * number], axis=-1).astype(np.uint8)
     image = Image.fromarray(colours.repeat(14, axis=0).repeat(14, axis=1))
-    patches = qwen.preprocess(image)[:, [0, 2 * 14 * 14]]  # red and green of the first pixel
+    patches = qwen.preprocess(image)[..., [0, 2 * 14 * 14]]  # red and green of the first pixel
     raster = torch.tensor(colours[..., :2].reshape(1, 1024, 2) / np.float32(255))
     raster = (raster - torch.tensor(QWEN_PREPROCESSOR["image_mean"][:2])) / torch.tensor(
         QWEN_PREPROCESSOR["image_std"][:2]
@@ -177,7 +177,7 @@ def test_merging_has_the_order_in_which_qwens_own_processor_lays_out_its_patches
 def test_the_loaded_dinov2_gives_the_tokens_of_its_onnx_graph():
     encoder = load("demo", image_size=224)
     pixels = torch.stack([encoder.preprocess(photograph()), encoder.preprocess(random_image(9, 7))])
-    graph = onnx.load(encoders.demo_onnx_path())
+    graph = onnx.load(demo_backbone.demo_onnx_path())
     last = "/backbone/layernorm/Add_1_output_0"
     info = onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None)
     graph.graph.output.append(info)
@@ -213,9 +213,9 @@ def test_the_demo_encoder_turns_448_pixels_into_256_finite_tokens_of_1536(demo):
 
 def test_the_demo_encoders_weight_hash_is_that_of_the_onnx_file(demo):
     digest = subprocess.run(
-        ["sha256sum", encoders.demo_onnx_path()], capture_output=True, text=True
+        ["sha256sum", demo_backbone.demo_onnx_path()], capture_output=True, text=True
     )
-    assert demo.weights_sha256 == encoders.demo_onnx_sha256() == digest.stdout.split()[0]
+    assert demo.weights_sha256 == demo_backbone.demo_onnx_sha256() == digest.stdout.split()[0]
 
 
 def test_without_its_package_the_demo_encoder_says_what_to_install(monkeypatch):
@@ -250,7 +250,7 @@ def test_images_encoded_together_equal_the_whole_qwens_bit_for_bit(saved, whole_
     side = size // 14
     with torch.no_grad():
         features = whole_model.get_image_features(
-            pixels.flatten(0, 1), torch.tensor([[1, side, side]] * 2)
+            pixels.flatten(0, -2), torch.tensor([[1, side, side]] * 2)
         )
     assert torch.equal(encoder.encode(pixels), torch.stack(features.pooler_output))
 
@@ -267,11 +267,11 @@ def test_in_bfloat16_the_tower_still_equals_the_whole_qwen_bit_for_bit(saved):
 
 def test_qwen_preprocessing_is_the_models_own_on_the_resized_image(saved, qwen):
     # its own resize, left on here, finds nothing to do at 448 x 448
-    processor = encoders.QwenImageProcessor.from_pretrained(saved)
+    processor = checkpoints.QwenImageProcessor.from_pretrained(saved)
     stretched = photograph().resize((448, 448), Image.Resampling.BICUBIC)
     expected = processor(images=stretched, return_tensors="pt")
     assert expected["image_grid_thw"].tolist() == [[1, 32, 32]]
-    assert torch.equal(qwen.preprocess(photograph()), expected["pixel_values"])
+    assert torch.equal(qwen.preprocess(photograph()).flatten(0, 2), expected["pixel_values"])
     assert (qwen.num_tokens, qwen.feature_dim, qwen.grid) == (256, 2048, (16, 16))
 
 
@@ -360,7 +360,7 @@ def test_vision_tensors_of_another_size_than_the_config_says_are_refused(checkpo
         load(checkpoint)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_vl", "qwen2_vl", "llava", None])
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "siglip2", "llava", None])
 def test_another_family_is_refused_by_the_type_that_was_found(checkpoint, model_type):
     config = json.loads((checkpoint / "config.json").read_text())
     config["model_type"] = model_type
@@ -402,7 +402,7 @@ def test_from_the_hub_only_configs_and_the_shards_with_vision_tensors_are_fetche
                 shutil.copy(saved / file, snapshot)
         return str(snapshot)
 
-    monkeypatch.setattr(encoders, "snapshot_download", fake_download)
+    monkeypatch.setattr(checkpoints, "snapshot_download", fake_download)
     encoder = load("Qwen/small")
     assert (encoder.id, encoder.revision) == ("Qwen/small", "0123abc")
     assert encoder.weights_sha256 == qwen.weights_sha256
@@ -422,4 +422,9 @@ def test_only_the_encoders_and_the_language_model_import_transformers():
         for path in MODULES
         if "import transformers" in path.read_text() or "from transformers" in path.read_text()
     ]
-    assert sorted(importers) == ["encoders.py", "gpu_qwen.py", "language_model.py"]
+    assert sorted(importers) == [
+        "checkpoints.py",
+        "demo_backbone.py",
+        "gpu_qwen.py",
+        "language_model.py",
+    ]

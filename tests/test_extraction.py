@@ -13,8 +13,11 @@ import pytest
 import torch
 from conftest import TRAIN, extract, manifest_of, picture, write_parquet
 from PIL import Image
-from transformers import Qwen2Config, Qwen2VLConfig, Qwen3VLConfig
+from small_checkpoints import save_checkpoint
+from transformers import Qwen2Config, Qwen3VLMoeConfig, Siglip2Config
 
+from features.checkpoints import FAMILIES
+from features.encoders import load_encoder
 from features.image_sources import ImageCell, UnreadableImage, open_source, read_image
 from qwenvl_dataloader import RealQwenVLDataset
 
@@ -290,7 +293,7 @@ def test_many_unreadable_rows_are_a_few_lines_and_a_count(encode, tmp_path):
 # ------------------------------------------------------------------------------------ other models
 
 
-@pytest.mark.parametrize("config", [Qwen2VLConfig, Qwen3VLConfig, Qwen2Config])
+@pytest.mark.parametrize("config", [Qwen3VLMoeConfig, Siglip2Config, Qwen2Config])
 def test_a_checkpoint_of_another_family_is_refused_by_its_real_config(
     config, photos, qwen, tmp_path, script
 ):
@@ -299,7 +302,25 @@ def test_a_checkpoint_of_another_family_is_refused_by_its_real_config(
     done = script("extract_features.py", "--dataset_dir", photos, "--model", folder)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert f"model_type {config.model_type!r} is not supported" in done.stderr
-    assert "Qwen/Qwen2.5-VL" in done.stderr
+    assert all(family.example in done.stderr for family in FAMILIES.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "grid", "width"), [("qwen3_vl", 7, 48), ("siglip", 14, 32), ("dinov2", 16, 32)]
+)
+def test_a_checkpoint_of_another_family_makes_a_cache_of_its_own_grid(
+    family, grid, width, photos, encode, tmp_path
+):
+    folder = save_checkpoint(tmp_path / "small", family)
+    done = encode(photos, "cache", "--model", folder, "--image_size", 224, "--batch_size", 5)
+    assert done.returncode == 0, done.stderr
+    dataset = RealQwenVLDataset(tmp_path / "cache")
+    assert (dataset.grid, dataset.num_tokens) == ((grid, grid), grid**2)
+    assert dataset.feature_dim == width and dataset.manifest["encoder"]["id"] == "small"
+    encoder = load_encoder(str(folder), device="cpu", image_size=224)
+    image = Image.open(photos / dataset.image_record(1)["path"])
+    expected = encoder.encode(encoder.preprocess(image)[None])[0].to(torch.bfloat16)
+    assert torch.allclose(dataset[[1]][0].float(), expected.float(), rtol=0.01, atol=0.01)
 
 
 def test_padding_changes_features_of_oblong_images_only(encode, tmp_path):

@@ -10,8 +10,9 @@ import torch
 from conftest import hashes
 
 import factorize
-from coding import factor_files, rank_budget
+from coding import rank_budget
 from coding.factor_files import load_factors, read_factors, restore, store
+from common import shard_folder
 from common.errors import UserError
 from qwenvl_dataloader import RealQwenVLDataset, normalise
 from svd_baseline import rel_error
@@ -145,7 +146,10 @@ def test_the_bytes_on_disk_are_those_of_the_values(write, tmp_path):
     for dtype in ("float32", "bf16", "int8"):
         write("--rank", 8, "--dtype", dtype, "--overwrite")
         sizes[dtype] = sum(shard["bytes"] for shard in manifest_of(tmp_path / "out")["shards"])
-    values, others = 36 * 8 * (16 + 1536), 36 * (2 * 16 * 4 + 3 * 8)
+    values, others = (
+        36 * 8 * (16 + 1536),
+        36 * (2 * 16 * 4 + 3 * 8 + 8 + 2 * 4),
+    )  # ranks and grids too
     scales = {"int8": 36 * 2 * 8 * 4}
     for dtype, width in (("float32", 4), ("bf16", 2), ("int8", 1)):
         header = sizes[dtype] - (values * width + others + scales.get(dtype, 0))
@@ -156,7 +160,7 @@ def test_the_bytes_on_disk_are_those_of_the_values(write, tmp_path):
 def test_an_interrupted_run_goes_on_and_its_folder_is_byte_identical(
     flags, write, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(factor_files, "ROWS_PER_SHARD", 10)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 10)
     flags = [*flags, "--batch_size", 4]
     write(*flags)
     whole = hashes(tmp_path / "out")
@@ -185,7 +189,8 @@ def test_an_interrupted_run_goes_on_and_its_folder_is_byte_identical(
 def test_a_finished_folder_is_replaced_only_when_asked_to(write, tmp_path):
     write("--rank", 4)
     before = hashes(tmp_path / "out")
-    assert "holds finished factors" in write("--rank", 3, fails=True).stderr
+    assert "holds a finished folder of factors: use it" in write("--rank", 4, fails=True).stderr
+    assert "begun with rank = 4, now it is 3" in write("--rank", 3, fails=True).stderr
     assert hashes(tmp_path / "out") == before
     write("--rank", 3, "--overwrite")
     assert read_factors(tmp_path / "out", [0]).a.shape == (1, 16, 3)

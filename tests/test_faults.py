@@ -21,10 +21,9 @@ from hypothesis import strategies as st
 import extract_features
 import train_real_data
 from coding.factor_files import load_factors, read_manifest
-from common import cli, files
+from common import cli, files, shard_folder
 from common.errors import UserError
 from common.locks import LOCK_NAME, sole_writer
-from features import cache_writer
 from model import ARCHITECTURES, get_model_by_name
 from qwenvl_dataloader import RealQwenVLDataset, normalise
 from svd_baseline import exact_singular_values, image_metrics
@@ -128,7 +127,7 @@ def test_features_that_became_nan_infinite_or_huge_are_refused_with_their_row(va
     shard = cache / "features-00000.safetensors"
     features = RealQwenVLDataset(cache)[list(range(5))]
     features[3, 1, 7] = value
-    files.save_tensors(shard, {"features": features})
+    files.save_tensors(shard, {"features": features.flatten(0, 1)})
     dataset = RealQwenVLDataset(cache)
     assert dataset[[2, 4]].isfinite().all()
     for read in (lambda: dataset[[0, 3]], lambda: dataset.keep_resident(torch.device("cpu"))):
@@ -255,7 +254,7 @@ def test_old_results_that_were_moved_half_way_are_not_resumed(train, tmp_path, m
 
 
 def test_an_overwrite_that_was_cut_off_leaves_no_part_without_its_shard(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 4)
     tokens = tiny.steep_tokens(10)
 
     def begin(**options):

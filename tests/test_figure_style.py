@@ -30,8 +30,8 @@ def test_no_two_methods_share_a_colour_or_a_label():
 def test_plots_never_touch_pyplot_and_leave_matplotlibs_settings_alone(tmp_path):
     check = (
         "import sys, matplotlib; before = matplotlib.rcParams.copy(); "
-        "from figures import style, token_grid, training_curves; "
-        "training_curves.b_row_norms(sys.argv[1], [[2.0, 1.0]], [[2.0, 1.0]], 'footer'); "
+        "from figures import components, style, token_grid; both = [[2.0, 1.0]]; "
+        "components.component_energy(sys.argv[1], {'X': both, 'X_hat': both}, [5.0], 'footer'); "
         "assert 'matplotlib.pyplot' not in sys.modules; "
         "assert all(before[key] == matplotlib.rcParams[key] for key in style.STYLE)"
     )

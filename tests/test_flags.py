@@ -72,7 +72,9 @@ def wrong_values(flag, action):
     elif action.type is cli.folder:
         wrong += [["a_file"], ["a_file/below"]]
     else:
-        assert action.type is cli.name, f"{flag}: give it a type that refuses what is wrong"
+        assert action.type in (cli.name, cli.file), (
+            f"{flag}: give it a type that refuses what is wrong"
+        )
         assert flag in WRONG_NAMES, f"{flag}: say in WRONG_NAMES what is refused"
         wrong.append([WRONG_NAMES[flag]])
     return wrong
@@ -111,12 +113,12 @@ def base(tmp_path_factory):
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
     """Run a command line that must be refused; returns the line. Nothing on disk may change."""
-    from features import encoders
+    from features import checkpoints
 
     def offline(*_, **__):
         raise OSError("offline")
 
-    monkeypatch.setattr(encoders, "snapshot_download", offline)
+    monkeypatch.setattr(checkpoints, "snapshot_download", offline)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a_file").write_text("")
 
@@ -163,6 +165,13 @@ def test_a_flag_that_does_not_exist_is_refused_and_no_flag_can_be_shortened(scri
         if shortened not in dict(flags_of(script)):
             value = [] if action.nargs == 0 else ["1"]
             assert shortened in refused(script, [*base[script], shortened, *value])
+
+
+def test_a_flag_of_several_scripts_means_the_same_kind_of_value_in_all_of_them():
+    for script in SCRIPTS:
+        for flag, action in flags_of(script):
+            if flag in cli.SHARED:
+                assert action.type is cli.SHARED[flag][0], (script, flag)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

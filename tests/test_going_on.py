@@ -11,7 +11,8 @@ from conftest import hashes, manifest_of, picture, write_parquet
 from safetensors.torch import load_file, save_file
 
 import extract_features
-from features import cache_writer, encoders
+from common import shard_folder
+from features import cache_writer, checkpoints, encoders
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def interrupted(encode, data, monkeypatch, after: int) -> None:
 
 @pytest.mark.parametrize("after", [0, 1, 4])
 def test_an_interrupted_extraction_ends_byte_identical(after, mixed, encode, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 4)
     assert encode(mixed, "whole", "--batch_size", 3).returncode == 0
     interrupted(encode, mixed, monkeypatch, after)
     assert encode(mixed, "cache", "--batch_size", 3).returncode == 0
@@ -52,7 +53,7 @@ def test_an_interrupted_extraction_ends_byte_identical(after, mixed, encode, tmp
 
 
 def other_weights(folder: Path) -> None:
-    index = json.loads((folder / encoders.SHARD_INDEX).read_text())["weight_map"]
+    index = json.loads((folder / checkpoints.SHARD_INDEX).read_text())["weight_map"]
     path = folder / next(file for key, file in index.items() if "visual." in key)
     tensors = load_file(path)
     next(t for key, t in tensors.items() if "visual." in key).view(-1)[0] += 1
@@ -64,7 +65,7 @@ def other_weights(folder: Path) -> None:
 def test_another_model_size_rule_or_data_set_is_refused_with_both_values(
     change, state, mixed, encode, qwen, tmp_path, monkeypatch, script
 ):
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 4)
     if state == "finished":
         assert encode(mixed).returncode == 0
     else:
@@ -101,7 +102,7 @@ def test_another_model_size_rule_or_data_set_is_refused_with_both_values(
 def test_an_interrupted_extraction_goes_on_only_with_its_device_precision_and_batch_size(
     mixed, encode, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 4)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 4)
     interrupted(encode, mixed, monkeypatch, 2)
     before = hashes(tmp_path / "cache")
     done = encode(mixed, "cache", "--batch_size", 4)
@@ -129,7 +130,11 @@ def test_another_revision_of_a_hub_model_is_refused_with_both_values(
     mixed, qwen, tmp_path, monkeypatch, script
 ):
     revision = "aaa111"
-    monkeypatch.setattr(encoders, "_checkpoint_folder", lambda name: (qwen, revision))
+
+    def opened(name):
+        return checkpoints.read_checkpoint(qwen, revision)
+
+    monkeypatch.setattr(encoders, "open_checkpoint", opened)
     args = ["--dataset_dir", mixed, "--cache_dir", tmp_path / "cache", "--model", "Qwen/some"]
     args += ["--image_size", 112]
     assert script("extract_features.py", *args).returncode == 0
@@ -143,7 +148,7 @@ def test_another_revision_of_a_hub_model_is_refused_with_both_values(
 def test_a_finished_cache_of_another_encoder_is_refused_before_a_hub_is_asked(
     tiny_data, cache_copy, monkeypatch, script
 ):
-    monkeypatch.setattr(encoders, "_checkpoint_folder", lambda name: pytest.fail("asked"))
+    monkeypatch.setattr(encoders, "open_checkpoint", lambda name: pytest.fail("asked"))
     done = script("extract_features.py", "--dataset_dir", tiny_data, "--cache_dir", cache_copy)
     assert done.returncode == 2 and "holds a finished cache (demo-dinov2" in done.stderr
 
@@ -159,7 +164,7 @@ def test_the_same_command_on_a_finished_cache_says_that_it_is_finished(mixed, en
 
 @pytest.fixture
 def cache(mixed, encode, tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 8)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 8)
     assert encode(mixed).returncode == 0
     return tmp_path / "cache"
 
@@ -199,7 +204,7 @@ def put(cache: Path, name: str, tensors: dict) -> None:
 
 
 SHARD = "features-00001.safetensors"
-NAN = torch.zeros(7, 16, 64).index_fill(2, torch.tensor([5]), torch.nan)
+NAN = torch.zeros(7 * 16, 64).index_fill(1, torch.tensor([5]), torch.nan)
 
 
 @pytest.mark.parametrize(
@@ -212,8 +217,8 @@ NAN = torch.zeros(7, 16, 64).index_fill(2, torch.tensor([5]), torch.nan)
         (lambda c: (c / SHARD).unlink(), SHARD, "is missing"),
         (lambda c: (c / SHARD).write_bytes(b"x"), SHARD, "has 1 bytes"),
         (lambda c: put(c, SHARD, {"features": NAN.bfloat16()}), SHARD, "holds NaN or Inf"),
-        (lambda c: put(c, SHARD, {"features": torch.zeros(7, 16, 64)}), SHARD, "F32"),
-        (lambda c: put(c, SHARD, {"features": NAN[:, :9].bfloat16()}), SHARD, "[7, 9, 64]"),
+        (lambda c: put(c, SHARD, {"features": torch.zeros(7 * 16, 64)}), SHARD, "F32"),
+        (lambda c: put(c, SHARD, {"features": NAN[:63].bfloat16()}), SHARD, "[63, 64]"),
         (lambda c: put(c, SHARD, {"other": NAN.bfloat16()}), SHARD, "damaged"),
         (lambda c: put(c, "singular_values.safetensors",
                        {"singular_values": torch.full((17, 16), torch.nan).double()}),

@@ -1,6 +1,5 @@
 """The one call on a GPU, rehearsed on the CPU at tiny sizes: nothing in it may fail there."""
 
-import importlib.util
 import json
 import time
 
@@ -12,8 +11,6 @@ from experiments import gpu_bench, gpu_check
 
 # what a CPU lacks, by name
 SKIPPED = {"host waits", "out of memory", "svd_gesvda"}
-if not all(importlib.util.find_spec(name) for name in ("coding.codec", "constriction")):
-    SKIPPED.add("codec")
 
 
 def call(out, *flags):
@@ -51,7 +48,7 @@ def test_a_check_that_raises_is_a_row_and_the_next_one_runs(monkeypatch):
     checks["three"] = lambda setting: setting.need_cuda("this")
     module = type("module", (), {"CHECKS": {"part": checks}})
     monkeypatch.setattr(gpu_bench.importlib, "import_module", lambda name: module)
-    rows = list(gpu_bench.rows_of("part", "x", gpu_bench.Setting("cpu", True, "", None, 9.0)))
+    rows = list(gpu_bench.rows_of("part", "x", gpu_bench.Setting("cpu", True, "", None)))
     assert [row["status"] for row in rows] == ["measured", "failed", "measured", "skipped"]
     assert rows[1]["note"] == "RuntimeError: CUDA error: an illegal"
 
@@ -61,7 +58,7 @@ def test_a_module_that_needs_a_missing_library_is_skipped_by_name(monkeypatch):
         raise ImportError("No module named 'constriction'", name="constriction")
 
     monkeypatch.setattr(gpu_bench.importlib, "import_module", missing)
-    (row,) = gpu_bench.rows_of("codec", "x", gpu_bench.Setting("cpu", True, "", None, 9.0))
+    (row,) = gpu_bench.rows_of("codec", "x", gpu_bench.Setting("cpu", True, "", None))
     assert row["status"] == "skipped" and "constriction" in row["note"]
 
 
@@ -89,9 +86,9 @@ def test_packed_tokens_are_the_caches_and_serve_instead_of_it(tiny_cache, tmp_pa
     argv = ["--out", str(tmp_path), "--cache_dir", str(tiny_cache), "--pack", "3"]
     assert gpu_check.main(cli.parse(gpu_check.get_args_parser(), argv)) == 0
     path = str(tmp_path / "tokens.safetensors")
-    cached = gpu_bench.Setting("cpu", True, str(tiny_cache), None, 9.0)
-    packed = gpu_bench.Setting("cpu", True, "nowhere", path, 9.0)
+    cached = gpu_bench.Setting("cpu", True, str(tiny_cache), None)
+    packed = gpu_bench.Setting("cpu", True, "nowhere", path)
     assert packed.found_tokens[1] == cached.found_tokens[1]
     assert packed.found_tokens[0].equal(cached.found_tokens[0][:3])
-    made_up = gpu_bench.Setting("cpu", True, "nowhere", None, 9.0)
+    made_up = gpu_bench.Setting("cpu", True, "nowhere", None)
     assert "made-up" in made_up.found_tokens[1]

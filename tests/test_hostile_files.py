@@ -22,6 +22,7 @@ from PIL import Image
 import extract_features
 from coding.factor_files import load_factors
 from common.errors import UserError
+from features import extraction
 from features.image_sources import ImageCell
 from qwenvl_dataloader import RealQwenVLDataset
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -125,10 +126,11 @@ def test_damaged_images_of_any_kind_are_listed_and_do_not_end_an_extraction(tmp_
         for _ in range(rng.randint(1, 6)):
             data[rng.randrange(min(len(data), 300))] = rng.randrange(256)
         data = bytes(data[: rng.randint(1, 2 * len(data))])
-        row, sha = {"image": ImageCell(data, None)}, hashlib.sha256(data).hexdigest()
+        row = {"image": ImageCell(data, None)}
+        look = extraction.Look(hashlib.sha256(data).hexdigest(), (4, 4))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, of damaged metadata
-            sample = extract_features._prepare_row(0, row, encoder, sha, 0)
+            sample = extraction.prepare_row(0, row, encoder, look, 0)
         assert sample.reason is None or sample.reason.startswith("unreadable image: ")
         assert sample.reason is None or "0x" not in sample.reason
 

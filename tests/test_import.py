@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TRAIN, hashes, manifest_of
 
+from common import shard_folder
 from features import cache_writer, pt_import
 from qwenvl_dataloader import RealQwenVLDataset
 
@@ -139,7 +140,7 @@ def test_files_are_read_one_at_a_time(tmp_path, script, monkeypatch):
 
 
 def test_an_interrupted_import_ends_byte_identical(old_cache, tmp_path, script, monkeypatch):
-    monkeypatch.setattr(cache_writer, "ROWS_PER_SHARD", 3)
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 3)
     (old_cache / "features_4.pt").unlink()
     assert do_import(script, tmp_path, old_cache).returncode == 0
     (tmp_path / "cache").rename(tmp_path / "whole")

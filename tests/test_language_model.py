@@ -24,7 +24,7 @@ from transformers import (
 import extract_features
 from common import cli
 from common.errors import UserError
-from features import encoders
+from features import checkpoints, encoders
 from qwenvl_dataloader import BatchLoader, RealQwenVLDataset
 from task import language_model
 from task.load_head import load_head
@@ -84,7 +84,7 @@ def test_with_unchanged_tokens_the_answers_logits_are_the_whole_qwens_bit_for_bi
 ):
     whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(small_qwen).eval()
     encoder = encoders.load_encoder(str(small_qwen), device="cpu", image_size=112)
-    pixels = encoder.preprocess(photograph())
+    pixels = encoder.preprocess(photograph())  # [4, 4, 4, 1176]
     tokens = encoder.encode(pixels[None])
     row = 1
     answer = qwen_head.reference_answer(row)
@@ -94,7 +94,7 @@ def test_with_unchanged_tokens_the_answers_logits_are_the_whole_qwens_bit_for_bi
     with torch.no_grad():
         expected = whole(
             input_ids=ids[:, :-1],
-            pixel_values=pixels,
+            pixel_values=pixels.flatten(0, 2),
             image_grid_thw=torch.tensor([[1, 8, 8]]),
             mm_token_type_ids=(ids[:, :-1] == 3).int(),
             logits_to_keep=wanted,
@@ -193,7 +193,7 @@ def test_a_cache_made_from_a_folder_finds_its_language_model_again(
     monkeypatch.chdir(tmp_path)
     dataset = RealQwenVLDataset(qwen_cache)
     found = load_head("qwen-answer", dataset, device="cpu")
-    assert found.sha256 == encoders.checkpoint_weights_sha256(small_qwen)
+    assert found.sha256 == checkpoints.checkpoint_weights_sha256(small_qwen)
     del dataset.manifest["encoder_folder"]  # a cache of an older version
     with pytest.raises(UserError, match="does not say where.*small-qwen.*--head_model"):
         load_head("qwen-answer", dataset, device="cpu")
@@ -204,7 +204,7 @@ def test_a_cache_made_from_a_folder_finds_its_language_model_again(
 
 def test_a_language_model_beside_another_vision_tower_is_refused(small_qwen, qwen_cache, tmp_path):
     other = Path(shutil.copytree(small_qwen, tmp_path / "other"))
-    path = other / encoders.SINGLE_SHARD
+    path = other / checkpoints.SINGLE_SHARD
     tensors = load_file(path)
     next(t for key, t in tensors.items() if "visual." in key).view(-1)[0] += 1
     save_file(tensors, path, metadata={"format": "pt"})
@@ -221,12 +221,19 @@ def test_a_hubs_language_model_is_that_of_the_recorded_revision(
         asked.append((name, revision))
         return str(small_qwen)
 
-    monkeypatch.setattr(encoders, "snapshot_download", download)
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
     dataset = RealQwenVLDataset(qwen_cache)
     dataset.manifest["encoder"] |= {"id": "Qwen/some", "revision": "aaa111"}
     load_head("qwen-answer", dataset, device="cpu")
     load_head("qwen-answer", dataset, device="cpu", model="Qwen/some")
     assert asked == [("Qwen/some", "aaa111")] * 2
+
+
+def test_a_language_model_of_another_family_is_refused_by_its_type(qwen_cache, tmp_path):
+    dataset = RealQwenVLDataset(qwen_cache)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    with pytest.raises(UserError, match="'qwen3_vl' is not supported by the head .*'qwen2_5_vl'"):
+        load_head("qwen-answer", dataset, device="cpu", model=str(tmp_path))
 
 
 def test_a_checkpoint_without_its_language_model_is_refused_in_one_line(qwen_cache, tmp_path):

@@ -2,18 +2,20 @@ import itertools
 
 import pytest
 import torch
+from PIL import Image
 
 from common.errors import UserError
+from common.files import locate
+from experiments.make_demo_data import PHOTOGRAPHS
+from features.encoders import load_encoder
 from model import (
     ARCHITECTURES,
     SVDLinear,
-    activation_orth_regu_A,
     canonical_arch,
     get_model_by_name,
-    truncate_product,
 )
-from subspace import pivoted_features
-from svd_baseline import exact_singular_values, excess_pct, optimum, rel_error
+from subspace import activation_orth_regu_A, pivoted_features, truncate_product
+from svd_baseline import exact_singular_values, excess_pct, optimum, random_sketch, rel_error
 
 ALL = [(arch, factors) for arch in ARCHITECTURES for factors in ("projected", "direct")]
 
@@ -178,8 +180,8 @@ def test_every_alias_in_any_case_is_its_architecture_and_other_names_are_refused
 
 
 def test_tokens_of_another_shape_are_refused():
-    with pytest.raises(UserError, match="24 × 40"):
-        build()(torch.randn(1, 23, 40))
+    with pytest.raises(ValueError, match="4 × 6 positions and 40 features are expected, not 23"):
+        build(grid=(4, 6))(torch.randn(1, 23, 40))
 
 
 @pytest.mark.parametrize(
@@ -271,3 +273,149 @@ def test_the_config_rebuilds_the_same_model(tokens):
         twin = get_model_by_name(**model.config)
         twin.load_state_dict(model.state_dict())
         assert torch.equal(twin(tokens)[0], model(tokens)[0])
+
+
+# ------------------------------------------------------------------------------- other grids
+GRID = (4, 6)  # the models' own; none of its numbers is a width, so a shape tells what it is of
+
+
+def smooth_tokens(grid, count=2):
+    """x [count, T, 40]: maps of few waves over the grid, sampled at its tokens."""
+    generator = torch.Generator().manual_seed(5)
+    rows, columns = (torch.linspace(0, 1, 2 * n + 1)[1::2] for n in grid)
+    waves = [torch.cos(torch.pi * (i * rows[:, None] + j * columns)) for i in range(4)
+             for j in range(4)]  # fmt: skip
+    amplitude = torch.randn(count, 16, 40, generator=generator) / (1 + torch.arange(16.0))[:, None]
+    x = torch.stack(waves).flatten(1).mT @ amplitude
+    noise = 0.01 * torch.randn(x.shape, generator=generator)
+    return torch.nn.functional.layer_norm(x + noise, (40,))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_at_its_own_grid_nothing_is_resized(arch, tokens):
+    model = build(arch, grid=GRID)
+    assert torch.equal(model(tokens, grid=GRID)[0], model(tokens)[0])
+    assert torch.equal(model(tokens, grid=[4, 6])[1], model(tokens)[1])
+    assert not torch.equal(model(tokens, grid=(6, 4))[0], model(tokens)[0])  # as many tokens
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_tensors_that_are_resized_are_all_that_run_over_positions(arch):
+    model = build(arch, grid=GRID, num_blocks=2, oversample=1)
+    own = {n: p for n, p in model.col_net.named_parameters() if 24 in p.shape}
+    read, held = model.over_positions()
+    assert sorted(read + held) == sorted(own)
+    assert all(own[n].shape[-1] == 24 for n in read) and all(own[n].shape[0] == 24 for n in held)
+    with torch.no_grad():
+        shapes = {n: tuple(t.shape) for n, t in model.resized((3, 5)).items()}
+    swapped = {n: tuple(15 if s == 24 else s for s in p.shape) for n, p in own.items()}
+    assert shapes == swapped
+
+
+@pytest.mark.parametrize("grid", [(7, 9), (3, 4), (1, 30)])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_one_model_serves_every_grid_about_as_well_as_a_fresh_random_sketch(arch, grid):
+    x = smooth_tokens(grid)
+    sigma = exact_singular_values(x)
+    model = build(arch, grid=GRID)
+    if arch == "AdaLoRA":
+        torch.nn.init.ones_(model.lora_E)  # a gate beside 1 is an error of its own
+    a, b = model(x, grid=grid)
+    assert a.shape == (2, grid[0] * grid[1], 6) and b.shape == (2, 6, 40)
+    excess = excess_pct(rel_error(x, a, b), optimum(sigma, 6))
+    fresh = random_sketch(x, 6, steps=1, columns=12)
+    assert (excess > -1e-3).all()
+    assert excess.mean() < 0.2 + 3 * excess_pct(rel_error(x, *fresh), optimum(sigma, 6)).mean()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_reads_positions_gives_the_same_for_a_map_sampled_more_finely(arch):
+    model = build(arch, grid=GRID).eval()
+    with torch.no_grad():
+        for name in model.over_positions()[0]:  # tables without detail: constant over positions
+            parameter = model.col_net.get_parameter(name)
+            parameter.copy_(parameter[:, :1].expand_as(parameter))
+        for name in model.over_positions()[1]:
+            parameter = model.col_net.get_parameter(name)
+            parameter.copy_(parameter[:1].expand_as(parameter))
+        x = torch.arange(5.0)[:, None]
+        coarse = model.col_net(x.expand(5, 24), 12)
+        tables = model.resized((3, 4))  # fewer positions: no noise is added
+        fine = torch.func.functional_call(model.col_net, tables, (x.expand(5, 12), 12))
+    assert torch.allclose(fine, coarse, atol=1e-4)
+
+
+def test_an_image_of_fewer_tokens_than_the_rank_is_factored_at_its_own_limit():
+    x = smooth_tokens((2, 2))
+    for arch in ARCHITECTURES:
+        model = build(arch, grid=GRID)
+        a, b = model(x, grid=(2, 2))
+        assert a.shape == (2, 4, 4) and b.shape == (2, 4, 40)
+        terms = model.loss_terms(x, exact_singular_values(x), (2, 2))
+        assert terms.component_energy.shape == (6,) and (terms.component_energy[4:] == 0).all()
+        assert terms.reconstruction.isfinite()
+    a, b = build("ResMLP", grid=GRID, lambda_B=0.0)(x, grid=(2, 2))
+    assert (rel_error(x, a, b) < 1e-5).all()
+
+
+def test_direct_factors_are_tied_to_their_grid_and_say_so_in_one_line():
+    with pytest.raises(UserError, match="4 × 6, not 3 × 4: train with --factors projected") as e:
+        build(factors="direct", grid=GRID)(smooth_tokens((3, 4)), grid=(3, 4))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (2, 5)])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_weight_learns_from_images_of_another_grid(arch, grid):
+    x = smooth_tokens(grid).double()
+    model = build(arch, grid=GRID, refine_steps=0, oversample=4).double()
+    parameters = [p for n, p in model.named_parameters() if p.numel() and n != "lora_E"]
+    slope, difference = slope_and_difference(
+        model, parameters, lambda: model.loss_terms(x, exact_singular_values(x), grid).ortho
+    )
+    assert all(p.grad is not None for p in parameters)
+    # the noise's scale is taken without gradient: the skip of ResMLP has some where T > T₀
+    assert slope == pytest.approx(difference, rel=0.5 if arch == "ResMLP" else 1e-3)
+
+
+def test_resized_tensors_are_kept_until_a_weight_changes():
+    model, x = build(grid=GRID), smooth_tokens((5, 7))
+    with torch.inference_mode():
+        before = model.sketch(x, 8, (5, 7))[0]
+        kept = model.resized((5, 7))
+        assert model.resized((5, 7)) is kept
+    with torch.no_grad():
+        model.col_net.skip.weight.mul_(torch.linspace(1, 2, 24))
+        assert not torch.equal(model.sketch(x, 8, (5, 7))[0], before)
+    model.load_state_dict(build(grid=GRID).state_dict())
+    with torch.no_grad():
+        assert torch.equal(model.sketch(x, 8, (5, 7))[0], before)
+
+
+def test_a_config_without_a_grid_is_of_a_square_or_of_one_row():
+    for tokens, grid in ((25, (5, 5)), (24, (1, 24))):
+        model = get_model_by_name("MLP", input_dim=40, num_tokens=tokens, rank=4)
+        assert model.grid == grid == tuple(model.config["grid"])
+    with pytest.raises(ValueError, match="has not 24 tokens"):
+        build(grid=(5, 5))
+
+
+@pytest.mark.parametrize(("arch", "most"), [("ResMLP", 0.1), ("MLP", 0.1), ("AdaLoRA", 0.1)])
+def test_real_tokens_of_a_larger_grid_are_within_a_thousandth_of_the_svd(arch, most, larger_tokens):
+    """A model made for 16 × 16, T = 529 of the demo's encoder, rank 128: see the class."""
+    torch.manual_seed(0)
+    model = get_model_by_name(arch, input_dim=1536, num_tokens=256, rank=128).eval()
+    best = optimum(exact_singular_values(larger_tokens), 128)
+    with torch.inference_mode():
+        excess = excess_pct(rel_error(larger_tokens, *model(larger_tokens, grid=(23, 23))), best)
+    assert float(excess.mean()) < most
+
+
+@pytest.fixture(scope="module")
+def larger_tokens():
+    """x [1, 529, 1536] of a photograph at 644 × 644 pixels, of which its own are 512 × 512."""
+    encoder = load_encoder("demo", device="cpu", image_size=644)
+    photograph = next(p for p in PHOTOGRAPHS if p.group == "imagenet_00")
+    with Image.open(locate(photograph.package, photograph.path)) as image:
+        tokens = encoder.encode(encoder.preprocess(image)[None])
+    return torch.nn.functional.layer_norm(tokens, (1536,))

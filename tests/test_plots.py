@@ -15,12 +15,21 @@ from PIL import Image
 
 import svd_baseline
 from common import files
-from figures import comparison, style, task_training, token_grid, training_curves
+from figures import (
+    comparison,
+    components,
+    overview,
+    style,
+    task_training,
+    token_grid,
+    training_curves,
+)
 
 FOOTER = "DEMO data, some-encoder, 36 images, T=16, D=40; rank 4, seed 42"
 INFO = {"title": "Image 3 (test) at rank 4", "footer": f"{FOOTER}; question: is it $5 or $6?"}
 GRID = (4, 4)
 BOX = (0.25, 0.5, 0.5, 0.25)
+CHANNELS = {7: "error 0.1", 30: "largest error 0.2", 2: "smallest error 0.01"}
 
 
 @pytest.fixture
@@ -98,13 +107,15 @@ def maps():
 
 def batch() -> list[dict]:
     """Rows of an overview: ResMLP near the SVD, MLP far from it, AdaLoRA's excess undefined."""
-    values = [("ResMLP", "projected", 0.03, 0.04, 0.0275), ("MLP", "direct", 1800.0, 3600.0, 0.45),
-              ("AdaLoRA", "projected", None, None, 0.0275)]  # fmt: skip
+
+    def entry(excess, sketch=None, gain=None):
+        return {"excess_mean": excess, "random_sketch_mean": sketch, "task_gain_pct": gain}
+
+    values = [("ResMLP", 0.03), ("MLP", 1800.0), ("AdaLoRA", None)]
     return [
-        {"arch": arch, "factors": factors, "effective_rank": 4, "rank": 4, "excess_mean": mean,
-         "excess_p90": p90, "rel_error": error, "optimum": 0.0274, "samples_per_s": 10.0 + i,
-         "epochs": 1 + i, "best_epoch": i}
-        for i, (arch, factors, mean, p90, error) in enumerate(values)
+        {"arch": arch, "effective_rank": 4, "rank": 4, "excess_mean": mean,
+         "ranks": {"2": entry(mean and mean / 10, 0.01), "4": entry(mean, 0.05)}}
+        for arch, mean in values
     ]  # fmt: skip
 
 
@@ -134,17 +145,16 @@ def gallery(tmp_path_factory, errors, maps):
     """Each public function's PNG, painted: list of (path, figure)."""
     folder = tmp_path_factory.mktemp("figures")
     norms = np.geomspace(100, 1, 4) * np.ones((12, 1))
-    spectra = {"X": np.geomspace(100, 0.1, 16) * np.ones((12, 1)),
-               "X_hat": np.r_[norms[0], np.zeros(12)] * np.ones((12, 1))}  # fmt: skip
+    both = {"X": norms, "X_hat": 0.99 * norms}
     calls = {
         training_curves.training_curves: (history(5), 3, FOOTER),
         training_curves.loss_terms: (history(5), FOOTER),
         token_grid.error_heatmap: (errors, GRID, FOOTER),
-        training_curves.b_row_norms: (norms, norms, FOOTER),
-        comparison.comparison: (per_image(), spectra, 4, FOOTER),
+        components.component_energy: (both, (norms**2).sum(1), FOOTER),
+        comparison.comparison: (per_image(), 4, FOOTER),
         comparison.rank_sweep: (sweep([2, 4, 8, 16]), 16, 40, FOOTER),
-        training_curves.overview: (batch(), FOOTER),
-        token_grid.channel_comparison: (PHOTO, BOX, maps, [7, 30, 2], GRID, INFO),
+        overview.overview: (batch(), FOOTER),
+        token_grid.channel_comparison: (PHOTO, BOX, maps, CHANNELS, GRID, INFO),
         token_grid.spatial_error: (PHOTO, BOX, errors, GRID, INFO),
     }
     figures, savefig = [], Figure.savefig
@@ -183,7 +193,7 @@ def test_no_text_leaves_the_picture_and_labels_at_the_ends_of_curves_do_not_over
             labelled += len(boxes)
             overlaps = [ends[i] for i, b in enumerate(boxes) if any(map(b.overlaps, boxes[:i]))]
             assert not overlaps
-    assert labelled == 4 + 3 + 2 + 4 + 3  # mse, terms, shifts; error and excess of the sweep
+    assert labelled == 3 + 2 + 4 + 3 + 3  # terms, shifts; error and excess of the sweep; overview
 
 
 def test_network_and_svd_error_maps_share_one_scale_that_spans_both(tmp_path, errors, drawn):
@@ -191,48 +201,51 @@ def test_network_and_svd_error_maps_share_one_scale_that_spans_both(tmp_path, er
     token_grid.spatial_error(tmp_path / "spatial.png", PHOTO, BOX, errors, GRID, INFO)
     low, high = errors["svd"].min(), float(errors["network"].max())
     apart = float((errors["network"] - torch.from_numpy(errors["svd"])).abs().max())
-    for figure, count in zip(drawn, (1, 2), strict=True):
-        assert colour_scales(figure, "viridis") == [(low, high)] * 2 * count
-        assert colour_scales(figure, "RdBu_r") == [(-apart, apart)] * count
+    for figure, count in zip(drawn, (2, 3), strict=True):  # once more, over the photograph
+        assert colour_scales(figure, "viridis") == [(low, high)] * count
+        assert colour_scales(figure, "RdBu_r") == [(-apart, apart)]
 
 
-def test_a_channel_has_one_scale_for_original_network_and_svd_and_all_differences_share_one(
+def test_a_channel_has_one_scale_for_x_and_network_and_all_differences_share_one(
     tmp_path, maps, drawn
 ):
-    token_grid.channel_comparison(tmp_path / "c.png", PHOTO, None, maps, [7, 30, 2], GRID, INFO)
+    token_grid.channel_comparison(tmp_path / "c.png", PHOTO, None, maps, CHANNELS, GRID, INFO)
     scales = sorted(set(colour_scales(drawn[0], "viridis")), key=lambda scale: scale[1])
     stack = np.stack([np.asarray(values) for values in maps.values()])
-    assert scales == [(stack[..., j].min(), stack[..., j].max()) for j in range(3)]
-    assert len(colour_scales(drawn[0], "viridis")) == 9
+    assert scales == [(stack[:2, :, j].min(), stack[:2, :, j].max()) for j in range(3)]
+    assert len(colour_scales(drawn[0], "viridis")) == 6
     reach = np.abs(stack[1:] - stack[0]).max()
     assert colour_scales(drawn[0], "RdBu_r") == [(-reach, reach)] * 6
 
 
-def test_each_map_shows_its_own_tokens_in_raster_order(tmp_path, maps, drawn):
-    token_grid.channel_comparison(tmp_path / "c.png", PHOTO, None, maps, [7, 30, 2], GRID, INFO)
+def test_each_map_shows_its_own_tokens_in_raster_order_and_says_which_channel(
+    tmp_path, maps, drawn
+):
+    token_grid.channel_comparison(tmp_path / "c.png", PHOTO, None, maps, CHANNELS, GRID, INFO)
     shown = [image.get_array() for ax in drawn[0].axes for image in data_images(ax)]
     shown = [image for image in shown if image.shape == GRID]
     original, network, svd = (np.asarray(maps[name]) for name in ("original", "network", "svd"))
-    rows = [original, network, svd, network - original, svd - original]
-    expected = [row[:, j].reshape(GRID) for row in rows for j in range(3)]
+    rows = [original, network, network - original, svd - original]
+    expected = [row[:, j].reshape(GRID) for j in range(3) for row in rows]
     np.testing.assert_array_equal(np.stack(shown), np.stack(expected))
+    assert "channel 30\nlargest error 0.2" in texts(drawn[0])
 
 
 def test_the_box_lies_on_photograph_and_maps_where_the_text_is(tmp_path, errors, drawn):
     token_grid.spatial_error(tmp_path / "s.png", PHOTO, BOX, errors, GRID, INFO)
     boxes = [patch.get_bbox().bounds for ax in drawn[0].axes for patch in ax.patches
              if patch.get_path_effects()]  # fmt: skip
-    assert boxes == [BOX] + [(1.0, 2.0, 2.0, 1.0)] * 6
-    labels = [t.get_text() for t in drawn[0].axes[4].get_xticklabels()]
+    assert boxes == [BOX] + [(1.0, 2.0, 2.0, 1.0)] * 4
+    labels = [t.get_text() for t in drawn[0].axes[3].get_xticklabels()]
     assert labels == ["in the box\n(2 tokens)", "outside\n(14 tokens)"]
-    means = [line.get_ydata()[0] for line in drawn[0].axes[4].lines if len(line.get_ydata()) == 1]
+    means = [line.get_ydata()[0] for line in drawn[0].axes[3].lines if len(line.get_ydata()) == 1]
     assert means[1::2] == pytest.approx([0.2, 0.1])  # the SVD's, in the box and outside
 
 
 def test_an_image_without_a_box_has_none_drawn(tmp_path, errors, drawn):
     token_grid.spatial_error(tmp_path / "s.png", PHOTO, None, errors, GRID, INFO)
     assert not any(p.get_path_effects() for ax in drawn[0].axes for p in ax.patches)
-    assert [t.get_text() for t in drawn[0].axes[4].get_xticklabels()] == ["all\n(16 tokens)"]
+    assert [t.get_text() for t in drawn[0].axes[3].get_xticklabels()] == ["all\n(16 tokens)"]
 
 
 def test_a_question_with_dollar_signs_is_written_as_it_is(tmp_path, errors, drawn):
@@ -254,20 +267,43 @@ def test_training_title_names_the_best_epoch_and_the_untrained_start(tmp_path, d
 def test_where_no_epoch_is_better_than_the_untrained_start_the_title_says_so(tmp_path, drawn):
     training_curves.training_curves(tmp_path / "t.png", history(8), 0, FOOTER)
     assert title(drawn[0]) == (
-        "The network starts 0.06 % above the SVD's error, which is the least at this rank: "
-        "training has nothing to win (best of 8 epochs: none)"
+        "The network sits on the optimum, 0.06 % above the SVD's error untrained: training cannot "
+        "lower it (no epoch of 8 did)"
     )
     assert "untrained, best 0.06 %" in texts(drawn[0])
+    # one panel, with the SVD in it: mse, learning rate and rank would be constants
+    (ax,) = drawn[0].axes
+    svd = [line for line in ax.lines if line.get_color() == style.SVD]
+    assert [set(line.get_ydata()) for line in svd] == [{0}] and ax.get_ylim()[0] < 0
+    far = history(8, 1600.0)
+    training_curves.training_curves(tmp_path / "t.png", far, 0, FOOTER)
+    assert title(drawn[1]).startswith("No epoch of 8 is better than the untrained network, 3,200 %")
 
 
-def test_training_for_a_task_is_one_curve_with_the_gain_in_its_title(tmp_path, drawn):
+def test_training_for_a_task_is_one_curve_with_the_svd_and_the_closed_form_as_lines(
+    tmp_path, drawn
+):
     errors = (0.07, 0.05, 0.046, 0.047)
     entries = [{"epoch": i, "val_task_error": e, "lr": 3e-4} for i, e in enumerate(errors)]
-    task_training.task_curve(tmp_path / "t.png", entries, 2, "plain SVD", FOOTER)
-    assert title(drawn[0]) == "Trained through the head: task error 34 % below the plain SVD's"
-    assert {"best: 0.0460", "plain SVD\n0.0700", "network"} <= set(texts(drawn[0]))
-    task_training.task_curve(tmp_path / "t.png", entries[:1], 0, "plain SVD", FOOTER)
-    assert title(drawn[1]).startswith("No epoch of 0 lowers the task error")
+    references = {"svd": 0.07, "svd_in_metric": 0.0455}
+    task_training.task_curve(tmp_path / "t.png", entries, 2, references, FOOTER)
+    assert title(drawn[0]) == (
+        "Trained through the head: task error 34 % below the SVD's (closed form, the SVD in the "
+        "task's metric: 35 % below)"
+    )
+    (ax,) = drawn[0].axes  # the learning rate is a constant
+    assert {"best: 0.0460", "SVD 0.0700", "SVD in the metric 0.0455"} <= set(texts(drawn[0]))
+    level = {line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == "--"}
+    assert level == set(references.values())
+    entries[3]["lr"] = 1e-4
+    task_training.task_curve(tmp_path / "t.png", entries, 2, {"svd": 0.07}, FOOTER)
+    assert len(drawn[1].axes) == 2 and "closed form" not in title(drawn[1])
+    # from the closed form on: 35 % below is where it began
+    entries = [entry | {"val_task_error": 0.0455} for entry in entries]
+    task_training.task_curve(tmp_path / "t.png", entries, 0, references, FOOTER)
+    assert title(drawn[2]) == (
+        "No epoch of 3 lowers the task error of the start, 35 % below the SVD's"
+    )
 
 
 def test_an_untrained_start_at_another_rank_is_not_compared(tmp_path, drawn):
@@ -283,14 +319,13 @@ def test_an_untrained_start_at_another_rank_is_not_compared(tmp_path, drawn):
 def test_one_epoch_and_five_hundred_are_drawn_at_any_excess(tmp_path, drawn, epochs, excess):
     training_curves.training_curves(tmp_path / "t.png", history(epochs, excess), epochs, FOOTER)
     training_curves.loss_terms(tmp_path / "l.png", history(epochs, excess), FOOTER)
-    mse, above, lr, rank = drawn[0].axes
-    assert mse.get_yscale() == "log"
-    for ax in (mse, above, lr, rank):
+    assert len(drawn[0].axes) == (1 if excess < 1 else 2)  # mse only where it leaves its floor
+    for ax in drawn[0].axes:
         for line in ax.lines[:-1]:  # the last one marks the best epoch
             y = np.asarray(line.get_ydata(), float)
             y = y[np.isfinite(y)]
             assert ax.get_ylim()[0] < y.min() <= y.max() < ax.get_ylim()[1]
-    ticks = [tick for tick in drawn[0].axes[1].get_xticks() if 0 <= tick <= epochs]
+    ticks = [tick for tick in drawn[0].axes[-1].get_xticks() if 0 <= tick <= epochs]
     assert ticks and all(tick == int(tick) for tick in ticks)
 
 
@@ -302,14 +337,14 @@ def test_a_falling_excess_over_decades_is_drawn_on_a_log_scale_and_a_flat_one_is
     for entry in falling:
         entry["val_excess_pct"] = 1000 / 10 ** entry["epoch"]
     training_curves.training_curves(tmp_path / "t.png", falling, 3, FOOTER)
-    assert [figure.axes[1].get_yscale() for figure in drawn] == ["linear", "log"]
+    assert [figure.axes[0].get_yscale() for figure in drawn] == ["linear", "log"]
 
 
 def test_an_undefined_excess_is_said_and_not_drawn_as_zero(tmp_path, drawn):
     entries = [entry | {"val_excess_pct": None, "val_optimum_mse": 0.0} for entry in history(3)]
     training_curves.training_curves(tmp_path / "t.png", entries, 3, FOOTER)
     assert any("undefined" in text for text in texts(drawn[0]))
-    assert not drawn[0].axes[1].lines and "%" not in title(drawn[0])
+    assert not drawn[0].axes[0].lines and "%" not in title(drawn[0])
 
 
 def test_loss_terms_that_are_zero_throughout_are_left_out(tmp_path, drawn):
@@ -323,23 +358,32 @@ def test_loss_terms_that_are_zero_throughout_are_left_out(tmp_path, drawn):
         "step 2",
     } <= shown
     assert not {"LoRA orthogonality", "activations"} & shown
+    # every term that is drawn is defined
+    for label in ("reconstruction − 1", "B (ridge)", "orthogonality"):
+        assert sum(text.startswith(f"{label}: ") for text in shown) == 1
+
+
+def test_the_loss_of_a_run_for_a_task_begins_with_the_tasks_term(tmp_path, drawn):
+    entries = [e | {"loss_task": -e["epoch"] / 2} for e in history(4)]
+    training_curves.loss_terms(tmp_path / "l.png", entries, FOOTER)
+    assert title(drawn[0]) == (
+        "Training: log of the task error -0.500 in epoch 1, -2.000 in epoch 4"
+    )
+    assert list(drawn[0].axes[0].lines[0].get_ydata()) == [-0.5, -1, -1.5, -2]
 
 
 def test_without_shifts_there_is_no_panel_for_them(tmp_path, drawn):
     training_curves.loss_terms(tmp_path / "l.png", [e | {"shifts": []} for e in history(5)], FOOTER)
-    assert len(drawn[0].axes) == 1
+    assert "step 1" not in texts(drawn[0])
 
 
 def test_comparison_states_the_mean_excess_and_treats_the_svds_as_rounding(tmp_path, drawn):
-    spectra = {"X": np.geomspace(100, 0.1, 16) * np.ones((12, 1))}
-    comparison.comparison(
-        tmp_path / "c.png", per_image(), spectra | {"X_hat": spectra["X"]}, 4, FOOTER
-    )
+    comparison.comparison(tmp_path / "c.png", per_image(), 4, FOOTER)
     assert title(drawn[0]) == (
         "At rank 4 the network's error is 0.2 % above the SVD's (random sketch 0.3 %, "
         "randomised SVD 1.5 %)"
     )
-    strips = drawn[0].axes[1]
+    (strips,) = drawn[0].axes
     assert "SVD: mean under 0.00001 %" in texts(drawn[0])
     dots = {line.get_color(): np.asarray(line.get_xdata()) for line in strips.lines}
     assert (dots[style.SVD] == style.ROUNDING_PCT).all()
@@ -348,15 +392,64 @@ def test_comparison_states_the_mean_excess_and_treats_the_svds_as_rounding(tmp_p
     assert all(low < x.min() and x.max() < high for x in dots.values())
 
 
-def test_row_norms_equal_to_the_singular_values_are_said_to_be_so_and_pruned_ones_counted(
+def test_a_task_trained_network_is_shown_in_both_norms_each_image_against_its_own_svd(
     tmp_path, drawn
 ):
+    svd = np.linspace(0.1, 0.2, 12)
+    task = {"svd": svd, "network": 0.75 * svd, "svd_in_metric": 0.5 * svd}
+    comparison.comparison(tmp_path / "c.png", per_image(), 4, FOOTER, task)
+    assert title(drawn[0]) == (
+        "At rank 4 the network's error is 0.2 % above the SVD's in the Frobenius norm, and 25 % "
+        "below it for the head that it was trained for"
+    )
+    below = {line.get_color(): line.get_xdata() for line in drawn[0].axes[1].lines}
+    np.testing.assert_allclose(below[style.NETWORK], -25)
+    np.testing.assert_allclose(below[style.METHODS["svd_in_metric"][1]], -50)
+
+
+def test_both_norms_are_two_panels_with_the_gain_of_each_in_the_title(tmp_path, drawn):
+    def of_task(mean, gain=None):
+        entry = {"mean": mean, "interval_95": [0.9 * mean, 1.1 * mean]}
+        return entry | ({"gain_pct": {"mean": gain}} if gain else {})
+
+    ranks = sweep([2, 4])
+    for methods in ranks.values():
+        for key in ("mean", "p90"):
+            svd = methods["svd"]["rel_error"][key]
+            methods["network"]["rel_error"][key] = 1.05 * svd
+    task = {"head": "saliency", "output": "saliency logits",
+            "ranks": {r: {"svd": of_task(0.1), "network": of_task(0.06, 40.0 + int(r))}
+                      for r in ("2", "4")}}  # fmt: skip
+    comparison.both_norms(tmp_path / "b.png", ranks, task, FOOTER)
+    assert title(drawn[0]) == (
+        "Ranks 2 to 4: the network's error is 5 % above the SVD's in the Frobenius norm, and 42 to "
+        "44 % below it for the head that it was trained for"
+    )
+    frobenius, head = drawn[0].axes
+    shown = {line.get_color(): list(line.get_ydata()) for line in head.lines}
+    assert shown == {style.NETWORK: [0.06] * 2, style.SVD: [0.1] * 2}
+    assert style.SVD in [line.get_color() for line in frobenius.lines]
+
+
+def test_components_that_hold_less_than_the_svds_are_named_and_pruned_ones_counted(tmp_path, drawn):
     sigma = np.geomspace(100, 1, 8) * np.ones((12, 1))
-    pruned = np.where(np.arange(8) < 5, 1.1 * sigma, 0)
-    training_curves.b_row_norms(tmp_path / "b.png", sigma, sigma, FOOTER)
-    training_curves.b_row_norms(tmp_path / "b.png", torch.from_numpy(pruned), sigma, FOOTER)
-    assert "by under 0.00001 %" in title(drawn[0]) and "off" not in title(drawn[0])
-    assert "by 10 % (median); 3 components are off" in title(drawn[1])
+    energy = (sigma**2).sum(1)
+
+    def draw(found):
+        both = {"X": sigma, "X_hat": found}
+        components.component_energy(tmp_path / "b.png", both, energy, FOOTER)
+        return title(drawn[-1])
+
+    assert draw(torch.from_numpy(sigma)) == (
+        "All 8 components hold the SVD's energy to within under 0.00001 % (median)"
+    )
+    lacking = sigma * np.where(np.arange(8) < 6, 1, [1] * 7 + [0.9])
+    lacking[:, 6] *= 0.99
+    assert draw(lacking) == (
+        "Components 1 to 6 hold the SVD's energy to within 1 %; component 8 holds 19 % less "
+        "(median)"
+    )
+    assert draw(np.where(np.arange(8) < 5, sigma, 0)).endswith("; 3 components are off")
 
 
 def test_rank_sweep_states_the_worst_rank_the_storage_and_the_break_even_rank(tmp_path, drawn):
@@ -388,50 +481,44 @@ def test_a_method_without_a_colour_is_an_error_and_never_left_out_of_a_figure(tm
     with pytest.raises(KeyError, match="new_method"):
         comparison.rank_sweep(tmp_path / "r.png", ranks, 16, 40, FOOTER)
     images = per_image() | {"new_method": per_image()["pca"]}
-    spectrum = np.geomspace(100, 0.1, 16) * np.ones((12, 1))
     with pytest.raises(KeyError, match="new_method"):
-        comparison.comparison(
-            tmp_path / "c.png", images, {"X": spectrum, "X_hat": spectrum}, 4, FOOTER
-        )
+        comparison.comparison(tmp_path / "c.png", images, 4, FOOTER)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_overview_shows_each_architecture_beside_the_svd_and_states_every_excess(tmp_path, drawn):
-    training_curves.overview(tmp_path / "o.png", batch(), FOOTER)
+def test_overview_shows_each_architecture_at_every_rank_and_states_every_excess(tmp_path, drawn):
+    overview.overview(tmp_path / "o.png", batch(), FOOTER)
     assert title(drawn[0]) == (
         "Mean error above the SVD's at rank 4: ResMLP 0.03 %, MLP 1,800 %, AdaLoRA undefined"
     )
-    above, error, speed = drawn[0].axes
-    labels = [label.get_text() for label in above.get_yticklabels()]
-    assert labels == [
-        "ResMLP\nprojected, rank 4, best epoch 0 of 1",
-        "MLP\ndirect, rank 4, best epoch 1 of 2",
-        "AdaLoRA\nprojected, rank 4, best epoch 2 of 3",
-    ]
-    assert list(above.get_yticks()) == [2, 1, 0] and above.get_xscale() == "log"
-    p90, mean = (line.get_xdata() for line in above.lines)
-    np.testing.assert_array_equal(mean, [0.03, 1800, np.nan])
-    np.testing.assert_array_equal(p90, [0.04, 3600, np.nan])
-    assert above.get_xlim()[0] < 0.03 and above.get_xlim()[1] > 3600
-    assert [text.get_position()[1] for text in above.texts if "undefined" in text.get_text()] == [0]
-    svd, network = error.lines
-    assert svd.get_color() == style.SVD and list(svd.get_xdata()) == [0.0274] * 3
-    assert list(network.get_xdata()) == [0.0275, 0.45, 0.0275] and error.get_xlim()[0] == 0
-    bars = [(round(bar.get_y() + bar.get_height() / 2, 9), bar.get_width())
-            for bar in speed.patches]  # fmt: skip
-    assert bars == [(2, 10), (1, 11), (0, 12)]
+    (ax,) = drawn[0].axes
+    shown = [list(line.get_ydata()) for line in ax.lines]
+    assert shown == [pytest.approx([0.003, 0.03]), [180, 1800], [], [0.01, 0.05]]
+    assert {"ResMLP", "MLP", "random sketch"} <= set(texts(drawn[0]))
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["2", "4"]
+
+
+def test_an_overview_of_one_run_for_a_task_shows_both_norms(tmp_path, drawn):
+    row = batch()[0]
+    for rank, entry in row["ranks"].items():
+        entry["task_gain_pct"] = 10.0 * int(rank)
+    overview.overview(tmp_path / "o.png", [row], FOOTER)
+    below = drawn[0].axes[1]
+    assert [list(line.get_ydata()) for line in below.lines] == [[-20, -40], [0, 0]]
 
 
 def test_an_overview_of_different_ranks_says_so_and_one_row_of_rounding_is_drawn(tmp_path, drawn):
     rows = batch()[:2]
     rows[1]["rank"] = 2
-    training_curves.overview(tmp_path / "o.png", rows, FOOTER)
-    training_curves.overview(tmp_path / "o.png", [rows[0] | {"excess_mean": -1e-7}], FOOTER)
+    overview.overview(tmp_path / "o.png", rows, FOOTER)
     assert title(drawn[0]) == (
         "Mean error above the SVD's: ResMLP 0.03 % (rank 4), MLP 1,800 % (rank 2)"
     )
+    row = rows[0] | {"excess_mean": -1e-7}
+    row["ranks"] = {"4": row["ranks"]["4"] | {"excess_mean": -1e-7}}
+    overview.overview(tmp_path / "o.png", [row], FOOTER)
     assert title(drawn[1]) == "Mean error above the SVD's at rank 4: ResMLP under 0.00001 %"
-    assert drawn[1].axes[0].lines[1].get_xdata() == [style.ROUNDING_PCT]
+    assert list(drawn[1].axes[0].lines[0].get_ydata()) == [style.ROUNDING_PCT]
 
 
 def test_a_figure_that_fails_to_be_written_leaves_the_old_one(tmp_path, monkeypatch, errors):
@@ -447,14 +534,13 @@ def test_a_figure_that_fails_to_be_written_leaves_the_old_one(tmp_path, monkeypa
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_training_curves_show_learning_rate_and_rank_and_mark_the_best_epoch_everywhere(
-    tmp_path, drawn
-):
+def test_training_curves_show_learning_rate_and_rank_where_they_change(tmp_path, drawn):
     entries = history(6)
     for entry in entries[:4]:
         entry["effective_rank"] = 8
+    entries[-1]["lr"] = 5e-5
     training_curves.training_curves(tmp_path / "t.png", entries, 6, FOOTER)
-    lr, rank = drawn[0].axes[2:]
+    _, lr, rank = drawn[0].axes
     np.testing.assert_array_equal(
         lr.lines[0].get_ydata(), [entry.get("lr", np.nan) for entry in entries]
     )
@@ -471,15 +557,17 @@ def test_rank_comparison_scales_all_maps_of_a_block_by_x_and_shows_what_is_lost_
     hats = [x.mean(0) + left[:, :r] * sigma[:r] @ right[:r] for r in (3, 6)]
     original, *others = svd_baseline.principal_coordinates(x, hats, 6)
     torch.testing.assert_close(original, left[:, :6] * sigma[:6], check_dtype=False)
-    maps = {"original": [original], "network": others, "svd": others}
+    maps = {"original": [original], "network": others}
     errors = {"network": [0.5, 0.2], "svd": [0.4, 0.1]}
     blocks = [range(3), range(3, 6)]
     token_grid.rank_comparison(tmp_path / "r.png", PHOTO, BOX, maps, errors, [3, 6], blocks, GRID,
                                INFO)  # fmt: skip
     images = [np.asarray(ax.images[0].get_array()) for ax in drawn[0].axes[1:]]
-    first, second = images[:5], images[5:]  # X, network at both ranks, SVD at both
+    first, second = images[:3], images[3:]  # X, network at both ranks
     for shown in first[1:]:
         np.testing.assert_allclose(shown, first[0], atol=1e-9)
     np.testing.assert_allclose(second[2], second[0], atol=1e-9)
     assert np.ptp(second[1].reshape(16, 3), axis=0).max() < 1e-9 < second[0].std()
-    assert {"rel_error 0.5", "rel_error 0.1", "components 4–6"} <= set(texts(drawn[0]))
+    assert {"rel_error 0.5\nSVD 0.4", "rel_error 0.2\nSVD 0.1", "components 4–6"} <= set(
+        texts(drawn[0])
+    )

@@ -11,7 +11,6 @@ from coding.rank_budget import (
     first_rank_within,
     nested_factors,
     optimum_curve,
-    smallest_rank,
     split_ranks,
 )
 from common.errors import UserError
@@ -33,14 +32,15 @@ def test_the_smallest_rank_is_the_hand_computed_one():
     # squares 9, 4, 3 of 16: errors 1, √7/4 = .66, √3/4 = .43, 0
     sigma = torch.tensor([[3.0, 2.0, 3**0.5], [4.0, 0.0, 0.0], [0.0, 0.0, 0.0]]).double()
     for target, expected in ((0.9, [1, 1, 0]), (0.6, [2, 1, 0]), (0.3, [3, 1, 0])):
-        assert smallest_rank(sigma, target).tolist() == expected
-    assert smallest_rank(sigma, 1.0).tolist() == [0, 0, 0]
+        assert first_rank_within(optimum_curve(sigma), target).tolist() == expected
+    assert first_rank_within(optimum_curve(sigma), 1.0).tolist() == [0, 0, 0]
 
 
 def test_the_smallest_rank_meets_the_target_and_one_less_does_not():
     sigma = falling(20, 12, seed=0) ** 6
     for target in (0.5, 0.05, 0.001):
-        for values, rank in zip(sigma, smallest_rank(sigma, target).tolist(), strict=True):
+        ranks = first_rank_within(optimum_curve(sigma), target).tolist()
+        for values, rank in zip(sigma, ranks, strict=True):
             assert optimum(values, rank) <= target < optimum(values, rank - 1)
 
 

@@ -10,9 +10,10 @@ import pytest
 from commands import MODULES
 from PIL import Image
 
-from experiments import report_page
+from experiments import findings, report_page
 
 HOSTILE = '<script>alert("x")</script><img src="http://example.org/x.png">&\'"'
+PATTERNS = [name for captions in report_page.FIGURES.values() for name in captions]
 FIGURES = ["svd_nn_comparison.png", "rank_sweep.png", "error_heatmap.png", "loss_curves.png",
            "train_val_loss_comparison.png", "image_10_rank_comparison.png",
            "image_9_rank_comparison.png", "task_sweep.png"]  # fmt: skip
@@ -109,9 +110,7 @@ def run_page(results, arch="ResMLP"):
 
 def test_a_runs_page_embeds_every_figure_and_needs_no_network_and_no_script(results):
     page = Page(run_page(results))
-    shown = [
-        path for name in report_page.FIGURES for path in sorted((results / "ResMLP").glob(name))
-    ]
+    shown = [path for name in PATTERNS for path in sorted((results / "ResMLP").glob(name))]
     assert len(page.images) == len(FIGURES) == len(shown)
     assert set(page.images) == {path.read_bytes() for path in shown}
     assert page.links == [] and not {"script", "link", "iframe", "object"} & set(page.tags)
@@ -134,17 +133,19 @@ def test_a_runs_page_shows_the_numbers_of_its_files_and_demo_first(results):
 
 
 def test_text_from_files_is_escaped_everywhere(results):
-    text = run_page(results) + report_page.index_page(results, [results / "MLP"], [])
+    text = run_page(results) + report_page.index_page(results, [results / "MLP"], [], [HOSTILE])
     assert "<script" not in text and "alert(" in text
     link = report_page.link('"><script>', HOSTILE)
     parts = report_page.table([HOSTILE], [[HOSTILE], [link]]) + report_page.preformatted(HOSTILE)
     parts += report_page.paragraph(link) + report_page.paragraph(HOSTILE)
+    parts += report_page.items([HOSTILE]) + report_page.fold(HOSTILE, report_page.items([HOSTILE]))
     text = report_page.page(HOSTILE, HOSTILE, {HOSTILE: parts})
     hostile = Page(text)
     body = hostile.tags[hostile.tags.index("body") :]
     assert body == ["body", "p", "h1", "h2", "div", "table", "thead", "tr", "th", "tbody",
-                    "tr", "td", "tr", "td", "a", "pre", "p", "a", "p"]  # fmt: skip
-    assert hostile.words.count(HOSTILE) == 9 and hostile.links == ["%22%3E%3Cscript%3E"] * 2
+                    "tr", "td", "tr", "td", "a", "pre", "p", "a", "p", "ul", "li",
+                    "details", "summary", "ul", "li"]  # fmt: skip
+    assert hostile.words.count(HOSTILE) == 12 and hostile.links == ["%22%3E%3Cscript%3E"] * 2
 
 
 @pytest.mark.parametrize("missing", ["svd_nn_comparison.json", "test_results.json", "history.json",
@@ -173,7 +174,8 @@ def test_the_index_links_every_run_with_its_numbers_and_shows_the_overview(resul
         "experiments.make_report", "--results_dir", results, "--log_dir", results.parent / "log"
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith("index.html: open that one in a browser")
+    wrote, head, *found = done.stdout.splitlines()[-6:]
+    assert "index.html: open that one in a browser" in done.stdout and len(found) <= 5
     page = Page((results / "index.html").read_text())
     assert page.links == ["ResMLP/report.html", "MLP/report.html",
                           "ResMLP/previous-20260101-000000/report.html"]  # fmt: skip
@@ -200,4 +202,61 @@ def test_every_figure_that_a_script_names_for_an_architecture_has_a_place_in_the
     for path in MODULES:
         if path.parent.name != "experiments":
             written |= set(re.findall(r'folder / "(\w+\.png)"', path.read_text()))
-    assert {"loss_curves.png", "rank_sweep.png"} <= written <= set(report_page.FIGURES)
+    assert {"loss_curves.png", "rank_sweep.png"} <= written <= set(PATTERNS)
+
+
+def test_what_was_found_is_at_most_five_lines_and_the_closed_form_is_never_the_networks(results):
+    folder = results / "ResMLP"
+    comparison = json.loads((folder / "svd_nn_comparison.json").read_text())
+    gain = {"mean": 48.04, "interval_95": [40.0, 55.0]}
+    task = {"head": "saliency", "head_sha256": "a", "ranks": {"4": {"network": {"gain_pct": gain}}}}
+    comparison |= {"num_tokens": 256, "feature_dim": 1536, "task": task, "data": "DEMO data"}
+    write(folder / "svd_nn_comparison.json", comparison)
+    sizes = {"coded": {"alone": 5000.0}, "factors_int8": {"alone": 28000.0}}
+    write(results / "bytes.json",
+          {"head": "saliency", "codec": {"bytes": 4_700_000}, "n_images": 24, "n_groups": 8,
+           "tables": {"raw_error": {"0.16": sizes}, "task_error": {"0.05": sizes}}})  # fmt: skip
+    epochs = [{"epoch": n, "val_task_error": e} for n, e in enumerate((0.07, 0.049))]
+    write(folder / "history.json", epochs)
+    lines = findings.findings(results, [folder])
+    assert lines == [
+        "786 kB of tokens in bf16 → 5.00 kB an image at raw_error 0.16, 157 times fewer; SVD "
+        "factors in int8 take 28.0 kB; the codec file, 4.7 MB, is shared by all images",
+        "at rank 4 task error (head saliency) below the SVD's: trained network 48.0 % [40.0, "
+        "55.0]; closed-form metric not measured (python -m experiments.estimate_metric --head "
+        "saliency)",
+        "at rank 4 in the Frobenius norm the SVD wins, by theorem: rel_error of ResMLP is 1.2 % "
+        "[1, 1.5] above the SVD's",
+        "training: validation task error 0.0700 untrained → 0.0490 at epoch 1 of 2, 30 % less",
+        "measured on 6 test images of 2 groups, 24 test images of 8 groups (bytes); [ ]: "
+        "approximate 95 % intervals over groups; DEMO data",
+    ]
+    # the closed form is named beside the network where either command has measured it
+    sweep = {"head_sha256": "a", "methods": {"svd_in_metric": {"4": {"gain_pct": gain}}}}
+    write(folder / "task_sweep.json", sweep)
+    assert findings.findings(results, [folder])[1].endswith(
+        "closed-form metric 48.0 % [40.0, 55.0]"
+    )
+    write(folder / "task_sweep.json", sweep | {"head_sha256": "another head's"})
+    assert "not measured" in findings.findings(results, [folder])[1]
+    # without a codec and a task the rest is said
+    (results / "bytes.json").unlink()
+    write(folder / "svd_nn_comparison.json", comparison | {"task": None})
+    assert [line.split()[0] for line in findings.findings(results, [folder])] == [
+        "at", "training:", "measured"
+    ]  # fmt: skip
+    assert findings.findings(results, []) == []
+
+
+def test_the_index_opens_with_the_lines_and_the_best_figure_and_folds_hide_the_flags(results):
+    folder = results / "ResMLP"
+    write(folder / "history.json", [{"epoch": 0, "val_task_error": 0.07}])
+    page = Page(report_page.index_page(results, [folder], [], ["a line", "another"]))
+    assert page.tags.index("li") < page.tags.index("img") < page.tags.index("table")
+    assert page.images[0] == (folder / "train_val_loss_comparison.png").read_bytes()
+    Image.new("RGB", (40, 30)).save(results / "bytes.png")
+    page = Page(report_page.index_page(results, [folder], [], ["a line"]))
+    assert page.images[0] == (results / "bytes.png").read_bytes()
+    run = Page(run_page(results))
+    assert run.tags.count("details") == run.tags.count("summary") == 2  # environment, log
+    assert run.tags.index("details") > max(i for i, tag in enumerate(run.tags) if tag == "img")

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from experiments import make_report
+from qwenvl_dataloader import RealQwenVLDataset
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -103,6 +104,17 @@ def test_visualize_draws_one_image_and_says_which_part_it_is_in(trained, tiny_ca
     names = ("spatial_channel", "spatial_error", "rank")
     for kind in names:
         assert is_png(stem.parent / f"image_3_{kind}_comparison.png")
+
+
+def test_the_image_that_is_drawn_by_default_is_a_test_image_its_worst_and_best_channels_too(
+    trained, tiny_cache, script
+):
+    done = script("visualize_svd_nn.py", "--rank", 2, *files(tiny_cache, trained))
+    assert done.returncode == 0, done.stderr
+    row = int(RealQwenVLDataset(tiny_cache).split.test[0])
+    results = json.loads((trained / "ResMLP" / f"image_{row}_comparison_results.json").read_text())
+    assert (results["image_idx"], results["split"]) == (row, "test")
+    assert results["channels"][:8] == list(range(8)) and 8 <= len(results["channels"]) <= 10
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +243,7 @@ def test_a_file_where_a_folder_must_be_is_a_mistake_in_words(tiny_cache, tmp_pat
 def test_a_rank_above_the_trained_one_is_evaluated_there_and_above_the_tokens_refused(
     trained, tiny_cache, script
 ):
-    done = script("visualize_svd_nn.py", "--rank=16", *files(tiny_cache, trained))
+    done = script("visualize_svd_nn.py", "--rank=16", "--image_idx=0", *files(tiny_cache, trained))
     assert done.returncode == 0 and "note:" in done.stdout
     results = json.loads((trained / "ResMLP" / "image_0_comparison_results.json").read_text())
     assert (results["rank"], results["requested_rank"]) == (4, 16)

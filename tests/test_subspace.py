@@ -2,10 +2,12 @@ import pytest
 import torch
 
 from subspace import (
+    default_grid,
     gram_is_cheaper,
     gram_operator,
     orth,
     refine,
+    resize_positions,
     smallest_ritz_estimate,
     start_shifts,
 )
@@ -133,3 +135,27 @@ def test_the_shift_estimate_bounds_the_smallest_ritz_value_from_above_and_is_0_w
     assert (smallest_ritz_estimate(h).flatten() <= h.diagonal(dim1=-2, dim2=-1).amin(-1)).all()
     h[:, -1], h[:, :, -1] = 0, 0
     assert (smallest_ritz_estimate(h) == 0).all()
+
+
+def test_a_table_at_its_own_grid_is_unchanged_and_at_another_it_is_the_same_surface():
+    table = torch.randn(3, 20)
+    assert torch.equal(resize_positions(table, (4, 5), (4, 5), 1), table)
+    row, column = torch.arange(16.0)[:, None], torch.arange(16.0)
+    plane = (2 * row + column).flatten()[:, None]  # [256, 1], positions first
+    fine = resize_positions(plane, (16, 16), (32, 32), 0).reshape(32, 32)
+    # a token's centre: half the coordinate, half a token further
+    centre = (torch.arange(32.0) + 0.5) / 2 - 0.5
+    inside = slice(4, -4)
+    # torch's cubic has a = −0.75, which follows a slope of 1.5 a token to 0.15
+    assert torch.allclose(
+        fine[inside, inside], (2 * centre[:, None] + centre)[inside, inside], atol=0.2
+    )
+    coarse = resize_positions(plane, (16, 16), (8, 8), 0).reshape(8, 8)
+    centre = 2 * torch.arange(8.0) + 0.5
+    assert torch.allclose(coarse[2:-2, 2:-2], (2 * centre[:, None] + centre)[2:-2, 2:-2], atol=1e-4)
+
+
+def test_a_table_that_shrinks_passes_over_no_position():
+    one = torch.eye(64)  # a one at each position in turn
+    assert (resize_positions(one, (8, 8), (3, 3), 1).abs().sum(1) > 0.01).all()
+    assert default_grid(64) == (8, 8) and default_grid(60) == (1, 60)

@@ -26,11 +26,12 @@ from experiments.task_measures import (
 from figures import task_sweep
 from model import get_model_by_name
 from qwenvl_dataloader import Batch, RealQwenVLDataset, create_data_loaders_real, denormalise
-from svd_baseline import gram_eigh, truncated_svd
+from svd_baseline import gain_text, gram_eigh, truncated_svd
 from task import heads
 from task import metric as task_metric
 from task.load_head import load_head
 from task.refinement import refine_factors
+from task.task_error import head_of_norm
 from task.trained_norm import TaskFactorModel, leading_projector
 from training.checkpoint import load_model
 from training.state import TrainState
@@ -105,17 +106,24 @@ def test_no_matrix_of_its_rank_is_nearer_in_the_metric_than_the_metrics_svd(toke
     values, vectors = torch.linalg.eigh(metric.matrix)
     sigma = torch.linalg.svdvals(tokens.double() @ (vectors * values.sqrt()) @ vectors.mT)
     assert torch.allclose(distance(a @ b), sigma[:, 5:].square().sum(-1), rtol=1e-4)
-    for other in (gram_eigh(tokens, 5), task_metric.in_metric(truncated_svd, metric)(tokens, 5)):
+    for other in (gram_eigh(tokens, 5), task_metric.InMetric(truncated_svd, metric)(tokens, 5)):
         assert (distance(torch.matmul(*other)) >= distance(a @ b) * (1 - 1e-4)).all()
 
 
 def test_any_factorisation_in_the_metric_is_mapped_back_to_token_space(tokens):
     metric = random_metric(40)
-    a, b = task_metric.in_metric(truncated_svd, metric)(tokens, 24)
+    a, b = task_metric.InMetric(truncated_svd, metric)(tokens, 24)
     assert torch.allclose(a @ b, tokens, atol=1e-3)  # full rank: nothing is lost
-    a, b = task_metric.in_metric(truncated_svd, metric)(tokens, 6)
+    a, b = task_metric.InMetric(truncated_svd, metric)(tokens, 6)
     best = torch.matmul(*task_metric.metric_svd(tokens, 6, metric))
     assert torch.allclose(a @ b, best, atol=2e-3)
+
+
+def metric_moment(head, batches, probes, seed):
+    found = task_metric.MomentSum()
+    for batch in batches:
+        found.add(head, batch, probes, seed)
+    return found.mean(head), found.images
 
 
 def test_the_metric_of_a_linear_head_is_that_heads_own_matrix(dataset, test_batch):
@@ -123,7 +131,7 @@ def test_the_metric_of_a_linear_head_is_that_heads_own_matrix(dataset, test_batc
     weight[:, 0] *= 5
     batch = test_batch._replace(std=torch.ones_like(test_batch.std))
     batches = [batch._replace(rows=batch.rows + 100 * i) for i in range(60)]
-    moment, images = task_metric.second_moment(LinearHead(weight), batches, 4, seed=1)
+    moment, images = metric_moment(LinearHead(weight), batches, 4, seed=1)
     expected = (weight @ weight.mT).double()
     assert images == 360
     difference = moment / moment.trace() - expected / expected.trace()
@@ -259,7 +267,7 @@ def test_a_metric_of_an_older_version_is_read_after_every_other_check(
 def test_the_metric_does_not_depend_on_how_images_are_batched(saliency, dataset):
 
     loaders = [create_data_loaders_real(dataset, size).val for size in (2, 3)]
-    moments = [task_metric.second_moment(saliency, loader, 1, seed=3)[0] for loader in loaders]
+    moments = [metric_moment(saliency, loader, 1, seed=3)[0] for loader in loaders]
     assert (moments[0] - moments[1]).norm() < 1e-5 * moments[0].norm()
 
 
@@ -520,8 +528,8 @@ def test_columns_do_not_collide(capsys):
     evaluate_task.print_columns([["", "rank 2", "rank 4"], ["svd", wide, wide], ["b", "1", "2"]])
     lines = capsys.readouterr().out.splitlines()
     found = {"mean": -0.01, "interval_95": [-1234.56, 9.99]}
-    assert evaluate_task.gain_text(found) == "0.0 [-1234.6, 10.0]"
-    assert evaluate_task.gain_text({"mean": 5, "interval_95": None}) == "5.0"
+    assert gain_text(found) == "0.0 [-1234.6, 10.0]"
+    assert gain_text({"mean": 5, "interval_95": None}) == "5.0"
     assert f"{wide}  {wide}" in lines[1] and len({len(line) for line in lines}) == 1
 
 
@@ -598,8 +606,47 @@ def test_training_for_a_task_lowers_the_task_error_and_its_checkpoint_needs_no_f
     )
     assert isinstance(model, TaskFactorModel) and state["config"]["task"]["head"] == "saliency"
     where = ["--results_dir", task_trained, "--cache_dir", tiny_cache]
-    assert script("compare_svd_nn.py", *where).returncode == 0
     assert script("factorize.py", *where, "--out", tmp_path / "factors").returncode == 0
+
+
+def test_a_task_trained_network_is_compared_in_both_norms(
+    task_trained, metric_file, tiny_cache, dataset, saliency, script, tmp_path
+):
+    results = shutil.copytree(task_trained, tmp_path / "both")
+    where = ["--results_dir", results, "--cache_dir", tiny_cache, "--metric", metric_file]
+    done = script("compare_svd_nn.py", *where)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((results / "ResMLP" / "svd_nn_comparison.json").read_text())
+    task = found["task"]["ranks"]["4"]
+    assert set(task) == {"svd", "network", "svd_in_metric"} and found["task"]["head"] == "saliency"
+    # the plain SVD's, by hand: as evaluate_task judges it
+    errors = []
+    with torch.no_grad():
+        for batch in create_data_loaders_real(dataset, 4).test:
+            full = saliency.outputs(denormalise(batch.x, batch.mean, batch.std), batch.rows)
+            x_hat = torch.matmul(*truncated_svd(batch.x, 4))
+            outputs = saliency.outputs(denormalise(x_hat, batch.mean, batch.std), batch.rows)
+            errors.append(saliency.error(outputs, full))
+    errors = torch.cat(errors)
+    assert task["svd"]["mean"] == pytest.approx(float(errors.mean()), rel=1e-4)
+    gain = 100 * (1 - task["network"]["mean"] / task["svd"]["mean"])
+    assert (
+        task["network"]["gain_pct"]["mean"] == pytest.approx(gain) and "gain_pct" not in task["svd"]
+    )
+    plain = found["ranks"]["4"]
+    assert plain["network"]["rel_error"]["mean"] > plain["svd"]["rel_error"]["mean"]
+    table = done.stdout[done.stdout.index("both norms") :].splitlines()
+    assert f"{task['network']['mean']:.5f}" in table[2] and "network below" in table[1]
+
+
+def test_a_network_whose_head_is_not_at_hand_is_compared_in_the_frobenius_norm_with_a_note(
+    dataset, capsys
+):
+    norm = {"head": "saliency", "head_sha256": "of other weights", "metric_sha256": None}
+    assert head_of_norm(norm, dataset, "cpu", None) is None
+    assert "other weights than in training" in capsys.readouterr().out
+    assert head_of_norm(norm | {"head": "depth"}, dataset, "cpu", None) is None
+    assert "no task error: " in capsys.readouterr().out
 
 
 def test_a_task_run_goes_on_from_its_checkpoint(task_trained, tiny_cache, script):
@@ -608,6 +655,18 @@ def test_a_task_run_goes_on_from_its_checkpoint(task_trained, tiny_cache, script
                   "--cache_dir", tiny_cache)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "val_task_error" in json.loads((results / "ResMLP" / "history.json").read_text())[-1]
+    assert "going on with the run trained for --task_head saliency: epoch " in done.stdout
+
+
+def test_a_run_of_the_manual_after_one_for_a_task_keeps_that_one_aside(
+    task_trained, tiny_cache, tmp_path
+):
+    shutil.copytree(task_trained, tmp_path / "results")
+    results = trained(tmp_path, tiny_cache)
+    history = json.loads((results / "ResMLP" / "history.json").read_text())
+    assert "val_task_error" not in history[-1]
+    (aside,) = (results / "ResMLP").glob("previous-*")
+    assert "val_task_error" in json.loads((aside / "history.json").read_text())[-1]
 
 
 def test_the_task_trained_network_is_judged_beside_the_others(
@@ -662,7 +721,7 @@ def test_every_table_shows_svd_and_network_in_the_metric_beside_the_plain_ones(
     assert error["svd"] < error["svd_in_metric"]  # X itself is nearer to its own SVD
     assert error["network_in_metric"] == pytest.approx(error["svd_in_metric"], rel=0.05)
 
-    assert script("visualize_svd_nn.py", *where).returncode == 0
+    assert script("visualize_svd_nn.py", "--image_idx", 0, *where).returncode == 0
     image = json.loads((tmp_path / "ResMLP" / "image_0_comparison_results.json").read_text())
     assert four <= set(image)
     assert script("experiments.benchmark", *where, "--quality", "--ranks", 4).returncode == 0
@@ -725,7 +784,7 @@ def test_a_metric_is_not_applied_again_to_a_network_that_was_trained_in_it(
     folder = metric_trained / "ResMLP"
     methods = json.loads((folder / "svd_nn_comparison.json").read_text())["ranks"]["4"]
     assert methods["network_in_metric"] == methods["network"]
-    assert script("visualize_svd_nn.py", *where).returncode == 0
+    assert script("visualize_svd_nn.py", "--image_idx", 0, *where).returncode == 0
     image = json.loads((folder / "image_0_comparison_results.json").read_text())
     assert image["network_in_metric"] == image["network"]
     assert script("experiments.benchmark", *where, "--quality", "--ranks", 4).returncode == 0

@@ -18,6 +18,7 @@ from torch import Tensor
 from experiments import make_demo_data
 from features.cache_writer import FeatureCacheWriter
 from features.encoders import VisionEncoder
+from qwenvl_dataloader import RealQwenVLDataset
 
 
 def steep_tokens(n: int, t: int = 16, d: int = 48, seed: int = 0) -> Tensor:
@@ -90,6 +91,47 @@ def write_cache(folder: str | Path, features: Tensor) -> Path:
     return Path(folder)
 
 
+GRIDS = [(8, 8), (6, 8), (8, 8), (4, 5), (8, 6)]
+
+
+def write_ragged(folder: Path, square: RealQwenVLDataset) -> Path:
+    """A cache of several grids: of image i of `square` the upper left GRIDS[i % 5] of its tokens.
+
+    Width, height and box become those of that part of the photograph; its thumbnail is cut too.
+    """
+    names = ("num_tokens", "grid", "image_size", "resize", "format", "dtype", "count", "groups")
+    names += ("shards", "rows", "singular_values", "skipped", "content_sha256", "encoder_folder")
+    header = {key: value for key, value in square.manifest.items() if key not in names}
+    limits = {"min_pixels": 4 * 28**2, "max_pixels": 64 * 28**2, "resize": "native"}
+    writer = FeatureCacheWriter(folder, header | limits, len(square))
+    for shard in writer.shards_to_do():
+        images, rows = [], []
+        for i in writer.rows_of(shard):
+            grid = GRIDS[i % len(GRIDS)]
+            images.append(
+                square[[i]][0].unflatten(0, square.grid)[: grid[0], : grid[1]].flatten(0, 1)
+            )
+            rows.append(part_of_row(square, i, grid))
+        writer.write_shard(shard, images, rows, [])
+    writer.finish()
+    return folder
+
+
+def part_of_row(square: RealQwenVLDataset, i: int, grid: tuple[int, int]) -> dict:
+    """What the row of the upper left `grid` of image i says."""
+    record, whole = square.image_record(i), square.thumbnail(i)
+    down, across = grid[0] / square.grid[0], grid[1] / square.grid[1]
+    file = io.BytesIO()
+    size = round(whole.width * across), round(whole.height * down)
+    whole.crop((0, 0, *size)).save(file, "JPEG")
+    width, height = round(record["width"] * across), round(record["height"] * down)
+    x, y, w, h = record["bbox"]
+    box = [min(x, width - 2), min(y, height - 2)]
+    box += [min(w, width - box[0]), min(h, height - box[1])]
+    changed = {"width": width, "height": height, "bbox": box, "thumbnail": file.getvalue()}
+    return record | changed | {"grid_rows": grid[0], "grid_columns": grid[1]}
+
+
 def write_data_set(folder: Path, images: list[bytes]) -> Path:
     """A parquet in the real schema without groups, one row per image."""
     rows = [
@@ -118,8 +160,11 @@ class TinyEncoder(VisionEncoder):
     def __init__(self, device: str = "cpu", image_size: int = 28, resize: str = "stretch") -> None:
         super().__init__(device, image_size, resize, torch.float32, step=7)
 
-    def preprocess(self, image: Image.Image) -> Tensor:
+    def pixels_of(self, image: Image.Image) -> Tensor:
         return torch.from_numpy(np.asarray(image.resize((8, 8)), dtype=np.float32).copy())
+
+    def grid_of(self, pixels: Tensor) -> tuple[int, int]:
+        return 4, 4
 
     def encode(self, pixels: Tensor) -> Tensor:
         blocks = pixels.reshape(-1, 4, 2, 4, 2, 3).permute(0, 1, 3, 2, 4, 5)

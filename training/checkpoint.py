@@ -24,12 +24,12 @@ from common import cli
 from common.errors import UserError
 from common.files import atomic_path, first_difference
 from model import LowRankFactorModel, canonical_arch
-from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset
+from qwenvl_dataloader import Loaders, RealQwenVLDataset
 from task.trained_norm import build_model
 
 FORMAT = 2
-CHECKPOINT_KEYS = ("shift_estimator", "config", "model", "optimizer", "scheduler", "allocator",
-                   "rng", "progress", "args", "cache")  # fmt: skip
+CHECKPOINT_KEYS = """shift_estimator config model optimizer scheduler allocator rng progress args
+    cache""".split()
 # The shifts were learned as fractions of this estimate (subspace.smallest_ritz_estimate).
 SHIFT_ESTIMATOR = "min_cholesky_pivot"
 
@@ -84,11 +84,7 @@ def unseen_test(state: dict, loaders: Loaders) -> tuple[Loaders, int | None, str
     test = loaders.test
     seen = rows_seen(state, test.dataset, test.sampler.rows)
     if seen is None:
-        return (
-            loaders,
-            None,
-            "overlap unknown: the checkpoint does not say what it saw",
-        )
+        return loaders, None, "overlap unknown: the checkpoint does not say what it saw"
     count = int(seen.sum())
     if not count:
         return loaders, 0, ""
@@ -98,9 +94,8 @@ def unseen_test(state: dict, loaders: Loaders) -> tuple[Loaders, int | None, str
             f"--cache_dir {test.dataset.cache_dir}: the network was trained or validated on every "
             "test image of this cache: name the cache it was trained on, or one of other images"
         )
-    unseen = BatchLoader(test.dataset, rows, test.sampler.batch_size, test.device)
     words = f"{count} test images left out: the network was trained or validated on them"
-    return loaders._replace(test=unseen), count, words
+    return loaders._replace(test=test.only(rows)), count, words
 
 
 def rng_state() -> dict:
@@ -112,6 +107,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
+    """Give torch's generators the state that `rng_state` took."""
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from common.files import with_content_hash, write_json
-from figures import task_training, token_grid, training_curves
+from figures import components, task_training, token_grid, training_curves
 from model import LowRankFactorModel
 from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset
-from svd_baseline import evaluate, gram_eigh, report_ranks, summarise, token_error
+from svd_baseline import (
+    evaluate_batches,
+    exact_singular_values,
+    gram_eigh,
+    report_ranks,
+    summarise,
+    token_error,
+)
+from task.metric import metric_svd
+from task.task_error import metric_at_hand, task_errors
+from task.trained_norm import TaskFactorModel, trained_ranks
 from training.checkpoint import load_model, unseen_test
+
+if TYPE_CHECKING:
+    from task.heads import TaskHead
 
 
 def test_and_draw(
-    folder: Path, dataset: RealQwenVLDataset, loaders: Loaders, history: list[dict]
+    folder: Path,
+    dataset: RealQwenVLDataset,
+    loaders: Loaders,
+    history: list[dict],
+    head: TaskHead | None = None,
 ) -> dict:
     """Test numbers and figures of the best checkpoint; returns what test_results.json holds.
 
-    That file is written last: a run that has it has everything.
+    head: that the run trained for, if any. That file is written last: a run that has it has
+    everything.
     """
     write_json(folder / "history.json", history)  # a run cut off after its last checkpoint has none
     device = loaders.test.device
@@ -40,14 +59,14 @@ def test_and_draw(
     }
     for r in report_ranks(rank):
         batches = loaders.test.with_progress(f"test, rank {r}")
-        metrics = evaluate(lambda x, r=r: model(x, r), batches)
+        metrics = evaluate_batches(lambda batch, r=r: model(batch.x, r, grid=batch.grid), batches)
         results["ranks"][str(r)] = {name: summarise(v) for name, v in metrics.items()}
     per_image = test_statistics(model, loaders.test)
     footer = f"{dataset.label}; rank {rank}; {results['arch']}, seed {state['args']['seed']}"
     curves = folder / "train_val_loss_comparison.png", history, results["best_epoch"]
-    if "val_task_error" in history[0]:  # untrained, the network is the SVD in the norm it starts at
-        start = "SVD in the metric" if state["args"]["metric"] else "plain SVD"
-        task_training.task_curve(*curves, start, footer)
+    if head:
+        results["val_task_error"] = references = untrained_references(model, head, dataset, loaders)
+        task_training.task_curve(*curves, references, footer)
     else:
         training_curves.training_curves(*curves, footer)
     training_curves.loss_terms(folder / "loss_curves.png", history, footer)
@@ -57,23 +76,49 @@ def test_and_draw(
         dataset.grid,
         footer,
     )
-    training_curves.b_row_norms(
-        folder / "B_row_norm_hist.png", per_image["b_norms"], per_image["sigma"], footer
+    singular_values = {"X": per_image["sigma"], "X_hat": per_image["found"]}
+    components.component_energy(
+        folder / "B_row_norm_hist.png", singular_values, per_image["energy"], footer
     )
     write_json(folder / "test_results.json", with_content_hash(results))
     return results
 
 
+def untrained_references(
+    model: TaskFactorModel, head: TaskHead, dataset: RealQwenVLDataset, loaders: Loaders
+) -> dict[str, float]:
+    """Validation task error of what needs no training, as `task_record` means it: of the plain SVD,
+    and of the SVD in the task's metric where its default file is at hand."""
+    methods = {"svd": lambda batch, r: gram_eigh(batch.x, r)}
+    if metric := metric_at_hand(head, dataset):
+        metric = metric.to(loaders.val.device)
+        methods["svd_in_metric"] = lambda batch, r: metric_svd(batch.x, r, metric)
+    batches = loaders.val.with_progress("references")
+    errors = task_errors(methods, head, batches, trained_ranks(model))
+    return {
+        name: float(
+            torch.stack([found[name].mean() for found in errors.values()]).log().mean().exp()
+        )
+        for name in methods
+    }
+
+
 @torch.inference_mode()
 def test_statistics(model: LowRankFactorModel, loader: BatchLoader) -> dict[str, Tensor]:
-    """Mean error of each token, network and svd [T]; row norms of B and σ of each image [n, r]."""
+    """Mean error of each token, network and svd [T]; of each image σ of X and of A·B [n, r], the
+    ridge's factor 1/(1 + λ_B) taken out, and ‖X‖² [n]."""
     rank = model.current_effective_rank()
-    parts: dict[str, list[Tensor]] = {"network": [], "svd": [], "b_norms": [], "sigma": []}
+    ridge = 1 + model.lambda_B if model.factors == "projected" else 1.0
+    parts: dict[str, list[Tensor]] = {
+        name: [] for name in ("network", "svd", "sigma", "found", "energy")
+    }
     for batch in loader.with_progress("error of tokens"):
-        a, b = model(batch.x, rank)
+        a, b = model(batch.x, rank, grid=batch.grid)
         parts["network"].append(token_error(batch.x, a, b))
         parts["svd"].append(token_error(batch.x, *gram_eigh(batch.x, rank)))
-        parts["b_norms"].append(torch.linalg.vector_norm(b, dim=-1))
-        parts["sigma"].append(batch.singular_values[:, :rank])
+        x_hat = a.double() @ b.double()
+        parts["found"].append(ridge * exact_singular_values(x_hat)[:, :rank].cpu())
+        parts["sigma"].append(batch.singular_values[:, :rank].cpu())
+        parts["energy"].append(batch.x.double().square().sum((-2, -1)))
     joined = {name: torch.cat(tensors).cpu() for name, tensors in parts.items()}
     return {n: t.mean(0) if n in ("network", "svd") else t for n, t in joined.items()}

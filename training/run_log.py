@@ -58,9 +58,6 @@ class RunLog:
                 if isinstance(value, int | float):
                     self.events.add_scalar(name, value, record["epoch"])
 
-    def write_summary(self, summary: dict) -> None:
-        write_json(self.folder / "final_summary.json", summary)
-
     def __enter__(self) -> RunLog:
         return self
 
@@ -103,6 +100,7 @@ def epoch_line(record: dict, run: TrainState) -> str:
 
 
 def task_words(record: dict) -> str:
+    """The task's part of an epoch's line."""
     return f"val_task_error {record['val_task_error']:.5f} loss {record['val_task_loss']:.3e}"
 
 
@@ -117,15 +115,14 @@ def report(run: TrainState, results: dict, folder: Path, log: RunLog, seconds: f
             f"{percent_text(excess['mean'])}  p90 {percent_text(excess['p90'])}"
         )
     speeds = [record["samples_per_s"] for record in run.history if "samples_per_s" in record]
-    log.write_summary(
-        {
-            **results,
-            "wall_seconds": round(seconds, 1),
-            "samples_per_s": statistics.median(speeds),
-            "environment": cli.environment(run.sums.device),
-        }
-    )
-    log(f"wrote {folder}/best_model.pt, history.json, test_results.json and figures: look at "
-        f"{folder}/train_val_loss_comparison.png")  # fmt: skip
+    summary = {
+        **results,
+        "wall_seconds": round(seconds, 1),
+        "samples_per_s": statistics.median(speeds),
+        "environment": cli.environment(run.sums.device),
+    }
+    write_json(log.folder / "final_summary.json", summary)
+    written = f"{folder}/best_model.pt, history.json, test_results.json and figures"
+    log(f"wrote {written}: look at {folder}/train_val_loss_comparison.png")
     again = cli.flags_again(run.args, "results_dir", "cache_dir", "device")
     log(f"next: python compare_svd_nn.py --arch {run.args.arch}{again}")

@@ -37,8 +37,11 @@ if TYPE_CHECKING:
 SHIFT_LR_FACTOR = 20  # a shift must move by tenths while weights move by thousandths
 # terms of the loss that are summed over an epoch (model.LossTerms)
 TERMS = ("reconstruction", "mse", "optimum_mse", "B", "ortho", "act", "lora_ortho", "task")
-MODEL_FLAGS = ("rank", "factors", "refine_steps", "oversample", "lambda_B", "hidden_dim",
-               "num_blocks", "dropout", "precision")  # fmt: skip
+MODEL_FLAGS = """rank factors refine_steps oversample lambda_B hidden_dim num_blocks dropout
+    precision""".split()
+# what a checkpoint has of TrainState's fields
+PROGRESS = """last_epoch epoch batches_done step best best_epoch bad_epochs finished sums
+    history""".split()
 # flags that may differ from the run that is resumed; --lr wins where typed
 FREE_ON_RESUME = {"arch", "resume", "epochs", "lr", "patience", "results_dir", "cache_dir"}
 FREE_ON_RESUME |= {"log_dir", "device", "tensorboard", "batch_size"}
@@ -71,9 +74,6 @@ class TrainState:
     note: str = ""  # what --resume changed, for the log
     cuts_history: bool = False  # the folder's history has later epochs, which the next save ends
 
-    progress_names = ("last_epoch", "epoch", "batches_done", "step", "best", "best_epoch",
-                      "bad_epochs", "finished", "sums", "history")  # fmt: skip
-
     def checkpoint(self) -> dict:
         """Several processes have to call it together: each hands in its generators' state."""
         rng = processes.gather(rng_state())
@@ -86,7 +86,7 @@ class TrainState:
             "rng": rng[0],
             "other_rng": rng[1:],  # of the processes beside the main one
             "processes": processes.world(),
-            "progress": {name: getattr(self, name) for name in self.progress_names},
+            "progress": {name: getattr(self, name) for name in PROGRESS},
             "args": {k: v for k, v in vars(self.args).items() if k != "typed"},
             "cache": self.identity,
             "images": self.images,
@@ -117,7 +117,7 @@ class TrainState:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.allocator:
             self.allocator.load_state_dict(state["allocator"])
-        for name in self.progress_names:
+        for name in PROGRESS:
             setattr(self, name, state["progress"][name])
         self.fresh = False
         self.sums = self.sums.to(self.model.shift_logits.device)
@@ -147,6 +147,7 @@ def build_run(
         args.arch,
         input_dim=dataset.feature_dim,
         num_tokens=dataset.num_tokens,
+        grid=dataset.grid,
         **{name: getattr(args, name) for name in MODEL_FLAGS},
     )
     head = None
@@ -180,8 +181,9 @@ def build_run(
         seed_process(args.seed, step=0)
     sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
     identity, images = cache_identity(dataset), seen_images(dataset)
-    return TrainState(args, model, optimizer, scheduler, allocator, identity, args.epochs,
-                      sums=sums, head=head, images=images)  # fmt: skip
+    state = TrainState(args, model, optimizer, scheduler, allocator, identity, args.epochs)
+    state.sums, state.head, state.images = sums, head, images
+    return state
 
 
 def plateau_patience(patience: int) -> int:
