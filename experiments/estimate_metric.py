@@ -14,7 +14,6 @@ import argparse
 import json
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +23,8 @@ from torch import Tensor
 from common import cli
 from common.errors import UserError
 from common.files import check_same_header, save_tensors
-from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real
-from svd_baseline import gram_eigh
+from qwenvl_dataloader import Batch, BatchLoader, RealQwenVLDataset, create_data_loaders_real
+from svd_baseline import Factors, gram_eigh
 from task.heads import TaskHead
 from task.load_head import HEADS, load_head
 from task.metric import (
@@ -212,7 +211,10 @@ def validation_errors(
     head: TaskHead, loader: BatchLoader, metric: TaskMetric | None, label: str
 ) -> list[float]:
     """Mean task error at the ranks JUDGED_AT, of the metric's SVD or (None) of the plain one."""
-    svd = partial(metric_svd, metric=metric) if metric else gram_eigh
+
+    def svd(batch: Batch, rank: int) -> Factors:
+        return metric_svd(batch.x, rank, metric) if metric else gram_eigh(batch.x, rank)
+
     ranks = [min(r, loader.dataset.num_tokens, loader.dataset.feature_dim) for r in JUDGED_AT]
     batches = loader.with_progress(f"{label}, validation")
     errors = task_errors({"svd": svd}, head, batches, ranks)
