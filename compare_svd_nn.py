@@ -35,10 +35,10 @@ from common.locks import sole_writer
 from common.tables import print_columns
 from figures import comparison
 from model import LowRankFactorModel
-from qwenvl_dataloader import Loaders, create_data_loaders_real
+from qwenvl_dataloader import Batch, Loaders, create_data_loaders_real
 from svd_baseline import (
     Factors,
-    evaluate,
+    evaluate_batches,
     fit_pca,
     gain_text,
     interval_95,
@@ -56,7 +56,7 @@ from task.task_error import head_of_norm, metric_at_hand, task_errors, task_repo
 from training.checkpoint import Trained, evaluated_rank, open_trained, unseen_test
 
 STORED_AS = "bf16"  # factorize.py's default: its ranks for a target are those that are reported
-Method = Callable[[Tensor, int], Factors]
+Method = Callable[[Batch, int], Factors]
 
 
 def get_args_parser() -> cli.Parser:
@@ -101,8 +101,8 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
         budget, budget_arrays = rank_per_image(model, loaders, rank, args)
     methods = reference_methods(model, loaders)
     if metric:
-        methods["svd_in_metric"] = lambda x, r: metric_svd(x, r, metric)
-        methods["network_in_metric"] = in_metric
+        methods["svd_in_metric"] = lambda batch, r: metric_svd(batch.x, r, metric)
+        methods["network_in_metric"] = lambda batch, r: in_metric(batch.x, r, grid=batch.grid)
         if in_metric is model:
             print("note: the network was trained in this metric: network_in_metric is network")
     ranks = report_ranks(rank)
@@ -110,8 +110,8 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     in_task, task_of = error_in_task(trained, methods, metric, loaders, ranks, groups)
     per_image = {
         r: {
-            name: evaluate(
-                lambda x, f=f, r=r: f(x, r), loaders.test.with_progress(f"{name}, rank {r}")
+            name: evaluate_batches(
+                lambda batch, f=f, r=r: f(batch, r), loaders.test.with_progress(f"{name}, rank {r}")
             )
             for name, f in methods.items()
         }
@@ -170,18 +170,18 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
 
 
 def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, Method]:
-    """The network and what it is held against, each a function of (x, rank)."""
+    """The network and what it is held against, each a function of (batch, rank)."""
     axes = fit_pca(batch.x for batch in loaders.train.with_progress("PCA"))
     methods: dict[str, Method] = {
-        "network": lambda x, r: model(x, r),
-        "svd": truncated_svd,
-        "randomized_svd": randomized_svd,
-        "pca": lambda x, r: pca(x, r, axes),
+        "network": lambda batch, r: model(batch.x, r, grid=batch.grid),
+        "svd": lambda batch, r: truncated_svd(batch.x, r),
+        "randomized_svd": lambda batch, r: randomized_svd(batch.x, r),
+        "pca": lambda batch, r: pca(batch.x, r, axes),
     }
     if model.factors == "projected":
         # as many columns and steps as the network has at every rank: only the sketch differs
-        methods["random_sketch"] = lambda x, r: random_sketch(
-            x, r, model.refine_steps, model.sketch_columns(r)
+        methods["random_sketch"] = lambda batch, r: random_sketch(
+            batch.x, r, model.refine_steps, min(model.sketch_columns(r), *batch.x.shape[-2:])
         )
     return methods
 
@@ -208,7 +208,7 @@ def error_in_task(
         return None, {}
     metric = metric or metric_at_hand(head, dataset)
     judged = {
-        "svd": lambda batch, r: methods["svd"](batch.x, r),
+        "svd": lambda batch, r: methods["svd"](batch, r),
         "network": lambda batch, r: model(batch.x, r, grid=batch.grid),
     }
     if metric:
@@ -236,7 +236,7 @@ def error_by_box(methods: dict[str, Method], loaders: Loaders, rank: int) -> dic
         parts, first = [], 0
         for batch in loaders.test.with_progress(f"box, {name}"):
             masks = inside[first : first + len(batch.rows)]
-            parts.append(part_errors(batch.x, *methods[name](batch.x, rank), masks))
+            parts.append(part_errors(batch.x, *methods[name](batch, rank), masks))
             first += len(batch.rows)
         errors[name] = {key: torch.cat([part[key] for part in parts])[kept] for key in PARTS}
     return box_report(errors, inside[kept], groups, rank, left_out)

@@ -72,9 +72,10 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
     x = normalise(dataset[[row]].to(device))[0]  # [1, T, D]
     sigma = dataset.singular_values[[row]].to(device)
     with torch.inference_mode():
-        factors = {"network": model(x, rank), "svd": truncated_svd(x, rank)}
+        own = {"grid": dataset.grids[row]}
+        factors = {"network": model(x, rank, **own), "svd": truncated_svd(x, rank)}
         if metric:
-            factors["network_in_metric"] = network_in_metric(model, metric)(x, rank)
+            factors["network_in_metric"] = network_in_metric(model, metric)(x, rank, **own)
             factors["svd_in_metric"] = metric_svd(x, rank, metric)
     metrics = {
         name: {key: number_or_none(value) for key, value in image_metrics(x, *ab, sigma).items()}
@@ -158,7 +159,7 @@ def draw_ranks(
     """Figure of what network and SVD keep of x [1, T, D] at rising ranks, up to `most`."""
     ranks = sorted({r for r in RANKS_SHOWN if r < most} | {min(most, RANKS_SHOWN[-1])})
     factors = {
-        "network": [model(x, r) for r in ranks],
+        "network": [model(x, r, grid=grid) for r in ranks],
         "svd": [truncated_svd(x, r) for r in ranks],
     }
     # below the three components that every rank keeps, the first three that each rank has lost
