@@ -139,9 +139,9 @@ def against_fixed_rank(
         fixed_rank, fixed_rel_error [n], rank_for_all or None}.
     A component of image i stores T_i + D values. The fixed rank is the smallest that stores no
     less, each image at most at its own min(T_i, D): of images of one size the mean rank, rounded up
-    where it is no whole number. gain_pct is positive where ranks per image have the smaller error. With a target_error
-    also the smallest fixed ranks that meet it for the mean over images and for every image, and how
-    much less ranks per image store than those.
+    where it is no whole number. gain_pct is positive where ranks per image have the smaller error.
+    With a target_error also the smallest fixed ranks that meet it for the mean over images and for
+    every image, and how much less ranks per image store than those.
     """
     per_rank, limits = tokens + feature_dim, tokens.clamp(max=feature_dim)
     ranks = ranks.minimum(limits)

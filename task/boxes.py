@@ -52,8 +52,9 @@ def box_report(
 ) -> dict:
     """What svd_nn_comparison.json says of the box.
 
-    errors: "network" and "svd" → `part_errors` of n images, none of them NaN; inside: their
-    tokens in the box, bool of any shape; groups: of the n images; left_out: images without a box, or whose box covers no token or all.
+    errors: "network" and "svd" → `part_errors` of n images, none of them NaN; inside: which of
+    their tokens are in the box, bool of any shape; groups: of the n images; left_out: images
+    without a box, or whose box covers no token or all.
     Differences are paired by image; the 95 % intervals are over groups, None below four.
     """
     report = {

@@ -5,7 +5,8 @@
     error = head.error(logits_of_A_B, logits)         # [b], relative
 
 Legend: b images, T merged tokens of an image, D features of a token, H × W patches of an image
-(T = H/2 · W/2; all images of a batch have one grid). Gradients flow through a head to its tokens; its weights are frozen.
+(T = H/2 · W/2; all images of a batch have one grid). Gradients flow through a head to its tokens;
+its weights are frozen.
 """
 
 from __future__ import annotations
