@@ -214,7 +214,8 @@ def error_in_task(
         metric = metric.to(device)
         judged["svd_in_metric"] = lambda batch, r: metric_svd(batch.x, r, metric)
     errors = task_errors(judged, head, loaders.test.with_progress(f"head {head.name}"), ranks)
-    return task_report(errors, head, metric, groups), errors
+    began = {"network_metric_sha256": model.norm["metric_sha256"]}  # None: at the plain norm
+    return task_report(errors, head, metric, groups) | began, errors
 
 
 @torch.inference_mode()

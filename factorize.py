@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from coding.codec import Codec
-from coding.coded_files import CODED, FORMS, CodedImage
+from coding.coded_files import CODED, FORMS, CodedImage, copy_codec
 from coding.factor_files import (
     DTYPES,
     WRITE_AGAIN,
@@ -184,7 +184,7 @@ def write_factors(
         overwrite = args.overwrite and processes.is_main()
         writer = FactorWriter(folder, header, overwrite, max(map(math.prod, dataset.grids)))
         if codec and processes.is_main():
-            writer.put_codec(Path(args.codec))
+            copy_codec(Path(args.codec), folder)
     how = f"rank {rank}" if args.target_error is None else f"rel_error ≤ {args.target_error:g}"
     if codec:
         how = how_coded(args)

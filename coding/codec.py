@@ -59,6 +59,7 @@ SIGMA_LEVEL = 0  # of differences of i_σ
 OFFSET_LEVEL = 1  # of differences of offsets of levels
 BUCKETS = 16
 UNSEEN_ENERGY = 0.05  # of a v_k outside the span of few training tokens
+ENOUGH = 32  # training tokens a feature, from which on directions are left out
 TAIL = 1e-5  # energy of training tokens outside the directions that are kept
 
 Factors = tuple[Tensor, Tensor, Tensor]  # u [T, r], s [r], v [D, r]
@@ -353,10 +354,11 @@ def fit(
         raise UserError("there are no training images to fit a codec on")
     values, vectors = (t.flip(-1) for t in torch.linalg.eigh(moment))
     outside = values.clamp_min(0).flip(0).cumsum(0).flip(0) / values.clamp_min(0).sum()
-    # few training tokens do not span those to come: then all directions are kept, and the energy
-    # outside the training tokens' span is guessed
-    unseen = max(0.0, 1 - images * raw.shape[1] / (4 * len(moment)))
-    if not unseen:
+    # few training tokens do not span those to come: then all directions are kept, and of still
+    # fewer the energy outside the training tokens' span is guessed
+    seen = images * raw.shape[1] / len(moment)
+    unseen = max(0.0, 1 - seen / 4)
+    if seen >= ENOUGH:
         vectors = vectors[:, outside > TAIL]
     tensors = {"klt": vectors if root is None else root.double() @ vectors}
     if root is not None:

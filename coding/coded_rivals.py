@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coding.codec import Codec, Prepared
+from coding.codec import OFFSET_LEVEL, Codec, Prepared
 from coding.entropy import (
     HIGHEST,
     LOWEST,
@@ -21,7 +21,9 @@ from coding.entropy import (
     TOTAL,
     decode_symbols,
     encode_symbols,
+    read_varint,
     table,
+    varint,
 )
 from coding.rivals import (
     FactorsDeflate,
@@ -32,7 +34,7 @@ from coding.rivals import (
     TokenImage,
     decompose,
 )
-from coding.transform import dct, on_grid, rate_rounded, to_levels
+from coding.transform import adapted, dct, on_grid, to_levels
 from qwenvl_dataloader import denormalise, normalise
 
 STEPS = (32.0, 22.6, 16.0, 11.3, 8.0, 5.6, 4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18)
@@ -152,7 +154,9 @@ class CountedTables:
 
 
 class KltDct(OfCodec):
-    """Transform code of the tokens: Z rounded and coded as the codec does, one level a coefficient.
+    """Transform code of the tokens: Z rounded and coded as the codec does, one level a coefficient
+    and an offset of it for each frequency in an image (11 % fewer bytes on validation images of the
+    demo; an offset for each direction of the KLT: 1 to 3 %).
 
     batches: raw tokens [b, T, D] of training images, from which the variance of each coefficient
     is taken; and its tables at each step, from some of them. The knob is the step Δ.
@@ -191,7 +195,8 @@ class KltDct(OfCodec):
             for _ in range(2):
                 of_level, counted = counted, CountedTables()
                 for z in self.sample:
-                    counted.count(rate_rounded(z / step, levels, of_level), levels)
+                    symbols, offsets = adapted(z.T / step, levels, of_level)
+                    counted.count(symbols, levels + offsets)
             self._tables[step] = counted
         return self._tables[step]
 
@@ -201,22 +206,28 @@ class KltDct(OfCodec):
         return 2 * sum(t.numel() for t in klt) + self.octaves.numel() + self.tables(knob).nbytes
 
     def levels(self, step: float) -> np.ndarray:
-        """Of the tables, [T, d] int64."""
-        found = (STEPS_AN_OCTAVE * (self.octaves - np.log2(step))).round()
+        """Of the tables, [d, T] int64."""
+        found = (STEPS_AN_OCTAVE * (self.octaves.mT - np.log2(step))).round()
         return found.long().numpy()
 
     def encode(self, image: TokenImage, knob: Knob) -> bytes:
         levels, tables = self.levels(knob), self.tables(knob)
         z = self.transform @ (image.x @ self.klt) / knob
-        symbols = rate_rounded(z.numpy(), levels, tables)
-        coded = encode_symbols(symbols.ravel(), levels.ravel(), tables)
-        return self._with_statistics(image, coded)
+        symbols, offsets = adapted(z.mT.numpy(), levels, tables)
+        steps = np.diff(offsets, prepend=0)
+        head = encode_symbols(steps, np.full(len(steps), OFFSET_LEVEL))
+        body = encode_symbols(symbols.ravel(), (levels + offsets).ravel(), tables)
+        return self._with_statistics(image, varint(len(head)) + head + body)
 
     def decode(self, data: bytes, knob: Knob) -> Tensor:
         payload, mean, std = self._payload(data)
         levels = self.levels(knob)
-        symbols = decode_symbols(payload, levels.ravel(), self.tables(knob)).reshape(levels.shape)
-        z = torch.from_numpy(symbols.astype(np.float32)) * knob
+        length, at = read_varint(payload, 0)
+        steps = np.full(levels.shape[1], OFFSET_LEVEL)
+        levels = levels + decode_symbols(payload[at : at + length], steps).cumsum()
+        body = payload[at + length :]
+        symbols = decode_symbols(body, levels.ravel(), self.tables(knob)).reshape(levels.shape)
+        z = torch.from_numpy(symbols.T.astype(np.float32)) * knob
         return denormalise((self.transform.mT @ z) @ back(self.codec).mT, mean, std)
 
 

@@ -110,10 +110,10 @@ def rate_rounded(
     return np.where(values < 0, -best, best)
 
 
-def level_offsets(q: np.ndarray, levels: np.ndarray) -> np.ndarray:
+def level_offsets(q: np.ndarray, levels: np.ndarray, of_level: Table = table) -> np.ndarray:
     """What to add to the levels of each column of symbols q [n, r]: that of OFFSETS with which the
     column and the offset itself take the fewest bits, [r] int64."""
-    bits, r, most = bits_table(), q.shape[1], max(OFFSETS)
+    bits, r, most = bits_table(of_level), q.shape[1], max(OFFSETS)
     lowest, count = LOWEST - most, HIGHEST - LOWEST + 2 * most + 1
     at = np.clip(levels, lowest, HIGHEST + most) - lowest  # [n, r]
     # most symbols are 0: those are counted by level, the others looked up one by one
@@ -129,12 +129,14 @@ def level_offsets(q: np.ndarray, levels: np.ndarray) -> np.ndarray:
     return np.array(OFFSETS)[np.argmin(costs, axis=0)]
 
 
-def adapted(values: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def adapted(
+    values: np.ndarray, levels: np.ndarray, of_level: Table = table
+) -> tuple[np.ndarray, np.ndarray]:
     """Symbols of values [n, r], rounded by the rates of the levels that suit each column, and what
     those differ by from `levels`: [n, r], [r] int64."""
-    offsets = level_offsets(rate_rounded(values, levels), levels)
-    q = rate_rounded(values, levels + offsets)
-    return q, level_offsets(q, levels)
+    offsets = level_offsets(rate_rounded(values, levels, of_level), levels, of_level)
+    q = rate_rounded(values, levels + offsets, of_level)
+    return q, level_offsets(q, levels, of_level)
 
 
 def independent(q: np.ndarray) -> np.ndarray:

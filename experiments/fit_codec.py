@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from coding.codec import fit
@@ -34,6 +35,10 @@ def get_args_parser() -> cli.Parser:
         "file; default codecs/<cache's kind>.safetensors, with the head's name where there is a "
         "metric"
     )
+    codec("--images")(
+        "so many training images, spread over all of them; default all: what more bring is in "
+        "docs/task_and_bytes.md"
+    )
     codec("--batch_size")
     codec("--device")
     return parser
@@ -50,6 +55,8 @@ def main(args: argparse.Namespace) -> None:
     rows = dataset.split.train
     # its tables are of one grid, and read on any
     rows = rows[[dataset.grids[row] == dataset.grid for row in rows.tolist()]]
+    if args.images and args.images < len(rows):
+        rows = rows[torch.arange(args.images) * len(rows) // args.images]
     print(f"{dataset.label}; {len(rows)} training images of {dataset.grid[0]} x {dataset.grid[1]}")
 
     passes = iter(("directions", "variances"))

@@ -31,7 +31,7 @@ FULL = "full_tokens"  # the tokens as they are: no factorisation can be held to 
 
 
 @dataclass(frozen=True)
-class Method:
+class TaskMethod:
     """A way to factor: (batch, rank, head's output of the full tokens) → A, B."""
 
     factorise: Callable[[Batch, int, Tensor], Factors]
@@ -83,7 +83,7 @@ def judge(
 
 @torch.no_grad()
 def judge_factors(
-    methods: dict[str, Method],
+    methods: dict[str, TaskMethod],
     head: TaskHead,
     dataset: RealQwenVLDataset,
     batch: Batch,

@@ -290,6 +290,18 @@ def codec_file(tiny_cache, tmp_path_factory):
     return path
 
 
+def test_a_codec_of_a_few_images_says_of_how_many_and_is_another(
+    script, tiny_cache, codec_file, tmp_path
+):
+    out = tmp_path / "few.safetensors"
+    flags = ["--cache_dir", tiny_cache, "--out", out, "--images", 3]
+    done = script("experiments.fit_codec", *flags)
+    assert done.returncode == 0 and "; 3 training images" in done.stdout
+    few, whole = Codec.load(out), Codec.load(codec_file)
+    assert few.info["images"] == 3 < whole.info["images"]
+    assert not torch.equal(few.tensors["rows"], whole.tensors["rows"])
+
+
 @pytest.fixture
 def write(script, tiny_cache, codec_file, tmp_path):
     def run(*flags, codec=codec_file, fails=0):
