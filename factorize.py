@@ -69,8 +69,8 @@ def get_args_parser() -> cli.Parser:
         "--target_kb or --target_error (then of raw tokens, as decoded)"
     )
     what("--form", FORMS, "factors")(
-        "with --codec: factors, or the tokens' own transform, without factors (fewer bytes in a "
-        "metric, below 4 kB an image)"
+        "with --codec: factors, or the tokens' own transform, without factors (in a metric, about "
+        "as many bytes below 1 kB an image, more above)"
     )
     what.switch("--exact", "with --codec: exact factors, no trained network")
     what("--dtype", DTYPES, "bf16")(
