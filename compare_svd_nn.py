@@ -14,6 +14,7 @@ the SVD in the task's metric where --metric or metrics/<head>.safetensors is at 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 import torch
@@ -127,7 +128,7 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
         "n_groups": len(set(groups)),
         "n_seen_left_out": left_out,  # null: overlap unknown
         "data": dataset.label,
-        "num_tokens": dataset.num_tokens,
+        "num_tokens": dataset.mean_tokens(loaders.test.sampler.rows.tolist()),
         "feature_dim": dataset.feature_dim,
         "ranks": {
             str(r): {
@@ -160,7 +161,7 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     if in_task:
         comparison.both_norms(*sweep, in_task, footer)
     else:
-        comparison.rank_sweep(*sweep, dataset.num_tokens, dataset.feature_dim, footer)
+        comparison.rank_sweep(*sweep, results["num_tokens"], dataset.feature_dim, footer)
     print(f"wrote {folder}/{written}: look at rank_sweep.png")
     again = cli.flags_again(args, "rank", "metric", "results_dir", "cache_dir", "device")
     excess = per_image[rank]["network"]["excess_pct"].nan_to_num(nan=-1.0)
@@ -207,10 +208,7 @@ def error_in_task(
     if head is None:
         return None, {}
     metric = metric or metric_at_hand(head, dataset)
-    judged = {
-        "svd": lambda batch, r: methods["svd"](batch, r),
-        "network": lambda batch, r: model(batch.x, r, grid=batch.grid),
-    }
+    judged = {name: methods[name] for name in ("svd", "network")}
     if metric:
         metric = metric.to(device)
         judged["svd_in_metric"] = lambda batch, r: metric_svd(batch.x, r, metric)
@@ -224,22 +222,23 @@ def error_by_box(methods: dict[str, Method], loaders: Loaders, rank: int) -> dic
     """The JSON's entry: error of network and SVD inside and outside the answer's box, of test
     images that have one."""
     dataset, rows = loaders.test.dataset, loaders.test.sampler.rows.tolist()
-    inside = tokens_in_boxes(dataset, rows)  # [n, T]
-    kept = inside.any(1) & ~inside.all(1)
+    inside = tokens_in_boxes(dataset, rows)
+    kept = torch.tensor([bool(mask.any() and not mask.all()) for mask in inside])
     groups = dataset.rows["group"].take(rows).to_pylist()
     groups = [group for group, keep in zip(groups, kept.tolist(), strict=True) if keep]
     left_out = len(rows) - len(groups)
     if not groups:
-        return box_report({}, inside, groups, rank, left_out)
+        return box_report({}, torch.empty(0), groups, rank, left_out)
     errors = {}
     for name in ("network", "svd"):
         parts, first = [], 0
         for batch in loaders.test.with_progress(f"box, {name}"):
-            masks = inside[first : first + len(batch.rows)]
+            masks = torch.stack(inside[first : first + len(batch.rows)])
             parts.append(part_errors(batch.x, *methods[name](batch, rank), masks))
             first += len(batch.rows)
         errors[name] = {key: torch.cat([part[key] for part in parts])[kept] for key in PARTS}
-    return box_report(errors, inside[kept], groups, rank, left_out)
+    masks = [mask for mask, keep in zip(inside, kept.tolist(), strict=True) if keep]
+    return box_report(errors, torch.cat(masks), groups, rank, left_out)
 
 
 @torch.inference_mode()
@@ -252,11 +251,14 @@ def rank_per_image(
     is met by the measured error of each method; a budget is split by σ of X, alike for both. The
     network's errors are of factors rounded as factorize.py stores them, the SVD's are the optimum.
     """
-    sigma = loaders.test.dataset.singular_values[loaders.test.sampler.rows]
+    dataset, rows = loaders.test.dataset, loaders.test.sampler.rows
+    sigma = dataset.singular_values[rows]
     network = []
     for batch in loaders.test.with_progress("error over rank"):
-        stored = store(*nested_factors(model, batch.x, rank), STORED_AS)
-        network.append(error_curve(batch.x, *restore(stored)).cpu())
+        stored = store(*nested_factors(model, batch.x, rank, batch.grid), STORED_AS)
+        curve = error_curve(batch.x, *restore(stored)).cpu()
+        # an image of few tokens has no more components than its own limit
+        network.append(torch.cat([curve, curve[:, -1:].expand(-1, rank + 1 - curve.shape[1])], -1))
     curves = {"network": torch.cat(network), "svd": optimum_curve(sigma, rank)}
     if args.target_error is None:
         entry = {"mode": "mean_rank", "mean_rank": args.mean_rank}
@@ -267,11 +269,11 @@ def rank_per_image(
         ranks = {"svd": first_rank_within(curves["svd"], args.target_error)}
         ranks["network"] = first_rank_as_stored(curves["network"], args.target_error)
     entry["network_stored_as"] = STORED_AS
-    values_per_rank = model.num_tokens + model.input_dim
+    tokens = torch.tensor([math.prod(dataset.grids[row]) for row in rows.tolist()])
     arrays = {}
     for name, curve in curves.items():
         entry[name], arrays[name] = against_fixed_rank(
-            curve, ranks[name], values_per_rank, args.target_error
+            curve, ranks[name], tokens, model.input_dim, args.target_error
         )
     return entry, arrays | {"target_error": args.target_error}
 
