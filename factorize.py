@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from coding.codec import Codec
-from coding.coded_files import CODED, FORMS, CodedImage
+from coding.coded_files import CODED, FORMS, CodedImage, copy_codec
 from coding.factor_files import (
     DTYPES,
     WRITE_AGAIN,
@@ -69,8 +69,8 @@ def get_args_parser() -> cli.Parser:
         "--target_kb or --target_error (then of raw tokens, as decoded)"
     )
     what("--form", FORMS, "factors")(
-        "with --codec: factors, or the tokens' own transform, without factors (fewer bytes in a "
-        "metric, below 4 kB an image)"
+        "with --codec: factors, or the tokens' own transform, without factors (in a metric, about "
+        "as many bytes below 1 kB an image, more above)"
     )
     what.switch("--exact", "with --codec: exact factors, no trained network")
     what("--dtype", DTYPES, "bf16")(
@@ -189,7 +189,7 @@ def write_factors(
         overwrite = args.overwrite and processes.is_main()
         writer = FactorWriter(folder, header, overwrite, max(map(math.prod, dataset.grids)))
         if codec and processes.is_main():
-            writer.put_codec(Path(args.codec))
+            copy_codec(Path(args.codec), folder)
     how = f"rank {rank}" if args.target_error is None else f"rel_error ≤ {args.target_error:g}"
     if codec:
         how = how_coded(args)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import statistics
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -30,7 +31,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -38,7 +38,13 @@ from common import cli, progress, spectra
 from common.cache_manifest import BUILD_CACHE, read_manifest, tables_of
 from common.epoch_order import Batch, EpochSampler
 from common.errors import UserError
-from common.files import check_hash, content_hash_fits, sha256_file
+from common.files import (
+    check_hash,
+    check_tensors,
+    content_hash_fits,
+    load_tensors,
+    sha256_file,
+)
 from common.grids import Grid, most_frequent, token_range
 from common.split import split_by_group
 from svd_baseline import exact_singular_values
@@ -95,7 +101,7 @@ class RealQwenVLDataset(Dataset):
         self.feature_dim: int = self.manifest["feature_dim"]
         self.grid: Grid = tuple(self.manifest["grid"])
         self._shard_ends = np.cumsum([shard["rows"] for shard in self.manifest["shards"]])
-        self._shards: dict[int, object] = {}
+        self._shards: dict[int, Tensor] = {}
         self._resident: Tensor | None = None  # [Σ T_i, D]
         if self.manifest["singular_values"]:
             self.singular_values = self._read_singular_values()
@@ -169,6 +175,10 @@ class RealQwenVLDataset(Dataset):
         tokens = token_range(self.grids)
         return f"{demo}{encoder}, {len(self)} images, T={tokens}, D={self.feature_dim}"
 
+    def mean_tokens(self, rows: Sequence[int]) -> float:
+        """Mean T of these images; an int where it is a whole number."""
+        return statistics.mean(math.prod(self.grids[row]) for row in rows)
+
     def image_record(self, row: int) -> dict:
         """Question, answers, bbox, width, height, group … of one row, as a dict."""
         return self.rows.slice(row, 1).to_pylist()[0]
@@ -190,7 +200,7 @@ class RealQwenVLDataset(Dataset):
         ends = self._shard_ends.tolist()
         for index, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
             part = resident[self._tokens[first] : self._tokens[end]]
-            part.copy_(_tokens_of(self._shard(index)))
+            part.copy_(self._shard(index))
             self._check_finite(part, self._tokens[first])
         self._resident = resident
         self._first_tokens = torch.tensor(self._tokens[:-1], device=device)
@@ -209,7 +219,7 @@ class RealQwenVLDataset(Dataset):
             if sha256_file(self.cache_dir / name) != entry["sha256"]:
                 damaged[name] = "does not match its sha256"
             elif index < len(self.manifest["shards"]):
-                if not usable_features(_tokens_of(self._shard(index))).all():
+                if not usable_features(self._shard(index)).all():
                     damaged[name] = f"holds NaN or Inf, or features above {LARGEST_FEATURE:.0e}"
         if self.spectra_are_known and not self.singular_values.isfinite().all():
             damaged["singular_values.safetensors"] = "holds NaN or Inf"
@@ -220,12 +230,8 @@ class RealQwenVLDataset(Dataset):
     def _read_row(self, row: int) -> Tensor:
         shard = int(np.searchsorted(self._shard_ends, row, side="right"))
         first = int(self._shard_ends[shard]) - self.manifest["shards"][shard]["rows"]
-        stored = self._shard(shard).get_slice("features")
-        if self.manifest["format"] == 1:
-            features = stored[row - first]
-        else:
-            start, end = (self._tokens[i] - self._tokens[first] for i in (row, row + 1))
-            features = stored[start:end]
+        start, end = (self._tokens[i] - self._tokens[first] for i in (row, row + 1))
+        features = self._shard(shard)[start:end]
         self._check_finite(features, self._tokens[row])
         return features
 
@@ -240,41 +246,26 @@ class RealQwenVLDataset(Dataset):
                 f"--cache_dir {self.cache_dir}"
             )
 
-    def _shard(self, index: int):
+    def _shard(self, index: int) -> Tensor:
+        """All tokens of a shard of either format, [Σ T_i, D], memory-mapped."""
         if index not in self._shards:
             path = self.cache_dir / self.manifest["shards"][index]["file"]
-            try:
-                shard = safe_open(path, framework="pt")
-                features = shard.get_slice("features")
-                found = features.get_shape(), features.get_dtype()
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path} is damaged ({error}): {BUILD_CACHE}") from None
             rows, end = self.manifest["shards"][index]["rows"], int(self._shard_ends[index])
-            shape = [self._tokens[end] - self._tokens[end - rows], self.feature_dim]
+            shape = self._tokens[end] - self._tokens[end - rows], self.feature_dim
             if self.manifest["format"] == 1:
-                shape = [rows, self.num_tokens, self.feature_dim]
-            expected = shape, "BF16"
-            if found != expected:
-                raise UserError(
-                    f"{path} holds {found}, its manifest says {expected}: {BUILD_CACHE}"
-                )
-            self._shards[index] = shard
+                shape = rows, self.num_tokens, self.feature_dim
+            tensors = load_tensors(path, BUILD_CACHE)
+            check_tensors(path, tensors, {"features": (*shape, torch.bfloat16)}, BUILD_CACHE)
+            self._shards[index] = tensors["features"].flatten(0, -2)
         return self._shards[index]
 
     def _read_singular_values(self) -> Tensor:
         path = self.cache_dir / "singular_values.safetensors"
         check_hash(path, self.manifest["singular_values"], BUILD_CACHE)
-        try:
-            with safe_open(path, framework="pt") as file:
-                values = file.get_tensor("singular_values")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}): {BUILD_CACHE}") from None
-        expected = (len(self), min(self.num_tokens, self.feature_dim))
-        if values.shape != expected:
-            raise UserError(
-                f"{path} holds {tuple(values.shape)}, its manifest says {expected}: {BUILD_CACHE}"
-            )
-        return values
+        tensors = load_tensors(path, BUILD_CACHE)
+        shape = len(self), min(self.num_tokens, self.feature_dim)
+        check_tensors(path, tensors, {"singular_values": (*shape, torch.float64)}, BUILD_CACHE)
+        return tensors["singular_values"]
 
     def _read_rows(self) -> pa.Table:
         path = self.cache_dir / "rows.parquet"
@@ -310,14 +301,9 @@ class RealQwenVLDataset(Dataset):
             )
         return grids
 
-    # safetensors handles do not pickle: a loader's worker process maps the shards for itself
+    # what is mapped is not sent: a loader's worker process maps the shards for itself
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_shards": {}}
-
-
-def _tokens_of(shard: safe_open) -> Tensor:
-    """All tokens of a shard of either format, [Σ T_i, D]."""
-    return shard.get_tensor("features").flatten(0, -2)
 
 
 class BatchLoader:

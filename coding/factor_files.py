@@ -37,7 +37,6 @@ from coding.coded_files import (
     CodedImage,
     CodedShards,
     Image,
-    copy_codec,
     write_coded_shard,
 )
 from common.errors import UserError
@@ -138,10 +137,6 @@ class FactorWriter(ShardWriter):
 
     def check_shard(self, path: Path) -> None:
         load_tensors(path, "start again with --overwrite")
-
-    def put_codec(self, path: Path) -> None:
-        """Copy the codec beside the shards, where it is not yet."""
-        copy_codec(path, self.folder)
 
     def write_shard(self, shard: int, images: list[StoredImage]) -> None:
         """Write one shard."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common import progress
-from common.files import save_tensors
+from common.files import TEMPORARY_SUFFIX, save_tensors
 from common.locks import one_at_a_time
 
 FILE = "spectra.safetensors"
@@ -61,6 +61,8 @@ def spectra(
     with one_at_a_time(folder / ".spectra.lock"):
         if (values := stored_spectra(folder, content, sizes)) is not None:  # another's work
             return values
+        for torn in folder.glob(f".spectra*{TEMPORARY_SUFFIX}"):  # what a kill left half-written
+            torn.unlink()
         starts = range(0, len(sizes), IMAGES_PER_PART)
         parts = [range(len(sizes))[first : first + IMAGES_PER_PART] for first in starts]
         paths = [folder / f"spectra-{number:05d}.safetensors" for number in range(len(parts))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections import Counter
@@ -71,6 +72,23 @@ def matmul_rates(device: torch.device, repeats: int = 15) -> dict[str, float]:
         (timing,) = time_in_turn([lambda x=x: torch.bmm(x, x)], repeats, device)
         rates[_name(dtype)] = count * size**3 / min(timing.seconds)
     return rates
+
+
+def peak_tensor_mb(call: Callable[[], object]) -> float:
+    """Memory of the tensors that one call makes, at the most, on the CPU, 2^20 bytes.
+
+    From the allocator's own record, workspaces of LAPACK among them; results count.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "10")  # else a line on stderr a call
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    held = peak = 0
+    for event in events:
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
 
 
 def _name(dtype: torch.dtype) -> str:

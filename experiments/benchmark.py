@@ -2,6 +2,7 @@
 
     python -m experiments.benchmark          # 5 ranks, batch 8, one CPU thread
     python -m experiments.benchmark --ranks 128 --batch_size 8 256 --device cuda
+    python -m experiments.benchmark --tokens 256 529 1369 4096    # time against T; 16384 takes long
 
 Writes results/benchmark.json and benchmark.png (error above the optimum against time). All methods
 form A and B of the same matrices at the same rank, in one run: every repeat times each method once,
@@ -21,6 +22,7 @@ from common.errors import UserError
 from common.files import write_json
 from common.tables import print_columns
 from common.timing import Timing, matmul_rates, matrix_products, time_in_turn
+from experiments import benchmark_tokens
 from experiments.contenders import Contender, contenders_in_metric, references, trained_networks
 from figures import error_against_time
 from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real, normalise
@@ -37,6 +39,9 @@ def get_args_parser() -> cli.Parser:
     what.switch("--quality", "only the error, on all test images (neither flag: both)")
     what.switch("--speed", "only the time (neither flag: both)")
     what("--ranks", cli.count, [8, 16, 32, 64, 128], "ranks of A·B")
+    what("--tokens", cli.Number(int, 16, 65536), [])(
+        "instead: time against the number of tokens, at these squares (see benchmark_tokens.py)"
+    )
     matrices = "matrices of a timed call; several are measured in turn"
     what("--batch_size", default=[8], dest="batch_sizes", help=matrices)
     what("--threads")
@@ -46,6 +51,8 @@ def get_args_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.tokens:
+        return benchmark_tokens.main(args)
     device = cli.pick_device(args.device)
     torch.set_num_threads(args.threads)
     results_dir = Path(args.results_dir)

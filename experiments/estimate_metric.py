@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -24,8 +24,8 @@ from torch import Tensor
 from common import cli
 from common.errors import UserError
 from common.files import check_same_header, save_tensors
-from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real
-from svd_baseline import gram_eigh
+from qwenvl_dataloader import Batch, BatchLoader, RealQwenVLDataset, create_data_loaders_real
+from svd_baseline import Factors, gram_eigh
 from task.heads import TaskHead
 from task.load_head import HEADS, load_head
 from task.metric import (
@@ -139,7 +139,9 @@ def sum_gradients(
     """Add the images that `work` lacks, and write it as it goes."""
     if work.sum.images:
         print(f"going on after {work.sum.images} images that {work.path} already holds")
-    train.set_epoch(0, start=-(-work.sum.images // args.batch_size))
+    # batches that are done: of a ragged cache not all are full
+    done = accumulate(share.images for share in train.sampler.shares())
+    train.set_epoch(0, start=sum(images <= work.sum.images for images in done))
     for batch in train.with_progress("gradients"):
         work.sum.add(head, batch, args.probes, args.seed)
         if time.monotonic() - work.saved > SAVE_EVERY:
@@ -212,7 +214,10 @@ def validation_errors(
     head: TaskHead, loader: BatchLoader, metric: TaskMetric | None, label: str
 ) -> list[float]:
     """Mean task error at the ranks JUDGED_AT, of the metric's SVD or (None) of the plain one."""
-    svd = partial(metric_svd, metric=metric) if metric else gram_eigh
+
+    def svd(batch: Batch, rank: int) -> Factors:
+        return metric_svd(batch.x, rank, metric) if metric else gram_eigh(batch.x, rank)
+
     ranks = [min(r, loader.dataset.num_tokens, loader.dataset.feature_dim) for r in JUDGED_AT]
     batches = loader.with_progress(f"{label}, validation")
     errors = task_errors({"svd": svd}, head, batches, ranks)

@@ -33,7 +33,7 @@ from experiments.benchmark import checked_ranks
 from experiments.task_measures import (
     FULL,
     Found,
-    Method,
+    TaskMethod,
     judge_factors,
     judge_fewer_tokens,
     measure,
@@ -180,19 +180,21 @@ def evaluated_images(
 
 def factor_methods(
     networks: dict[str, LowRankFactorModel], metric: TaskMetric, head: TaskHead, steps: int
-) -> dict[str, Method]:
+) -> dict[str, TaskMethod]:
     """The methods by name; with `steps` also those that the head refines."""
     methods = {
-        "svd": Method(lambda batch, r, full: gram_eigh(batch.x, r)),
-        "svd_in_metric": Method(lambda batch, r, full: metric_svd(batch.x, r, metric)),
+        "svd": TaskMethod(lambda batch, r, full: gram_eigh(batch.x, r)),
+        "svd_in_metric": TaskMethod(lambda batch, r, full: metric_svd(batch.x, r, metric)),
     }
     for name, model in networks.items():
         most = model.current_effective_rank()
-        methods[name] = Method(lambda batch, r, full, m=model: m(batch.x, r), most)
+        methods[name] = TaskMethod(
+            lambda batch, r, full, m=model: m(batch.x, r, grid=batch.grid), most
+        )
         if name == "network":
             mapped = network_in_metric(model, metric)
-            methods["network_in_metric"] = Method(
-                lambda batch, r, full, f=mapped: f(batch.x, r), most
+            methods["network_in_metric"] = TaskMethod(
+                lambda batch, r, full, f=mapped: f(batch.x, r, grid=batch.grid), most
             )
     if steps:
         # the control, whose steps must not know the metric, and what is held against it
@@ -203,18 +205,20 @@ def factor_methods(
     return methods
 
 
-def refined(method: Method, metric: TaskMetric | None, head: TaskHead, steps: int) -> Method:
+def refined(
+    method: TaskMethod, metric: TaskMetric | None, head: TaskHead, steps: int
+) -> TaskMethod:
     """`method` followed by `steps` gradient steps of the head on A and B of each image."""
 
     def refine(batch: Batch, rank: int, full: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = method.factorise(batch, rank, full)
         return refine_factors(head, batch, a, b, metric, steps, full)
 
-    return Method(refine, method.largest_rank)
+    return TaskMethod(refine, method.largest_rank)
 
 
 def evaluate(
-    methods: dict[str, Method],
+    methods: dict[str, TaskMethod],
     metric: TaskMetric,
     head: TaskHead,
     loaders: Loaders,

@@ -106,16 +106,22 @@ def task_line(folder: Path, comparison: dict) -> str:
     closed = methods.get("svd_in_metric")
     if closed is None:  # measured by experiments.evaluate_task, it may be
         sweep = _json(folder / "task_sweep.json")
-        if sweep.get("head_sha256") == task["head_sha256"]:
+        same = ("n_images" in sweep) and sweep["n_images"] == comparison["n_images"]
+        if same and sweep.get("head_sha256") == task["head_sha256"]:
             closed = sweep["methods"].get("svd_in_metric", {}).get(rank)
-    line = f"at rank {rank} task error (head {task['head']}) below the SVD's: trained network "
-    line += f"{_gain(methods['network']['gain_pct'])}; closed-form metric "
+    begun = ", begun at the closed form," if task.get("network_metric_sha256") else ""
+    line = (
+        f"at rank {rank} task error (head {task['head']}) below the SVD's: trained network{begun}"
+    )
+    line += f" {_gain(methods['network']['gain_pct'])}; closed-form metric "
     if closed:
         return line + _gain(closed["gain_pct"])
     return line + f"not measured (python -m experiments.estimate_metric --head {task['head']})"
 
 
 def _gain(gain: dict) -> str:
+    if gain["mean"] is None:
+        return "undefined"
     mean, bracket, ends = gain_text(gain).partition(" [")
     return f"{mean} %{bracket}{ends}"
 
@@ -123,7 +129,9 @@ def _gain(gain: dict) -> str:
 def _frobenius_line(folder: Path, comparison: dict) -> str:
     rank = _rank(comparison["ranks"])
     mean = comparison["ranks"][rank]["network"]["excess_pct"]["mean"]
-    above = percent_text(mean) if mean is None or mean < 1 else f"{mean:.1f} %"
+    if mean is None:  # the SVD leaves nothing at this rank
+        return ""
+    above = percent_text(mean) if mean < 1 else f"{mean:.1f} %"
     interval = (comparison.get("network_excess_pct_95") or {}).get(rank)
     bounds = " [{:.3g}, {:.3g}]".format(*interval) if interval else ""
     line = f"at rank {rank} in the Frobenius norm the SVD wins, by theorem: rel_error of "

@@ -104,10 +104,11 @@ def row(what: str, value: float | str | None = None, unit="", note="", status="m
     return {"what": what, "status": status, "value": value, "unit": unit, "note": note}
 
 
-def compared(what: str, difference: float, tolerance: float, note: str = "") -> dict:
-    """A row that is ok where the difference is within the tolerance; NaN is not."""
-    status = "ok" if difference <= tolerance else "differs"
-    return row(what, float(difference), "", f"at most {tolerance:g}; {note}".rstrip("; "), status)
+def compared(what: str, difference: float | Tensor, tolerance: float, note: str = "") -> dict:
+    """A row that is ok where the difference's largest entry is within the tolerance; NaN is not."""
+    largest = float(torch.as_tensor(difference).abs().max())
+    status = "ok" if largest <= tolerance else "differs"
+    return row(what, largest, "", f"at most {tolerance:g}; {note}".rstrip("; "), status)
 
 
 def rows_of(part: str, module: str, setting: Setting) -> Iterator[dict]:

@@ -131,7 +131,7 @@ def check_tower(setting: Setting) -> Iterator[dict]:
     two[1] = two[1].flip(0)
     apart = torch.cat([encoder.encode(image[None]) for image in two]).float()
     together = encoder.encode(two).float()
-    difference = float((together - apart).norm() / apart.norm())
+    difference = (together - apart).norm() / apart.norm()
     what = "tower: batch of 2 against one by one, ‖difference‖ / ‖tokens‖"
     yield compared(what, difference, 0.05, f"{encoder.dtype}")
 

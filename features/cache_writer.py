@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from common.cache_manifest import FORMAT
@@ -30,6 +29,7 @@ from common.files import (
     check_files,
     check_keys,
     file_entry,
+    load_tensors,
     read_json,
     save_tensors,
 )
@@ -162,8 +162,8 @@ class FeatureCacheWriter(ShardWriter):
             ends = [0, *accumulate(map(math.prod, grids_of(part)))]
             places = map(slice, ends[:-1], ends[1:])
             self._places[shard] = dict(zip(part["row_id"].to_pylist(), places, strict=True))
-        with safe_open(self._shard_path(shard), framework="pt") as file:
-            return file.get_slice("features")[self._places[shard][row_id]]
+        tokens = load_tensors(self._shard_path(shard), "start again with --overwrite")["features"]
+        return tokens[self._places[shard][row_id]]
 
     def finish(self, missing: Sequence[dict] = (), encoder_folder: str | None = None) -> list[dict]:
         """Write rows, singular values and, last of all, the manifest, once every shard is there.

@@ -25,7 +25,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import extract_features
 from common import cli
 from experiments import make_demo_data
-from qwenvl_dataloader import RealQwenVLDataset
+from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 
 # flags of the smallest training
 TRAIN = "--epochs 1 --rank 4 --oversample 2 --refine_steps 1 --hidden_dim 16".split()
@@ -179,3 +179,41 @@ def encode(qwen, tmp_path, script):
 def made(tmp_path_factory):
     """Everything that the program writes and reads, on tiny data. Do not change it."""
     return damage.build(tmp_path_factory.mktemp("made"))
+
+
+# ------------------------------------------------------------------- a head and its metric
+
+
+@pytest.fixture(scope="session")
+def dataset(tiny_cache):
+    return RealQwenVLDataset(tiny_cache)
+
+
+@pytest.fixture(scope="session")
+def saliency(dataset):
+    from task.load_head import load_head  # its libraries take a second to load
+
+    return load_head("saliency", dataset, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def metric_file(tiny_cache, tmp_path_factory):
+    """The saliency head's metric of the small cache, made by experiments.estimate_metric itself."""
+    from experiments import estimate_metric
+
+    path = tmp_path_factory.mktemp("metric") / "saliency.safetensors"
+    argv = ["--cache_dir", str(tiny_cache), "--probes", "2", "--out", str(path)]
+    estimate_metric.main(cli.parse(estimate_metric.get_args_parser(), argv))
+    return path
+
+
+@pytest.fixture(scope="session")
+def metric(metric_file, dataset):
+    from task.metric import load_metric
+
+    return load_metric(metric_file, dataset)
+
+
+@pytest.fixture(scope="session")
+def test_batch(dataset):
+    return next(iter(create_data_loaders_real(dataset, 6).test))

@@ -1,5 +1,6 @@
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import large_cache
@@ -371,6 +372,36 @@ def test_spectra_are_computed_at_first_need_and_go_on_where_they_were_cut(
         assert not sigma[row, m:].any()
         assert optimum(sigma[row], 8) == pytest.approx(float(optimum(exact, 8)), rel=1e-6)
     assert RealQwenVLDataset(cache).verify() == {}
+
+
+def test_of_several_that_ask_for_spectra_at_once_one_computes(ragged_cache, tmp_path, monkeypatch):
+    cache = Path(shutil.copytree(ragged_cache, tmp_path / "cache"))
+    (cache / spectra.FILE).unlink(missing_ok=True)
+    (cache / ".spectra-00000.safetensors.7.tmp").write_bytes(b"torn")  # another run was killed
+    write, written = spectra._write, []
+    monkeypatch.setattr(spectra, "_write", lambda p, *a: written.append(p.name) or write(p, *a))
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(lambda: RealQwenVLDataset(cache).singular_values) for _ in range(3)]
+        found = [future.result() for future in asked]
+    assert written == [f"spectra-0000{i}.safetensors" for i in range(3)] + [spectra.FILE]
+    assert all(torch.equal(sigma, found[0]) for sigma in found)
+    assert [path.name for path in cache.glob(".spectra*")] == [".spectra.lock"]
+
+
+def test_spectra_of_damaged_features_are_refused_with_the_row(ragged_cache, tmp_path):
+    cache = Path(shutil.copytree(ragged_cache, tmp_path / "cache"))
+    (cache / spectra.FILE).unlink(missing_ok=True)
+    with safe_open(cache / "features-00000.safetensors", framework="pt") as shard:
+        features = shard.get_tensor("features")
+    features[64 + 48 + 5] = torch.nan  # of the third image
+    save_file({"features": features}, cache / "features-00000.safetensors")
+    dataset = RealQwenVLDataset(cache)
+    with pytest.raises(UserError, match="row 2 are not finite"):
+        dataset.singular_values  # noqa: B018
+    with pytest.raises(UserError, match="row 2 are not finite"):
+        dataset.keep_resident(torch.device("cpu"))
+    assert dataset[[1, 6]].isfinite().all()
+    assert list(dataset.verify()) == ["features-00000.safetensors"]
 
 
 def test_spectra_of_other_features_are_not_taken(ragged_cache, tmp_path):

@@ -104,6 +104,15 @@ def test_two_processes_extract_the_bytes_of_one(data, cache, tmp_path):
     assert stdout.count("DEMO data, 300 rows") == stdout.count("manifest.json") == 1
 
 
+def test_two_processes_extract_images_of_any_size_into_the_bytes_of_one(data, tmp_path):
+    where = ["--demo", "--dataset_dir", data, "--resize", "native", "--max_pixels", 12 * 28**2]
+    where += ["--batch_tokens", 48, "--cache_dir"]
+    in_process(extract_features, *where, tmp_path / "alone")
+    finished(torchrun("extract_features.py", *where, tmp_path / "shared"))
+    assert hashes(tmp_path / "shared") == hashes(tmp_path / "alone")
+    assert RealQwenVLDataset(tmp_path / "shared").ragged
+
+
 def test_two_processes_import_the_bytes_of_one(tmp_path):
     (tmp_path / "old").mkdir()
     for i in range(150):  # two shards

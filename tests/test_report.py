@@ -232,13 +232,23 @@ def test_what_was_found_is_at_most_five_lines_and_the_closed_form_is_never_the_n
         "approximate 95 % intervals over groups; DEMO data",
     ]
     # the closed form is named beside the network where either command has measured it
-    sweep = {"head_sha256": "a", "methods": {"svd_in_metric": {"4": {"gain_pct": gain}}}}
+    sweep = {
+        "head_sha256": "a",
+        "n_images": 6,
+        "methods": {"svd_in_metric": {"4": {"gain_pct": gain}}},
+    }
     write(folder / "task_sweep.json", sweep)
     assert findings.findings(results, [folder])[1].endswith(
         "closed-form metric 48.0 % [40.0, 55.0]"
     )
     write(folder / "task_sweep.json", sweep | {"head_sha256": "another head's"})
     assert "not measured" in findings.findings(results, [folder])[1]
+    write(folder / "task_sweep.json", sweep | {"n_images": 2})
+    assert "not measured" in findings.findings(results, [folder])[1]
+    begun = comparison | {"task": task | {"network_metric_sha256": "of a metric"}}
+    write(folder / "svd_nn_comparison.json", begun)
+    line = findings.findings(results, [folder])[1]
+    assert "trained network, begun at the closed form, 48.0 %" in line
     # without a codec and a task the rest is said
     (results / "bytes.json").unlink()
     write(folder / "svd_nn_comparison.json", comparison | {"task": None})

@@ -17,16 +17,6 @@ from task import heads
 from task.load_head import load_head
 
 
-@pytest.fixture(scope="module")
-def dataset(tiny_cache) -> RealQwenVLDataset:
-    return RealQwenVLDataset(tiny_cache)
-
-
-@pytest.fixture(scope="module")
-def saliency(dataset) -> heads.TaskHead:
-    return load_head("saliency", dataset, device="cpu")
-
-
 def test_the_saliency_head_gives_the_logits_and_the_map_of_its_onnx_graph():
     encoder = encoders.load_encoder("demo", device="cpu", image_size=224)
     pixels = torch.stack([encoder.preprocess(photograph()), encoder.preprocess(random_image(9, 7))])

@@ -1,0 +1,278 @@
+"""Cost and error of each factorisation against the number of tokens (`benchmark --tokens`).
+
+Tokens are those of real photographs, square pieces at the demo encoder's 28 pixels a token. Up to
+a photograph's own size a piece is one photograph's; beyond it is a tiling of square crops of
+several at their own pixels, which is said wherever its numbers stand.
+
+Legend: T tokens, D features, r rank, K refinement steps, c columns of the sketch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common import cli, progress
+from common.errors import UserError
+from common.files import locate, write_json
+from common.grids import Grid
+from common.tables import print_columns
+from common.timing import peak_tensor_mb, time_in_turn
+from experiments.make_demo_data import PHOTOGRAPHS
+from features.encoders import DemoEncoder, load_encoder
+from figures import time_against_tokens
+from model import LowRankFactorModel, get_model_by_name
+from qwenvl_dataloader import RealQwenVLDataset, normalise
+from subspace import refine, start_shifts
+from svd_baseline import (
+    Factors,
+    exact_singular_values,
+    excess_pct,
+    gram_eigh,
+    optimum,
+    randomized_svd,
+    rel_error,
+    truncated_svd,
+)
+from training.checkpoint import load_model
+
+PIXELS = 28  # along a side of a merged token
+OWN_TOKENS = 256  # of the 16 × 16 grid that an untrained network is made for
+RANKS = [32, 128]
+PICTURES = 3  # of each T; one from LARGE tokens on, of which each is a minute's work
+LARGE = 4096
+# its time grows as T²; a table of these sizes needs it no further
+SVD_UP_TO = 2048
+NEAR_PCT = 0.06  # excess: what counts as the SVD where times are compared
+Method = Callable[[Tensor, int], Factors]
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure all methods at each T of args.tokens; write benchmark_tokens.json and .png."""
+    cli.refuse_beside(
+        args, "tokens", {"ranks", "threads", "repeats", "results_dir", "cache_dir", "device"}
+    )
+    sides = [grid_side(tokens) for tokens in sorted(set(args.tokens))]
+    ranks = sorted(set(args.ranks)) if "ranks" in args.typed else RANKS
+    device = cli.pick_device(args.device)
+    torch.set_num_threads(args.threads)
+    repeats = args.repeats if "repeats" in args.typed else 3
+    network, name = network_of(Path(args.results_dir), max(ranks), device)
+    encoder = load_encoder("demo", device=device)
+    photographs = held_out_photographs(RealQwenVLDataset(args.cache_dir))
+    records: list[dict] = []
+    for side in progress.over(sides, "tokens", "numbers of tokens"):
+        count = PICTURES if side**2 < LARGE else 1
+        x, source = tokens_of(photographs, encoder, side, count)
+        for r in [r for r in ranks if r <= min(x.shape[-2:])]:
+            found = measure(methods(network, side, r), x, r, repeats)
+            records += [{"tokens": side**2, "source": source, "rank": r, **f} for f in found]
+    growth = exponents(records)
+    environment = cli.environment(device) | {
+        "cores": torch.multiprocessing.cpu_count(), "feature_dim": encoder.feature_dim,
+        "encoder": encoder.id, "network": name, "repeats": repeats,
+    }  # fmt: skip
+    print_table(records, growth)
+    for line in (lines := verdicts(records)):
+        print(line)
+    results_dir = Path(args.results_dir)
+    results_dir.mkdir(parents=True, exist_ok=True)
+    found = {"environment": environment, "exponents": growth, "records": records}
+    write_json(results_dir / "benchmark_tokens.json", found)
+    sources = {r["tokens"]: r["source"] for r in records}
+    of = ", ".join(f"T = {t}: {s}" for t, s in sources.items())
+    footer = (
+        f"tokens of {encoder.id}, D = {encoder.feature_dim}, of held-out photographs ({of}); "
+        f"{name}; SVD up to T = {SVD_UP_TO}; {environment['device']}, {environment['threads']} "
+        f"CPU thread(s) of {environment['cores']}, torch {environment['torch']}; median of "
+        f"{repeats} calls, all methods in turn"
+    )
+    path = results_dir / "benchmark_tokens.png"
+    title = lines[-1] if lines else "Time of a factorisation against tokens"
+    time_against_tokens.growth(path, records, growth, title, footer)
+    print(f"wrote {results_dir}/benchmark_tokens.json and {path}: look at it")
+
+
+def grid_side(tokens: int) -> int:
+    """√T. Raises UserError where that is no whole number."""
+    if (side := math.isqrt(tokens)) ** 2 != tokens:
+        raise UserError(
+            f"--tokens {tokens} is no square: type {side**2} or {(side + 1) ** 2}, tokens of a "
+            "square picture"
+        )
+    return side
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+
+def held_out_photographs(dataset: RealQwenVLDataset) -> list[Image.Image]:
+    """Photographs of the demo of which the cache's split holds the crops out, largest first."""
+    groups = dataset.rows["group"].to_pylist()
+    held_out = {groups[row] for row in dataset.split.test.tolist()}
+    if not dataset.is_demo:
+        held_out = {photograph.group for photograph in PHOTOGRAPHS}
+    found = []
+    for photograph in PHOTOGRAPHS:
+        if photograph.group in held_out:
+            with Image.open(locate(photograph.package, photograph.path)) as image:
+                found.append(image.convert("RGB"))
+    return sorted(found, key=lambda image: -min(image.size))
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The middle square of a photograph, never enlarged: at most `size` pixels a side."""
+    side = min(image.size)
+    left, top = ((n - side) // 2 for n in image.size)
+    crop = image.crop((left, top, left + side, top + side))
+    return crop.resize((size, size), Image.Resampling.BICUBIC) if side > size else crop
+
+
+def tiling(photographs: list[Image.Image], size: int, first: int) -> Image.Image:
+    """A picture of size × size pixels, tiled from left to right with squares of the photographs.
+
+    Tiles are as large as the second smallest photograph allows; the last of a row is cut.
+    """
+    tile = min(size, sorted(min(image.size) for image in photographs)[1])
+    picture = Image.new("RGB", (size, size))
+    large = [image for image in photographs if min(image.size) >= tile]
+    places = [(x, y) for y in range(0, size, tile) for x in range(0, size, tile)]
+    for i, place in enumerate(places):
+        picture.paste(square(large[(first + i) % len(large)], tile), place)
+    return picture
+
+
+def tokens_of(
+    photographs: list[Image.Image], encoder: DemoEncoder, side: int, count: int
+) -> tuple[Tensor, str]:
+    """Normalised tokens [count, side², D] float32 and what they are of."""
+    size = PIXELS * side
+    whole = [image for image in photographs if min(image.size) >= size][:count]
+    pictures = [square(image, size) for image in whole]
+    pictures += [tiling(photographs, size, i) for i in range(len(pictures), count)]
+    tokens = [encoder.encode(encoder.pixels_of(picture)[None]) for picture in pictures]
+    source = f"{len(whole)} at their own size, {count - len(whole)} tiled from crops"
+    return normalise(torch.cat(tokens))[0], source
+
+
+# -------------------------------------------------------------------------------------- methods
+
+
+def network_of(
+    results_dir: Path, rank: int, device: torch.device
+) -> tuple[LowRankFactorModel, str]:
+    """The trained ResMLP of results_dir where it is one of the Frobenius norm and of that rank,
+    else an untrained one of the 16 × 16 grid; and its name."""
+    path = results_dir / "ResMLP" / "best_model.pt"
+    if path.exists():
+        model, _ = load_model(path, device)
+        if model.factors == "projected" and model.norm is None and model.rank >= rank:
+            grid = f"{model.grid[0]} × {model.grid[1]}"
+            return model, f"network: ResMLP trained at {grid}"
+    torch.manual_seed(0)
+    model = get_model_by_name("ResMLP", input_dim=4 * 384, num_tokens=OWN_TOKENS, rank=rank)
+    return model.to(device).eval(), "network: ResMLP made for 16 × 16, untrained"
+
+
+def methods(network: LowRankFactorModel, side: int, rank: int) -> dict[str, Method]:
+    """Name → method; what one draws or interpolates once for a grid is made before the clock."""
+    grid, columns = (side, side), network.sketch_columns(rank)
+    found = {
+        "network": lambda x, r: network(x, r, ordered=False, grid=grid),
+        "random_sketch": fresh_sketch(grid, columns, network.refine_steps),
+        "svd_lowrank": randomized_svd,
+        "gram_eigh_f32": lambda x, r: gram_eigh(x, r, torch.float32),
+        "gram_eigh_f64": gram_eigh,
+    }
+    return found | ({"svd": truncated_svd} if side**2 <= SVD_UP_TO else {})
+
+
+def fresh_sketch(grid: Grid, columns: int, steps: int) -> Method:
+    """Y = X Xᵀ Ω with Gaussian Ω [T, c], refined and finished as a network's sketch is."""
+    tokens = math.prod(grid)
+    omega = torch.randn(tokens, min(columns, tokens), generator=torch.Generator().manual_seed(1))
+    shifts = start_shifts(steps)
+
+    def factorise(x: Tensor, rank: int) -> Factors:
+        sketch = x @ (x.mT @ omega.to(x))
+        u = refine(sketch, x, shifts.to(x.device), rank, ordered=False).u.to(x.dtype)
+        return u, u.mT @ x
+
+    return factorise
+
+
+# ------------------------------------------------------------------------------------- measures
+
+
+@torch.inference_mode()
+def measure(methods: dict[str, Method], x: Tensor, rank: int, repeats: int) -> list[dict]:
+    """One record a method: time of the first picture of x [n, T, D], mean excess of all."""
+    best = optimum(exact_singular_values(x), rank)  # [n]
+    one = x[:1]
+    calls = [lambda f=f: f(one, rank) for f in methods.values()]
+    timings = time_in_turn(calls, repeats, x.device)
+    records = []
+    for (name, factorise), call, timing in zip(methods.items(), calls, timings, strict=True):
+        excess = [
+            excess_pct(rel_error(image, *factorise(image, rank)), b)
+            for image, b in zip(x.split(1), best, strict=True)
+        ]
+        ms = np.asarray(timing.seconds) * 1e3
+        peak = timing.peak_mb if x.is_cuda else peak_tensor_mb(call)
+        records.append({
+            "method": name, "ms_median": float(np.median(ms)), "ms": ms.tolist(),
+            "peak_mb": peak, "excess_mean": float(torch.cat(excess).mean()), "pictures": len(x),
+        })  # fmt: skip
+    return records
+
+
+def exponents(records: list[dict]) -> list[dict]:
+    """For each method and rank the k of ms ∝ T^k, least squares of logarithms; two T or more."""
+    found = []
+    for rank in sorted({r["rank"] for r in records}):
+        for name in dict.fromkeys(r["method"] for r in records):
+            of = [r for r in records if (r["rank"], r["method"]) == (rank, name)]
+            if len(of) > 1:
+                logs = np.log([[r["tokens"], r["ms_median"]] for r in of]).T
+                k = float(np.polyfit(*logs, 1)[0])
+                found.append({"rank": rank, "method": name, "exponent": k})
+    return found
+
+
+def print_table(records: list[dict], growth: list[dict]) -> None:
+    """All records and exponents, by rank and T."""
+    rows = [("method", "rank", "T", "ms", "peak MB", "excess %", "of")]
+    for r in sorted(records, key=lambda r: (r["rank"], r["tokens"])):
+        peak = "-" if r["peak_mb"] is None else f"{r['peak_mb']:.0f}"
+        rows.append((r["method"], r["rank"], r["tokens"], f"{r['ms_median']:.1f}", peak,
+                     f"{r['excess_mean']:.4f}", r["source"]))  # fmt: skip
+    rows += [
+        (g["method"], g["rank"], "growth", f"T^{g['exponent']:.2f}", "", "", "") for g in growth
+    ]
+    print_columns(rows)
+
+
+def verdicts(records: list[dict]) -> list[str]:
+    """For each T and rank, by how much the network is ahead of the exact methods as near."""
+    lines = []
+    for tokens, rank in sorted({(r["tokens"], r["rank"]) for r in records}):
+        of = {r["method"]: r for r in records if (r["tokens"], r["rank"]) == (tokens, rank)}
+        exact = [m for m in ("gram_eigh_f32", "gram_eigh_f64", "svd")
+                 if m in of and of[m]["excess_mean"] <= NEAR_PCT]  # fmt: skip
+        fastest = min(exact, key=lambda m: of[m]["ms_median"])
+        own, other = of["network"], of["svd_lowrank"]
+        lines.append(
+            f"T = {tokens}, rank {rank}: the network is "
+            f"{of[fastest]['ms_median'] / own['ms_median']:.1f} times as fast as the fastest exact "
+            f"method ({fastest}), {own['excess_mean']:.3f} % above the optimum; "
+            f"{own['ms_median'] / other['ms_median']:.1f} times the time of svd_lowrank, "
+            f"which is {other['excess_mean']:.2f} % above"
+        )
+    return lines
