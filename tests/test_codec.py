@@ -53,7 +53,7 @@ def some_tokens(n, grid=GRID, seed=0):
 
 @pytest.fixture(scope="module")
 def codec():
-    return fit(lambda: some_tokens(24).split(5), GRID)
+    return fit(lambda: some_tokens(64).split(5), GRID)
 
 
 def raw_error(raw, decoded):
