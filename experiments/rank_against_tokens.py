@@ -1,0 +1,162 @@
+"""How the rank that a photograph needs grows with its number of tokens.
+
+    python -m experiments.rank_against_tokens        # two minutes on one CPU thread
+
+The demo's photographs of the training and validation scenes, whole and in their own aspect, are
+scaled down to about each number of --tokens, never enlarged, and last taken at their own pixels.
+Writes results/rank_against_tokens.json and .png: the least rank whose truncated SVD has a rel_error
+within --target_error, its growth r ∝ T^b, and bytes a pixel of the factors (bf16) and the tokens.
+
+Legend: T tokens of one size of a photograph, D features, r rank, σ singular values.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common import cli, progress
+from common.errors import UserError
+from common.files import locate, write_json
+from common.tables import print_columns
+from experiments.make_demo_data import PHOTOGRAPHS, Photograph
+from features.encoders import DemoEncoder, load_encoder
+from features.native_size import PixelRange, native_size
+from figures import rank_against_tokens as figure
+from qwenvl_dataloader import RealQwenVLDataset, normalise
+from svd_baseline import exact_singular_values, interval_95, optimum
+
+TOKENS = [64, 121, 196, 256, 324, 484, 784, 1369]
+NEAR = 0.85  # of its pixels a photograph has to have at a T, or is left out there
+SPAN = 1.5  # largest T by smallest, of photographs whose growth is fitted
+
+
+def get_args_parser() -> cli.Parser:
+    parser = cli.Parser(
+        description="Measure the rank that photographs need against their number of tokens.",
+        epilog="example:\n  python -m experiments.rank_against_tokens --tokens 64 256 1024",
+    )
+    what = parser.flags("what is measured")
+    what("--tokens", cli.Number(int, 16, 4096), TOKENS, "of a photograph, about, scaled down")
+    what("--target_error", default=0.1, help="rel_error that the rank has to meet")
+    cli.add_evaluation_flags(parser, metric=False)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    device = cli.pick_device(args.device)
+    dataset = RealQwenVLDataset(args.cache_dir)
+    photographs = known_photographs(dataset)
+    if not photographs:
+        raise UserError(
+            f"--cache_dir {args.cache_dir} holds no photograph of the demo: name a cache that "
+            "extract_features.py --demo made"
+        )
+    encoder = load_encoder("demo", device=device)
+    records = []
+    for photograph in progress.over(photographs, "ranks", "photographs"):
+        with Image.open(locate(photograph.package, photograph.path)) as file:
+            image = file.convert("RGB")
+        name = Path(photograph.path).stem
+        for size, near in sizes(image, sorted(set(args.tokens)), encoder.step).items():
+            picture = image.resize(size, Image.Resampling.BICUBIC)
+            r, t = rank_of(encoder, picture, args.target_error)
+            records.append({"photograph": name, "group": photograph.group, "near": near,
+                            "tokens": t, "rank": r, **bytes_a_pixel(r, t, encoder)})  # fmt: skip
+    found = {"target_error": args.target_error, "feature_dim": encoder.feature_dim,
+             "environment": cli.environment(device), "growth": growth(records),
+             "records": records}  # fmt: skip
+    results_dir = Path(args.results_dir)
+    results_dir.mkdir(parents=True, exist_ok=True)
+    write_json(results_dir / "rank_against_tokens.json", found)
+    figure.rank_against_tokens(results_dir / "rank_against_tokens.png", found)
+    print_table(found)
+    print(f"wrote {results_dir}/rank_against_tokens.json and .png: look at the figure")
+
+
+def known_photographs(dataset: RealQwenVLDataset) -> list[Photograph]:
+    """Those of the demo whose scenes are in the training or validation part of the cache."""
+    groups = dataset.rows["group"].to_pylist()
+    known = {groups[i] for i in torch.cat([dataset.split.train, dataset.split.val]).tolist()}
+    return [p for p in PHOTOGRAPHS if p.group in known]
+
+
+def sizes(image: Image.Image, tokens: list[int], step: int) -> dict[tuple[int, int], int]:
+    """Pixels (width, height), multiples of `step` → the T of `tokens` that they are near.
+
+    A T is left out for which the photograph has no pixels, or whole tokens in its aspect are too
+    few; the last is its own size, cut to whole tokens: no side is enlarged.
+    """
+    own = tuple(side // step * step for side in image.size)
+    found = {}
+    for t in tokens:
+        size = native_size(*image.size, step, PixelRange(step**2, t * step**2))
+        if size[0] * size[1] >= NEAR * t * step**2 and size[0] <= own[0] and size[1] <= own[1]:
+            found[size] = t
+    t = own[0] * own[1] // step**2
+    return {**found, own: found.get(own, min(tokens, key=lambda near: abs(np.log(near / t))))}
+
+
+@torch.inference_mode()
+def rank_of(encoder: DemoEncoder, picture: Image.Image, target: float) -> tuple[int, int]:
+    """The least r whose optimum is within `target`, by exact σ of the normalised tokens; and T."""
+    x = normalise(encoder.encode(encoder.pixels_of(picture)[None]))[0][0]  # [T, D]
+    values = exact_singular_values(x)
+    rank = next(r for r in range(len(values) + 1) if optimum(values, r) <= target)
+    return rank, len(x)
+
+
+def bytes_a_pixel(rank: int, tokens: int, encoder: DemoEncoder) -> dict[str, float]:
+    """Of factors A, B and of X itself, bf16."""
+    pixels = tokens * encoder.step**2
+    return {"factors": 2 * rank * (tokens + encoder.feature_dim) / pixels,
+            "whole": 2 * tokens * encoder.feature_dim / pixels}  # fmt: skip
+
+
+def growth(records: list[dict]) -> dict[str, dict]:
+    """b of r ∝ T^b, least squares of logarithms in each photograph: mean, 95 % interval.
+
+    Of all sizes, of those up to the median T of all, and of those from there on; of photographs
+    whose T then span a factor SPAN.
+    """
+    middle = float(np.median([r["tokens"] for r in records]))
+    parts = {"all": (0, np.inf), "small": (0, middle), "large": (middle, np.inf)}
+    found = {}
+    for part, (least, most) in parts.items():
+        slopes, groups = [], []
+        for name in dict.fromkeys(r["photograph"] for r in records):
+            of = [r for r in records if r["photograph"] == name and least <= r["tokens"] <= most]
+            t, rank = np.array([[r["tokens"], r["rank"]] for r in of]).reshape(-1, 2).T
+            if len(of) > 1 and t.max() >= SPAN * t.min() and rank.all():
+                slopes.append(float(np.polyfit(np.log(t), np.log(rank), 1)[0]))
+                groups.append(of[0]["group"])
+        if slopes:
+            found[part] = {"b": float(np.mean(slopes)), "photographs": len(slopes),
+                           "tokens": [least, min(most, max(r["tokens"] for r in records))],
+                           "interval_95": interval_95(torch.tensor(slopes), groups)}  # fmt: skip
+    return found
+
+
+def print_table(found: dict) -> None:
+    """Geometric means over the photographs of each size, then the growth."""
+    rows = [("T near", "pictures", "T", "rank", "rank / T", "bytes a pixel", "of X")]
+    for near in sorted({r["near"] for r in found["records"]}):
+        of = [r for r in found["records"] if r["near"] == near]
+        mean = {k: np.exp(np.mean([np.log(max(r[k], 1e-9)) for r in of]))
+                for k in ("tokens", "rank", "factors", "whole")}  # fmt: skip
+        rows.append((near, len(of), f"{mean['tokens']:.0f}", f"{mean['rank']:.1f}",
+                     f"{mean['rank'] / mean['tokens']:.2f}", f"{mean['factors']:.2f}",
+                     f"{mean['whole']:.2f}"))  # fmt: skip
+    print_columns(rows)
+    for part, g in found["growth"].items():
+        ends = g["interval_95"]
+        ends = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
+        print(f"{part} T: rank ∝ T^{g['b']:.2f}{ends}, {g['photographs']} photographs")
+
+
+if __name__ == "__main__":
+    cli.run(main, get_args_parser())
