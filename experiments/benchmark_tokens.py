@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         f"{repeats} calls, all methods in turn"
     )
     path = results_dir / "benchmark_tokens.png"
-    title = lines[-1] if lines else "Time of a factorisation against tokens"
+    title = lines[-1].split(" (")[0] if lines else "Time of a factorisation against tokens"
     time_against_tokens.growth(path, records, growth, title, footer)
     print(f"wrote {results_dir}/benchmark_tokens.json and {path}: look at it")
 

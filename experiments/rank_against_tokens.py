@@ -31,7 +31,7 @@ from qwenvl_dataloader import RealQwenVLDataset, normalise
 from svd_baseline import exact_singular_values, interval_95, optimum
 
 TOKENS = [64, 121, 196, 256, 324, 484, 784, 1369]
-NEAR = 0.85  # of its pixels a photograph has to have at a T, or is left out there
+NEAR = 0.8  # of its pixels a photograph has to have at a T, or is left out there
 SPAN = 1.5  # largest T by smallest, of photographs whose growth is fitted
 
 
@@ -65,11 +65,24 @@ def main(args: argparse.Namespace) -> None:
         for size, near in sizes(image, sorted(set(args.tokens)), encoder.step).items():
             picture = image.resize(size, Image.Resampling.BICUBIC)
             r, t = rank_of(encoder, picture, args.target_error)
-            records.append({"photograph": name, "group": photograph.group, "near": near,
-                            "tokens": t, "rank": r, **bytes_a_pixel(r, t, encoder)})  # fmt: skip
-    found = {"target_error": args.target_error, "feature_dim": encoder.feature_dim,
-             "environment": cli.environment(device), "growth": growth(records),
-             "records": records}  # fmt: skip
+            records.append(
+                {
+                    "photograph": name,
+                    "group": photograph.group,
+                    "near": near,
+                    "tokens": t,
+                    "rank": r,
+                    **bytes_a_pixel(r, t, encoder),
+                }
+            )
+    found = {
+        "target_error": args.target_error,
+        "feature_dim": encoder.feature_dim,
+        "environment": cli.environment(device),
+        "growth": growth(records),
+        "means": means(records),
+        "records": records,
+    }
     results_dir = Path(args.results_dir)
     results_dir.mkdir(parents=True, exist_ok=True)
     write_json(results_dir / "rank_against_tokens.json", found)
@@ -113,8 +126,10 @@ def rank_of(encoder: DemoEncoder, picture: Image.Image, target: float) -> tuple[
 def bytes_a_pixel(rank: int, tokens: int, encoder: DemoEncoder) -> dict[str, float]:
     """Of factors A, B and of X itself, bf16."""
     pixels = tokens * encoder.step**2
-    return {"factors": 2 * rank * (tokens + encoder.feature_dim) / pixels,
-            "whole": 2 * tokens * encoder.feature_dim / pixels}  # fmt: skip
+    return {
+        "factors": 2 * rank * (tokens + encoder.feature_dim) / pixels,
+        "whole": 2 * tokens * encoder.feature_dim / pixels,
+    }
 
 
 def growth(records: list[dict]) -> dict[str, dict]:
@@ -135,22 +150,54 @@ def growth(records: list[dict]) -> dict[str, dict]:
                 slopes.append(float(np.polyfit(np.log(t), np.log(rank), 1)[0]))
                 groups.append(of[0]["group"])
         if slopes:
-            found[part] = {"b": float(np.mean(slopes)), "photographs": len(slopes),
-                           "tokens": [least, min(most, max(r["tokens"] for r in records))],
-                           "interval_95": interval_95(torch.tensor(slopes), groups)}  # fmt: skip
+            found[part] = {
+                "b": float(np.mean(slopes)),
+                "photographs": len(slopes),
+                "tokens": [least, min(most, max(r["tokens"] for r in records))],
+                "interval_95": interval_95(torch.tensor(slopes), groups),
+            }
+    return found
+
+
+def means(records: list[dict]) -> list[dict]:
+    """Geometric means at each size. Sizes that half of the photographs have are `common`: there the
+    means are of those that have them all, so that from size to size the photographs are the same.
+    """
+    of_size: dict[int, dict[str, dict]] = {}
+    for r in records:
+        of_size.setdefault(r["near"], {}).setdefault(r["photograph"], r)
+    count = len({r["photograph"] for r in records})
+    common = [near for near, of in of_size.items() if 2 * len(of) >= count]
+    every = set.intersection(*(set(of_size[near]) for near in common)) if common else set()
+    found = []
+    for near, of in sorted(of_size.items()):
+        names = every & set(of) if near in common else set(of)
+        if names:
+            mean = {
+                key: float(np.exp(np.mean([np.log(max(of[n][key], 1e-9)) for n in names])))
+                for key in ("tokens", "rank", "factors", "whole")
+            }
+            found.append(
+                {"near": near, "common": near in common, "photographs": len(names), **mean}
+            )
     return found
 
 
 def print_table(found: dict) -> None:
-    """Geometric means over the photographs of each size, then the growth."""
-    rows = [("T near", "pictures", "T", "rank", "rank / T", "bytes a pixel", "of X")]
-    for near in sorted({r["near"] for r in found["records"]}):
-        of = [r for r in found["records"] if r["near"] == near]
-        mean = {k: np.exp(np.mean([np.log(max(r[k], 1e-9)) for r in of]))
-                for k in ("tokens", "rank", "factors", "whole")}  # fmt: skip
-        rows.append((near, len(of), f"{mean['tokens']:.0f}", f"{mean['rank']:.1f}",
-                     f"{mean['rank'] / mean['tokens']:.2f}", f"{mean['factors']:.2f}",
-                     f"{mean['whole']:.2f}"))  # fmt: skip
+    """Means of each size, then the growth."""
+    rows = [("T near", "photographs", "T", "rank", "rank / T", "bytes a pixel", "of X")]
+    for m in found["means"]:
+        rows.append(
+            (
+                m["near"],
+                m["photographs"],
+                f"{m['tokens']:.0f}",
+                f"{m['rank']:.1f}",
+                f"{m['rank'] / m['tokens']:.2f}",
+                f"{m['factors']:.2f}",
+                f"{m['whole']:.2f}",
+            )
+        )
     print_columns(rows)
     for part, g in found["growth"].items():
         ends = g["interval_95"]

@@ -20,22 +20,22 @@ def rank_against_tokens(path: str | Path, found: dict) -> None:
     found: of rank_against_tokens.json. A thin line is a photograph, the thick one their geometric
     mean at sizes that most of them have. Slopes T and √T start where the mean does.
     """
-    records = found["records"]
+    records, means = found["records"], [m for m in found["means"] if m["common"]]
     figure = new_figure(9.2, 4.9)
     left, right = figure.subplots(1, 2)
     for ax, key in ((left, "rank"), (right, "factors")):
         for name in dict.fromkeys(r["photograph"] for r in records):
             of = sorted((r["tokens"], r[key]) for r in records if r["photograph"] == name)
             ax.plot(*np.transpose(of), color=GREY, lw=0.7, alpha=0.45)
-        curve(ax, *_means(records, key), COLOUR)
-    t, rank = _means(records, "rank")
-    end = np.array([t[0], max(r["tokens"] for r in records)])
+        curve(ax, [m["tokens"] for m in means], [m[key] for m in means], COLOUR)
+    first = means[0] if means else records[0]
+    end = np.array([first["tokens"], max(r["tokens"] for r in records)])
     for power, label in ((1, "T"), (0.5, "√T")):
-        _reference(left, end, rank[0] * (end / t[0]) ** power, f"as {label}")
+        _reference(left, end, first["rank"] * (end / end[0]) ** power, f"as {label}")
     whole = records[0]["whole"]  # of every T
     _reference(right, end, np.array([whole, whole]), "all tokens, bf16")
     note(right, 0.04, 0.05, "factors A and B of that rank, bf16", COLOUR)
-    note(left, 0.04, 0.05, "thick: mean where most have that size", COLOUR)
+    note(left, 0.04, 0.05, "thick: mean of the same photographs", COLOUR)
     left.set_title(f"rank for rel_error {found['target_error']:g}")
     right.set_title("bytes a pixel")
     for ax in (left, right):
@@ -49,22 +49,10 @@ def rank_against_tokens(path: str | Path, found: dict) -> None:
     count = len({r["photograph"] for r in records})
     footer = (
         f"{count} photographs of training and validation scenes in their own aspect, thin; "
-        f"geometric mean where most have a size, thick; demo encoder, "
+        f"geometric mean of those that have all its sizes, thick; demo encoder, "
         f"D = {found['feature_dim']}; exact singular values of the normalised tokens"
     )
     save(figure, path, title, footer)
-
-
-def _means(records: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Geometric means of T and of `key` at each size that half of the photographs have, in order:
-    of fewer the mean would be of other photographs than before."""
-    most = len({r["photograph"] for r in records}) / 2
-    groups = [[r for r in records if r["near"] == n] for n in sorted({r["near"] for r in records})]
-    return tuple(
-        np.array([np.exp(np.mean([np.log(max(r[k], 1e-9)) for r in of]))
-                  for of in groups if len(of) >= most])
-        for k in ("tokens", key)
-    )  # fmt: skip
 
 
 def _reference(ax: Axes, x: np.ndarray, y: np.ndarray, label: str) -> None:
