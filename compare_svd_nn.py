@@ -14,6 +14,7 @@ the SVD in the task's metric where --metric or metrics/<head>.safetensors is at 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 
 import torch
@@ -35,10 +36,10 @@ from common.locks import sole_writer
 from common.tables import print_columns
 from figures import comparison
 from model import LowRankFactorModel
-from qwenvl_dataloader import Loaders, create_data_loaders_real
+from qwenvl_dataloader import Batch, Loaders, create_data_loaders_real
 from svd_baseline import (
     Factors,
-    evaluate,
+    evaluate_batches,
     fit_pca,
     gain_text,
     interval_95,
@@ -56,7 +57,7 @@ from task.task_error import head_of_norm, metric_at_hand, task_errors, task_repo
 from training.checkpoint import Trained, evaluated_rank, open_trained, unseen_test
 
 STORED_AS = "bf16"  # factorize.py's default: its ranks for a target are those that are reported
-Method = Callable[[Tensor, int], Factors]
+Method = Callable[[Batch, int], Factors]
 
 
 def get_args_parser() -> cli.Parser:
@@ -101,8 +102,8 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
         budget, budget_arrays = rank_per_image(model, loaders, rank, args)
     methods = reference_methods(model, loaders)
     if metric:
-        methods["svd_in_metric"] = lambda x, r: metric_svd(x, r, metric)
-        methods["network_in_metric"] = in_metric
+        methods["svd_in_metric"] = lambda batch, r: metric_svd(batch.x, r, metric)
+        methods["network_in_metric"] = lambda batch, r: in_metric(batch.x, r, grid=batch.grid)
         if in_metric is model:
             print("note: the network was trained in this metric: network_in_metric is network")
     ranks = report_ranks(rank)
@@ -110,8 +111,8 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     in_task, task_of = error_in_task(trained, methods, metric, loaders, ranks, groups)
     per_image = {
         r: {
-            name: evaluate(
-                lambda x, f=f, r=r: f(x, r), loaders.test.with_progress(f"{name}, rank {r}")
+            name: evaluate_batches(
+                lambda batch, f=f, r=r: f(batch, r), loaders.test.with_progress(f"{name}, rank {r}")
             )
             for name, f in methods.items()
         }
@@ -127,7 +128,7 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
         "n_groups": len(set(groups)),
         "n_seen_left_out": left_out,  # null: overlap unknown
         "data": dataset.label,
-        "num_tokens": dataset.num_tokens,
+        "num_tokens": dataset.mean_tokens(loaders.test.sampler.rows.tolist()),
         "feature_dim": dataset.feature_dim,
         "ranks": {
             str(r): {
@@ -160,7 +161,7 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     if in_task:
         comparison.both_norms(*sweep, in_task, footer)
     else:
-        comparison.rank_sweep(*sweep, dataset.num_tokens, dataset.feature_dim, footer)
+        comparison.rank_sweep(*sweep, results["num_tokens"], dataset.feature_dim, footer)
     print(f"wrote {folder}/{written}: look at rank_sweep.png")
     again = cli.flags_again(args, "rank", "metric", "results_dir", "cache_dir", "device")
     excess = per_image[rank]["network"]["excess_pct"].nan_to_num(nan=-1.0)
@@ -170,18 +171,18 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
 
 
 def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, Method]:
-    """The network and what it is held against, each a function of (x, rank)."""
+    """The network and what it is held against, each a function of (batch, rank)."""
     axes = fit_pca(batch.x for batch in loaders.train.with_progress("PCA"))
     methods: dict[str, Method] = {
-        "network": lambda x, r: model(x, r),
-        "svd": truncated_svd,
-        "randomized_svd": randomized_svd,
-        "pca": lambda x, r: pca(x, r, axes),
+        "network": lambda batch, r: model(batch.x, r, grid=batch.grid),
+        "svd": lambda batch, r: truncated_svd(batch.x, r),
+        "randomized_svd": lambda batch, r: randomized_svd(batch.x, r),
+        "pca": lambda batch, r: pca(batch.x, r, axes),
     }
     if model.factors == "projected":
         # as many columns and steps as the network has at every rank: only the sketch differs
-        methods["random_sketch"] = lambda x, r: random_sketch(
-            x, r, model.refine_steps, model.sketch_columns(r)
+        methods["random_sketch"] = lambda batch, r: random_sketch(
+            batch.x, r, model.refine_steps, min(model.sketch_columns(r), *batch.x.shape[-2:])
         )
     return methods
 
@@ -207,10 +208,7 @@ def error_in_task(
     if head is None:
         return None, {}
     metric = metric or metric_at_hand(head, dataset)
-    judged = {
-        "svd": lambda batch, r: methods["svd"](batch.x, r),
-        "network": lambda batch, r: model(batch.x, r, grid=batch.grid),
-    }
+    judged = {name: methods[name] for name in ("svd", "network")}
     if metric:
         metric = metric.to(device)
         judged["svd_in_metric"] = lambda batch, r: metric_svd(batch.x, r, metric)
@@ -224,22 +222,23 @@ def error_by_box(methods: dict[str, Method], loaders: Loaders, rank: int) -> dic
     """The JSON's entry: error of network and SVD inside and outside the answer's box, of test
     images that have one."""
     dataset, rows = loaders.test.dataset, loaders.test.sampler.rows.tolist()
-    inside = tokens_in_boxes(dataset, rows)  # [n, T]
-    kept = inside.any(1) & ~inside.all(1)
+    inside = tokens_in_boxes(dataset, rows)
+    kept = torch.tensor([bool(mask.any() and not mask.all()) for mask in inside])
     groups = dataset.rows["group"].take(rows).to_pylist()
     groups = [group for group, keep in zip(groups, kept.tolist(), strict=True) if keep]
     left_out = len(rows) - len(groups)
     if not groups:
-        return box_report({}, inside, groups, rank, left_out)
+        return box_report({}, torch.empty(0), groups, rank, left_out)
     errors = {}
     for name in ("network", "svd"):
         parts, first = [], 0
         for batch in loaders.test.with_progress(f"box, {name}"):
-            masks = inside[first : first + len(batch.rows)]
-            parts.append(part_errors(batch.x, *methods[name](batch.x, rank), masks))
+            masks = torch.stack(inside[first : first + len(batch.rows)])
+            parts.append(part_errors(batch.x, *methods[name](batch, rank), masks))
             first += len(batch.rows)
         errors[name] = {key: torch.cat([part[key] for part in parts])[kept] for key in PARTS}
-    return box_report(errors, inside[kept], groups, rank, left_out)
+    masks = [mask for mask, keep in zip(inside, kept.tolist(), strict=True) if keep]
+    return box_report(errors, torch.cat(masks), groups, rank, left_out)
 
 
 @torch.inference_mode()
@@ -252,11 +251,14 @@ def rank_per_image(
     is met by the measured error of each method; a budget is split by σ of X, alike for both. The
     network's errors are of factors rounded as factorize.py stores them, the SVD's are the optimum.
     """
-    sigma = loaders.test.dataset.singular_values[loaders.test.sampler.rows]
+    dataset, rows = loaders.test.dataset, loaders.test.sampler.rows
+    sigma = dataset.singular_values[rows]
     network = []
     for batch in loaders.test.with_progress("error over rank"):
-        stored = store(*nested_factors(model, batch.x, rank), STORED_AS)
-        network.append(error_curve(batch.x, *restore(stored)).cpu())
+        stored = store(*nested_factors(model, batch.x, rank, batch.grid), STORED_AS)
+        curve = error_curve(batch.x, *restore(stored)).cpu()
+        # an image of few tokens has no more components than its own limit
+        network.append(torch.cat([curve, curve[:, -1:].expand(-1, rank + 1 - curve.shape[1])], -1))
     curves = {"network": torch.cat(network), "svd": optimum_curve(sigma, rank)}
     if args.target_error is None:
         entry = {"mode": "mean_rank", "mean_rank": args.mean_rank}
@@ -267,11 +269,11 @@ def rank_per_image(
         ranks = {"svd": first_rank_within(curves["svd"], args.target_error)}
         ranks["network"] = first_rank_as_stored(curves["network"], args.target_error)
     entry["network_stored_as"] = STORED_AS
-    values_per_rank = model.num_tokens + model.input_dim
+    tokens = torch.tensor([math.prod(dataset.grids[row]) for row in rows.tolist()])
     arrays = {}
     for name, curve in curves.items():
         entry[name], arrays[name] = against_fixed_rank(
-            curve, ranks[name], values_per_rank, args.target_error
+            curve, ranks[name], tokens, model.input_dim, args.target_error
         )
     return entry, arrays | {"target_error": args.target_error}
 

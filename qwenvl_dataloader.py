@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import statistics
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -173,6 +174,10 @@ class RealQwenVLDataset(Dataset):
             demo = "demo encoder "
         tokens = token_range(self.grids)
         return f"{demo}{encoder}, {len(self)} images, T={tokens}, D={self.feature_dim}"
+
+    def mean_tokens(self, rows: Sequence[int]) -> float:
+        """Mean T of these images; an int where it is a whole number."""
+        return statistics.mean(math.prod(self.grids[row]) for row in rows)
 
     def image_record(self, row: int) -> dict:
         """Question, answers, bbox, width, height, group … of one row, as a dict."""

@@ -260,6 +260,7 @@ def random_sketch(x: Tensor, rank: int, steps: int, columns: int) -> Factors:
     """The network's own refinement on X_s X_sᵀ Ω, Ω Gaussian [T, c], X_s evenly spaced features of
     X: what is left when nothing is learned. steps K, columns c ≥ rank of Ω.
     """
+    rank, columns = (min(count, *x.shape[-2:]) for count in (rank, columns))
     omega, features, shifts = _nothing_learned(*x.shape[-2:], steps, columns, x.device)
     seen = x[..., features]
     sketch = seen @ (seen.mT @ omega)

@@ -4,8 +4,8 @@
     python visualize_svd_nn.py --arch ResMLP --image_idx 0   # row 0 of the cache
 
 Writes into results/<arch>/: image_<i>_spatial_channel_comparison.png,
-image_<i>_spatial_error_comparison.png, image_<i>_rank_comparison.png (where the tokens form a
-square) and image_<i>_comparison_results.json; i is a row of the cache, in whichever part of the
+image_<i>_spatial_error_comparison.png, image_<i>_rank_comparison.png (of more than one row of
+tokens) and image_<i>_comparison_results.json; i is a row of the cache, in whichever part of the
 split.
 """
 
@@ -26,6 +26,7 @@ from figures import token_grid
 from model import LowRankFactorModel
 from qwenvl_dataloader import normalise
 from svd_baseline import (
+    exact_singular_values,
     image_metrics,
     principal_coordinates,
     rel_error,
@@ -66,15 +67,16 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
         raise UserError(
             f"--image_idx {row}: the cache has {len(dataset)}, type 0 to {len(dataset) - 1}"
         )
-    rank = evaluated_rank(model, args.rank)
     metric = load_metric(args.metric, dataset).to(device) if args.metric else None
 
-    x = normalise(dataset[[row]].to(device))[0]  # [1, T, D]
-    sigma = dataset.singular_values[[row]].to(device)
+    x, grid = normalise(dataset[[row]].to(device))[0], dataset.grids[row]  # [1, T, D]
+    rank = model.rank_at(x, evaluated_rank(model, args.rank))
+    sigma = exact_singular_values(x)  # its own alone: those of a ragged cache may not be known yet
     with torch.inference_mode():
-        factors = {"network": model(x, rank), "svd": truncated_svd(x, rank)}
+        factors = {"network": model(x, rank, grid=grid), "svd": truncated_svd(x, rank)}
         if metric:
-            factors["network_in_metric"] = network_in_metric(model, metric)(x, rank)
+            in_metric = network_in_metric(model, metric)
+            factors["network_in_metric"] = in_metric(x, rank, grid=grid)
             factors["svd_in_metric"] = metric_svd(x, rank, metric)
     metrics = {
         name: {key: number_or_none(value) for key, value in image_metrics(x, *ab, sigma).items()}
@@ -104,14 +106,14 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
     photo = dataset.thumbnail(row)
     stem = folder / f"image_{row}"
     written = [f"{stem}_spatial_channel_comparison.png", f"{stem}_spatial_error_comparison.png"]
-    token_grid.channel_comparison(written[0], photo, box, maps, channels, dataset.grid, info)
-    token_grid.spatial_error(written[1], photo, box, errors, dataset.grid, info)
-    if dataset.grid[0] == dataset.grid[1] > 1:
+    token_grid.channel_comparison(written[0], photo, box, maps, channels, grid, info)
+    token_grid.spatial_error(written[1], photo, box, errors, grid, info)
+    if min(grid) > 1:
         where = f"Image {row} ({side}), {arch}"
         written.append(f"{stem}_rank_comparison.png")
         colours = "colours: three principal components of X as red, green and blue"
         footer = f"{dataset.label}; {colours}; {source}"
-        draw_ranks(written[-1], model, rank, x, photo, box, dataset.grid, where, footer)
+        draw_ranks(written[-1], model, rank, x, photo, box, grid, where, footer)
     results = {
         "arch": arch,
         "image_idx": row,
@@ -158,7 +160,7 @@ def draw_ranks(
     """Figure of what network and SVD keep of x [1, T, D] at rising ranks, up to `most`."""
     ranks = sorted({r for r in RANKS_SHOWN if r < most} | {min(most, RANKS_SHOWN[-1])})
     factors = {
-        "network": [model(x, r) for r in ranks],
+        "network": [model(x, r, grid=grid) for r in ranks],
         "svd": [truncated_svd(x, r) for r in ranks],
     }
     # below the three components that every rank keeps, the first three that each rank has lost

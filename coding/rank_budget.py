@@ -6,7 +6,8 @@ An error curve is [n, R + 1] float64: rel_error of each image at the ranks 0 …
 Which squared error is shared out, the relative one (σ² / ‖X_i‖²) or the absolute one (σ²)? After
 LayerNorm they are the same question: every token has ‖x_t‖² = D, so ‖X_i‖² = T·D for every image,
 and the two differ only where tokens are constant (LayerNorm makes those zero). Singular values of
-un-normalised matrices have to be divided by ‖X_i‖ first if the relative error is meant.
+un-normalised matrices have to be divided by ‖X_i‖ first if the relative error is meant. Of images
+of different T it is the absolute one, in which every token weighs alike.
 """
 
 from __future__ import annotations
@@ -125,28 +126,38 @@ def split_ranks(
 
 
 def against_fixed_rank(
-    curves: Tensor, ranks: Tensor, values_per_rank: int, target_error: float | None = None
+    curves: Tensor,
+    ranks: Tensor,
+    tokens: Tensor,
+    feature_dim: int,
+    target_error: float | None = None,
 ) -> tuple[dict, dict[str, Tensor | int | None]]:
     """What ranks per image gain over one fixed rank at the same number of stored values.
 
-    Args: curves [n, R + 1] float64, ranks [n] int64, values_per_rank T + D.
+    Args: curves [n, R + 1] float64, ranks [n] int64, tokens T_i [n] int64, feature_dim D.
     Returns: the entry of svd_nn_comparison.json, and for the figure {ranks [n], rel_error [n],
         fixed_rank, fixed_rel_error [n], rank_for_all or None}.
-    The fixed rank is the mean rank, rounded up where it is no whole number, so that it never stores
-    less. gain_pct is positive where ranks per image have the smaller error. With a target_error
-    also the smallest fixed ranks that meet it for the mean over images and for every image, and how
-    much less ranks per image store than those.
+    A component of image i stores T_i + D values. The fixed rank is the smallest that stores no
+    less, each image at most at its own min(T_i, D): of images of one size the mean rank, rounded up
+    where it is no whole number. gain_pct is positive where ranks per image have the smaller error.
+    With a target_error also the smallest fixed ranks that meet it for the mean over images and for
+    every image, and how much less ranks per image store than those.
     """
+    per_rank, limits = tokens + feature_dim, tokens.clamp(max=feature_dim)
+    ranks = ranks.minimum(limits)
     error = curves.gather(1, ranks[:, None]).squeeze(1)
-    stored = int(ranks.sum()) * values_per_rank
-    total = int(ranks.sum())
-    same = -(-total // len(ranks))
+
+    def stored_at(rank: int) -> int:
+        return int((limits.clamp(max=rank) * per_rank).sum())
+
+    stored, total = int((ranks * per_rank).sum()), int(ranks.sum())
+    same = next(rank for rank in range(curves.shape[1]) if stored_at(rank) >= stored)
 
     def fixed(rank: int) -> dict:
         entry = {
             "rank": rank,
             "rel_error": _spread(curves[:, rank]),
-            "stored_values": len(ranks) * rank * values_per_rank,
+            "stored_values": stored_at(rank),
         }
         if target_error is not None:
             entry["images_within_target"] = int((curves[:, rank] <= target_error).sum())

@@ -6,6 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch.nn.functional as F
+from torch import Tensor
+
 Grid = tuple[int, int]
 
 
@@ -34,3 +37,12 @@ def batches_of_one_grid(
         of_grid.setdefault(grids[row], []).append(row)
     for own in of_grid.values():
         yield from (own[i : i + batch_size] for i in range(0, len(own), batch_size))
+
+
+def resampled(maps: Tensor, grid: Grid, wanted: Grid) -> Tensor:
+    """maps [n, T] over the tokens of `grid` as maps over `wanted`'s, bilinear; as they are where
+    both are one."""
+    if grid == wanted:
+        return maps
+    cells = maps.unflatten(-1, grid)[:, None]
+    return F.interpolate(cells, wanted, mode="bilinear", antialias=True).flatten(1)

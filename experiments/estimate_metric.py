@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -138,7 +139,9 @@ def sum_gradients(
     """Add the images that `work` lacks, and write it as it goes."""
     if work.sum.images:
         print(f"going on after {work.sum.images} images that {work.path} already holds")
-    train.set_epoch(0, start=-(-work.sum.images // args.batch_size))
+    # batches that are done: of a ragged cache not all are full
+    done = accumulate(share.images for share in train.sampler.shares())
+    train.set_epoch(0, start=sum(images <= work.sum.images for images in done))
     for batch in train.with_progress("gradients"):
         work.sum.add(head, batch, args.probes, args.seed)
         if time.monotonic() - work.saved > SAVE_EVERY:

@@ -188,11 +188,13 @@ def factor_methods(
     }
     for name, model in networks.items():
         most = model.current_effective_rank()
-        methods[name] = TaskMethod(lambda batch, r, full, m=model: m(batch.x, r), most)
+        methods[name] = TaskMethod(
+            lambda batch, r, full, m=model: m(batch.x, r, grid=batch.grid), most
+        )
         if name == "network":
             mapped = network_in_metric(model, metric)
             methods["network_in_metric"] = TaskMethod(
-                lambda batch, r, full, f=mapped: f(batch.x, r), most
+                lambda batch, r, full, f=mapped: f(batch.x, r, grid=batch.grid), most
             )
     if steps:
         # the control, whose steps must not know the metric, and what is held against it

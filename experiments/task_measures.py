@@ -5,14 +5,18 @@ Legend: b images of a batch, n of all, T tokens, D features, r rank.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from common.grids import Grid
 from common.partial_results import PartialResults
 from qwenvl_dataloader import Batch, BatchLoader, RealQwenVLDataset, denormalise
 from svd_baseline import Factors, gain, interval_95, rel_error, summarise
@@ -40,7 +44,7 @@ class TaskMethod:
 class Measured(NamedTuple):
     """One method at one rank (token averaging: side of a block) on n images."""
 
-    stored: int  # values an image
+    stored: float  # values an image, their mean where grids differ
     measures: dict[str, Tensor]  # task_error, agreement, rel_error … → [n] float64, NaN: undefined
 
 
@@ -88,7 +92,7 @@ def judge_factors(
 ) -> Found:
     """Every method at the ranks that it reaches."""
     full = head.of_batch(batch)
-    inside = tokens_in_boxes(dataset, batch.rows.tolist())
+    inside = torch.stack(tokens_in_boxes(dataset, batch.rows.tolist()))
     found: Found = {name: {} for name in methods}
     for name, method in methods.items():
         for rank in filter(method.reaches, ranks):
@@ -105,13 +109,15 @@ def judge_fewer_tokens(
     head: TaskHead, dataset: RealQwenVLDataset, batch: Batch, ranks: list[int]
 ) -> Found:
     """`token_dropping` at the bytes of each rank, `token_averaging` over blocks of POOLED."""
-    full, grid = head.of_batch(batch), dataset.grid
+    full, grid = head.of_batch(batch), batch.grid
 
     def judged(x_hat: Tensor) -> dict[str, Tensor]:
         return judge(head, batch, x_hat, full, {})
 
-    dropped = {r: drop_tokens(batch.x, k, grid) for r, k in tokens_at_bytes(dataset, ranks).items()}
-    averaged = {s: average_tokens(batch.x, s, grid) for s in POOLED if s <= min(grid)}
+    kept = {r: tokens_at_bytes(grid, dataset.feature_dim, r) for r in dropped_at(dataset, ranks)}
+    dropped = {r: drop_tokens(batch.x, k, grid) for r, k in kept.items()}
+    shortest = min(map(min, dataset.grids))  # every image is averaged over the same blocks
+    averaged = {s: average_tokens(batch.x, s, grid) for s in POOLED if s <= shortest}
     return {
         "token_dropping": {r: judged(x_hat) for r, x_hat in dropped.items()},
         "token_averaging": {s: judged(x_hat) for s, x_hat in averaged.items()},
@@ -124,22 +130,28 @@ def score_full_tokens(scores: dict[str, Score], batch: Batch) -> Found:
     return {FULL: {0: {name: score(tokens, batch.rows).cpu() for name, score in scores.items()}}}
 
 
-def tokens_at_bytes(dataset: RealQwenVLDataset, ranks: list[int]) -> dict[int, int]:
-    """Rank → how many tokens store as much as its factors, where that is not more than all."""
+def dropped_at(dataset: RealQwenVLDataset, ranks: list[int]) -> list[int]:
+    """Ranks whose factors store no more than all tokens, on the most frequent grid."""
     t, d = dataset.num_tokens, dataset.feature_dim
-    return {r: min(t, r * (t + d) // d) for r in ranks if r * (t + d) <= t * d}
+    return [rank for rank in ranks if rank * (t + d) <= t * d]
 
 
-def stored_values(dataset: RealQwenVLDataset, name: str, size: int) -> int:
+def tokens_at_bytes(grid: Grid, feature_dim: int, rank: int) -> int:
+    """How many tokens store as much as the factors of a rank; at most all."""
+    t = math.prod(grid)
+    return min(t, rank * (t + feature_dim) // feature_dim)
+
+
+def stored_values(grid: Grid, feature_dim: int, name: str, size: int) -> int:
     """Values an image that `name` stores; means and deviations of the tokens are not counted."""
-    t, d = dataset.num_tokens, dataset.feature_dim
+    t, d = math.prod(grid), feature_dim
     if name == FULL:
         return t * d
     if name == "token_dropping":
-        return tokens_at_bytes(dataset, [size])[size] * d
+        return tokens_at_bytes(grid, d, size) * d
     if name == "token_averaging":
-        return tokens_kept(size, dataset.grid) * d
-    return size * (t + d)
+        return tokens_kept(size, grid) * d
+    return min(size, t, d) * (t + d)
 
 
 # --------------------------------------------------------------------------------- all images
@@ -161,6 +173,7 @@ def measure(
         for batch in loader.only(torch.tensor(missing)).with_progress(f"{stage} images"):
             partial.add(stage, _by_image(judge_batch(batch), batch.rows.tolist()))
     images = [partial.records[stage, row] for row in rows]
+    grids = [dataset.grids[row] for row in rows] if dataset.ragged else [dataset.grid]
     sweep: Sweep = {}
     for name, sizes in images[0].items():
         sweep[name] = {}
@@ -169,7 +182,8 @@ def measure(
                 key: torch.tensor([image[name][size][key] for image in images], dtype=torch.float64)
                 for key in measures
             }
-            sweep[name][int(size)] = Measured(stored_values(dataset, name, int(size)), values)
+            stored = [stored_values(g, dataset.feature_dim, name, int(size)) for g in grids]
+            sweep[name][int(size)] = Measured(statistics.mean(stored), values)
     return sweep
 
 
@@ -239,13 +253,13 @@ def rank_per_image(
         torch.stack([part[r].measures["task_error"] for r in ranks], dim=-1)
         for part in (on_val, on_test)
     )
-    ratio = measured / torch.cat([predicted_error(b.x, metric).cpu() for b in val])[:, ranks]
+    ratio = measured / predicted_curves(val, metric)[:, ranks]
     factor = float(ratio[ratio.isfinite()].quantile(confidence))
-    curves = factor * torch.cat([predicted_error(b.x, metric).cpu() for b in test])  # [n, T + 1]
+    curves = factor * predicted_curves(test, metric)  # [n, T + 1]
     entries = {}
     for bound in bounds:
         chosen = (curves <= bound).long().argmax(-1)  # [n], the first rank within
-        shares = chosen.split(test.sampler.batch_size)
+        shares = chosen.split([len(share.rows) for share in test.sampler.shares()])
         error = torch.cat(
             [errors_at(head, metric, b, own) for b, own in zip(test, shares, strict=True)]
         )
@@ -262,6 +276,13 @@ def rank_per_image(
             "measured": found.tolist(),
         },
     }
+
+
+def predicted_curves(loader: BatchLoader, metric: TaskMetric) -> Tensor:
+    """`predicted_error` of all its images, [n, largest T + 1]; 0 beyond an image's own T."""
+    curves = [predicted_error(batch.x, metric).cpu() for batch in loader]
+    most = max(curve.shape[1] for curve in curves)
+    return torch.cat([F.pad(curve, (0, most - curve.shape[1])) for curve in curves])
 
 
 @torch.no_grad()

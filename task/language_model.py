@@ -10,6 +10,7 @@ the encoders' modules the only one that imports transformers.
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -70,18 +71,15 @@ class QwenAnswerHead(TaskHead):
         del model.model.visual  # its outputs are given
         self.model = model.to(device).eval().requires_grad_(False)
         self.dataset, self.device = dataset, torch.device(device)
-        merge = model.config.vision_config.spatial_merge_size
-        rows, columns = dataset.grid
-        self.grid_thw = torch.tensor([[1, rows * merge, columns * merge]], device=device)
-        patch = model.config.vision_config.patch_size
-        self.image_size = (columns * merge * patch, rows * merge * patch)  # width, height, pixels
+        self.merge = model.config.vision_config.spatial_merge_size  # patches a token, along a side
+        self.pixels = self.merge * model.config.vision_config.patch_size  # likewise
 
     def outputs(self, tokens: Tensor, rows: Tensor) -> Tensor:
         found = []
         for image, row in zip(tokens, rows.tolist(), strict=True):
             prompt, wanted = self._ids(self.prompt(row)), self._wanted(row)
             # the logits at one position are those of the next token
-            inputs = self._inputs(torch.cat([prompt, wanted[:-1]]), image)
+            inputs = self._inputs(torch.cat([prompt, wanted[:-1]]), image, row)
             found.append(self.model(**inputs, logits_to_keep=len(wanted)).logits[0].float())
         longest = max(map(len, found))
         return torch.stack([F.pad(logits, (0, 0, 0, longest - len(logits))) for logits in found])
@@ -120,7 +118,7 @@ class QwenAnswerHead(TaskHead):
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
         )
         prompts = [self._ids(self.prompt(row, request)) for row in rows.tolist()]
-        inputs = self._padded_inputs(prompts, tokens, padding=end)
+        inputs = self._padded_inputs(prompts, tokens, rows, padding=end)
         ids = self.model.generate(**inputs, generation_config=greedy)
         new = ids[:, inputs["input_ids"].shape[1] :]
         answers = self.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -148,7 +146,8 @@ class QwenAnswerHead(TaskHead):
         scores = []
         for text, row in zip(generated, rows.tolist(), strict=True):
             true = box_in_view(self.dataset.image_record(row), self.dataset.manifest["resize"])
-            found = box_in_text(text, *self.image_size)
+            down, across = self.dataset.grids[row]
+            found = box_in_text(text, across * self.pixels, down * self.pixels)
             if true is None or min(true[2:]) <= 0:
                 scores.append(float("nan"))
             else:
@@ -157,7 +156,7 @@ class QwenAnswerHead(TaskHead):
 
     def prompt(self, row: int, request: str = ANSWER) -> str:
         request = request.format(question=self.dataset.image_record(row)["question"])
-        return PROMPT.format(image=IMAGE * self.dataset.num_tokens, request=request)
+        return PROMPT.format(image=IMAGE * math.prod(self.dataset.grids[row]), request=request)
 
     def reference_answer(self, row: int) -> str | None:
         """The row's consensus; None where it has no answer."""
@@ -174,7 +173,15 @@ class QwenAnswerHead(TaskHead):
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, device=self.device)
 
-    def _padded_inputs(self, prompts: list[Tensor], images: Tensor, padding: int) -> dict:
+    def _grid_thw(self, rows: list[int]) -> Tensor:
+        """Frames, and patches down and across, of the rows' images: [b, 3] int64."""
+        grids = [self.dataset.grids[row] for row in rows]
+        patches = [[1, down * self.merge, across * self.merge] for down, across in grids]
+        return torch.tensor(patches, device=self.device)
+
+    def _padded_inputs(
+        self, prompts: list[Tensor], images: Tensor, rows: Tensor, padding: int
+    ) -> dict:
         """`_inputs` of several prompts, padded on the left: the next word of each comes last."""
         ids = pad_sequence(prompts, True, padding, "left")  # [b, L]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
@@ -183,17 +190,17 @@ class QwenAnswerHead(TaskHead):
             "input_ids": ids,
             "attention_mask": (places >= ids.shape[1] - lengths[:, None]).long(),
             "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
-            "image_grid_thw": self.grid_thw.expand(len(ids), -1),
+            "image_grid_thw": self._grid_thw(rows.tolist()),
             "mm_encoder_outputs": {
                 "image": BaseModelOutputWithPooling(pooler_output=tuple(images))
             },
         }
 
-    def _inputs(self, ids: Tensor, image: Tensor) -> dict:
+    def _inputs(self, ids: Tensor, image: Tensor, row: int) -> dict:
         return {
             "input_ids": ids[None],
             "mm_token_type_ids": (ids == self.model.config.image_token_id).int()[None],
-            "image_grid_thw": self.grid_thw,
+            "image_grid_thw": self._grid_thw([row]),
             "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=(image,))},
         }
 

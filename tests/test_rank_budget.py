@@ -135,7 +135,7 @@ def test_an_unreachable_target_is_refused_with_one_that_can_be_reached():
 
 def test_ranks_per_image_are_held_against_a_fixed_rank_that_stores_no_less():
     curves = torch.tensor([[1, 0.5, 0.1, 0.0], [1, 0.9, 0.6, 0.3]], dtype=torch.float64)
-    entry, arrays = against_fixed_rank(curves, torch.tensor([1, 2]), values_per_rank=10)
+    entry, arrays = against_fixed_rank(curves, torch.tensor([1, 2]), torch.tensor([4, 4]), 6)
     assert entry["stored_values"] == 30 and entry["ranks"]["mean"] == 1.5
     assert entry["fixed"]["rank"] == 2 and entry["fixed"]["stored_values"] == 40
     assert arrays["rel_error"].tolist() == [0.5, 0.6]
@@ -147,7 +147,7 @@ def test_ranks_per_image_are_held_against_a_fixed_rank_that_stores_no_less():
 def test_the_gain_of_a_target_is_counted_against_the_fixed_ranks_that_meet_it():
     curves = torch.tensor([[1, 0.2, 0.1, 0.0], [1, 0.9, 0.6, 0.3]], dtype=torch.float64)
     ranks = first_rank_within(curves, 0.4)
-    entry, _ = against_fixed_rank(curves, ranks, values_per_rank=10, target_error=0.4)
+    entry, _ = against_fixed_rank(curves, ranks, torch.tensor([4, 4]), 6, target_error=0.4)
     assert ranks.tolist() == [1, 3] and entry["stored_values"] == 40
     assert (entry["fixed"]["rank"], entry["fixed"]["images_within_target"]) == (2, 1)
     assert entry["fixed_for_mean"]["rank"] == 2 and entry["fixed_for_all"]["rank"] == 3
@@ -169,7 +169,7 @@ def test_the_figure_s_title_holds_the_gain_of_its_data(target_error, tmp_path, m
         ranks = split_ranks(sigma, 4, most=10)
     else:
         ranks = first_rank_within(curves, target_error)
-    entry, arrays = against_fixed_rank(curves, ranks, 10, target_error)
+    entry, arrays = against_fixed_rank(curves, ranks, torch.full((30,), 12), 20, target_error)
     data = {"network": arrays, "svd": arrays, "target_error": target_error}
     comparison.rank_per_image(tmp_path / "ranks.png", data, "DEMO data")
     title = figures[0].get_suptitle().replace("\n", " ")

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.files import with_content_hash, write_json
+from common.grids import resampled
 from figures import components, task_training, token_grid, training_curves
 from model import LowRankFactorModel
 from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset
@@ -70,12 +72,10 @@ def test_and_draw(
     else:
         training_curves.training_curves(*curves, footer)
     training_curves.loss_terms(folder / "loss_curves.png", history, footer)
-    token_grid.error_heatmap(
-        folder / "error_heatmap.png",
-        {name: per_image[name] for name in ("network", "svd")},
-        dataset.grid,
-        footer,
-    )
+    maps = {name: per_image[name] for name in ("network", "svd")}
+    rows, columns = dataset.grid
+    resized = f"; maps of other grids resampled to {rows} × {columns}" if dataset.ragged else ""
+    token_grid.error_heatmap(folder / "error_heatmap.png", maps, dataset.grid, footer + resized)
     singular_values = {"X": per_image["sigma"], "X_hat": per_image["found"]}
     components.component_energy(
         folder / "B_row_norm_hist.png", singular_values, per_image["energy"], footer
@@ -106,7 +106,11 @@ def untrained_references(
 @torch.inference_mode()
 def test_statistics(model: LowRankFactorModel, loader: BatchLoader) -> dict[str, Tensor]:
     """Mean error of each token, network and svd [T]; of each image σ of X and of A·B [n, r], the
-    ridge's factor 1/(1 + λ_B) taken out, and ‖X‖² [n]."""
+    ridge's factor 1/(1 + λ_B) taken out, and ‖X‖² [n].
+
+    T is of the cache's most frequent grid: maps of others are resampled to it. σ beyond an image's
+    own min(T, D) are 0.
+    """
     rank = model.current_effective_rank()
     ridge = 1 + model.lambda_B if model.factors == "projected" else 1.0
     parts: dict[str, list[Tensor]] = {
@@ -114,11 +118,16 @@ def test_statistics(model: LowRankFactorModel, loader: BatchLoader) -> dict[str,
     }
     for batch in loader.with_progress("error of tokens"):
         a, b = model(batch.x, rank, grid=batch.grid)
-        parts["network"].append(token_error(batch.x, a, b))
-        parts["svd"].append(token_error(batch.x, *gram_eigh(batch.x, rank)))
+        for name, factors in (("network", (a, b)), ("svd", gram_eigh(batch.x, rank))):
+            errors = token_error(batch.x, *factors)
+            parts[name].append(resampled(errors, batch.grid, loader.dataset.grid))
         x_hat = a.double() @ b.double()
-        parts["found"].append(ridge * exact_singular_values(x_hat)[:, :rank].cpu())
-        parts["sigma"].append(batch.singular_values[:, :rank].cpu())
+        for name, values in (
+            ("found", ridge * exact_singular_values(x_hat)),
+            ("sigma", batch.singular_values),
+        ):
+            values = values[:, :rank].cpu()
+            parts[name].append(F.pad(values, (0, rank - values.shape[1])))
         parts["energy"].append(batch.x.double().square().sum((-2, -1)))
     joined = {name: torch.cat(tensors).cpu() for name, tensors in parts.items()}
     return {n: t.mean(0) if n in ("network", "svd") else t for n, t in joined.items()}
