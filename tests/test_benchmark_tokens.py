@@ -15,7 +15,6 @@ from svd_baseline import (
     excess_pct,
     gram_eigh,
     optimum,
-    random_sketch,
     rel_error,
 )
 
@@ -76,5 +75,5 @@ def test_peak_memory_is_that_of_the_tensors_held_at_once():
 
 def test_a_fresh_sketch_is_near_the_optimum(tokens):
     best = optimum(exact_singular_values(tokens), 6)
-    for method in (lambda x, r: random_sketch(x, r, 1, 16), gram_eigh):
+    for method in (benchmark_tokens.fresh_sketch(24, 16, 1), gram_eigh):
         assert (excess_pct(rel_error(tokens, *method(tokens, 6)), best) < 0.1).all()
