@@ -103,33 +103,24 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
             missing = f"no {folder / name} (python {script} --arch {arch})"
             print(f"note: {arch} is not in the overview: {missing}")
             return None
-    history, test, comparison = (
-        read_json(folder / name, f"run python {script} --arch {arch}{where(folder)} again")
-        for name, script in MADE_BY.items()
-    )
-    check_results(folder, history, test, comparison)
-    if comparison["rank"] != test["effective_rank"]:
-        ranks = f"compared at rank {comparison['rank']}, trained to rank {test['effective_rank']}"
-        again = f"python compare_svd_nn.py --arch {arch}{where(folder)}"
-        print(f"note: {arch} is not in the overview: {ranks} ({again})")
-        return None
-    return history, test, comparison
-
-
-def check_results(folder: Path, history: object, test: object, comparison: object) -> None:
-    """Refuse results that are not as they were written: a flipped digit is no result."""
-    again = f"run python {{}} --arch {folder.name}{where(folder)} again"
+    flags = f"--arch {arch}{where(folder)}"
+    again = {name: f"run python {script} {flags} again" for name, script in MADE_BY.items()}
+    history, test, comparison = (read_json(folder / name, again[name]) for name in MADE_BY)
+    # a flipped digit is no result
     for name, found in (("test_results.json", test), ("svd_nn_comparison.json", comparison)):
         if not isinstance(found, dict) or not content_hash_fits(found):
-            raise UserError(
-                f"{folder / name} is not as it was written: {again.format(MADE_BY[name])}"
-            )
+            raise UserError(f"{folder / name} is not as it was written: {again[name]}")
     last = folder / "last_model.pt"
     if last.exists() and load_checkpoint(last)["progress"]["history"] != history:
         raise UserError(
             f"{folder}/history.json is not that of last_model.pt: go on with python "
-            f"train_real_data.py --arch {folder.name} --resume last{where(folder)}"
+            f"train_real_data.py {flags} --resume last"
         )
+    if comparison["rank"] != test["effective_rank"]:
+        ranks = f"compared at rank {comparison['rank']}, trained to rank {test['effective_rank']}"
+        print(f"note: {arch} is not in the overview: {ranks} (python compare_svd_nn.py {flags})")
+        return None
+    return history, test, comparison
 
 
 def where(folder: Path) -> str:
