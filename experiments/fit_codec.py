@@ -52,9 +52,8 @@ def main(args: argparse.Namespace) -> None:
     path = Path(args.out or f"codecs/{dataset.manifest['kind']}{head}.safetensors")
     if path.is_dir() or any(p.is_file() for p in path.parents):
         raise UserError(f"--out {path} cannot be a file there: name another")
-    rows = dataset.split.train
     # its tables are of one grid, and read on any
-    rows = rows[[dataset.grids[row] == dataset.grid for row in rows.tolist()]]
+    rows = dataset.of_main_grid(dataset.split.train)
     if args.images and args.images < len(rows):
         rows = rows[torch.arange(args.images) * len(rows) // args.images]
     print(f"{dataset.label}; {len(rows)} training images of {dataset.grid[0]} x {dataset.grid[1]}")
