@@ -112,8 +112,7 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     per_image = {
         r: {
             name: evaluate_batches(
-                lambda batch, f=f, r=r: f(batch, r),
-                loaders.test.with_progress(f"{name}, rank {r}"),
+                lambda batch, f=f, r=r: f(batch, r), loaders.test.with_progress(f"{name}, rank {r}")
             )
             for name, f in methods.items()
         }
@@ -183,7 +182,7 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
     if model.factors == "projected":
         # as many columns and steps as the network has at every rank: only the sketch differs
         methods["random_sketch"] = lambda batch, r: random_sketch(
-            batch.x, r, model.refine_steps, model.sketch_columns(r)
+            batch.x, r, model.refine_steps, min(model.sketch_columns(r), *batch.x.shape[-2:])
         )
     return methods
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from coding.factor_files import (
 )
 from coding.rank_budget import error_curve, first_rank_as_stored, nested_factors, optimum_curve
 from coding.rate_control import coded_image, image_for_target
-from common import cli, processes
+from common import cli, processes, progress
 from common.errors import UserError
 from common.files import sha256_file
 from common.grids import Grid, batches_of_one_grid
@@ -41,6 +42,8 @@ from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
 from svd_baseline import rel_error
 from task.metric import load_metric, network_in_metric
 from training.checkpoint import cache_identity, evaluated_rank, open_trained
+
+TRIED_FIRST = 4  # images whose target is tried before anything is written
 
 
 def get_args_parser() -> cli.Parser:
@@ -66,8 +69,8 @@ def get_args_parser() -> cli.Parser:
         "--target_kb or --target_error (then of raw tokens, as decoded)"
     )
     what("--form", FORMS, "factors")(
-        "with --codec: factors, or the tokens' own transform, without factors (fewer bytes in a "
-        "metric, below 4 kB an image)"
+        "with --codec: factors, or the tokens' own transform, without factors (in a metric, about "
+        "as many bytes below 1 kB an image, more above)"
     )
     what.switch("--exact", "with --codec: exact factors, no trained network")
     what("--dtype", DTYPES, "bf16")(
@@ -119,6 +122,8 @@ def main(args: argparse.Namespace) -> None:
     if codec:
         header |= {"codec_sha256": codec.sha256, "step": args.step, "target_kb": args.target_kb}
         header |= {"form": args.form}
+        if args.step is None:
+            check_coded_target(args, codec, model, dataset, device)
     folder = Path(args.out) if args.out else Path("factors") / header["arch"]
     with processes.sole_writer(folder, "--out"):
         write_factors(args, folder, header, model, dataset, device, codec)
@@ -238,7 +243,7 @@ def coded_rows(
     model: LowRankFactorModel | None,
     dataset: RealQwenVLDataset,
     device: torch.device,
-    rows: range,
+    rows: Iterable[int],
     bar,
 ) -> list[CodedImage]:
     """The rows' images, coded. Raises UserError that names an image whose target cannot be met."""
@@ -282,6 +287,28 @@ def check_target(
             factorise(model, features, grid, rank, args.target_error, args.dtype)
     except UserError as error:
         raise UserError(f"the hardest images, as {args.dtype}: {error}") from None
+
+
+def check_coded_target(
+    args: argparse.Namespace,
+    codec: Codec,
+    model: LowRankFactorModel | None,
+    dataset: RealQwenVLDataset,
+    device: torch.device,
+) -> None:
+    """Refuse a target that hard images cannot meet as coded, before anything is written.
+
+    Tried are those whose spectra are the flattest, or, of a cache whose spectra are not known, some
+    that are spread over it: in the run itself another may still fail, and is named.
+    """
+    if dataset.spectra_are_known:
+        half = dataset.singular_values.shape[1] // 2 + 1
+        left = optimum_curve(dataset.singular_values, half)[:, -1]
+        rows = left.topk(min(TRIED_FIRST, len(dataset))).indices.tolist()
+    else:
+        rows = range(0, len(dataset), -(-len(dataset) // TRIED_FIRST))
+    with progress.bar(len(rows), "hardest images", show=False) as bar:
+        coded_rows(args, codec, model, dataset, device, rows, bar)
 
 
 @torch.inference_mode()

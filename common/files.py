@@ -159,8 +159,9 @@ def check_tensors(
     expected: name → (*shape, dtype).
     """
     for name, wanted in expected.items():
-        found = (*tensors[name].shape, tensors[name].dtype) if name in tensors else "nothing"
-        if found != wanted:
+        if name not in tensors:
+            raise UserError(f"{path} is damaged (it holds no {name}): {remedy}")
+        if (found := (*tensors[name].shape, tensors[name].dtype)) != wanted:
             raise UserError(f"{path} holds {name} {found}, its manifest says {wanted}: {remedy}")
 
 

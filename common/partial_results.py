@@ -26,7 +26,7 @@ class PartialResults:
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last is unended
         try:
             begun, *records = map(json.loads, lines or [json.dumps(header)])
-            begun = dict(begun)
+            begun.items()  # of anything but an object there are none
             self.records = {(r["stage"], r["row"]): r["values"] for r in records}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is damaged: remove it and start again") from None

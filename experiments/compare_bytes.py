@@ -40,8 +40,9 @@ from common import cli, progress
 from common.errors import UserError
 from common.files import atomic_path, write_json
 from experiments.bytes_tables import Point, print_tables, tables
-from features.encoders import load_encoder, resize_image
+from features.encoders import VisionEncoder, load_encoder
 from features.image_sources import image_bytes, open_source, read_image
+from features.native_size import size_in
 from figures.bytes_against_error import bytes_against_error
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real, normalise
 from svd_baseline import interval_95, summarise
@@ -238,25 +239,24 @@ def picture_rivals(
     if not args.dataset_dir and (kind not in DATA_SETS or not folder.is_dir()):
         print("note: no JPEG and WebP, the cache's pictures are not here: name --dataset_dir")
         return []
-    pictures = read_pictures(dataset, rows, folder)
     manifest = dataset.manifest
     name = "demo" if dataset.is_demo else manifest["encoder"]["id"]
     encoder = load_encoder(
-        name, device=device, image_size=manifest["image_size"], resize=manifest["resize"]
+        name, device=device, image_size=size_in(manifest), resize=manifest["resize"]
     )
     if encoder.weights_sha256 != manifest["encoder"]["weights_sha256"]:
         raise UserError(f"{name} has other weights than the encoder of {dataset.cache_dir}")
+    pictures = read_pictures(dataset, rows, folder, encoder)
     shape = (dataset.num_tokens, dataset.feature_dim)
     return [Pictures(form, shape, pictures, encoder) for form in ("jpeg", "webp")]
 
 
 def read_pictures(
-    dataset: RealQwenVLDataset, rows: list[int], folder: Path
+    dataset: RealQwenVLDataset, rows: list[int], folder: Path, encoder: VisionEncoder
 ) -> dict[int, Image.Image]:
     """Row of the cache → picture as the encoder saw it; UserError where it is another one."""
     records = {r: dataset.image_record(r) for r in rows}
     wanted = {record["row_id"]: (row, record) for row, record in records.items()}
-    size, rule = dataset.manifest["image_size"], dataset.manifest["resize"]
     found = {}
     for batch in open_source(folder).batches(16):
         for row_id, entry in batch:
@@ -269,7 +269,7 @@ def read_pictures(
                     f"--dataset_dir {folder}: the picture of row {row_id} is not the one that "
                     f"{dataset.cache_dir} was made from: name that data set's folder"
                 )
-            found[row] = resize_image(read_image(cell), size, rule)
+            found[row] = encoder.seen(read_image(cell))
     if len(found) < len(rows):
         raise UserError(
             f"--dataset_dir {folder} lacks {len(rows) - len(found)} pictures of "

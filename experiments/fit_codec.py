@@ -22,6 +22,8 @@ from common.errors import UserError
 from qwenvl_dataloader import RealQwenVLDataset
 from task.metric import cache_hashes, load_metric
 
+GOLDEN = 0.6180339887
+
 
 def get_args_parser() -> cli.Parser:
     parser = cli.Parser(
@@ -55,7 +57,10 @@ def main(args: argparse.Namespace) -> None:
     # its tables are of one grid, and read on any
     rows = dataset.of_main_grid(dataset.split.train)
     if args.images and args.images < len(rows):
-        rows = rows[torch.arange(args.images) * len(rows) // args.images]
+        # one from each of N stretches of the split, at another place in each: a photograph's
+        # crops lie side by side, in one order
+        i = torch.arange(args.images, dtype=torch.float64)
+        rows = rows[((i + i * GOLDEN % 1) * len(rows) / args.images).long()]
     print(f"{dataset.label}; {len(rows)} training images of {dataset.grid[0]} x {dataset.grid[1]}")
 
     passes = iter(("directions", "variances"))

@@ -93,10 +93,13 @@ class VisionEncoder(ABC):
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
         """One image's pixels as the tower reads them, float32 on the CPU. Safe in threads."""
+        return self.pixels_of(self.seen(image))
+
+    def seen(self, image: Image.Image) -> Image.Image:
+        """The RGB image that the tower sees, its sides multiples of `step`."""
         if self.limits:
-            size = self.size_of(*image.size)
-            return self.pixels_of(image.convert("RGB").resize(size, self.resample))
-        return self.pixels_of(resize_image(image, self.image_size, self.resize, self.resample))
+            return image.convert("RGB").resize(self.size_of(*image.size), self.resample)
+        return resize_image(image, self.image_size, self.resize, self.resample)
 
     @abstractmethod
     def pixels_of(self, image: Image.Image) -> torch.Tensor:

@@ -17,6 +17,13 @@ class PixelRange(NamedTuple):
     most: int
 
 
+def size_in(manifest: dict) -> int | PixelRange:
+    """The `image_size` of `encoders.load_encoder` that a cache was made with."""
+    if manifest["resize"] == "native":
+        return PixelRange(manifest["min_pixels"], manifest["max_pixels"])
+    return manifest["image_size"]
+
+
 def native_size(width: int, height: int, step: int, limits: PixelRange) -> tuple[int, int]:
     """Width and height, multiples of `step`, as near as can be to the image's own.
 

@@ -53,7 +53,7 @@ def some_tokens(n, grid=GRID, seed=0):
 
 @pytest.fixture(scope="module")
 def codec():
-    return fit(lambda: some_tokens(24).split(5), GRID)
+    return fit(lambda: some_tokens(64).split(5), GRID)
 
 
 def raw_error(raw, decoded):
@@ -359,8 +359,18 @@ def test_an_interrupted_run_goes_on_and_its_coded_folder_is_byte_identical(
     assert hashes(tmp_path / "out") == whole
 
 
-def test_an_image_whose_target_cannot_be_met_is_named(write):
-    assert "row 0: --target_kb 0.01 is out of reach" in write("--target_kb", 0.01, fails=2).stderr
+def test_an_image_whose_target_cannot_be_met_is_named_before_anything_is_written(
+    write, tiny_cache, tmp_path, monkeypatch
+):
+    sigma = RealQwenVLDataset(tiny_cache).singular_values.square()
+    half = sigma.shape[1] // 2 + 1
+    hardest = int((sigma[:, half:].sum(1) / sigma.sum(1)).argmax())
+    says = f"row {hardest}: --target_kb 0.01 is out of reach"
+    assert says in write("--target_kb", 0.01, fails=2).stderr
+    assert not (tmp_path / "out").exists()
+    # where the first that are tried meet it, the others still have to
+    monkeypatch.setattr(factorize, "check_coded_target", lambda *_: None)
+    assert "row 0: --target_kb 0.01 is" in write("--target_kb", 0.01, fails=2).stderr
 
 
 def test_tokens_are_written_by_their_transform_in_a_metric_and_read_by_all_but_read_factors(

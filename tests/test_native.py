@@ -13,10 +13,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 import extract_features
 from common import shard_folder
 from common.boxes import box_in_view
+from experiments import compare_bytes
 from features import cache_writer
 from features.encoders import load_encoder
 from features.image_sources import UnreadableImage
-from features.native_size import PixelRange, native_size
+from features.native_size import PixelRange, native_size, size_in
 from qwenvl_dataloader import RealQwenVLDataset, normalise
 
 LIMITS = PixelRange(4 * 28**2, 30 * 28**2)
@@ -158,6 +159,15 @@ def test_thumbnail_and_box_have_the_aspect_of_what_the_encoder_saw(photographs):
     assert sizes == [(224, 134), (134, 224), (224, 149), (224, 224)]
     x, y, w, h = box_in_view(dataset.image_record(0), "native")
     assert (x, y, w, h) == pytest.approx((10 / 150, 5 / 90, 10 / 150, 10 / 90))
+
+
+def test_pictures_that_rival_codecs_compress_are_what_the_encoder_saw(photographs, demo):
+    dataset = RealQwenVLDataset(photographs / "whole")
+    pictures = compare_bytes.read_pictures(dataset, [0, 2], photographs / "set", demo)
+    assert [pictures[row].size for row in (0, 2)] == [(5 * 28, 3 * 28), (6 * 28, 4 * 28)]
+    assert size_in(dataset.manifest) == LIMITS
+    again = demo.encode(demo.pixels_of(pictures[2])[None]).bfloat16()
+    assert torch.allclose(again.float(), dataset[[2]].float(), atol=0.04, rtol=0.02)
 
 
 def test_an_interrupted_native_cache_ends_byte_identical(photographs, monkeypatch):

@@ -150,3 +150,27 @@ def test_tokens_of_another_width_are_refused(results, tmp_path, script):
     cache = write_cache(tmp_path / "cache", steep_tokens(6, 16, 40).to(torch.bfloat16))
     done = script("factorize.py", "--cache_dir", cache, "--results_dir", results)
     assert done.returncode == 2 and "name a cache of the same encoder and size" in done.stderr
+
+
+def test_a_network_factors_compares_and_draws_images_of_another_size(
+    results, tiny_data, tmp_path, script
+):
+    """Trained on 4 × 4 tokens, used on 5 × 5 of the same encoder."""
+    extract(tiny_data, tiny_data, tmp_path / "larger", "--image_size", "140")
+    where = ("--cache_dir", tmp_path / "larger", "--results_dir", results)
+    for name in ("compare_svd_nn.py", "visualize_svd_nn.py", "factorize.py"):
+        done = script(name, *where)
+        assert done.returncode == 0, done.stderr
+    assert comparison(results)["ranks"]["4"]["network"]["excess_pct"]["mean"] < 5
+
+
+def test_direct_factors_of_another_size_are_refused_in_words(results, tiny_data, tmp_path, script):
+    extract(tiny_data, tiny_data, tmp_path / "larger", "--image_size", "140")
+    path = results / "ResMLP" / "best_model.pt"
+    whole, state = path.read_bytes(), load_checkpoint(path)
+    try:
+        save_checkpoint(path, state | {"config": state["config"] | {"factors": "direct"}})
+        done = script("factorize.py", "--cache_dir", tmp_path / "larger", "--results_dir", results)
+    finally:
+        path.write_bytes(whole)
+    assert done.returncode == 2 and "name a cache of the same encoder and size" in done.stderr

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -169,7 +170,7 @@ def load_model(
     """
     state = load_checkpoint(path, None if other_images else dataset)
     if other_images and dataset is not None:
-        _check_encoder(path, state["cache"], dataset)
+        _check_encoder(path, state, dataset)
     try:
         model = build_model(state["config"])
         model.load_state_dict(state["model"])
@@ -220,14 +221,19 @@ def _check_cache(path: Path, trained: dict, now: dict, cache_dir: Path) -> None:
         )
 
 
-def _check_encoder(path: Path, trained: dict, dataset: RealQwenVLDataset) -> None:
-    """Refuse tokens that the model was not made for: of another encoder or shape."""
-    shape = ("encoder", "num_tokens", "feature_dim")
-    before, now = ({k: c[k] for k in shape} for c in (trained, cache_identity(dataset)))
+def _check_encoder(path: Path, state: dict, dataset: RealQwenVLDataset) -> None:
+    """Refuse tokens that the model was not made for: of another encoder or width, and with direct
+    factors of another size of image."""
+    any_size = state["config"].get("factors") == "projected"
+    shape = ["encoder", "feature_dim"] + ([] if any_size else ["num_tokens"])
+    before, now = ({k: c[k] for k in shape} for c in (state["cache"], cache_identity(dataset)))
     if all("weights_sha256" in c["encoder"] for c in (before, now)):
         # a hub id and a folder's name may be of the same weights
         for c in (before, now):
-            c["encoder"] = {k: c["encoder"].get(k) for k in ("weights_sha256", "preprocessor")}
+            how = c["encoder"].get("preprocessor")
+            if any_size and how:  # what became of the image's size is not said
+                how = re.sub(r", (stretch|pad|native)\b.*?(?=, RGB|, then)", "", how)
+            c["encoder"] = {"weights_sha256": c["encoder"]["weights_sha256"], "preprocessor": how}
     if different := first_difference(before, now):
         key, value, here = different
         raise UserError(
