@@ -31,7 +31,13 @@ from common.tables import print_columns
 from common.timing import time_in_turn
 from figures import error_against_time
 from model import LowRankFactorModel, LowRankProjMLP, LowRankProjSymmetric
-from qwenvl_dataloader import Loaders, RealQwenVLDataset, create_data_loaders_real, normalise
+from qwenvl_dataloader import (
+    Loaders,
+    RealQwenVLDataset,
+    create_data_loaders_real,
+    normalise,
+    of_one_grid,
+)
 from subspace import even_features, pivoted_features
 from svd_baseline import evaluate, gain, gram_eigh, interval_95, second_moment
 from training.state import SHIFT_LR_FACTOR
@@ -272,7 +278,7 @@ def main(args: argparse.Namespace) -> None:
     if args.rank + max(args.oversample) > limit:
         flags = f"--rank {args.rank} and --oversample {max(args.oversample)}"
         raise UserError(f"{flags} are more than the {limit} columns there can be: lower one")
-    loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
+    loaders = of_one_grid(create_data_loaders_real(dataset, args.batch_size, device=device))
     path = Path(args.results_dir) / f"ablation_rank{args.rank}.json"
     trained_with = {"data": dataset.label, "split": dataset.split.hash, "rank": args.rank}
     trained_with |= {"epochs": args.epochs, "lr": args.lr, "batch_size": args.batch_size}

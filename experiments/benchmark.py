@@ -25,7 +25,13 @@ from common.timing import Timing, matmul_rates, matrix_products, time_in_turn
 from experiments import benchmark_tokens
 from experiments.contenders import Contender, contenders_in_metric, references, trained_networks
 from figures import error_against_time
-from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real, normalise
+from qwenvl_dataloader import (
+    BatchLoader,
+    RealQwenVLDataset,
+    create_data_loaders_real,
+    normalise,
+    of_one_grid,
+)
 from svd_baseline import evaluate, summarise
 from task.metric import load_metric
 
@@ -65,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
     if args.metric:
         in_metric_too = contenders_in_metric(networks, load_metric(args.metric, dataset), device)
     batches = sorted(set(args.batch_sizes))
-    loaders = create_data_loaders_real(dataset, batches[0], device=device)
+    loaders = of_one_grid(create_data_loaders_real(dataset, batches[0], device=device))
     environment = describe(args, device, dataset, loaders.test.num_images)
     footer = f"{dataset.label}; {environment['device']}, {args.threads} CPU thread(s), torch "
     footer += f"{torch.__version__}; error: {loaders.test.num_images} test images"

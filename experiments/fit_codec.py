@@ -54,9 +54,8 @@ def main(args: argparse.Namespace) -> None:
     path = Path(args.out or f"codecs/{dataset.manifest['kind']}{head}.safetensors")
     if path.is_dir() or any(p.is_file() for p in path.parents):
         raise UserError(f"--out {path} cannot be a file there: name another")
-    rows = dataset.split.train
     # its tables are of one grid, and read on any
-    rows = rows[[dataset.grids[row] == dataset.grid for row in rows.tolist()]]
+    rows = dataset.of_main_grid(dataset.split.train)
     if args.images and args.images < len(rows):
         # one from each of N stretches of the split, at another place in each: a photograph's
         # crops lie side by side, in one order

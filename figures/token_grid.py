@@ -46,7 +46,7 @@ CHANNEL_ROWS = [("X", BLACK), METHODS["network"], ("network − X", NETWORK), ("
 
 def _tall(grid: Grid) -> float:
     """Height of a map over its width, within what a figure can show; 1 for tokens in a row."""
-    return 1.0 if grid[0] == 1 else min(1.5, max(0.4, grid[0] / grid[1]))
+    return 1.0 if grid[0] == 1 else min(1.5, max(0.65, grid[0] / grid[1]))
 
 
 def _token_map(ax: Axes, values: np.ndarray, grid: Grid, limits: tuple[float, float], **style):
