@@ -1,7 +1,7 @@
 """Measure what learning buys: sketch × shifts × steps × columns, error and time of each.
 
-    python -m experiments.ablate --rank 128        # the whole table, three seeds
-    python -m experiments.ablate --rank 32 --refine_steps 0 1 --oversample 32 --seeds 1  # minutes
+    python -m experiments.ablate --rank 128   # the whole table, three seeds
+    python -m experiments.ablate --rank 32 --refine_steps 0 1   # quicker
 
 Trains each sketch briefly from the same start and data, keeps its best epoch on validation images,
 and measures the excess on validation and test images and the time of one matrix, all settings in
@@ -48,10 +48,7 @@ SKETCHES = (*UNTRAINED, "linear", "ResMLP", "MLP")
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Measure what learning buys: error and time of random and trained sketches.",
-        epilog="example:\n  python -m experiments.ablate --rank 32 --refine_steps 0 1",
-    )
+    parser = cli.Parser(__doc__)
     grid = parser.flags("what is compared")
     grid("--rank", default=128, help="of A·B")
     grid("--sketches", SKETCHES, list(SKETCHES), metavar="SKETCH")(

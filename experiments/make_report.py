@@ -1,7 +1,6 @@
 """Make a page of each run and one of all runs, and set the architectures side by side.
 
-    python -m experiments.make_report                                       # results/, logs in log/
-    python -m experiments.make_report --results_dir results --log_dir log   # the same
+    python -m experiments.make_report --results_dir results --log_dir log
 
 Writes results/<arch>/report.html of every run and results/index.html: whole in themselves, any
 browser shows them, without a network. The latter opens with what was found in at most five lines,
@@ -36,10 +35,7 @@ MADE_BY = {  # what of an architecture is read, and the script that writes it
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Make a page of each run, and one of all runs with a table and a figure.",
-        epilog="example:\n  python -m experiments.make_report --results_dir results",
-    )
+    parser = cli.Parser(__doc__)
     where = parser.flags("files")
     where("--results_dir", help="where the folders <arch>/ are")
     where("--log_dir")

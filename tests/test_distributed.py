@@ -335,7 +335,7 @@ def main(args):
         raise ZeroDivisionError("a bug")
     time.sleep(600) if args.how == "mistake" else processes.barrier()
 
-parser = cli.Parser(description="")
+parser = cli.Parser("")
 parser.add_argument("how", choices=("mistake", "bug"))
 parser.add_argument("--device", default="cpu")
 processes.run(main, parser)
