@@ -85,8 +85,9 @@ def new_folder(path: Path) -> Path:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write `value` as indented JSON, atomically. Raises ValueError on NaN or Inf."""
+    """Write indented JSON atomically, folder included. Raises ValueError on NaN or Inf."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -88,7 +88,6 @@ def main(args: argparse.Namespace) -> None:
         if r <= contender.max_rank
     ]
     print_table(records)
-    results_dir.mkdir(parents=True, exist_ok=True)
     write_json(results_dir / "benchmark.json", {"environment": environment, "records": records})
     written = f"{results_dir}/benchmark.json"
     if quality and speed:

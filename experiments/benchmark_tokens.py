@@ -81,7 +81,6 @@ def main(args: argparse.Namespace) -> None:
     for line in (lines := verdicts(records)):
         print(line)
     results_dir = Path(args.results_dir)
-    results_dir.mkdir(parents=True, exist_ok=True)
     found = {"environment": environment, "exponents": growth, "records": records}
     write_json(results_dir / "benchmark_tokens.json", found)
     sources = {r["tokens"]: r["source"] for r in records}

@@ -103,7 +103,7 @@ def pack(args: argparse.Namespace, out: Path) -> int:
 
 
 def describe(device: torch.device) -> dict:
-    """Card, driver and versions, each beside what pyproject.toml pins."""
+    """Card, driver and versions."""
     found = dict(cli.environment(device)) | {"cuda": torch.version.cuda, "device_type": device.type}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -119,14 +119,6 @@ def describe(device: torch.device) -> dict:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "missing"
-    pinned = Path(__file__).resolve().parent.parent / "requirements.txt"
-    lines = pinned.read_text().splitlines() if pinned.exists() else []
-    pins = dict(line.split(" ")[0].split("==") for line in lines if "==" in line)
-    found["differs_from_requirements"] = [
-        f"{name} {found[name]}, pinned {pins[name]}"
-        for name in PACKAGES
-        if name in pins and found[name].split("+")[0] != pins[name].split("+")[0]
-    ]
     return found
 
 

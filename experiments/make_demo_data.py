@@ -91,7 +91,11 @@ SKIMAGE_FILES = (
     ("text.png", "text", f"{PUBLIC_DOMAIN} (Wikipedia)"),
 )
 FLICKR = "CC BY 2.0 (flickr.com/photos/"
-FOOLBOX_LABELS = (  # imagenet_<number>_<class>.jpg
+SKLEARN = (("china", f"{FLICKR}danielbuechele)"), ("flower", f"{FLICKR}vultilion)"))
+SAMPLES = "matplotlib/mpl-data/sample_data"
+NAVY = f"{UNSTATED} (portrait by the United States Navy)"
+FOOLBOX = "foolbox/data/imagenet"
+FOOLBOX_LABELS = (  # <number>_<class>.jpg
     *(243, 559, 438, 990, 949, 853, 609, 609, 915, 455),
     *(541, 630, 741, 471, 129, 99, 251, 22, 317, 305),
 )
@@ -99,23 +103,11 @@ IMAGENET = f"{UNSTATED} (ImageNet samples: non-commercial research)"
 
 PHOTOGRAPHS = (
     *(Photograph("scikit-image", f"skimage/data/{f}", g, lic) for f, g, lic in SKIMAGE_FILES),
-    Photograph(
-        "scikit-learn", "sklearn/datasets/images/china.jpg", "china", f"{FLICKR}danielbuechele)"
-    ),
-    Photograph(
-        "scikit-learn", "sklearn/datasets/images/flower.jpg", "flower", f"{FLICKR}vultilion)"
-    ),
-    Photograph(
-        "matplotlib",
-        "matplotlib/mpl-data/sample_data/grace_hopper.jpg",
-        "grace_hopper",
-        f"{UNSTATED} (portrait by the United States Navy)",
-    ),
+    *(Photograph("scikit-learn", f"sklearn/datasets/images/{f}.jpg", f, lic) for f, lic in SKLEARN),
+    Photograph("matplotlib", f"{SAMPLES}/grace_hopper.jpg", "grace_hopper", NAVY),
     *(
-        Photograph(
-            "foolbox", f"foolbox/data/imagenet_{i:02d}_{label}.jpg", f"imagenet_{i:02d}", IMAGENET
-        )
-        for i, label in enumerate(FOOLBOX_LABELS)
+        Photograph("foolbox", f"{FOOLBOX}_{i:02d}_{n}.jpg", f"imagenet_{i:02d}", IMAGENET)
+        for i, n in enumerate(FOOLBOX_LABELS)
     ),
 )
 
