@@ -100,8 +100,10 @@ def test_the_figure_has_a_panel_for_the_box_where_there_is_one(tmp_path, monkeyp
         Figure, "savefig", lambda f, path, **_: (figures.append(f), path.write_bytes(b""))
     )
     curve = np.geomspace(10, 0.1, 16) * np.ones((4, 1))
-    images = {name: {"rel_error": np.full(4, 0.1), "excess_pct": np.full(4, 0.1)}
-              for name in ("network", "svd")}  # fmt: skip
+    images = {
+        name: {"rel_error": np.full(4, 0.1), "excess_pct": np.full(4, 0.1)}
+        for name in ("network", "svd")
+    }
     for box in (None, made_up_errors()):
         comparison.comparison(
             tmp_path / "c.png", images, {"X": curve, "X_hat": curve}, 8, "footer", box

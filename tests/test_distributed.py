@@ -220,8 +220,17 @@ def test_two_processes_with_half_the_batch_train_the_network_of_one(alone, tiny_
 
 def test_two_processes_train_for_a_task_as_one_does(tiny_cache, tmp_path):
     metric = tmp_path / "metric.safetensors"
-    in_process(estimate_metric, "--cache_dir", tiny_cache, "--probes", "1", "--shrinkage", "1e-2",
-               "--out", metric)  # fmt: skip
+    in_process(
+        estimate_metric,
+        "--cache_dir",
+        tiny_cache,
+        "--probes",
+        "1",
+        "--shrinkage",
+        "1e-2",
+        "--out",
+        metric,
+    )
     small = "--epochs 1 --rank 4 --oversample 2 --hidden_dim 16 --task_head saliency".split()
     small += ["--metric", metric]
     one, two = tmp_path / "one", tmp_path / "two"
