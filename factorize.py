@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from coding.codec import Codec
-from coding.coded_files import CODED, FORMS, CodedImage, copy_codec
+from coding.coded_files import CODED, CodedImage, copy_codec
 from coding.factor_files import (
     DTYPES,
     WRITE_AGAIN,
@@ -67,10 +67,6 @@ def get_args_parser() -> cli.Parser:
     what("--codec", cli.file)(
         "of experiments.fit_codec: coded factors, a fraction of int8's bytes, at --step, "
         "--target_kb or --target_error (then of raw tokens, as decoded)"
-    )
-    what("--form", FORMS, "factors")(
-        "with --codec: factors, or the tokens' own transform, without factors (in a metric, about "
-        "as many bytes below 1 kB an image, more above)"
     )
     what.switch("--exact", "with --codec: exact factors, no trained network")
     what("--dtype", DTYPES, "bf16")(
@@ -121,7 +117,6 @@ def main(args: argparse.Namespace) -> None:
     codec = open_codec(args, dataset, metric) if args.codec else None
     if codec:
         header |= {"codec_sha256": codec.sha256, "step": args.step, "target_kb": args.target_kb}
-        header |= {"form": args.form}
         if args.step is None:
             check_coded_target(args, codec, model, dataset, device)
     folder = Path(args.out) if args.out else Path("factors") / header["arch"]
@@ -132,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
 def check_coded_flags(args: argparse.Namespace) -> None:
     """Refuse flags that only coded factors have without --codec, and the others with it."""
     if not args.codec:
-        for flag in ("step", "target_kb", "exact", "form"):
+        for flag in ("step", "target_kb", "exact"):
             if flag in args.typed:
                 raise UserError(f"--{flag} is of coded factors: name a --codec beside it")
         return
@@ -141,15 +136,13 @@ def check_coded_flags(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} does nothing beside --codec: omit it")
     if args.step is None and args.target_kb is None and args.target_error is None:
         raise UserError("--codec needs one of --step, --target_error and --target_kb")
-    if args.form == "transform" and not args.exact:
-        raise UserError("--form transform codes no factors: type --exact, it needs no network")
     if args.exact and args.metric:
         raise UserError("--metric does nothing beside --exact: the codec has its own metric")
 
 
 def open_codec(args: argparse.Namespace, dataset: RealQwenVLDataset, metric) -> Codec:
     """The codec at --codec. Raises UserError where it does not fit the cache or the metric."""
-    codec = FORMS[args.form].load(args.codec)
+    codec = Codec.load(args.codec)
     if codec.feature_dim != dataset.feature_dim:
         raise UserError(
             f"--codec {args.codec} is of {codec.feature_dim} features, --cache_dir has "
@@ -362,9 +355,8 @@ def report(manifest: dict, folder: Path, per_second: float | None) -> None:
     """Print errors, bytes before and after, and the speed of this run."""
     errors, ranks = manifest["errors"], manifest["ranks"]
     if manifest["rank"] is None or ranks["min"] < ranks["max"]:
-        what = "directions" if manifest.get("form") == "transform" else "rank"
         print(
-            f"{what} per image: mean {ranks['mean']:.1f}, p90 {ranks['p90']:.0f}, "
+            f"rank per image: mean {ranks['mean']:.1f}, p90 {ranks['p90']:.0f}, "
             f"{ranks['min']} to {ranks['max']}"
         )
     lines = {

@@ -71,11 +71,8 @@ class Codec:
     tensors: klt [D, d] bf16 (P), inverse [D, d] bf16 (back to tokens; absent where it is P), rows
     [buckets, H, W], columns [buckets, d] and statistics [2, H, W] int16, all log variances in
     1 / UNITS of a level; starts [buckets] int16, the first component of each bucket. info: what it
-    was made from. sha256: of the file, None before it is saved. In a metric also coefficients
-    [d, H, W] int8, levels of Z's (`transform_code`).
+    was made from. sha256: of the file, None before it is saved.
     """
-
-    stream_formats: tuple[int, ...] = (STREAM, OLDER_STREAM)  # written, and read too
 
     def __init__(self, tensors: dict[str, Tensor], info: dict, sha256: str | None = None) -> None:
         self.tensors, self.info, self.sha256 = tensors, info, sha256
@@ -196,7 +193,7 @@ class Codec:
     def _framed(
         self, grid: tuple[int, int], step: float, rank: int, first: int, payload: bytes
     ) -> bytes:
-        header = HEADER.pack(self.stream_formats[0], 0, *grid, step, rank, first)
+        header = HEADER.pack(STREAM, 0, *grid, step, rank, first)
         return header[:1] + struct.pack("<I", crc(header + payload)) + header[5:] + payload
 
     # ---------------------------------------------------------------------------------- decoding
@@ -235,9 +232,9 @@ class Codec:
         return x * std[:, None] + mean[:, None]
 
     def _checked_header(self, data: bytes) -> tuple[tuple[int, int], float, int, int]:
-        """Grid, step, rank and `first` of a stream of this form, whose checksum fits."""
+        """Grid, step, rank and `first` of a stream whose checksum fits."""
         grid = grid_of(data)
-        if data[0] not in self.stream_formats:
+        if data[0] not in (STREAM, OLDER_STREAM):
             raise UserError("a coded image is of another format: write it again")
         return grid, *HEADER.unpack_from(data)[4:]
 
@@ -370,7 +367,7 @@ def fit(
         "grid": list(grid),
     }
     floor = UNSEEN_ENERGY * unseen / len(moment)
-    tensors |= _variances(batches, tensors["klt"].float(), grid, made, floor, root is not None)
+    tensors |= _variances(batches, tensors["klt"].float(), grid, made, floor)
     return Codec(tensors, made)
 
 
@@ -393,20 +390,17 @@ def _variances(
     grid: tuple[int, int],
     info: dict,
     floor: float,
-    in_metric: bool,
 ) -> dict[str, Tensor]:
-    """Log variances of u_k and v_k, a bucket of k each, of the statistics in their steps, and in a
-    metric of Z's coefficients."""
+    """Log variances of u_k and v_k, a bucket of k each, of the statistics in their steps."""
     transform, steps = dct(grid), torch.tensor(info["statistics_steps"])[:, None]
     rank = min(len(transform), klt.shape[1])
     starts = bucket_starts(rank)
     bounds = list(zip(starts, [*starts[1:], rank], strict=True))
-    rows, columns, statistics, coefficients = 0.0, 0.0, 0.0, 0.0
+    rows, columns, statistics = 0.0, 0.0, 0.0
     for batch in batches():
         for raw in batch.float().cpu():
             x, mean, std = normalise(raw)
             z = transform @ (x @ klt)
-            coefficients = coefficients + z.square()
             u, s = leading(z)
             u, s = u[:, :rank], s[:rank]
             v = z.mT @ u / s.clamp_min(1e-6 * s[0])
@@ -415,17 +409,13 @@ def _variances(
             both = torch.stack([mean[:, 0], std[:, 0].log() - info["log_std"]])
             statistics = statistics + (both @ transform.mT / steps).square()
 
-    def levels(total: Tensor, units: int = UNITS) -> Tensor:
+    def levels(total: Tensor) -> Tensor:
         variance = (total / info["images"]).double().clamp_min(1e-12)
-        return (variance.log2() / 2 * STEPS_AN_OCTAVE * units).round().to(torch.int16)
+        return (variance.log2() / 2 * STEPS_AN_OCTAVE * UNITS).round().to(torch.int16)
 
-    tensors = {
+    return {
         "rows": levels(rows).reshape(-1, *grid),
         "columns": levels(columns + floor * info["images"]),
         "statistics": levels(statistics).reshape(2, *grid),
         "starts": torch.tensor(starts, dtype=torch.int16),
     }
-    if in_metric:
-        own = levels(coefficients, 1).clamp(-128, 127).to(torch.int8)
-        tensors["coefficients"] = own.mT.reshape(-1, *grid).contiguous()
-    return tensors

@@ -8,9 +8,7 @@ read: codec.safetensors, by its sha256 the one they were written with. A shard o
     offsets [n + 1] int64      image i is streams[offsets[i] : offsets[i + 1]]
     ranks [n] int64, steps [n] float64, and the errors of each image, [n] float64
 
-The manifest's form says what is coded: factors, or the tokens' transform (transform_code), of which
-the ranks count directions. The grid of an image is in its stream. Formats 1 and 2 of the folder
-differ in nothing here.
+The grid of an image is in its stream. Formats 1 and 2 of the folder differ in nothing here.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ import torch
 from torch import Tensor
 
 from coding.codec import Codec, grid_of
-from coding.transform_code import TransformCodec
 from common.errors import UserError
 from common.files import atomic_path, check_tensors, load_tensors, save_tensors, sha256_file
 from common.grids import Grid
@@ -32,7 +29,6 @@ from common.shard_folder import ShardReader
 
 CODED = "coded"
 CODEC_FILE = "codec.safetensors"
-FORMS = {"factors": Codec, "transform": TransformCodec}
 CODED_ERRORS = ("rel_error", "rel_error_original")
 WRITE_AGAIN = "write the factors again with factorize.py --overwrite"
 
@@ -80,10 +76,7 @@ def read_codec(folder: Path, manifest: dict) -> Codec:
             f"{path} is another codec than the one that {folder} was written with, or damaged: "
             "put that one there"
         )
-    form = manifest.get("form", "factors")  # of format 1 there was one
-    if form not in list(FORMS):
-        raise UserError(f"{folder}/manifest.json is damaged (form is {form}): {WRITE_AGAIN}")
-    return FORMS[form].load(path)
+    return Codec.load(path)
 
 
 class CodedShards(ShardReader):

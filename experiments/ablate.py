@@ -306,10 +306,8 @@ def main(args: argparse.Namespace) -> None:
     write_json(path, {"trained_with": trained_with, **found, "runs": runs})
     footer = f"{dataset.label}; {environment['device']}, {args.threads} CPU thread(s), batch "
     footer += f"{args.batch_size}; {loaders.test.num_images} test images, {args.seeds} seeds"
-    error_against_time.ablation(
-        path.with_suffix(".png"), records, gains, exact_ms, args.rank, footer
-    )
     png = path.with_suffix(".png")
+    error_against_time.ablation(png, records, gains, exact_ms, args.rank, footer)
     print(f"wrote {path} and {png.name}: look at {png}")
 
 

@@ -73,14 +73,17 @@ def main(args: argparse.Namespace) -> int:
     if args.pack:
         return pack(args, out)
     begun = time.perf_counter()
-    report = {"environment": describe(device), "sizes": sizes_of(args, device), "parts": []}
+    tiny = args.sizes == "tiny" or (args.sizes == "auto" and device.type != "cuda")
+    setting = gpu_bench.Setting(str(device), tiny, args.cache_dir, args.tokens)
+    sizes = "tiny" if tiny else "full"
+    report = {"environment": describe(device), "sizes": sizes, "parts": []}
     print(json.dumps(report["environment"]))
     for index, name in enumerate(args.parts):
         left = args.time_limit - (time.perf_counter() - begun)
         later = sum(PARTS[other][1] for other in args.parts[index:])
         limit = left * PARTS[name][1] / later
         print(f"{name}: at most {limit:.0f} s", flush=True)
-        report["parts"].append(run_part(args, name, out, limit))
+        report["parts"].append(run_part(name, setting, out, limit, args.in_process))
         report["seconds"] = round(time.perf_counter() - begun, 1)
         # after every part: a call that is cut off leaves what it had
         write_json(out / "gpu_check.json", report)
@@ -102,12 +105,6 @@ def pack(args: argparse.Namespace, out: Path) -> int:
     save_file({"features": dataset[rows].contiguous()}, path, {"data": dataset.label})
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB): type --tokens {path}")
     return 0
-
-
-def sizes_of(args: argparse.Namespace, device: torch.device) -> str:
-    if args.sizes != "auto":
-        return args.sizes
-    return "full" if device.type == "cuda" else "tiny"
 
 
 def describe(device: torch.device) -> dict:
@@ -141,18 +138,17 @@ def describe(device: torch.device) -> dict:
 # -------------------------------------------------------------------------------------- one part
 
 
-def run_part(args: argparse.Namespace, name: str, out: Path, limit: float) -> dict:
+def run_part(
+    name: str, setting: gpu_bench.Setting, out: Path, limit: float, in_process: bool
+) -> dict:
     """{"name", "status", "seconds", "error", "rows"} of one part; its rows reach us one by one, so
     that those measured before a crash or the limit are kept."""
-    if limit < STARTS_IN and not args.in_process:
+    if limit < STARTS_IN and not in_process:
         return {"name": name, "status": "no time left", "seconds": 0.0, "rows": []}
     begun, path = time.perf_counter(), out / f"rows-{name}.jsonl"
     path.unlink(missing_ok=True)
-    device = cli.pick_device(args.device)
-    tiny = sizes_of(args, device) == "tiny"
-    setting = gpu_bench.Setting(str(device), tiny, args.cache_dir, args.tokens)
     status = "done"
-    if args.in_process:
+    if in_process:
         work(name, setting, path)
     else:
         # a CUDA process that met an illegal address is of no further use, and a fork of one neither

