@@ -29,13 +29,13 @@ from features.encoders import DemoEncoder, load_encoder
 from figures import time_against_tokens
 from model import LowRankFactorModel, get_model_by_name
 from qwenvl_dataloader import RealQwenVLDataset, normalise
+from subspace import refine, start_shifts
 from svd_baseline import (
     Factors,
     exact_singular_values,
     excess_pct,
     gram_eigh,
     optimum,
-    random_sketch,
     randomized_svd,
     rel_error,
     truncated_svd,
@@ -81,7 +81,6 @@ def main(args: argparse.Namespace) -> None:
     for line in (lines := verdicts(records)):
         print(line)
     results_dir = Path(args.results_dir)
-    results_dir.mkdir(parents=True, exist_ok=True)
     found = {"environment": environment, "exponents": growth, "records": records}
     write_json(results_dir / "benchmark_tokens.json", found)
     sources = {r["tokens"]: r["source"] for r in records}
@@ -184,12 +183,25 @@ def methods(network: LowRankFactorModel, side: int, rank: int) -> dict[str, Meth
     grid, columns = (side, side), min(network.sketch_columns(rank), side**2)
     found = {
         "network": lambda x, r: network(x, r, ordered=False, grid=grid),
-        "random_sketch": lambda x, r: random_sketch(x, r, network.refine_steps, columns),
+        "random_sketch": fresh_sketch(side**2, columns, network.refine_steps),
         "svd_lowrank": randomized_svd,
         "gram_eigh_f32": lambda x, r: gram_eigh(x, r, torch.float32),
         "gram_eigh_f64": gram_eigh,
     }
     return found | ({"svd": truncated_svd} if side**2 <= SVD_UP_TO else {})
+
+
+def fresh_sketch(tokens: int, columns: int, steps: int) -> Method:
+    """Y = X Xᵀ Ω with Gaussian Ω [T, c], refined and finished as a network's sketch is."""
+    omega = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
+    shifts = start_shifts(steps)
+
+    def factorise(x: Tensor, rank: int) -> Factors:
+        sketch = x @ (x.mT @ omega.to(x))
+        u = refine(sketch, x, shifts.to(x.device), rank, ordered=False).u.to(x.dtype)
+        return u, u.mT @ x
+
+    return factorise
 
 
 # ------------------------------------------------------------------------------------- measures

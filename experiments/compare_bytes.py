@@ -56,11 +56,7 @@ DATA_SETS = {"demo": "demo_data", "real": "textVQA_groundingtask_bbox"}
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Compare every way to write an image's tokens at equal bytes.",
-        epilog="example:\n"
-        "  python -m experiments.compare_bytes --codec codecs/demo.safetensors --quick",
-    )
+    parser = cli.Parser(__doc__)
     what = parser.flags("what is compared")
     what("--codec", cli.file, nargs="+")(
         "of experiments.fit_codec, a plain one, one in a metric or both; without one only their "

@@ -1,7 +1,7 @@
 """Measure what a task's head makes of compressed tokens: its error against rank and bytes.
 
-    python -m experiments.evaluate_task --head saliency --metric metrics/saliency.safetensors
-    python -m experiments.evaluate_task --metric metrics/saliency.safetensors --head_steps 4
+    python -m experiments.evaluate_task --metric metrics/saliency.safetensors
+    python -m experiments.evaluate_task --metric my.safetensors --head_steps 4
 
 Writes results/<arch>/task_sweep.json and task_sweep.png: on the same test images the plain SVD, the
 SVD in the task's metric, the network, the network in the metric, fewer tokens at as many bytes, and
@@ -65,11 +65,7 @@ from training.checkpoint import load_model
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Measure what a task's head makes of compressed tokens.",
-        epilog="example:\n"
-        "  python -m experiments.evaluate_task --metric metrics/saliency.safetensors",
-    )
+    parser = cli.Parser(__doc__)
     task = parser.flags("head, metric and what is measured")
     task("--head", HEADS, "saliency", "whose output counts")
     task("--head_model")

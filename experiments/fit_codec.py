@@ -1,6 +1,6 @@
 """Fit the codec of factors: what all images of an encoder share, from training images alone.
 
-    python -m experiments.fit_codec                     # writes codecs/demo.safetensors
+    python -m experiments.fit_codec   # writes codecs/demo.safetensors
     python factorize.py --exact --codec codecs/demo.safetensors --step 1.3
 
 Two passes over the training images, one batch in memory at a time.
@@ -26,10 +26,7 @@ GOLDEN = 0.6180339887
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Fit the codec of factors on the training images of a feature cache.",
-        epilog="example:\n  python -m experiments.fit_codec --out codecs/demo.safetensors",
-    )
+    parser = cli.Parser(__doc__)
     codec = parser.flags("codec")
     codec("--cache_dir")
     codec("--metric", help="of experiments.estimate_metric: code X M^½")

@@ -1,8 +1,8 @@
-"""Run everything that a GPU is to tell us, in one call of at most nine minutes.
+"""Check and time every CUDA path, results against the CPU's, in one call of at most nine minutes.
 
-    python -m experiments.gpu_check --out gpu_check                  # on the machine with a GPU
-    python -m experiments.gpu_check --out check --sizes tiny         # rehearsal on any CPU
-    python -m experiments.gpu_check --out small --pack 8             # tokens to take along
+    python -m experiments.gpu_check --out gpu_check   # on the machine with a GPU
+    python -m experiments.gpu_check --out check --parts correctness --sizes tiny
+    python -m experiments.gpu_check --out small --pack 8   # tokens to take along
 
 Each part is a process with a time limit of its own; the next one starts whatever became of the
 last. Writes OUT/gpu_check.json and OUT/gpu_check.md. A part that lacks a library, a file or CUDA
@@ -42,12 +42,7 @@ PACKAGES = ("torch", "transformers", "numpy", "safetensors", "pyarrow", "constri
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Check and time every CUDA path in one call: results equal to the CPU's,\n"
-        "training, factorisations, extraction, language model, codec.",
-        epilog="examples:\n  python -m experiments.gpu_check --out gpu_check\n"
-        "  python -m experiments.gpu_check --out check --parts correctness --sizes tiny",
-    )
+    parser = cli.Parser(__doc__)
     what = parser.flags("what is run")
     what("--parts", PARTS, list(PARTS), ", ".join(PARTS), metavar="PART")
     sizes = ("auto", "full", "tiny")
@@ -108,7 +103,7 @@ def pack(args: argparse.Namespace, out: Path) -> int:
 
 
 def describe(device: torch.device) -> dict:
-    """Card, driver and versions, each beside what pyproject.toml pins."""
+    """Card, driver and versions."""
     found = dict(cli.environment(device)) | {"cuda": torch.version.cuda, "device_type": device.type}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -124,14 +119,6 @@ def describe(device: torch.device) -> dict:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "missing"
-    pinned = Path(__file__).resolve().parent.parent / "requirements.txt"
-    lines = pinned.read_text().splitlines() if pinned.exists() else []
-    pins = dict(line.split(" ")[0].split("==") for line in lines if "==" in line)
-    found["differs_from_requirements"] = [
-        f"{name} {found[name]}, pinned {pins[name]}"
-        for name in PACKAGES
-        if name in pins and found[name].split("+")[0] != pins[name].split("+")[0]
-    ]
     return found
 
 

