@@ -81,7 +81,8 @@ def main(args: argparse.Namespace) -> None:
         f"wrote {path}: {codec.nbytes / 1e6:.1f} MB, {codec.num_directions} directions, "
         f"{time.perf_counter() - start:.0f} s; sha256 {codec.sha256}"
     )
-    print(f"next: python factorize.py --exact --codec {path} --target_error 0.16")
+    again = cli.flags_again(args, "cache_dir", "device")
+    print(f"next: python factorize.py --exact --codec {path} --target_error 0.16{again}")
 
 
 if __name__ == "__main__":

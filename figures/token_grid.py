@@ -183,7 +183,7 @@ def spatial_error(
     """
     errors = {name: as_array(token_error[name]) for name in ("network", "svd")}
     apart = errors["network"] - errors["svd"]
-    figure = new_figure(11, 2.2 + 5.8 * _tall(grid), "compressed")
+    figure = new_figure(11, 3.4 + 4.6 * _tall(grid), "compressed")
     (picture, *above), (spread_ax, over, signed) = figure.subplots(2, 3)
     _photograph(picture, photo, box, grid, title=_caption(box))
     _inside_outside(spread_ax, errors, box, grid)
@@ -231,7 +231,7 @@ def rank_comparison(
     all maps of a block; info: title and footer.
     """
     wide = 1 + len(ranks)
-    figure = new_figure(3 + 1.95 * wide, 1.6 + 1.95 * _tall(grid) * len(blocks))
+    figure = new_figure(3 + 1.95 * wide, 1.6 + 1.95 * max(0.8, _tall(grid)) * len(blocks))
     columns = figure.add_gridspec(1, 2, width_ratios=[3, 1.95 * wide])
     picture = figure.add_subplot(columns[0], anchor="N")
     caption = _caption(box).replace(" and box", "\nand box")

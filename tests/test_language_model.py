@@ -105,13 +105,37 @@ def test_with_unchanged_tokens_the_answers_logits_are_the_whole_qwens_bit_for_bi
     assert not torch.equal(qwen_head.outputs(tokens.flip(1), torch.tensor([row])), expected)
 
 
+def test_an_image_of_any_grid_is_read_as_the_whole_qwen_reads_it(small_qwen, tiny_data, tmp_path):
+    argv = ["--model", small_qwen, "--dataset_dir", tiny_data, "--cache_dir", tmp_path / "cache"]
+    argv += ["--resize", "native", "--max_pixels", 24 * 28**2]
+    extract_features.main(cli.parse(extract_features.get_args_parser(), [str(a) for a in argv]))
+    dataset = RealQwenVLDataset(tmp_path / "cache")
+    head = load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
+    rows = [dataset.grids.index(grid) for grid in sorted(set(dataset.grids))]
+    assert len(rows) > 2
+    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(small_qwen).eval()
+    for row in rows:
+        tokens, (down, across) = dataset[[row]].float(), dataset.grids[row]
+        text = head.prompt(row) + head.reference_answer(row) + "<|im_end|>"
+        ids = head.tokenizer(text, return_tensors="pt")["input_ids"][:, :-1]
+        embedded = whole.get_input_embeddings()(ids)
+        embedded[ids == 3] = tokens[0]
+        thw = torch.tensor([[1, 2 * down, 2 * across]])
+        kinds = (ids == 3).int()
+        with torch.no_grad():
+            places = whole.model.get_rope_index(ids, kinds, image_grid_thw=thw)[0]
+            expected = whole(inputs_embeds=embedded, position_ids=places).logits[0]
+        logits = head.outputs(tokens, torch.tensor([row]))[0]
+        assert torch.allclose(logits, expected[-len(logits) :], atol=1e-4), (down, across)
+
+
 def test_the_greedy_answer_is_the_argmax_of_one_forward_after_another(qwen_head, qwen_cache):
     dataset, row = RealQwenVLDataset(qwen_cache), 4
     tokens = dataset[[row]].float()
     ids, end = qwen_head._ids(qwen_head.prompt(row)), qwen_head._ids("<|im_end|>")
     new = []
     for _ in range(4):
-        logits = qwen_head.model(**qwen_head._inputs(ids, tokens[0])).logits[0, -1]
+        logits = qwen_head.model(**qwen_head._inputs(ids, tokens[0], row)).logits[0, -1]
         ids = torch.cat([ids, logits.argmax()[None]])
         new.append(int(ids[-1]))
         if new[-1] == end:

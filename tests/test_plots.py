@@ -262,7 +262,7 @@ def test_the_box_lies_on_photograph_and_maps_where_the_text_is(tmp_path, errors,
         for patch in ax.patches
         if patch.get_path_effects()
     ]
-    assert boxes == [BOX] + [(1.0, 2.0, 2.0, 1.0)] * 4
+    assert boxes == [(1.0, 2.0, 2.0, 1.0)] * 5  # all in the grid's units
     labels = [t.get_text() for t in drawn[0].axes[3].get_xticklabels()]
     assert labels == ["in the box\n(2 tokens)", "outside\n(14 tokens)"]
     means = [line.get_ydata()[0] for line in drawn[0].axes[3].lines if len(line.get_ydata()) == 1]
