@@ -189,8 +189,10 @@ def test_a_probe_does_not_depend_on_the_longest_answer_of_its_batch(qwen_head, q
         lengths.setdefault(len(qwen_head._wanted(row)), row)
     short, long = lengths[min(lengths)], lengths[max(lengths)]
     assert min(lengths) < max(lengths)
-    loaders = (BatchLoader(dataset, torch.tensor(rows), 2, torch.device("cpu"))
-               for rows in ([short], [short, long]))  # fmt: skip
+    loaders = (
+        BatchLoader(dataset, torch.tensor(rows), 2, torch.device("cpu"))
+        for rows in ([short], [short, long])
+    )
     alone, beside = (probe_gradients(qwen_head, next(iter(loader)), 0, 1) for loader in loaders)
     assert torch.allclose(alone[0], beside[0], rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
 
@@ -337,17 +339,41 @@ def test_every_step_runs_end_to_end_on_qwens_own_head(qwen_cache, script, tmp_pa
     done = script("experiments.estimate_metric", *options, "--probes", 1, "--out", path)
     assert done.returncode == 0, done.stderr
     files = ["--results_dir", tmp_path / "task", "--log_dir", tmp_path / "log"]
-    done = script("train_real_data.py", "--cache_dir", qwen_cache, "--task_head", "qwen-answer",
-                  "--metric", path, "--rank", 4, "--epochs", 1,
-                  *files)  # fmt: skip
+    done = script(
+        "train_real_data.py",
+        "--cache_dir",
+        qwen_cache,
+        "--task_head",
+        "qwen-answer",
+        "--metric",
+        path,
+        "--rank",
+        4,
+        "--epochs",
+        1,
+        *files,
+    )
     assert done.returncode == 0, done.stderr
     assert "val_task_error" in done.stdout
     history = json.loads((tmp_path / "task" / "ResMLP" / "history.json").read_text())
     assert history[-1]["val_task_loss"] > 0
     done = script(
-        "experiments.evaluate_task", *options, "--metric", path, "--ranks", 2, 4, "--head_steps", 1,
-        "--answers", "--boxes", "--task_results_dir", tmp_path / "task", "--results_dir", tmp_path,
-    )  # fmt: skip
+        "experiments.evaluate_task",
+        *options,
+        "--metric",
+        path,
+        "--ranks",
+        2,
+        4,
+        "--head_steps",
+        1,
+        "--answers",
+        "--boxes",
+        "--task_results_dir",
+        tmp_path / "task",
+        "--results_dir",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())
     assert results["head"] == "qwen-answer" and "KL divergence" in results["loss_name"]
