@@ -1,8 +1,8 @@
 """Compare a trained network with the truncated SVD and other references on held-out images.
 
-    python compare_svd_nn.py --arch ResMLP              # at every rank up to the trained one
-    python compare_svd_nn.py --arch ResMLP --rank 64    # the same model, figures at rank 64
-    python compare_svd_nn.py --target_error 0.06        # and: its own rank for each image
+    python compare_svd_nn.py --arch ResMLP   # at every rank up to the trained one
+    python compare_svd_nn.py --arch ResMLP --rank 64   # figures at 64
+    python compare_svd_nn.py --target_error 0.06   # a rank for each image
 
 Writes results/<arch>/svd_nn_comparison.json, svd_nn_comparison.png and rank_sweep.png; with
 --target_error or --mean_rank also rank_per_image.png, what ranks that differ gain over one fixed
@@ -61,10 +61,7 @@ Method = Callable[[Batch, int], Factors]
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Compare a trained network with the truncated SVD on held-out images.",
-        epilog="example:\n  python compare_svd_nn.py --arch ResMLP --rank 64",
-    )
+    parser = cli.Parser(__doc__)
     what = parser.flags("what is compared")
     what("--arch")
     ranks = what.one_of()

@@ -1,14 +1,15 @@
 """Encode a data set's images into vision tokens, once, as a feature cache.
 
-    python -m experiments.make_demo_data && python extract_features.py --demo  # minutes, 2 cores
-    python extract_features.py --dataset_dir textVQA_groundingtask_bbox  # Qwen2.5-VL-3B's tower
-    python extract_features.py --dataset_dir folder_of_jpegs             # the same, plain images
-    python extract_features.py --import_pt old_cache                     # features_<i>.pt files
+    python -m experiments.make_demo_data && python extract_features.py --demo
+    python extract_features.py --dataset_dir textVQA_groundingtask_bbox
+    python extract_features.py --dataset_dir folder_of_jpegs   # plain images
+    python extract_features.py --import_pt old_cache   # features_<i>.pt files
+    torchrun --nproc_per_node 2 extract_features.py --demo   # two processes
 
 Writes --cache_dir (feature_cache_real/): bfloat16 features [T, D] an image in safetensors shards,
 a table of rows (question, answers, box, thumbnail), the singular values of every normalised X, and
 last of all manifest.json. Interrupted, the same command goes on with the first missing image.
-`torchrun --nproc_per_node N extract_features.py …` encodes in N processes, into the same bytes.
+Several processes write the same bytes as one.
 """
 
 from __future__ import annotations
@@ -44,12 +45,7 @@ NAMES_SHOWN = 5
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Encode images into a feature cache of vision tokens.",
-        epilog="examples:\n"
-        "  python -m experiments.make_demo_data && python extract_features.py --demo\n"
-        "  torchrun --nproc_per_node 2 extract_features.py --demo   # two processes",
-    )
+    parser = cli.Parser(__doc__)
     data = parser.flags("data")
     data("--dataset_dir", cli.folder)(
         "folder with *.parquet, with data/*.parquet in it, or with images in it and below"

@@ -1,12 +1,13 @@
 """Write the factors A and B of every image of a feature cache, with a trained network.
 
-    python factorize.py --arch ResMLP --rank 64              # every image at rank 64
-    python factorize.py --arch ResMLP --target_error 0.05    # each at the smallest rank that does
+    python factorize.py --arch ResMLP --rank 64   # every image at rank 64
+    python factorize.py --arch ResMLP --target_error 0.1 --dtype int8
+    torchrun --nproc_per_node 2 factorize.py --arch ResMLP   # two processes
 
 Writes factors/<arch>/ (format: coding/factor_files.py), from which `load_factors` gives
 tokens back in the encoder's own units. Interrupted, the same command goes on. All reported errors
-are of what was stored, after rounding to --dtype. `torchrun --nproc_per_node N factorize.py …`
-shares the images between N processes, into the same bytes.
+are of what was stored, after rounding to --dtype. Several processes share the images, into the same
+bytes.
 """
 
 from __future__ import annotations
@@ -47,12 +48,7 @@ TRIED_FIRST = 4  # images whose target is tried before anything is written
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Write the factors A and B of every image of a feature cache.",
-        epilog="examples:\n  python factorize.py --arch ResMLP --rank 64\n"
-        "  python factorize.py --arch ResMLP --target_error 0.1 --dtype int8\n"
-        "  torchrun --nproc_per_node 2 factorize.py --arch ResMLP   # two processes",
-    )
+    parser = cli.Parser(__doc__)
     what = parser.flags("factors")
     what("--arch")
     ranks = what.one_of()

@@ -179,6 +179,10 @@ class RealQwenVLDataset(Dataset):
         """Mean T of these images; an int where it is a whole number."""
         return statistics.mean(math.prod(self.grids[row]) for row in rows)
 
+    def of_main_grid(self, rows: Tensor) -> Tensor:
+        """Those of rows [n] int64 whose image has the most frequent grid."""
+        return rows[[self.grids[row] == self.grid for row in rows.tolist()]] if len(rows) else rows
+
     def image_record(self, row: int) -> dict:
         """Question, answers, bbox, width, height, group … of one row, as a dict."""
         return self.rows.slice(row, 1).to_pylist()[0]
@@ -413,3 +417,24 @@ def create_data_loaders_real(
         BatchLoader(dataset, validation, batch_size, device),
         BatchLoader(dataset, split.test, batch_size, device),
     )
+
+
+def of_one_grid(loaders: Loaders) -> Loaders:
+    """The loaders with images of the cache's most frequent grid alone, and a note that says so.
+
+    For measurements that need matrices of one shape. Raises UserError where a part has none.
+    """
+    dataset = loaders.test.dataset
+    if not dataset.ragged:
+        return loaders
+    parts, grid = [], "{} × {}".format(*dataset.grid)
+    for name, loader in zip(loaders._fields, loaders, strict=True):
+        parts.append(loader.only(dataset.of_main_grid(loader.sampler.rows)))
+        if not parts[-1].num_images:
+            raise UserError(
+                f"{dataset.cache_dir} has no {name} image of its most frequent grid, {grid}: "
+                "name a cache made with extract_features.py --resize stretch or pad"
+            )
+    counts = f"{parts[2].num_images} of {loaders.test.num_images} test images"
+    print(f"note: images of {grid} tokens only, {counts}: matrices of one shape are compared")
+    return Loaders(*parts)

@@ -242,9 +242,14 @@ def refine(sketch: Tensor, x: Tensor, shifts: Tensor, columns: int, ordered: boo
 
 
 def project(
-    sketch: Tensor, x: Tensor, shifts: Tensor, rank: int, ordered: bool, gate: Tensor | None,
+    sketch: Tensor,
+    x: Tensor,
+    shifts: Tensor,
+    rank: int,
+    ordered: bool,
+    gate: Tensor | None,
     ridge: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """A = U · gate [b, T, r'] and B = Uᵀ X / (1 + λ) [b, r', D], U by `refine` from the sketch.
 
     Args: gate [r] with r ≥ r', or None; ridge λ: B is argmin ‖X − U B‖² + λ ‖B‖².
@@ -265,9 +270,14 @@ class Errors(NamedTuple):
 
 
 def projected_errors(
-    sketch: Tensor, x: Tensor, shifts: Tensor, rank: int, gate: Tensor | None, ridge: float,
+    sketch: Tensor,
+    x: Tensor,
+    shifts: Tensor,
+    rank: int,
+    gate: Tensor | None,
+    ridge: float,
     energy: Tensor,
-) -> Errors:  # fmt: skip
+) -> Errors:
     """Of the factors of `project`, without forming A·B; energy ‖X‖² [b] float64.
 
     U orthonormal, B = UᵀX / (1 + λ), A = U diag(g):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Environment, data, training, comparison, figures, an overview of the architectures.
 #
-#   ./train.sh                                   the whole path for one architecture, on the cache
+#   ./train.sh [--cache_dir feature_cache_real]  the whole path for one architecture, on the cache
 #                                                that is there or on demo data: minutes on two CPU
 #                                                cores. The demo's network is trained for its task.
 #                                                Ends with what was found, in five lines
@@ -29,16 +29,14 @@ case " $* " in
 esac
 
 archs=${ARCHS:-ResMLP}
-whole_path=
-if [[ $# -eq 0 ]]; then
-    whole_path=yes
-elif [[ $1 =~ ^[0-9] ]]; then
+if [[ ${1-} =~ ^[0-9] ]]; then
     set -- --batch_size "$1" --epochs "${2:-200}" --lr "${3:-0.0001}" --rank "${4:-128}" \
         --lambda_B "${5:-0.0001}" --lambda_ortho "${6:-0.001}" --results_dir "${7:-results}"
 fi
 
-# flags that the comparison and the figures share with the training
-shared=()
+# flags that the comparison and the figures share with the training; where there is no other, the
+# whole path is walked
+shared=() whole_path=yes
 results_dir=results cache_dir=feature_cache_real log_dir=log
 arguments=("$@")
 for ((i = 0; i < $#; i++)); do
@@ -49,7 +47,9 @@ for ((i = 0; i < $#; i++)); do
         [[ $flag == --log_dir ]] && log_dir=$value || shared+=("$flag" "$value")
         [[ $flag == --results_dir ]] && results_dir=$value
         [[ $flag == --cache_dir ]] && cache_dir=$value
+        [[ ${arguments[i]} == *=* ]] || i=$((i + 1))
         ;;
+    *) whole_path= ;;
     esac
 done
 
@@ -68,10 +68,10 @@ fi
 if [[ $whole_path ]]; then
     if grep -q '"id": "demo' "$cache_dir/manifest.json"; then
         # through the saliency head that reads this encoder's tokens: a minute an epoch
-        set -- --task_head saliency --batch_size 4 --lr 3e-4 --epochs 3
+        set -- "$@" --task_head saliency --batch_size 4 --lr 3e-4 --epochs 3
     else
         echo "in the Frobenius norm; for a task's see docs/task_and_bytes.md (--head qwen-answer)"
-        set -- --epochs 10
+        set -- "$@" --epochs 10
     fi
     arguments=("$@")
 fi

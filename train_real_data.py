@@ -1,16 +1,15 @@
 """Train a network that factors vision tokens, X ≈ A·B, from a feature cache.
 
-    python train_real_data.py --arch ResMLP --epochs 500 --lr 1e-4 --rank 128   # the full training
-    python train_real_data.py --arch ResMLP --epochs 3                          # CPU-sized
+    python train_real_data.py --arch ResMLP --epochs 500 --lr 1e-4 --rank 128
+    python train_real_data.py --arch ResMLP --epochs 3   # minutes on a CPU
+    python train_real_data.py --arch ResMLP --resume --epochs 100
+    torchrun --nproc_per_node 2 train_real_data.py --batch_size 4   # 8 a step
 
 Writes results/<arch>/: best_model.pt, last_model.pt, history.json, test_results.json and four
 figures; log/logs_<timestamp>/: config.json, training.log, final_summary.json. Goes on with --resume
 (from the best model, --epochs more) or --resume last (exactly where an interrupted run was).
-
-    torchrun --nproc_per_node 2 train_real_data.py --batch_size 4
-
-trains in two processes that share every step's 2 · 4 images (gradients averaged over images, so the
-losses are those of one process with --batch_size 8, up to rounding and to dropout's masks).
+Processes share every step's images, --batch_size each (gradients averaged over images, so the
+losses are those of one process with all of them, up to rounding and to dropout's masks).
 """
 
 from __future__ import annotations
@@ -49,13 +48,7 @@ CHECK_EVERY = 50  # steps between looks at the non-finite flag, each a wait for 
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Train a network that factors vision tokens, X ≈ A·B at rank r.",
-        epilog="examples:\n"
-        "  python train_real_data.py --arch ResMLP --epochs 500 --rank 128\n"
-        "  python train_real_data.py --arch ResMLP --resume --epochs 100\n"
-        "  torchrun --nproc_per_node 2 train_real_data.py --batch_size 4   # 8 a step",
-    )
+    parser = cli.Parser(__doc__)
     where = parser.flags("files")
     where("--cache_dir")
     where("--results_dir", help="results go to its <arch>/ folder")

@@ -1,7 +1,7 @@
 """Draw what a trained network and the truncated SVD keep and lose of one image.
 
-    python visualize_svd_nn.py --arch ResMLP                 # the first test image
-    python visualize_svd_nn.py --arch ResMLP --image_idx 0   # row 0 of the cache
+    python visualize_svd_nn.py --arch ResMLP   # the first test image
+    python visualize_svd_nn.py --arch ResMLP --rank 32 --image_idx 0   # row 0
 
 Writes into results/<arch>/: image_<i>_spatial_channel_comparison.png,
 image_<i>_spatial_error_comparison.png, image_<i>_rank_comparison.png (of more than one row of
@@ -41,10 +41,7 @@ CHANNELS = 8  # the first ones, the same in every image; and those of most and o
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Draw what network and SVD keep of one image on the grid of its tokens.",
-        epilog="example:\n  python visualize_svd_nn.py --arch ResMLP --rank 32 --image_idx 0",
-    )
+    parser = cli.Parser(__doc__)
     what = parser.flags("what is drawn")
     what("--arch")
     what("--rank")

@@ -12,6 +12,7 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,13 +105,18 @@ _STORAGE_ERRORS |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # a file where a
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are one line and whose help shows defaults and line breaks."""
+    """ArgumentParser whose errors are one line and whose help shows defaults and line breaks.
 
-    def __init__(self, *, description: str, epilog: str = "") -> None:
+    doc: the script's docstring: what it does in the first line, and indented lines as examples.
+    """
+
+    def __init__(self, doc: str | None) -> None:
+        first, *lines = (doc or "").split("\n")  # python -OO leaves none
+        examples = [line[2:] for line in lines if line.startswith("    ")]
         super().__init__(
             prog=_program(),
-            description=description,
-            epilog=epilog,
+            description=textwrap.fill(first, 80, break_on_hyphens=False),
+            epilog="\n".join(["examples:", *examples]),
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )

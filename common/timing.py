@@ -36,11 +36,7 @@ def time_in_turn(
     seconds: list[list[float]] = [[] for _ in calls]
     for repeat in range(repeats):
         for i in list(range(len(calls)))[:: -1 if repeat % 2 else 1]:
-            synchronise(device)
-            start = time.perf_counter()
-            calls[i]()
-            synchronise(device)
-            seconds[i].append(time.perf_counter() - start)
+            seconds[i].append(seconds_of(calls[i], device))
     return [Timing(*pair) for pair in zip(seconds, peaks, strict=True)]
 
 
@@ -55,6 +51,15 @@ def warm_up(call: Callable[[], object], device: torch.device) -> float | None:
     call()
     synchronise(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock time of one call, until the device has done it."""
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
 
 
 def synchronise(device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """Measure what learning buys: sketch × shifts × steps × columns, error and time of each.
 
-    python -m experiments.ablate --rank 128        # the whole table, three seeds
-    python -m experiments.ablate --rank 32 --refine_steps 0 1 --oversample 32 --seeds 1  # minutes
+    python -m experiments.ablate --rank 128   # the whole table, three seeds
+    python -m experiments.ablate --rank 32 --refine_steps 0 1   # quicker
 
 Trains each sketch briefly from the same start and data, keeps its best epoch on validation images,
 and measures the excess on validation and test images and the time of one matrix, all settings in
@@ -32,7 +32,14 @@ from common.timing import time_in_turn
 from experiments.contenders import check_one_grid
 from figures import error_against_time
 from model import LowRankFactorModel, LowRankProjMLP, LowRankProjSymmetric
-from qwenvl_dataloader import Loaders, RealQwenVLDataset, create_data_loaders_real, normalise
+from qwenvl_dataloader import (
+    BatchLoader,
+    Loaders,
+    RealQwenVLDataset,
+    create_data_loaders_real,
+    normalise,
+    of_one_grid,
+)
 from subspace import even_features, pivoted_features
 from svd_baseline import evaluate, gain, gram_eigh, interval_95, second_moment
 from training.state import SHIFT_LR_FACTOR
@@ -43,10 +50,7 @@ SKETCHES = (*UNTRAINED, "linear", "ResMLP", "MLP")
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Measure what learning buys: error and time of random and trained sketches.",
-        epilog="example:\n  python -m experiments.ablate --rank 32 --refine_steps 0 1",
-    )
+    parser = cli.Parser(__doc__)
     grid = parser.flags("what is compared")
     grid("--rank", default=128, help="of A·B")
     grid("--sketches", SKETCHES, list(SKETCHES), metavar="SKETCH")(
@@ -104,13 +108,9 @@ def build(
     """The untrained model, drawn from torch's generator; seen: features of those to be trained."""
     config = {"input_dim": dataset.feature_dim, "num_tokens": dataset.num_tokens, "rank": rank}
     config |= {"refine_steps": setting.steps, "oversample": setting.oversample, "lambda_B": 0.0}
-    model = {
-        "random": lambda: RandomSketch(from_rows=True, **config),
-        "columns": lambda: RandomSketch(**config),
-        "linear": lambda: RandomSketch(trained=True, **config),
-        "ResMLP": lambda: LowRankProjSymmetric(**config),
-        "MLP": lambda: LowRankProjMLP(**config),
-    }[setting.sketch]()
+    own = {"random": {"from_rows": True}, "linear": {"trained": True}}.get(setting.sketch, {})
+    networks = {"ResMLP": LowRankProjSymmetric, "MLP": LowRankProjMLP}
+    model = networks.get(setting.sketch, RandomSketch)(**own, **config)
     if setting.sketch not in UNTRAINED:
         model.see_features(seen)
     return model
@@ -127,7 +127,7 @@ def train(
     optimizer = torch.optim.Adam([{"params": weights}, shifts] if weights else [shifts], lr=args.lr)
     total = args.epochs * len(loaders.train)
     falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1.0 / total, total)
-    best, best_model = _mean_excess(model, loaders), copy.deepcopy(model)
+    best, best_model = float(excess_of(model, loaders.val).nanmean()), copy.deepcopy(model)
     for epoch in range(1, args.epochs + 1):
         loaders.train.set_epoch(epoch + 1000 * seed)
         for batch in loaders.train:
@@ -136,15 +136,15 @@ def train(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             falling.step()
-        excess = _mean_excess(model, loaders)
+        excess = float(excess_of(model, loaders.val).nanmean())
         if excess < best:
             best, best_model = excess, copy.deepcopy(model)
     return best_model
 
 
-def _mean_excess(model: LowRankFactorModel, loaders: Loaders) -> float:
-    metrics = evaluate(lambda x: model(x, ordered=False), loaders.val)
-    return float(metrics["excess_pct"].nanmean())
+def excess_of(model: LowRankFactorModel, loader: BatchLoader) -> Tensor:
+    """Of each image, per cent, [n] float64."""
+    return evaluate(lambda x: model(x, ordered=False), loader)["excess_pct"]
 
 
 def run_setting(
@@ -164,8 +164,7 @@ def run_setting(
         run = setting._asdict() | {"shifts": name, "seed": seed}
         run["shift_values"] = model.shifts.tolist()
         for key, loader in (("val_excess_pct", loaders.val), ("excess_pct", loaders.test)):
-            metrics = evaluate(lambda x: model(x, ordered=False), loader)
-            run[key] = [round(float(value), 7) for value in metrics["excess_pct"]]
+            run[key] = [round(float(value), 7) for value in excess_of(model, loader)]
         yield run
 
 
@@ -274,7 +273,7 @@ def main(args: argparse.Namespace) -> None:
     if args.rank + max(args.oversample) > limit:
         flags = f"--rank {args.rank} and --oversample {max(args.oversample)}"
         raise UserError(f"{flags} are more than the {limit} columns there can be: lower one")
-    loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
+    loaders = of_one_grid(create_data_loaders_real(dataset, args.batch_size, device=device))
     path = Path(args.results_dir) / f"ablation_rank{args.rank}.json"
     trained_with = {"data": dataset.label, "split": dataset.split.hash, "rank": args.rank}
     trained_with |= {"epochs": args.epochs, "lr": args.lr, "batch_size": args.batch_size}
@@ -286,7 +285,6 @@ def main(args: argparse.Namespace) -> None:
     todo = [(s, seed) for seed in range(args.seeds) for s in settings if (*s, seed) not in done]
     moment = second_moment(batch.x for batch in loaders.train)
     seen = pivoted_features(moment, len(even_features(dataset.feature_dim, dataset.num_tokens)))
-    path.parent.mkdir(parents=True, exist_ok=True)
     for setting, seed in progress.over(todo, "training and test", "sketches"):
         runs += run_setting(setting, seed, loaders, seen, args)
         write_json(path, {"trained_with": trained_with, "runs": runs})
@@ -302,10 +300,8 @@ def main(args: argparse.Namespace) -> None:
     write_json(path, {"trained_with": trained_with, **found, "runs": runs})
     footer = f"{dataset.label}; {environment['device']}, {args.threads} CPU thread(s), batch "
     footer += f"{args.batch_size}; {loaders.test.num_images} test images, {args.seeds} seeds"
-    error_against_time.ablation(
-        path.with_suffix(".png"), records, gains, exact_ms, args.rank, footer
-    )
     png = path.with_suffix(".png")
+    error_against_time.ablation(png, records, gains, exact_ms, args.rank, footer)
     print(f"wrote {path} and {png.name}: look at {png}")
 
 

@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark          # 5 ranks, batch 8, one CPU thread
     python -m experiments.benchmark --ranks 128 --batch_size 8 256 --device cuda
-    python -m experiments.benchmark --tokens 256 529 1369 4096    # time against T; 16384 takes long
+    python -m experiments.benchmark --tokens 256 529 1369 4096   # time against T
 
 Writes results/benchmark.json and benchmark.png (error above the optimum against time). All methods
 form A and B of the same matrices at the same rank, in one run: every repeat times each method once,
@@ -31,16 +31,19 @@ from experiments.contenders import (
     trained_networks,
 )
 from figures import error_against_time
-from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real, normalise
+from qwenvl_dataloader import (
+    BatchLoader,
+    RealQwenVLDataset,
+    create_data_loaders_real,
+    normalise,
+    of_one_grid,
+)
 from svd_baseline import evaluate, summarise
 from task.metric import load_metric
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Measure cost and error of every factorisation: networks and references.",
-        epilog="example:\n  python -m experiments.benchmark --ranks 32 128 --batch_size 8",
-    )
+    parser = cli.Parser(__doc__)
     what = parser.flags("what is measured")
     what.switch("--quality", "only the error, on all test images (neither flag: both)")
     what.switch("--speed", "only the time (neither flag: both)")
@@ -72,7 +75,7 @@ def main(args: argparse.Namespace) -> None:
     if args.metric:
         in_metric_too = contenders_in_metric(networks, load_metric(args.metric, dataset), device)
     batches = sorted(set(args.batch_sizes))
-    loaders = create_data_loaders_real(dataset, batches[0], device=device)
+    loaders = of_one_grid(create_data_loaders_real(dataset, batches[0], device=device))
     environment = describe(args, device, dataset, loaders.test.num_images)
     footer = f"{dataset.label}; {environment['device']}, {args.threads} CPU thread(s), torch "
     footer += f"{torch.__version__}; error: {loaders.test.num_images} test images"
@@ -92,7 +95,6 @@ def main(args: argparse.Namespace) -> None:
         if r <= contender.max_rank
     ]
     print_table(records)
-    results_dir.mkdir(parents=True, exist_ok=True)
     write_json(results_dir / "benchmark.json", {"environment": environment, "records": records})
     written = f"{results_dir}/benchmark.json"
     if quality and speed:

@@ -22,7 +22,6 @@ from torch import Tensor
 from common import cli, progress
 from common.errors import UserError
 from common.files import locate, write_json
-from common.grids import Grid
 from common.tables import print_columns
 from common.timing import peak_tensor_mb, time_in_turn
 from experiments.make_demo_data import PHOTOGRAPHS
@@ -75,15 +74,13 @@ def main(args: argparse.Namespace) -> None:
             found = measure(methods(networks[r], side, r), x, r, repeats)
             records += [{"tokens": side**2, "source": source, "rank": r, **f} for f in found]
     growth = exponents(records)
-    environment = cli.environment(device) | {
-        "cores": torch.multiprocessing.cpu_count(), "feature_dim": encoder.feature_dim,
-        "encoder": encoder.id, "network": name, "repeats": repeats,
-    }  # fmt: skip
+    environment = cli.environment(device) | {"cores": torch.multiprocessing.cpu_count()}
+    environment |= {"encoder": encoder.id, "feature_dim": encoder.feature_dim}
+    environment |= {"network": name, "repeats": repeats}
     print_table(records, growth)
     for line in (lines := verdicts(records)):
         print(line)
     results_dir = Path(args.results_dir)
-    results_dir.mkdir(parents=True, exist_ok=True)
     found = {"environment": environment, "exponents": growth, "records": records}
     write_json(results_dir / "benchmark_tokens.json", found)
     sources = {r["tokens"]: r["source"] for r in records}
@@ -192,10 +189,10 @@ def networks_of(
 
 def methods(network: LowRankFactorModel, side: int, rank: int) -> dict[str, Method]:
     """Name → method; what one draws or interpolates once for a grid is made before the clock."""
-    grid, columns = (side, side), network.sketch_columns(rank)
+    grid, columns = (side, side), min(network.sketch_columns(rank), side**2)
     found = {
         "network": lambda x, r: network(x, r, ordered=False, grid=grid),
-        "random_sketch": fresh_sketch(grid, columns, network.refine_steps),
+        "random_sketch": fresh_sketch(side**2, columns, network.refine_steps),
         "svd_lowrank": randomized_svd,
         "gram_eigh_f32": lambda x, r: gram_eigh(x, r, torch.float32),
         "gram_eigh_f64": gram_eigh,
@@ -203,10 +200,9 @@ def methods(network: LowRankFactorModel, side: int, rank: int) -> dict[str, Meth
     return found | ({"svd": truncated_svd} if side**2 <= SVD_UP_TO else {})
 
 
-def fresh_sketch(grid: Grid, columns: int, steps: int) -> Method:
+def fresh_sketch(tokens: int, columns: int, steps: int) -> Method:
     """Y = X Xᵀ Ω with Gaussian Ω [T, c], refined and finished as a network's sketch is."""
-    tokens = math.prod(grid)
-    omega = torch.randn(tokens, min(columns, tokens), generator=torch.Generator().manual_seed(1))
+    omega = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
     shifts = start_shifts(steps)
 
     def factorise(x: Tensor, rank: int) -> Factors:
@@ -235,10 +231,9 @@ def measure(methods: dict[str, Method], x: Tensor, rank: int, repeats: int) -> l
         ]
         ms = np.asarray(timing.seconds) * 1e3
         peak = timing.peak_mb if x.is_cuda else peak_tensor_mb(call)
-        records.append({
-            "method": name, "ms_median": float(np.median(ms)), "ms": ms.tolist(),
-            "peak_mb": peak, "excess_mean": float(torch.cat(excess).mean()), "pictures": len(x),
-        })  # fmt: skip
+        record = {"method": name, "ms_median": float(np.median(ms)), "ms": ms.tolist()}
+        record |= {"peak_mb": peak, "excess_mean": float(torch.cat(excess).mean())}
+        records.append(record | {"pictures": len(x)})
     return records
 
 
@@ -260,8 +255,8 @@ def print_table(records: list[dict], growth: list[dict]) -> None:
     rows = [("method", "rank", "T", "ms", "peak MB", "excess %", "of")]
     for r in sorted(records, key=lambda r: (r["rank"], r["tokens"])):
         peak = "-" if r["peak_mb"] is None else f"{r['peak_mb']:.0f}"
-        rows.append((r["method"], r["rank"], r["tokens"], f"{r['ms_median']:.1f}", peak,
-                     f"{r['excess_mean']:.4f}", r["source"]))  # fmt: skip
+        numbers = f"{r['ms_median']:.1f}", peak, f"{r['excess_mean']:.4f}"
+        rows.append((r["method"], r["rank"], r["tokens"], *numbers, r["source"]))
     rows += [
         (g["method"], g["rank"], "growth", f"T^{g['exponent']:.2f}", "", "", "") for g in growth
     ]
@@ -273,9 +268,9 @@ def verdicts(records: list[dict]) -> list[str]:
     lines = []
     for tokens, rank in sorted({(r["tokens"], r["rank"]) for r in records}):
         of = {r["method"]: r for r in records if (r["tokens"], r["rank"]) == (tokens, rank)}
-        exact = [m for m in ("gram_eigh_f32", "gram_eigh_f64", "svd")
-                 if m in of and of[m]["excess_mean"] <= NEAR_PCT]  # fmt: skip
-        fastest = min(exact, key=lambda m: of[m]["ms_median"])
+        exact = {"gram_eigh_f32", "gram_eigh_f64", "svd"} & of.keys()
+        near = [m for m in sorted(exact) if of[m]["excess_mean"] <= NEAR_PCT]
+        fastest = min(near, key=lambda m: of[m]["ms_median"])
         own, other = of["network"], of["svd_lowrank"]
         lines.append(
             f"T = {tokens}, rank {rank}: the network is "

@@ -56,11 +56,7 @@ DATA_SETS = {"demo": "demo_data", "real": "textVQA_groundingtask_bbox"}
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Compare every way to write an image's tokens at equal bytes.",
-        epilog="example:\n"
-        "  python -m experiments.compare_bytes --codec codecs/demo.safetensors --quick",
-    )
+    parser = cli.Parser(__doc__)
     what = parser.flags("what is compared")
     what("--codec", cli.file, nargs="+")(
         "of experiments.fit_codec, a plain one, one in a metric or both; without one only their "
@@ -92,6 +88,7 @@ def main(args: argparse.Namespace) -> None:
     rows = test_rows(dataset, args.images or (QUICK_IMAGES if args.quick else None))
     groups = dataset.rows["group"].take(rows).to_pylist()
     footer = f"{dataset.label}; {len(rows)} test images of {len(set(groups))} groups"
+    footer += ", {} × {} tokens each".format(*dataset.grid) if dataset.ragged else ""
     print(footer + (f"; head {head.name}" if head else "; no head reads these tokens"))
     paths = args.codec or []
     codecs = load_codecs(paths, dataset)
@@ -131,7 +128,12 @@ def main(args: argparse.Namespace) -> None:
 
 def test_rows(dataset: RealQwenVLDataset, most: int | None) -> list[int]:
     """Rows of the test split, or `most` of them at even distances, so that all groups have some."""
-    rows = dataset.split.test.tolist()
+    rows = dataset.of_main_grid(dataset.split.test).tolist()
+    if not rows:
+        raise UserError(
+            f"{dataset.cache_dir} has no test image of its most frequent grid: name a cache made "
+            "with extract_features.py --resize stretch or pad"
+        )
     if most is None or most >= len(rows):
         return rows
     return [rows[i * len(rows) // most] for i in range(most)]
@@ -184,7 +186,8 @@ def every_rival(
         rivals.TokensDropped(shape, grid),
     ]
     for codec in codecs:
-        train = progress.over(dataset.split.train.split(8), "variances of coefficients", "batches")
+        train = dataset.of_main_grid(dataset.split.train).split(8)
+        train = progress.over(train, "variances of coefficients", "batches")
         batches = (dataset[rows] for rows in train)
         found += [Coded(codec, grid, statistics), KltDct(codec, grid, statistics, batches)]
         if has_metric(codec):
@@ -206,6 +209,8 @@ def every_rival(
             rival.knobs = thinned(rival.knobs[1:-1], QUICK_KNOBS)
         return found
     loader = create_data_loaders_real(dataset, device=device).train
+    if dataset.ragged:
+        loader = loader.only(dataset.of_main_grid(dataset.split.train))
     basis = fit_token_basis(loader.with_progress("basis of training tokens"), loader.num_images)
     found += [PcaDeflate(shape, basis, statistics), ProductQuantiser(shape, basis, statistics)]
     return found + picture_rivals(args, dataset, rows, device)
@@ -222,6 +227,9 @@ def picture_rivals(
     args: argparse.Namespace, dataset: RealQwenVLDataset, rows: list[int], device: torch.device
 ) -> list[Rival]:
     """JPEG and WebP of the encoder's input, where the cache's own pictures and encoder are."""
+    if dataset.ragged:
+        print("note: no JPEG and WebP of a native-resolution cache: use one of --resize stretch")
+        return []
     kind = dataset.manifest["kind"]
     folder = Path(args.dataset_dir or DATA_SETS.get(kind, ""))
     if not args.dataset_dir and (kind not in DATA_SETS or not folder.is_dir()):

@@ -1,7 +1,8 @@
 """Estimate the metric of a task: which features of the tokens a head's output depends on.
 
-    python -m experiments.estimate_metric --head saliency
+    python -m experiments.estimate_metric --head saliency --probes 3
     python -m experiments.estimate_metric --head qwen-answer
+
 Writes metrics/<head>.safetensors, for --metric of the other scripts (format: task/metric.py). The
 gradients are those of training images; the shrinkage is the one with the least task error on
 validation images. Test images are not looked at. What is done is written every minute to
@@ -45,10 +46,7 @@ SAVE_EVERY = 60  # seconds between writes of the sums so far, D² float64 each
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Estimate which features of the tokens a head's output depends on.",
-        epilog="example:\n  python -m experiments.estimate_metric --head saliency --probes 3",
-    )
+    parser = cli.Parser(__doc__)
     task = parser.flags("head, metric and what is measured")
     task("--head", HEADS, "saliency", "whose output counts")
     task("--head_model")

@@ -1,7 +1,7 @@
 """Measure what a task's head makes of compressed tokens: its error against rank and bytes.
 
-    python -m experiments.evaluate_task --head saliency --metric metrics/saliency.safetensors
-    python -m experiments.evaluate_task --metric metrics/saliency.safetensors --head_steps 4
+    python -m experiments.evaluate_task --metric metrics/saliency.safetensors
+    python -m experiments.evaluate_task --metric my.safetensors --head_steps 4
 
 Writes results/<arch>/task_sweep.json and task_sweep.png: on the same test images the plain SVD, the
 SVD in the task's metric, the network, the network in the metric, fewer tokens at as many bytes, and
@@ -65,11 +65,7 @@ from training.checkpoint import load_model
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Measure what a task's head makes of compressed tokens.",
-        epilog="example:\n"
-        "  python -m experiments.evaluate_task --metric metrics/saliency.safetensors",
-    )
+    parser = cli.Parser(__doc__)
     task = parser.flags("head, metric and what is measured")
     task("--head", HEADS, "saliency", "whose output counts")
     task("--head_model")
@@ -267,36 +263,34 @@ def evaluate(
 def print_tables(results: dict) -> None:
     methods = {n: sizes for n, sizes in results["methods"].items() if n != "token_averaging"}
     ranks = list(methods["svd"])
-    header = ["", *(f"rank {r}" for r in ranks)]
-    rows = [header]
-    for name, sizes in methods.items():
-        entries = [sizes.get(r) for r in ranks]
-        rows.append([name, *(f"{e['task_error']['mean']:.5f}" if e else "-" for e in entries)])
-        for key, words in (
-            ("gain_pct", "  % below svd"),
-            ("gain_over_svd_refined_pct", "  % below svd_refined"),
-        ):
-            if any(e and key in e for e in entries):
-                rows.append([words, *(gain_text(e and e.get(key)) for e in entries)])
-    below = "by how many per cent it is below another's [approximate 95 % interval]"
-    print(f"task error, mean over test images; below it, {below}")
-    print_columns(rows)
-    if results["loss_name"]:
-        print(f"{results['loss_name']}, mean over test images")
-        rows = [header]
+
+    def print_means(title: str, form: str, measure: str, **gains: str) -> None:
+        """A line for each method that has the measure; gains: key → what begins a line below it."""
+        rows = [["", *(f"rank {r}" for r in ranks)]]
         for name, sizes in methods.items():
-            found = [sizes.get(r) for r in ranks]
-            rows.append([name, *(f"{e['task_loss']['mean']:.3g}" if e else "-" for e in found)])
+            entries = [sizes.get(r, {}) for r in ranks]
+            means = [e[measure]["mean"] if measure in e else None for e in entries]
+            if any(mean is not None for mean in means):
+                rows.append([name, *("-" if m is None else format(m, form) for m in means)])
+            for key, words in gains.items():
+                if any(key in e for e in entries):
+                    rows.append([words, *(gain_text(e.get(key)) for e in entries)])
+        print(title)
         print_columns(rows)
+
+    below = "by how many per cent it is below another's [approximate 95 % interval]"
+    print_means(
+        f"task error, mean over test images; below it, {below}",
+        ".5f",
+        "task_error",
+        gain_pct="  % below svd",
+        gain_over_svd_refined_pct="  % below svd_refined",
+    )
+    if name := results["loss_name"]:
+        print_means(f"{name}, mean over test images", ".3g", "task_loss")
     for score, full in results[FULL].items():
         whole = "no row has any" if full["mean"] is None else f"{full['mean']:.4f}"
-        print(f"{score}, mean; full tokens: {whole}")
-        rows = [header]
-        for name, sizes in methods.items():
-            found = [sizes[r].get(score) if r in sizes else None for r in ranks]
-            if any(found):
-                rows.append([name, *(f"{e['mean']:.4f}" if e else "-" for e in found)])
-        print_columns(rows)
+        print_means(f"{score}, mean; full tokens: {whole}", ".4f", score)
     for side, entry in results["methods"].get("token_averaging", {}).items():
         error, kilobytes = entry["task_error"]["mean"], entry["bytes"] / 1e3
         print(f"tokens averaged {side} × {side}: {error:.5f} at {kilobytes:.0f} kB")

@@ -17,12 +17,12 @@ SHOWN_RANK = "16"  # of the comparison at equal rank, where it was compared at
 
 def findings(results_dir: Path, folders: list[Path]) -> list[str]:
     """Bytes at equal error, errors at equal rank in both norms, training, and what it is of."""
-    found = [(folder, _json(folder / "svd_nn_comparison.json")) for folder in folders]
+    found = [(folder, read_if_there(folder / "svd_nn_comparison.json")) for folder in folders]
     compared = [(folder, comparison) for folder, comparison in found if comparison]
     # a run for a task first: its comparison says something of both norms
     compared.sort(key=lambda pair: not pair[1].get("task"))
     folder, comparison = compared[0] if compared else (None, {})
-    coded = _json(results_dir / "bytes.json")
+    coded = read_if_there(results_dir / "bytes.json")
     lines = [_bytes_line(coded, comparison), _task_bytes_line(coded)]
     if comparison:
         lines += [task_line(folder, comparison), _frobenius_line(folder, comparison)]
@@ -49,7 +49,8 @@ def kilobytes(number: float) -> str:
     return f"{number / 1e3:#.3g}".removesuffix(".") + " kB"
 
 
-def _json(path: Path) -> dict:
+def read_if_there(path: Path) -> dict | list:
+    """A JSON file, {} where there is none. Raises UserError where it is damaged."""
     return read_json(path, AGAIN) if path.exists() else {}
 
 
@@ -105,7 +106,7 @@ def task_line(folder: Path, comparison: dict) -> str:
     methods = task["ranks"][rank]
     closed = methods.get("svd_in_metric")
     if closed is None:  # measured by experiments.evaluate_task, it may be
-        sweep = _json(folder / "task_sweep.json")
+        sweep = read_if_there(folder / "task_sweep.json")
         same = ("n_images" in sweep) and sweep["n_images"] == comparison["n_images"]
         if same and sweep.get("head_sha256") == task["head_sha256"]:
             closed = sweep["methods"].get("svd_in_metric", {}).get(rank)
@@ -139,12 +140,12 @@ def _frobenius_line(folder: Path, comparison: dict) -> str:
 
 
 def _task_history(folder: Path) -> list[dict]:
-    history = _json(folder / "history.json") or []
+    history = read_if_there(folder / "history.json") or []
     return history if history and "val_task_error" in history[0] else []
 
 
 def _training_line(folder: Path) -> str:
-    test = _json(folder / "test_results.json")
+    test = read_if_there(folder / "test_results.json")
     if "best_epoch" not in test:
         return ""
     best, epochs = test["best_epoch"], test["epochs"]

@@ -1,6 +1,6 @@
 """Fit the codec of factors: what all images of an encoder share, from training images alone.
 
-    python -m experiments.fit_codec                     # writes codecs/demo.safetensors
+    python -m experiments.fit_codec   # writes codecs/demo.safetensors
     python factorize.py --exact --codec codecs/demo.safetensors --step 1.3
 
 Two passes over the training images, one batch in memory at a time.
@@ -26,10 +26,7 @@ GOLDEN = 0.6180339887
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Fit the codec of factors on the training images of a feature cache.",
-        epilog="example:\n  python -m experiments.fit_codec --out codecs/demo.safetensors",
-    )
+    parser = cli.Parser(__doc__)
     codec = parser.flags("codec")
     codec("--cache_dir")
     codec("--metric", help="of experiments.estimate_metric: code X M^½")
@@ -54,9 +51,8 @@ def main(args: argparse.Namespace) -> None:
     path = Path(args.out or f"codecs/{dataset.manifest['kind']}{head}.safetensors")
     if path.is_dir() or any(p.is_file() for p in path.parents):
         raise UserError(f"--out {path} cannot be a file there: name another")
-    rows = dataset.split.train
     # its tables are of one grid, and read on any
-    rows = rows[[dataset.grids[row] == dataset.grid for row in rows.tolist()]]
+    rows = dataset.of_main_grid(dataset.split.train)
     if args.images and args.images < len(rows):
         # one from each of N stretches of the split, at another place in each: a photograph's
         # crops lie side by side, in one order
@@ -85,7 +81,8 @@ def main(args: argparse.Namespace) -> None:
         f"wrote {path}: {codec.nbytes / 1e6:.1f} MB, {codec.num_directions} directions, "
         f"{time.perf_counter() - start:.0f} s; sha256 {codec.sha256}"
     )
-    print(f"next: python factorize.py --exact --codec {path} --target_error 0.16")
+    again = cli.flags_again(args, "cache_dir", "device")
+    print(f"next: python factorize.py --exact --codec {path} --target_error 0.16{again}")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@ made by `row`. One that raises becomes a row with its error, and the next one ru
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import UserError
-from common.timing import Timing, synchronise, warm_up
+from common.timing import Timing, seconds_of, warm_up
 from qwenvl_dataloader import RealQwenVLDataset, normalise
 
 # what a check may raise and leave the others something to do; a bug of ours is among it, and shows
@@ -143,18 +142,12 @@ def speed(what: str, count: int, time: Timing, note: str, unit: str = "images/s"
 
 
 def timed(call: Callable[[], object], setting: Setting) -> Timing:
-    """Warmed up, synchronised, repeated 3 to 30 times or for `sizes.seconds`."""
-    device = setting.device
-    peak = warm_up(call, device)
+    """Warmed up, repeated up to 30 times for `sizes.seconds`; for twice that up to three times."""
+    peak = warm_up(call, setting.device)
     seconds: list[float] = []
-    while len(seconds) < 3 or (sum(seconds) < setting.sizes.seconds and len(seconds) < 30):
-        synchronise(device)
-        start = time.perf_counter()
-        call()
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-        if sum(seconds) > 2 * setting.sizes.seconds:
-            break  # a slow one: fewer than three
+    limit = setting.sizes.seconds
+    while len(seconds) < 30 and sum(seconds) < (limit if len(seconds) >= 3 else 2 * limit):
+        seconds.append(seconds_of(call, setting.device))
     return Timing(seconds, peak)
 
 
@@ -163,12 +156,8 @@ def largest_batch(call: Callable[[int], object], full: int, setting: Setting) ->
     sizes.seconds: loops over matrices at a time would take minutes."""
     batch = 1
     while batch < full:
-        call(batch)
-        synchronise(setting.device)
-        start = time.perf_counter()
-        call(batch)
-        synchronise(setting.device)
-        if (time.perf_counter() - start) * 8 > setting.sizes.seconds:
+        call(batch)  # a first call takes longer
+        if 8 * seconds_of(partial(call, batch), setting.device) > setting.sizes.seconds:
             break
         batch = min(full, 8 * batch)
     return batch

@@ -1,8 +1,8 @@
-"""Run everything that a GPU is to tell us, in one call of at most nine minutes.
+"""Check and time every CUDA path, results against the CPU's, in one call of at most nine minutes.
 
-    python -m experiments.gpu_check --out gpu_check                  # on the machine with a GPU
-    python -m experiments.gpu_check --out check --sizes tiny         # rehearsal on any CPU
-    python -m experiments.gpu_check --out small --pack 8             # tokens to take along
+    python -m experiments.gpu_check --out gpu_check   # on the machine with a GPU
+    python -m experiments.gpu_check --out check --parts correctness --sizes tiny
+    python -m experiments.gpu_check --out small --pack 8   # tokens to take along
 
 Each part is a process with a time limit of its own; the next one starts whatever became of the
 last. Writes OUT/gpu_check.json and OUT/gpu_check.md. A part that lacks a library, a file or CUDA
@@ -42,12 +42,7 @@ PACKAGES = ("torch", "transformers", "numpy", "safetensors", "pyarrow", "constri
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Check and time every CUDA path in one call: results equal to the CPU's,\n"
-        "training, factorisations, extraction, language model, codec.",
-        epilog="examples:\n  python -m experiments.gpu_check --out gpu_check\n"
-        "  python -m experiments.gpu_check --out check --parts correctness --sizes tiny",
-    )
+    parser = cli.Parser(__doc__)
     what = parser.flags("what is run")
     what("--parts", PARTS, list(PARTS), ", ".join(PARTS), metavar="PART")
     sizes = ("auto", "full", "tiny")
@@ -73,14 +68,17 @@ def main(args: argparse.Namespace) -> int:
     if args.pack:
         return pack(args, out)
     begun = time.perf_counter()
-    report = {"environment": describe(device), "sizes": sizes_of(args, device), "parts": []}
+    tiny = args.sizes == "tiny" or (args.sizes == "auto" and device.type != "cuda")
+    setting = gpu_bench.Setting(str(device), tiny, args.cache_dir, args.tokens)
+    sizes = "tiny" if tiny else "full"
+    report = {"environment": describe(device), "sizes": sizes, "parts": []}
     print(json.dumps(report["environment"]))
     for index, name in enumerate(args.parts):
         left = args.time_limit - (time.perf_counter() - begun)
         later = sum(PARTS[other][1] for other in args.parts[index:])
         limit = left * PARTS[name][1] / later
         print(f"{name}: at most {limit:.0f} s", flush=True)
-        report["parts"].append(run_part(args, name, out, limit))
+        report["parts"].append(run_part(name, setting, out, limit, args.in_process))
         report["seconds"] = round(time.perf_counter() - begun, 1)
         # after every part: a call that is cut off leaves what it had
         write_json(out / "gpu_check.json", report)
@@ -104,14 +102,8 @@ def pack(args: argparse.Namespace, out: Path) -> int:
     return 0
 
 
-def sizes_of(args: argparse.Namespace, device: torch.device) -> str:
-    if args.sizes != "auto":
-        return args.sizes
-    return "full" if device.type == "cuda" else "tiny"
-
-
 def describe(device: torch.device) -> dict:
-    """Card, driver and versions, each beside what pyproject.toml pins."""
+    """Card, driver and versions."""
     found = dict(cli.environment(device)) | {"cuda": torch.version.cuda, "device_type": device.type}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -127,32 +119,23 @@ def describe(device: torch.device) -> dict:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "missing"
-    pinned = Path(__file__).resolve().parent.parent / "requirements.txt"
-    lines = pinned.read_text().splitlines() if pinned.exists() else []
-    pins = dict(line.split(" ")[0].split("==") for line in lines if "==" in line)
-    found["differs_from_requirements"] = [
-        f"{name} {found[name]}, pinned {pins[name]}"
-        for name in PACKAGES
-        if name in pins and found[name].split("+")[0] != pins[name].split("+")[0]
-    ]
     return found
 
 
 # -------------------------------------------------------------------------------------- one part
 
 
-def run_part(args: argparse.Namespace, name: str, out: Path, limit: float) -> dict:
+def run_part(
+    name: str, setting: gpu_bench.Setting, out: Path, limit: float, in_process: bool
+) -> dict:
     """{"name", "status", "seconds", "error", "rows"} of one part; its rows reach us one by one, so
     that those measured before a crash or the limit are kept."""
-    if limit < STARTS_IN and not args.in_process:
+    if limit < STARTS_IN and not in_process:
         return {"name": name, "status": "no time left", "seconds": 0.0, "rows": []}
     begun, path = time.perf_counter(), out / f"rows-{name}.jsonl"
     path.unlink(missing_ok=True)
-    device = cli.pick_device(args.device)
-    tiny = sizes_of(args, device) == "tiny"
-    setting = gpu_bench.Setting(str(device), tiny, args.cache_dir, args.tokens)
     status = "done"
-    if args.in_process:
+    if in_process:
         work(name, setting, path)
     else:
         # a CUDA process that met an illegal address is of no further use, and a fork of one neither

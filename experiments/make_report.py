@@ -1,7 +1,6 @@
 """Make a page of each run and one of all runs, and set the architectures side by side.
 
-    python -m experiments.make_report                                       # results/, logs in log/
-    python -m experiments.make_report --results_dir results --log_dir log   # the same
+    python -m experiments.make_report --results_dir results --log_dir log
 
 Writes results/<arch>/report.html of every run and results/index.html: whole in themselves, any
 browser shows them, without a network. The latter opens with what was found in at most five lines,
@@ -36,10 +35,7 @@ MADE_BY = {  # what of an architecture is read, and the script that writes it
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Make a page of each run, and one of all runs with a table and a figure.",
-        epilog="example:\n  python -m experiments.make_report --results_dir results",
-    )
+    parser = cli.Parser(__doc__)
     where = parser.flags("files")
     where("--results_dir", help="where the folders <arch>/ are")
     where("--log_dir")
@@ -103,33 +99,24 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
             missing = f"no {folder / name} (python {script} --arch {arch})"
             print(f"note: {arch} is not in the overview: {missing}")
             return None
-    history, test, comparison = (
-        read_json(folder / name, f"run python {script} --arch {arch}{where(folder)} again")
-        for name, script in MADE_BY.items()
-    )
-    check_results(folder, history, test, comparison)
-    if comparison["rank"] != test["effective_rank"]:
-        ranks = f"compared at rank {comparison['rank']}, trained to rank {test['effective_rank']}"
-        again = f"python compare_svd_nn.py --arch {arch}{where(folder)}"
-        print(f"note: {arch} is not in the overview: {ranks} ({again})")
-        return None
-    return history, test, comparison
-
-
-def check_results(folder: Path, history: object, test: object, comparison: object) -> None:
-    """Refuse results that are not as they were written: a flipped digit is no result."""
-    again = f"run python {{}} --arch {folder.name}{where(folder)} again"
+    flags = f"--arch {arch}{where(folder)}"
+    again = {name: f"run python {script} {flags} again" for name, script in MADE_BY.items()}
+    history, test, comparison = (read_json(folder / name, again[name]) for name in MADE_BY)
+    # a flipped digit is no result
     for name, found in (("test_results.json", test), ("svd_nn_comparison.json", comparison)):
         if not isinstance(found, dict) or not content_hash_fits(found):
-            raise UserError(
-                f"{folder / name} is not as it was written: {again.format(MADE_BY[name])}"
-            )
+            raise UserError(f"{folder / name} is not as it was written: {again[name]}")
     last = folder / "last_model.pt"
     if last.exists() and load_checkpoint(last)["progress"]["history"] != history:
         raise UserError(
             f"{folder}/history.json is not that of last_model.pt: go on with python "
-            f"train_real_data.py --arch {folder.name} --resume last{where(folder)}"
+            f"train_real_data.py {flags} --resume last"
         )
+    if comparison["rank"] != test["effective_rank"]:
+        ranks = f"compared at rank {comparison['rank']}, trained to rank {test['effective_rank']}"
+        print(f"note: {arch} is not in the overview: {ranks} (python compare_svd_nn.py {flags})")
+        return None
+    return history, test, comparison
 
 
 def where(folder: Path) -> str:

@@ -210,9 +210,14 @@ class ParquetSource(ImageSource):
         row_id = 0
         for path in self.files:
             chunks = _open_parquet(path).iter_batches(batch_size, columns=self.columns)
-            while (chunk := _next_chunk(path, chunks)) is not None:
-                yield [(row_id + i, self._row(row)) for i, row in enumerate(chunk)]
-                row_id += len(chunk)
+            while True:
+                with _undamaged(path):
+                    chunk = next(chunks, None)
+                    rows = chunk.to_pylist() if chunk else []
+                if chunk is None:
+                    break
+                yield list(enumerate(map(self._row, rows), start=row_id))
+                row_id += len(rows)
 
     def _row(self, row: dict) -> dict:
         image, answer = row["image"], row.get("answer")
@@ -226,33 +231,30 @@ class ParquetSource(ImageSource):
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
+    with _undamaged(path):
         file = pq.ParquetFile(path, page_checksum_verification=True)
         _ = file.schema_arrow  # read here, where damage is looked for
         return file
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({_first_line(error)}): download it again") from None
 
 
-def _next_chunk(path: Path, chunks: Iterator[pa.RecordBatch]) -> list[dict] | None:
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
     try:
-        return next((chunk.to_pylist() for chunk in chunks), None)
+        yield
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged ({_first_line(error)}): download it again") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path} is damaged ({reason}): download it again") from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-_TEXT = (pa.string(), pa.large_string(), pa.null())
+_NULL = pa.null()
+_TEXT = (pa.string(), pa.large_string(), _NULL)
 _BYTES = (pa.binary(), pa.large_binary())
 
 
-def _is_list(kind: pa.DataType) -> bool:
-    return (
-        pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    )
+def _value_type(kind: pa.DataType) -> pa.DataType | None:
+    """Of a list's entries; None for what is no list."""
+    lists = pa.ListType, pa.LargeListType, pa.FixedSizeListType
+    return kind.value_type if isinstance(kind, lists) else None
 
 
 def _is_image(kind: pa.DataType) -> bool:
@@ -261,25 +263,19 @@ def _is_image(kind: pa.DataType) -> bool:
     fields = {field.name: field.type for field in kind}
     if not fields.keys() & {"bytes", "path"}:
         return False
-    data, path = fields.get("bytes", pa.null()), fields.get("path", pa.null())
-    return data in (*_BYTES, pa.null()) and path in _TEXT
-
-
-def _is_texts(kind: pa.DataType) -> bool:
-    return kind in _TEXT or (_is_list(kind) and kind.value_type in _TEXT)
+    return fields.get("bytes", _NULL) in (*_BYTES, _NULL) and fields.get("path", _NULL) in _TEXT
 
 
 def _is_box(kind: pa.DataType) -> bool:
-    if not _is_list(kind):
-        return pa.types.is_null(kind)
-    value = kind.value_type
-    return pa.types.is_integer(value) or pa.types.is_floating(value) or pa.types.is_null(value)
+    value = _value_type(kind)
+    numbers = value and (pa.types.is_integer(value) or pa.types.is_floating(value))
+    return bool(numbers) or _NULL in (kind, value)
 
 
 _COLUMNS = {
     "image": (_is_image, "struct(bytes, path), bytes or a file's path"),
     "question": (_TEXT.__contains__, "text"),
-    "answer": (_is_texts, "text or a list of texts"),
+    "answer": (lambda kind: kind in _TEXT or _value_type(kind) in _TEXT, "text or a list of texts"),
     "bbox": (_is_box, "a list of the numbers x, y, w, h"),
     "group": (_TEXT.__contains__, "text"),
 }

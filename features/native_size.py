@@ -33,8 +33,8 @@ def native_size(width: int, height: int, step: int, limits: PixelRange) -> tuple
     a side is over 200 times the other.
     """
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise UnreadableImage(f"{width} × {height} pixels: a side is over {MAX_ASPECT} times the "
-                              "other")  # fmt: skip
+        size = f"{width} × {height} pixels"
+        raise UnreadableImage(f"{size}: a side is over {MAX_ASPECT} times the other")
     sides = width, height
     across, down = (round(side / step) * step for side in sides)
     # the library's order of operations: a last bit decides where floor and ceil fall

@@ -38,9 +38,13 @@ from figures.style import (
 
 @rc_context(STYLE)
 def comparison(
-    path: str | Path, per_image: dict[str, dict[str, ArrayLike]], rank: int, footer: str,
-    task_error: dict[str, ArrayLike] | None = None, split: str = "test",
-) -> None:  # fmt: skip
+    path: str | Path,
+    per_image: dict[str, dict[str, ArrayLike]],
+    rank: int,
+    footer: str,
+    task_error: dict[str, ArrayLike] | None = None,
+    split: str = "test",
+) -> None:
     """Excess of every method, each dot one image; below, where there is a head, its error too.
 
     per_image: method → {"excess_pct": [n]}; task_error: method → [n], the plain SVD's among them.
@@ -61,8 +65,8 @@ def comparison(
         title += "head that it was trained for"
     else:
         top.set_title(f"a dot is a {split} image; of one method they are spread in height")
-        others = [f"{METHODS[name][0]} {means[name]}"
-                  for name in ("random_sketch", "randomized_svd") if name in means]  # fmt: skip
+        shown = [name for name in ("random_sketch", "randomized_svd") if name in means]
+        others = [f"{METHODS[name][0]} {means[name]}" for name in shown]
         title = f"At rank {rank} the network's error is {found} above the SVD's"
         title += f" ({', '.join(others)})" if others else ""
     save(figure, path, title, footer)
@@ -73,8 +77,8 @@ def _excess_strips(ax: Axes, excess: dict[str, np.ndarray]) -> None:
     words = {n: f"mean {percent(v.mean())}" if v.size else "undefined" for n, v in excess.items()}
     _strips(ax, {name: np.maximum(values, ROUNDING_PCT) for name, values in excess.items()}, words)
     highest = max([v.max(initial=10 * ROUNDING_PCT) for v in excess.values()])
-    ax.set(xlim=(ROUNDING_PCT / 2, 2 * highest),
-           xlabel=f"rel_error above the optimum (%); {ROUNDING} and less is rounding")  # fmt: skip
+    ax.set_xlim(ROUNDING_PCT / 2, 2 * highest)
+    ax.set_xlabel(f"rel_error above the optimum (%); {ROUNDING} and less is rounding")
     log_scale(ax, "x")
 
 
@@ -90,8 +94,8 @@ def _task_strips(ax: Axes, errors: dict[str, np.ndarray]) -> float:
     mean = {name: 100 * (errors[name].mean() / max(svd.mean(), 1e-12) - 1) for name in others}
     _strips(ax, change, {name: f"mean {mean[name]:+.0f} %".replace("-", "−") for name in others})
     ax.axvline(0, color=SVD, lw=1.8)
-    ax.set(xlabel="task error against the SVD's of the same image (%); line: the SVD",
-           title="for the head, left of the line is better than the SVD")  # fmt: skip
+    ax.set_xlabel("task error against the SVD's of the same image (%); line: the SVD")
+    ax.set_title("for the head, left of the line is better than the SVD")
     return mean["network"]
 
 
@@ -102,8 +106,8 @@ def _strips(ax: Axes, values: dict[str, np.ndarray], words: dict[str, str]) -> N
         label, colour = METHODS[name]
         height = y - 0.08 + jitter.uniform(-0.2, 0.2, len(values[name]))
         ax.plot(values[name], height, "o", color=colour, ms=4, alpha=0.5, mec="none")
-        ax.text(0.01, y + 0.22, f"{label}: {words[name]}", color=colour,
-                transform=ax.get_yaxis_transform())  # fmt: skip
+        place = {"transform": ax.get_yaxis_transform()}
+        ax.text(0.01, y + 0.22, f"{label}: {words[name]}", color=colour, **place)
     ax.set(ylim=(-0.5, len(values) - 0.4), yticks=[])
     ax.spines["left"].set_visible(False)
 
@@ -132,18 +136,18 @@ def both_norms(path: str | Path, ranks: dict[str, dict], task: dict, footer: str
             ends[ax].append((mean[-1], label, colour))
         low, high = as_array([e["interval_95"] or (None, None) for e in of_task]).T
         bottom.fill_between(x, low, high, color=colour, alpha=0.1, lw=0)
-    top.set(ylabel="rel_error ‖X − A·B‖ / ‖X‖",
-            title="Frobenius norm: no matrix of this rank is nearer than the SVD's")  # fmt: skip
-    bottom.set(xscale="log", xlim=(x[0] / 1.12, x[-1] * 1.12), xlabel="rank r (log scale)",
-               ylabel=f"task error: relative error\nof the {task['output']}",
-               title=f"the head {task['head']}; bands: approximate 95 % intervals")  # fmt: skip
+    top.set_ylabel("rel_error ‖X − A·B‖ / ‖X‖")
+    top.set_title("Frobenius norm: no matrix of this rank is nearer than the SVD's")
+    bottom.set(xscale="log", xlim=(x[0] / 1.12, x[-1] * 1.12), xlabel="rank r (log scale)")
+    bottom.set_ylabel(f"task error: relative error\nof the {task['output']}")
+    bottom.set_title(f"the head {task['head']}; bands: approximate 95 % intervals")
     for ax in (top, bottom):
         log_scale(ax)
     bottom.set_xticks(x, [str(r) for r in x])
     bottom.xaxis.set_minor_locator(NullLocator())
     gains = [task["ranks"][str(r)]["network"]["gain_pct"]["mean"] for r in x]
-    error = {n: column([ranks[str(r)][n]["rel_error"] for r in x], "mean")
-             for n in ("network", "svd")}  # fmt: skip
+    of_rank = [ranks[str(r)] for r in x]
+    error = {n: column([e[n]["rel_error"] for e in of_rank], "mean") for n in ("network", "svd")}
     above = 100 * (error["network"] / np.maximum(error["svd"], 1e-12) - 1)
     reach = f"Rank {x[0]}" if len(x) == 1 else f"Ranks {x[0]} to {x[-1]}"
     title = f"{reach}: the network's error is {_span(above)} above the SVD's in the Frobenius "
@@ -185,16 +189,16 @@ def rank_sweep(
             ends[ax].append((mean[-1], label, colour))
     stored = (num_tokens + feature_dim) / (num_tokens * feature_dim)  # of A and B, per rank
     top.set_ylabel("rel_error ‖X − A·B‖ / ‖X‖")
-    bottom.set(xscale="log", xlim=(x[0] / 1.12, x[-1] * 1.12), xlabel="rank r (log scale)",
-               ylabel=f"error above the optimum (%)\n{ROUNDING} and less is rounding")  # fmt: skip
+    bottom.set(xscale="log", xlim=(x[0] / 1.12, x[-1] * 1.12), xlabel="rank r (log scale)")
+    bottom.set_ylabel(f"error above the optimum (%)\n{ROUNDING} and less is rounding")
     for ax in (top, bottom):
         log_scale(ax)
     if x[0] < 1 / stored < x[-1]:  # beyond it the factors take more room than X
         for ax in (top, bottom):
             ax.axvline(1 / stored, color=GREY, ls="--", lw=1)
-        top.annotate(f"break-even rank {1 / stored:.0f}", (1 / stored, 0.48), (-3, 0),
-                     ("data", "axes fraction"), "offset points", color=GREY, rotation=90,
-                     ha="right", va="center")  # fmt: skip
+        style = {"color": GREY, "rotation": 90, "ha": "right", "va": "center"}
+        places = (1 / stored, 0.48), (-3, 0), ("data", "axes fraction"), "offset points"
+        top.annotate(f"break-even rank {1 / stored:.0f}", *places, **style)
     above = top.secondary_xaxis("top")
     above.set_xticks(x, [f"{100 * r * stored:.3g} %" for r in x])
     above.set_xlabel("numbers stored in A and B, r (T + D), of the T·D in X")
@@ -227,20 +231,20 @@ def rank_per_image(path: str | Path, data: dict, footer: str) -> None:
     bins = np.append(bins, bins[-1] + np.diff(bins[-2:]))
     left.hist(ranks["network"], bins, color=NETWORK, alpha=0.45)
     left.hist(ranks["svd"], bins, histtype="step", color=SVD, lw=1.4)
-    left.set(xlabel="rank of an image", ylabel="images", title="ranks per image: network (filled), "
-             "SVD (outline)")  # fmt: skip
+    left.set(xlabel="rank of an image", ylabel="images")
+    left.set_title("ranks per image: network (filled), SVD (outline)")
     left.set_ylim(top=1.25 * left.get_ylim()[1])  # room for the labels above the bars
     left.set_xlim(0, reach * 1.08)
-    marks = ((network["fixed_rank"], "that stores as much"),
-             (network["rank_for_all"], "that meets the target for all"))  # fmt: skip
+    words = "that stores as much", "that meets the target for all"
+    marks = tuple(zip((network["fixed_rank"], network["rank_for_all"]), words, strict=True))
     for (rank, text), height in zip(marks, (0.97, 0.9), strict=True):
         if rank is not None:
             side = ("right", -4) if rank > 0.54 * reach else ("left", 4)
             left.axvline(rank, color=BLACK, lw=1.2, ls="--")
-            left.annotate(f"rank {rank}, the one {text}", (rank, height), (side[1], 0),
-                          ("data", "axes fraction"), "offset points", color=BLACK, fontsize=10.5,
-                          ha=side[0], va="top",
-                          bbox={"fc": "white", "ec": "none", "pad": 1})  # fmt: skip
+            style = {"color": BLACK, "fontsize": 10.5, "ha": side[0], "va": "top"}
+            style["bbox"] = {"fc": "white", "ec": "none", "pad": 1}
+            places = (rank, height), (side[1], 0), ("data", "axes fraction"), "offset points"
+            left.annotate(f"rank {rank}, the one {text}", *places, **style)
     left.yaxis.set_major_locator(MaxNLocator(integer=True))
     ends = []
     for name, key, style, label in (
@@ -252,17 +256,17 @@ def rank_per_image(path: str | Path, data: dict, footer: str) -> None:
         error = np.sort(as_array(data[name][key]))
         place = 100 * (np.arange(len(error)) + 0.5) / len(error)
         wide = name == "svd"  # below the network's, and wider, so that both are seen
-        right.plot(place, error, style, color=METHODS[name][1], lw=3.5 if wide else 1.5,
-                   alpha=0.35 if wide else 1)  # fmt: skip
+        pen = {"lw": 3.5, "alpha": 0.35} if wide else {"lw": 1.5}
+        right.plot(place, error, style, color=METHODS[name][1], **pen)
         if not wide:
             ends.append((error[-1], label, NETWORK))
-    right.set(xlim=(0, 100), ylim=(0, None), xlabel="images, sorted by their error (%)",
-              ylabel="rel_error ‖X − A·B‖ / ‖X‖",
-              title="error: network (thin) on the SVD (wide, pale)")  # fmt: skip
+    right.set(xlim=(0, 100), ylim=(0, None), xlabel="images, sorted by their error (%)")
+    right.set_ylabel("rel_error ‖X − A·B‖ / ‖X‖")
+    right.set_title("error: network (thin) on the SVD (wide, pale)")
     if target is not None:
         right.axhline(target, color=GREY, lw=1)
-        right.annotate(f"target {target:g}", (1, target), (0, 3), textcoords="offset points",
-                       color=GREY, fontsize=10.5)  # fmt: skip
+        style = {"textcoords": "offset points", "color": GREY, "fontsize": 10.5}
+        right.annotate(f"target {target:g}", (1, target), (0, 3), **style)
     save(figure, path, _rank_gain(network, target), footer, {right: ends})
 
 
@@ -270,12 +274,12 @@ def _rank_gain(network: dict, target: float | None) -> str:
     """The finding of `rank_per_image` in words."""
     mean = as_array(network["ranks"]).mean()
     if target is not None:
-        return (f"Every image is within {target:g} at {mean:.1f} components on average; one rank "
-                f"for all would have to be {network['rank_for_all']}")  # fmt: skip
+        text = f"Every image is within {target:g} at {mean:.1f} components on average; one rank "
+        return text + f"for all would have to be {network['rank_for_all']}"
     pairs = [as_array(network[key]) for key in ("rel_error", "fixed_rel_error")]
     change = {}
     for name, of in (("rms", lambda e: np.sqrt(np.mean(e**2))), ("largest", np.max)):
         own, fixed = map(of, pairs)
         change[name] = f"{100 * (own / fixed - 1) if fixed else 0:+.1f} %"
-    return (f"Ranks by need, {mean:.0f} on average, against rank {network['fixed_rank']} for all: "
-            f"rms error {change['rms']}, largest error {change['largest']}")  # fmt: skip
+    text = f"Ranks by need, {mean:.0f} on average, against rank {network['fixed_rank']} for all: "
+    return text + f"rms error {change['rms']}, largest error {change['largest']}"

@@ -56,8 +56,8 @@ def component_energy(
     middle = np.full(apart.shape[1], np.nan)
     middle[known] = np.nanmedian(apart[:, known], axis=0)
     band(bottom, np.where(np.isnan(apart), 0, np.maximum(np.abs(apart), ROUNDING_PCT)), NETWORK)
-    bottom.set(xlabel="component i", ylabel="difference of that energy from\nthe SVD's (%, either "
-               f"sign; {ROUNDING} is rounding)")  # fmt: skip
+    words = f"difference of that energy from\nthe SVD's (%, either sign; {ROUNDING} is rounding)"
+    bottom.set(xlabel="component i", ylabel=words)
     log_scale(bottom)
     off = int((~on).all(0).sum())
     save(figure, path, _finding(middle) + (f"; {off} components are off" if off else ""), footer)
@@ -71,8 +71,8 @@ def _finding(apart: np.ndarray) -> str:
     beyond = known[np.abs(apart[known]) > 1]
     if not beyond.size:
         worst = known[np.argmax(np.abs(apart[known]))]
-        return (f"All {known.size} components hold the SVD's energy to within "
-                f"{percent(abs(apart[worst]))} (median)")  # fmt: skip
+        most = percent(abs(apart[worst]))
+        return f"All {known.size} components hold the SVD's energy to within {most} (median)"
     first, last = beyond[0], known[-1]
     kept = f"Components 1 to {first} hold the SVD's energy to within 1 %; " if first else ""
     word = "more" if apart[last] > 0 else "less"

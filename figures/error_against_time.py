@@ -128,11 +128,11 @@ def _points(ax: Axes, records: list[dict]) -> None:
     ax.set_xlim(times.min() / 3, 6 * times.max())
     log_scale(ax, "x")
     ax.axhline(ROUNDING_PCT, color=GREY, lw=0.8, ls=":")
-    ax.text(0.01, ROUNDING_PCT / 1.3, f"{ROUNDING} % and less is rounding, or undefined",
-            color=GREY, va="top", fontsize=9.5, transform=ax.get_yaxis_transform())  # fmt: skip
+    style = {"color": GREY, "fontsize": 9.5, "transform": ax.get_yaxis_transform()}
+    words = f"{ROUNDING} % and less is rounding, or undefined"
+    ax.text(0.01, ROUNDING_PCT / 1.3, words, va="top", **style)
     if len(corners):
-        ax.text(0.99, corners[-1, 1] * 1.2, "Pareto front", color=GREY, ha="right", fontsize=9.5,
-                transform=ax.get_yaxis_transform())  # fmt: skip
+        ax.text(0.99, corners[-1, 1] * 1.2, "Pareto front", ha="right", **style)
 
 
 def _labels(ax: Axes, records: list[dict]) -> None:
@@ -166,9 +166,9 @@ def _labels(ax: Axes, records: list[dict]) -> None:
         colour = _style(records[i])[1]
         arrow = {"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkB": 4}
         arrow["relpos"] = (SHARE[side], 0.5 - np.sign(up) / 2)
-        ax.annotate(_label(records[i]), (times[i], excess[i]), (right, up),
-                    textcoords="offset points", ha=side, va="center", color=colour, fontsize=10.5,
-                    arrowprops=arrow if up else None)  # fmt: skip
+        style = {"ha": side, "va": "center", "color": colour, "fontsize": 10.5}
+        style |= {"textcoords": "offset points", "arrowprops": arrow if up else None}
+        ax.annotate(_label(records[i]), (times[i], excess[i]), (right, up), **style)
         taken.append(boxes[best])
 
 
@@ -184,8 +184,8 @@ def _finding(rank: int, panels: list[list[dict]]) -> str:
     networks = [i for i, record in enumerate(records) if record["method"] == "network"]
     if not networks:
         best = on[-1]
-        return (f"At rank {rank} {_style(records[best])[0]} comes nearest to the SVD in the least "
-                f"time, {records[best]['ms_median']:.3g} ms")  # fmt: skip
+        method, ms = _style(records[best])[0], records[best]["ms_median"]
+        return f"At rank {rank} {method} comes nearest to the SVD in the least time, {ms:.3g} ms"
     at = min(networks, key=lambda i: (i not in on, records[i]["ms_median"]))
     claim = f"At rank {rank} the network {records[at]['arch']} takes "
     claim += f"{records[at]['ms_median']:.3g} ms, {percent(excess[at])} above the optimum: "
@@ -198,9 +198,13 @@ def _finding(rank: int, panels: list[list[dict]]) -> str:
 
 @rc_context(STYLE)
 def ablation(
-    path: str | Path, records: list[dict], gains: list[dict], exact_ms: float, rank: int,
+    path: str | Path,
+    records: list[dict],
+    gains: list[dict],
+    exact_ms: float,
+    rank: int,
     footer: str,
-) -> None:  # fmt: skip
+) -> None:
     """Excess over ms of each sketch, a curve over K, one panel for each number of extra columns.
 
     records: of ablate.summarise_runs; gains: of ablate.gains_at_equal_time, best first.
@@ -213,9 +217,9 @@ def ablation(
         for sketch, (_, colour) in SKETCHES.items():
             for shifts, line in (("start", ":"), ("learned", "-")):
                 # without steps there are no shifts: K = 0 begins both curves
-                curve = sorted((r for r in here if r["sketch"] == sketch
-                                and (r["shifts"] == shifts or r["steps"] == 0)),
-                               key=lambda r: r["steps"])  # fmt: skip
+                found = (r for r in here if r["shifts"] == shifts or r["steps"] == 0)
+                curve = [r for r in found if r["sketch"] == sketch]
+                curve.sort(key=lambda r: r["steps"])
                 if not curve:
                     continue
                 exact = [r["excess_mean"] <= ROUNDING_PCT for r in curve]
@@ -228,11 +232,12 @@ def ablation(
                 ax.vlines(ms, low, high, color=colour, lw=0.8)
                 if sketch == "linear" and shifts == "learned":
                     for r, x, y in zip(curve, ms, mean, strict=True):
-                        ax.annotate(f"K = {r['steps']}", (x, y), (-6, -4), color=colour,
-                                    textcoords="offset points", ha="right", va="top")  # fmt: skip
+                        style = {"textcoords": "offset points", "ha": "right", "va": "top"}
+                        ax.annotate(f"K = {r['steps']}", (x, y), (-6, -4), color=colour, **style)
         ax.axvline(exact_ms, color=GREY, lw=0.9, ls="--")
-        ax.text(exact_ms, 0.5, "exact: float64 Gram ", color=GREY, fontsize=9.5, rotation=90,
-                ha="right", va="center", transform=ax.get_xaxis_transform())  # fmt: skip
+        style = {"color": GREY, "fontsize": 9.5, "rotation": 90, "ha": "right", "va": "center"}
+        style["transform"] = ax.get_xaxis_transform()
+        ax.text(exact_ms, 0.5, "exact: float64 Gram ", **style)
         ax.set_title(f"{extra} extra columns")
         ax.set_xlabel("ms per matrix, median")
     axes[0].set_ylabel("error above the optimum (%), mean")
@@ -245,18 +250,18 @@ def ablation(
     for i, sketch in enumerate(sorted(begin, key=lambda name: begin[name][0])):
         label, colour = SKETCHES[sketch]
         leader = {"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkB": 4, "relpos": (0, 0)}
-        axes[0].annotate(label, begin[sketch], (begin[sketch][0], 0.94 - 0.065 * i), "data",
-                         ("data", "axes fraction"), color=colour, fontsize=10.5,
-                         arrowprops=leader)  # fmt: skip
-    note(axes[0], 0.02, 0.03, "K refinement steps, from left to right\ndotted: shifts as at the "
-         f"start\nbars: approximate 95 % interval over groups\n{ROUNDING} % and less is rounding",
-         va="bottom")  # fmt: skip
+        place = (begin[sketch][0], 0.94 - 0.065 * i), "data", ("data", "axes fraction")
+        style = {"color": colour, "fontsize": 10.5, "arrowprops": leader}
+        axes[0].annotate(label, begin[sketch], *place, **style)
+    words = "K refinement steps, from left to right\ndotted: shifts as at the start\nbars: "
+    words += f"approximate 95 % interval over groups\n{ROUNDING} % and less is rounding"
+    note(axes[0], 0.02, 0.03, words, va="bottom")
     title = f"Rank {rank}: at equal time no trained sketch comes nearer than an untrained one"
     low = (gains[0]["gain_interval"] or [gains[0]["gain_pct"]])[0] if gains else 0
     if low > 0:
         best = gains[0]
-        title = (f"Rank {rank}: at equal time training saves {best['gain_pct']:.0f} % of the "
-                 f"excess ({best['sketch']}, K = {best['steps']}, p = {best['oversample']}; "
-                 "picked on validation images)")  # fmt: skip
+        title = f"Rank {rank}: at equal time training saves {best['gain_pct']:.0f} % of the excess "
+        title += f"({best['sketch']}, K = {best['steps']}, p = {best['oversample']}; "
+        title += "picked on validation images)"
     axes[0].margins(x=0.14)
     save(figure, path, title, footer)

@@ -26,6 +26,7 @@ from figures.style import (
     new_figure,
     note,
     percent,
+    rows_of_axes,
     save,
 )
 
@@ -41,12 +42,11 @@ def overview(path: str | Path, rows: list[dict], footer: str) -> None:
     at), "excess_mean" (there, per cent, or None where undefined), "ranks": rank → {"excess_mean",
     "random_sketch_mean", "task_gain_pct"}, the latter two None where there is none}.
     """
-    tasks = [row for row in rows if any(e["task_gain_pct"] is not None
-                                        for e in row["ranks"].values())]  # fmt: skip
+    gains = ([e["task_gain_pct"] for e in row["ranks"].values()] for row in rows)
+    tasks = [row for row, own in zip(rows, gains, strict=True) if any(g is not None for g in own)]
     heights = [4.2] + [3.4] * bool(tasks)
     figure = new_figure(10, 1.9 + sum(heights))
-    top, *below = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights,
-                                  squeeze=False)[:, 0]  # fmt: skip
+    top, *below = rows_of_axes(figure, heights)
     ends: dict[Axes, list] = {ax: [] for ax in (top, *below)}
     for row, colour in zip(rows, COLOURS, strict=False):
         x, excess = _over_ranks(row, "excess_mean")
@@ -95,8 +95,8 @@ def _finding(rows: list[dict]) -> str:
     if len(set(ranks)) > 1:
         means = [f"{mean} (rank {rank})" for mean, rank in zip(means, ranks, strict=True)]
     gains = [row["ranks"].get(str(row["rank"]), {}).get("task_gain_pct") for row in rows]
-    means = [mean if gain is None else f"{mean} (for its head {gain:.0f} % below)"
-             for mean, gain in zip(means, gains, strict=True)]  # fmt: skip
+    for i, gain in enumerate(gains):
+        means[i] += "" if gain is None else f" (for its head {gain:.0f} % below)"
     found = ", ".join(f"{row['arch']} {mean}" for row, mean in zip(rows, means, strict=True))
     where = "" if len(set(ranks)) > 1 else f" at rank {ranks[0]}"
     return f"Mean error above the SVD's{where}: {found}"

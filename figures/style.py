@@ -70,6 +70,12 @@ def new_figure(width: float, height: float, layout: str = "constrained") -> Figu
     return Figure((width, height), dpi=150, layout=layout, facecolor="white")
 
 
+def rows_of_axes(figure: Figure, heights: list[float]) -> list[Axes]:
+    """Axes one below the other over one x axis, of these relative heights."""
+    shared = {"sharex": True, "squeeze": False}
+    return list(figure.subplots(len(heights), 1, height_ratios=heights, **shared)[:, 0])
+
+
 def save(figure: Figure, path: str | Path, title: str, footer: str, ends: dict | None = None):
     """Add title, footer and `ends` (axes → labels at the ends of curves); write the PNG, whole."""
     width, height = figure.get_size_inches()
@@ -104,15 +110,15 @@ def _label_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
             placed[i + 1] += overlap / 2
     for (end, text, colour), y in zip(ends, placed, strict=True):
         arrow = {"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkB": 0, "relpos": (0, 0.5)}
-        ax.annotate(text, (1, end), (1.03, y), "axes fraction", color=colour, fontsize=10.5,
-                    va="center", annotation_clip=False, arrowprops=arrow)  # fmt: skip
+        style = {"color": colour, "fontsize": 10.5, "va": "center", "annotation_clip": False}
+        ax.annotate(text, (1, end), (1.03, y), "axes fraction", arrowprops=arrow, **style)
 
 
 def curve(ax: Axes, x: ArrayLike, y: ArrayLike, colour: str, wide: bool = False, **style) -> None:
     """A curve with its points where they are few; a wide pale one leaves another on it visible."""
     marker = "o" if len(x) < 40 and not wide and style.get("ls") != "--" else None
-    ax.plot(x, y, color=colour, marker=marker, ms=3.5, lw=6 if wide else 1.8,
-            alpha=0.35 if wide else 1, **style)  # fmt: skip
+    pen = {"lw": 6, "alpha": 0.35} if wide else {"lw": 1.8}
+    ax.plot(x, y, color=colour, marker=marker, ms=3.5, **pen, **style)
 
 
 def band(ax: Axes, values: np.ndarray, colour: str, wide: bool = False) -> None:

@@ -104,8 +104,8 @@ def _calibration(ax: Axes, found: dict) -> None:
     reach = [min(predicted.min(), measured.min()) / 1.3, max(predicted.max(), measured.max()) * 1.3]
     reach[0] = max(reach[0], 1e-6)
     ax.plot(reach, reach, color=GREY, lw=1)
-    ax.set(xlim=reach, ylim=reach, xlabel="predicted bound, without the head",
-           ylabel="measured task error")  # fmt: skip
+    ax.set(xlim=reach, ylim=reach, ylabel="measured task error")
+    ax.set_xlabel("predicted bound, without the head")
     for which in "xy":
         log_scale(ax, which)
     ratio = measured / np.maximum(predicted, 1e-12)
@@ -126,8 +126,8 @@ def _finding(methods: dict) -> str:
         return f"{min(gains):.0f} to {max(gains):.0f} %" if gains else "as much"
 
     title = f"The SVD in the task's metric has {span('svd_in_metric')} less task error than the SVD"
-    best = [n for n in ("network_task_refined", "svd_in_metric_refined", "network_task")
-            if n in methods]  # fmt: skip
+    names = "network_task_refined", "svd_in_metric_refined", "network_task"
+    best = [name for name in names if name in methods]
     if best:
         title += f"; {METHODS[best[0]][0]}: {span(best[0])}"
     if "svd_refined" in methods:

@@ -7,14 +7,28 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.ticker import MaxNLocator
 
-from figures.style import BLACK, METHODS, NETWORK, STYLE, column, curve, log_scale, new_figure, save
+from figures.style import (
+    BLACK,
+    METHODS,
+    NETWORK,
+    STYLE,
+    column,
+    curve,
+    log_scale,
+    new_figure,
+    rows_of_axes,
+    save,
+)
 
 
 @rc_context(STYLE)
 def task_curve(
-    path: str | Path, history: list[dict], best_epoch: int, references: dict[str, float],
+    path: str | Path,
+    history: list[dict],
+    best_epoch: int,
+    references: dict[str, float],
     footer: str,
-) -> None:  # fmt: skip
+) -> None:
     """Validation task error over epochs, with what needs no training as lines.
 
     history: the entries of history.json, the first of the untrained model; references: method
@@ -27,8 +41,7 @@ def task_curve(
     changes = len(set(rates)) > 1
     figure = new_figure(10, 5.8 + 1.2 * changes)
     heights = [4, 1] if changes else [1]
-    top, *below = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights,
-                                  squeeze=False)[:, 0]  # fmt: skip
+    top, *below = rows_of_axes(figure, heights)
     ends = []
     for name, value in references.items():
         label, colour = METHODS[name]
@@ -37,8 +50,8 @@ def task_curve(
     curve(top, epochs, error, NETWORK)
     ends.append((error[-1], "network", NETWORK))
     top.plot(epochs[best], error[best], "o", ms=9, color=NETWORK)
-    top.annotate(f"best: {error[best]:.4f}", (epochs[best], error[best]), (0, 12), ha="center",
-                 textcoords="offset points", color=NETWORK)  # fmt: skip
+    style = {"textcoords": "offset points", "ha": "center", "color": NETWORK}
+    top.annotate(f"best: {error[best]:.4f}", (epochs[best], error[best]), (0, 12), **style)
     top.set_ylabel("validation task error\n(geometric mean over ranks 4 to 32)")
     top.margins(x=0.06, y=0.2)
     log_scale(top)

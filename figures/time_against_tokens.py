@@ -27,8 +27,8 @@ def growth(
     for ax, rank in zip(axes, ranks, strict=True):
         ends[ax] = []
         for name in dict.fromkeys(r["method"] for r in records):
-            of = sorted((r for r in records if (r["rank"], r["method"]) == (rank, name)),
-                        key=lambda r: r["tokens"])  # fmt: skip
+            of = [r for r in records if (r["rank"], r["method"]) == (rank, name)]
+            of.sort(key=lambda r: r["tokens"])
             if not of:
                 continue
             label, colour = METHODS[NAMES.get(name, name)]

@@ -46,7 +46,7 @@ CHANNEL_ROWS = [("X", BLACK), METHODS["network"], ("network − X", NETWORK), ("
 
 def _tall(grid: Grid) -> float:
     """Height of a map over its width, within what a figure can show; 1 for tokens in a row."""
-    return 1.0 if grid[0] == 1 else min(1.5, max(0.4, grid[0] / grid[1]))
+    return 1.0 if grid[0] == 1 else min(1.5, max(0.65, grid[0] / grid[1]))
 
 
 def _token_map(ax: Axes, values: np.ndarray, grid: Grid, limits: tuple[float, float], **style):
@@ -57,16 +57,16 @@ def _token_map(ax: Axes, values: np.ndarray, grid: Grid, limits: tuple[float, fl
     rows, columns = grid
     ax.set(xticks=[0, columns // 2, columns], yticks=[0, rows // 2, rows])
     ax.grid(False)
-    image = ax.imshow(values.reshape(grid), vmin=limits[0], vmax=limits[1],
-                      extent=(0, columns, rows, 0), **style)  # fmt: skip
+    style |= {"vmin": limits[0], "vmax": limits[1], "extent": (0, columns, rows, 0)}
+    image = ax.imshow(values.reshape(grid), **style)
     if rows == 1:  # tokens in a row, each one a stripe: at equal scales they would be a hair line
         ax.set(aspect=columns, yticks=[])
     return image
 
 
 def _colour_bar(figure: Figure, image, axes, label: str, bins: int = 5, **style) -> None:
-    bar = figure.colorbar(image, ax=axes, label=label, format=FuncFormatter(tick_label),
-                          ticks=MaxNLocator(bins), **style)  # fmt: skip
+    style |= {"format": FuncFormatter(tick_label), "ticks": MaxNLocator(bins)}
+    bar = figure.colorbar(image, ax=axes, label=label, **style)
     bar.outline.set_visible(False)
 
 
@@ -97,8 +97,8 @@ def _draw_box(ax: Axes, box: Box, grid: Grid) -> None:
     if box is not None:
         (x, y, w, h), (rows, columns) = box, grid
         outline = [withStroke(linewidth=3.6, foreground="black")]
-        ax.add_patch(Rectangle((x * columns, y * rows), w * columns, h * rows, fill=False,
-                               ec="white", lw=1.8, path_effects=outline))  # fmt: skip
+        place = (x * columns, y * rows), w * columns, h * rows
+        ax.add_patch(Rectangle(*place, fill=False, ec="white", lw=1.8, path_effects=outline))
 
 
 @rc_context(STYLE)
@@ -128,9 +128,14 @@ def error_heatmap(
 
 @rc_context(STYLE)
 def channel_comparison(
-    path: str | Path, photo: Image | None, box: Box, maps: dict[str, ArrayLike],
-    channels: dict[int, str], grid: Grid, info: dict[str, str],
-) -> None:  # fmt: skip
+    path: str | Path,
+    photo: Image | None,
+    box: Box,
+    maps: dict[str, ArrayLike],
+    channels: dict[int, str],
+    grid: Grid,
+    info: dict[str, str],
+) -> None:
     """C channels of one image: X and network on one scale each; what network and SVD lose, on one.
 
     maps: original, network, svd → [T, C]; channels: number → words below it, in that order; info:
@@ -165,16 +170,20 @@ def channel_comparison(
 
 @rc_context(STYLE)
 def spatial_error(
-    path: str | Path, photo: Image | None, box: Box, token_error: dict[str, ArrayLike], grid: Grid,
+    path: str | Path,
+    photo: Image | None,
+    box: Box,
+    token_error: dict[str, ArrayLike],
+    grid: Grid,
     info: dict[str, str],
-) -> None:  # fmt: skip
+) -> None:
     """Relative error per token [T] of one image: network and SVD on one scale, their difference.
 
     The network's also over the photograph, where there is one; info: title and footer.
     """
     errors = {name: as_array(token_error[name]) for name in ("network", "svd")}
     apart = errors["network"] - errors["svd"]
-    figure = new_figure(11, 2.2 + 5.8 * _tall(grid), "compressed")
+    figure = new_figure(11, 3.4 + 4.6 * _tall(grid), "compressed")
     (picture, *above), (spread_ax, over, signed) = figure.subplots(2, 3)
     _photograph(picture, photo, box, grid, title=_caption(box))
     _inside_outside(spread_ax, errors, box, grid)
@@ -203,10 +212,16 @@ def spatial_error(
 
 @rc_context(STYLE)
 def rank_comparison(
-    path: str | Path, photo: Image | None, box: Box, maps: dict[str, list[ArrayLike]],
-    rel_error: dict[str, list[float]], ranks: list[int], blocks: list[range], grid: Grid,
+    path: str | Path,
+    photo: Image | None,
+    box: Box,
+    maps: dict[str, list[ArrayLike]],
+    rel_error: dict[str, list[float]],
+    ranks: list[int],
+    blocks: list[range],
+    grid: Grid,
     info: dict[str, str],
-) -> None:  # fmt: skip
+) -> None:
     """Three principal components of X as red, green and blue, beside those of X_hat at `ranks`.
 
     maps: original → one array, network → one a rank: coordinates [T, c] on the components of X
@@ -216,7 +231,7 @@ def rank_comparison(
     all maps of a block; info: title and footer.
     """
     wide = 1 + len(ranks)
-    figure = new_figure(3 + 1.95 * wide, 1.6 + 1.95 * _tall(grid) * len(blocks))
+    figure = new_figure(3 + 1.95 * wide, 1.6 + 1.95 * max(0.8, _tall(grid)) * len(blocks))
     columns = figure.add_gridspec(1, 2, width_ratios=[3, 1.95 * wide])
     picture = figure.add_subplot(columns[0], anchor="N")
     caption = _caption(box).replace(" and box", "\nand box")

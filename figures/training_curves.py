@@ -28,6 +28,7 @@ from figures.style import (
     note,
     note_undefined,
     percent,
+    rows_of_axes,
     save,
 )
 
@@ -38,15 +39,24 @@ CURVES = {  # of the mse panel; paler: the same on training images
     "val_optimum_mse": ("validation floor (SVD)", SVD, "--"),
 }
 TERMS = {  # label, colour (no methods, so no method's: Tol's "muted"), what it is
-    "loss_reconstruction": ("reconstruction", "#882255",
-                            "mean over images of squared error / the least there is at this rank"),
+    "loss_reconstruction": (
+        "reconstruction",
+        "#882255",
+        "mean over images of squared error / the least there is at this rank",
+    ),
     "loss_B": ("B (ridge)", "#999933", "λ_B · mean square of the entries of B, ‖B‖² / (T D)"),
-    "loss_ortho": ("orthogonality", "#332288",
-                   "λ_ortho · ‖ŶᵀŶ − I‖² / (r + p)², Ŷ the sketch, its columns of length 1"),
-    "loss_lora_ortho": ("LoRA orthogonality", "#44AA99",
-                        "λ_ortho · the same of lora_A and lora_B of every SVDLinear"),
+    "loss_ortho": (
+        "orthogonality",
+        "#332288",
+        "λ_ortho · ‖ŶᵀŶ − I‖² / (r + p)², Ŷ the sketch, its columns of length 1",
+    ),
+    "loss_lora_ortho": (
+        "LoRA orthogonality",
+        "#44AA99",
+        "λ_ortho · the same of lora_A and lora_B of every SVDLinear",
+    ),
     "loss_act": ("activations", "#AA4499", "λ_act · the same of row_net's output"),
-}  # fmt: skip
+}
 ON_THE_OPTIMUM = 1.0  # per cent above it: of less, curves of mse and floor are one line
 
 
@@ -73,8 +83,7 @@ def training_curves(path: str | Path, history: list[dict], best_epoch: int, foot
     panels |= {"lr": 1.3} if np.ptp(rates[np.isfinite(rates)] if len(epochs) > 1 else [0]) else {}
     panels |= {"rank": 1.3} if np.ptp(ranks) else {}
     figure = new_figure(10, 1.9 + sum(panels.values()))
-    axes = figure.subplots(len(panels), 1, sharex=True, height_ratios=list(panels.values()),
-                           squeeze=False)[:, 0]  # fmt: skip
+    axes = rows_of_axes(figure, list(panels.values()))
     on = dict(zip(panels, axes, strict=True))
     untrained = "train_mse" not in history[0]
     best = epochs.index(best_epoch)
@@ -118,11 +127,11 @@ def _training_title(history: list[dict], excess: np.ndarray, best: int) -> str:
         mse = history[best]["val_mse"]
         return f"Validation mse {mse:.3g}; the optimum is too small for a ratio"
     if untrained and best == 0 and excess[0] <= ON_THE_OPTIMUM:
-        return (f"The network sits on the optimum, {percent(excess[0])} above the SVD's error "
-                f"untrained: training cannot lower it (no epoch of {last} did)")  # fmt: skip
+        text = f"The network sits on the optimum, {percent(excess[0])} above the SVD's error "
+        return text + f"untrained: training cannot lower it (no epoch of {last} did)"
     if untrained and best == 0:
-        return (f"No epoch of {last} is better than the untrained network, {percent(excess[0])} "
-                "above the SVD's error")  # fmt: skip
+        text = f"No epoch of {last} is better than the untrained network, {percent(excess[0])} "
+        return text + "above the SVD's error"
     epoch = history[best]["epoch"]
     title = f"Validation error is {percent(excess[best])} above the SVD's at epoch {epoch}"
     if untrained and history[0]["effective_rank"] == history[best]["effective_rank"]:
@@ -148,8 +157,8 @@ def _excess_panel(
     elif np.nanmax(excess) <= ON_THE_OPTIMUM:  # how near it is shows against the optimum itself
         ax.set_ylim(-0.12 * np.nanmax(excess), 1.35 * max(np.nanmax(excess), ROUNDING_PCT))
         ax.axhline(0, color=SVD, lw=1.8)
-        note(ax, 0.99, 0.1, "0: the SVD, which no matrix of this rank is better than", SVD,
-             ha="right")  # fmt: skip
+        words = "0: the SVD, which no matrix of this rank is better than"
+        note(ax, 0.99, 0.1, words, SVD, ha="right")
     paper = {"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1}  # readable on a curve
     style = {"textcoords": "offset points", "color": NETWORK, "bbox": paper}
     if untrained and best > 0:
@@ -157,8 +166,8 @@ def _excess_panel(
         ax.annotate(f"untrained {percent(excess[0])}", (epochs[0], excess[0]), (10, 8), **style)
     ax.plot(epochs[best], excess[best], "o", ms=8, color=NETWORK)
     side = "right" if 2 * epochs[best] > epochs[0] + epochs[-1] else "left"
-    ax.annotate(f"{mark} {percent(excess[best])}", (epochs[best], excess[best]), (0, -10), ha=side,
-                va="top", **style)  # fmt: skip
+    words, at = f"{mark} {percent(excess[best])}", (epochs[best], excess[best])
+    ax.annotate(words, at, (0, -10), ha=side, va="top", **style)
 
 
 @rc_context(STYLE)
@@ -186,8 +195,8 @@ def loss_terms(path: str | Path, history: list[dict], footer: str) -> None:
         label += " − 1" * int(floor) if key == "loss_reconstruction" else ""
         curve(on["terms"], epochs, np.where(values > 0, values, np.nan), colour)
         ends[on["terms"]].append((values[-1], label, colour))
-        note(on["words"], 0, 1 - (place + 0.5) / len(terms), f"{label}: {words}", colour,
-             va="center")  # fmt: skip
+        y = 1 - (place + 0.5) / len(terms)
+        note(on["words"], 0, y, f"{label}: {words}", colour, va="center")
     on["terms"].set_ylabel("weighted term of the loss,\nmean over training images")
     log_scale(on["terms"])
     if "task" in on:
@@ -195,8 +204,8 @@ def loss_terms(path: str | Path, history: list[dict], footer: str) -> None:
         on["task"].set_ylabel("task term: λ_task · mean of\nlog(task error), in training")
     if shifts.size:
         curve(on["shifts"], epochs, shifts, BLACK)
-        on["shifts"].set(ylabel="shift of a step, share\nof the least Ritz value",
-                         ylim=(0, 1))  # fmt: skip
+        on["shifts"].set_ylabel("shift of a step, share\nof the least Ritz value")
+        on["shifts"].set_ylim(0, 1)
         ends[on["shifts"]] = [(s, f"step {k}", BLACK) for k, s in enumerate(shifts[-1], 1)]
     for name in set(on) - {"words"}:
         _epoch_axis(on[name], epochs)

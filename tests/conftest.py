@@ -169,8 +169,18 @@ def encode(qwen, tmp_path, script):
     """Run extract_features.py with the small checkpoint; returns what the script did."""
 
     def run(data, cache="cache", *flags):
-        return script("extract_features.py", "--dataset_dir", data, "--cache_dir",
-                      tmp_path / cache, "--model", qwen, "--image_size", 112, *flags)  # fmt: skip
+        return script(
+            "extract_features.py",
+            "--dataset_dir",
+            data,
+            "--cache_dir",
+            tmp_path / cache,
+            "--model",
+            qwen,
+            "--image_size",
+            112,
+            *flags,
+        )
 
     return run
 

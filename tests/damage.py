@@ -76,9 +76,15 @@ def read_cache(folder: Path) -> str:
     resident.keep_resident(torch.device("cpu"))
     thumbnails = [dataset.thumbnail(row).tobytes() for row in (0, len(dataset) - 1)]
     return digest(
-        dataset.manifest, dataset.rows, dataset.singular_values, features,
-        resident[list(range(len(dataset)))], thumbnails, dataset.label, dataset.split.hash,
-    )  # fmt: skip
+        dataset.manifest,
+        dataset.rows,
+        dataset.singular_values,
+        features,
+        resident[list(range(len(dataset)))],
+        thumbnails,
+        dataset.label,
+        dataset.split.hash,
+    )
 
 
 def read_checkpoint(folder: Path) -> str:
@@ -149,7 +155,7 @@ def build(work: Path) -> dict[str, Kind]:
             "features-00000.safetensors",
             "rows.parquet",
             "singular_values.safetensors",
-        )  # fmt: skip
+        )
     }
     kinds |= {
         name: Kind(results / "ResMLP", name, read_results)

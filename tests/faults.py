@@ -87,8 +87,9 @@ KINDS = {  # and how many cases of each
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kinds", nargs="*", default=list(KINDS), metavar="KIND",
-                        help=", ".join(KINDS))  # fmt: skip
+    parser.add_argument(
+        "kinds", nargs="*", default=list(KINDS), metavar="KIND", help=", ".join(KINDS)
+    )
     parser.add_argument("--count", type=int, default=None, help="cases of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=None, help="folder for the runs")

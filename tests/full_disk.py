@@ -72,7 +72,7 @@ def scripts(place: Path, data: Path) -> dict[str, tuple[object, list[object]]]:
         "train --resume": (
             train_real_data,
             [*where, "--log_dir", place / "log", "--resume", "--epochs", 1],
-        ),  # fmt: skip
+        ),
         "compare": (compare_svd_nn, where),
         "visualize": (visualize_svd_nn, where),
         "factorize": (factorize, [*where, "--out", place / "new_factors"]),
@@ -80,7 +80,7 @@ def scripts(place: Path, data: Path) -> dict[str, tuple[object, list[object]]]:
         "extract": (
             extract_features,
             ["--dataset_dir", data, "--cache_dir", place / "new_cache", "--device", "cpu"],
-        ),  # fmt: skip
+        ),
         "benchmark": (benchmark, [*where, "--ranks", 2, "--repeats", 1]),
         "report": (make_report, ["--results_dir", results]),
     }
@@ -172,8 +172,12 @@ def judge(name: str, before: dict[str, str], place: Path, outcome: Outcome) -> s
     if len(errors) != 1:
         return f"NOT ONE LINE {outcome.output[-300:]}"
     # what was there is there, in its place, moved aside by a fresh run, or made again
-    written = {"train": "results/ResMLP/", "train --resume": "results/ResMLP/",
-               "compare": "svd_nn_comparison", "factorize --overwrite": "factors/"}  # fmt: skip
+    written = {
+        "train": "results/ResMLP/",
+        "train --resume": "results/ResMLP/",
+        "compare": "svd_nn_comparison",
+        "factorize --overwrite": "factors/",
+    }
     for path, digest in before.items():
         known = digest in after.values() or (name in written and written[name] in path)
         if not known:

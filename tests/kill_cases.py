@@ -35,8 +35,12 @@ TRAIN_KINDS = {
     "AdaLoRA": "--factors direct --use_rank_allocator --allocator_init_warmup 4 "
     "--allocator_final_warmup 5 --allocator_mask_interval 2 --allocator_keep_ratio 0.5",
 }
-FIGURES = ("train_val_loss_comparison.png", "loss_curves.png", "error_heatmap.png",
-           "B_row_norm_hist.png")  # fmt: skip
+FIGURES = (
+    "train_val_loss_comparison.png",
+    "loss_curves.png",
+    "error_heatmap.png",
+    "B_row_norm_hist.png",
+)
 
 
 def train_scenario(work: Path, arch: str, old: Path | None, log: Path) -> Scenario:
@@ -142,8 +146,20 @@ def train_outcome(folder: Path) -> str:
 
     for name in ("best_model.pt", "last_model.pt"):
         state = checkpoint.load_checkpoint(folder / name)
-        add({key: state[key] for key in ("config", "model", "optimizer", "scheduler", "allocator",
-                                         "rng", "progress")})  # fmt: skip
+        add(
+            {
+                key: state[key]
+                for key in (
+                    "config",
+                    "model",
+                    "optimizer",
+                    "scheduler",
+                    "allocator",
+                    "rng",
+                    "progress",
+                )
+            }
+        )
     history = json.loads((folder / "history.json").read_text())
     add(history)
     add(json.loads((folder / "test_results.json").read_text()))

@@ -63,11 +63,21 @@ def write_cache(folder: Path, least: int, most: int) -> None:
         shards.append(entry(path, rows=len(of_shard)))
     rows = folder / "rows.parquet"
     records = [
-        {"row_id": i, "group": str(i), "image_sha256": f"{i:064x}", "question": "what?" * 8,
-         "answers": ["a"] * 10, "bbox": [1, 2, 3, 4], "width": 1024, "height": 768,
-         "thumbnail": os.urandom(10_000), "grid_rows": grids[i][0], "grid_columns": grids[i][1]}
+        {
+            "row_id": i,
+            "group": str(i),
+            "image_sha256": f"{i:064x}",
+            "question": "what?" * 8,
+            "answers": ["a"] * 10,
+            "bbox": [1, 2, 3, 4],
+            "width": 1024,
+            "height": 768,
+            "thumbnail": os.urandom(10_000),
+            "grid_rows": grids[i][0],
+            "grid_columns": grids[i][1],
+        }
         for i in range(COUNT)
-    ]  # fmt: skip
+    ]
     pq.write_table(pa.Table.from_pylist(records, schema=ROW_SCHEMA), rows)
     sigma = None
     if least == most:
@@ -76,12 +86,21 @@ def write_cache(folder: Path, least: int, most: int) -> None:
         save_file({"singular_values": values}, path)
         sigma = entry(path)
     manifest = {
-        "format": FORMAT, "kind": "real", "encoder": {"id": "size test"},
-        "num_tokens": math.prod(grid), "feature_dim": WIDTH, "grid": list(grid),
-        "resize": "stretch" if sigma else "native", "count": COUNT,
-        "shards": shards, "rows": entry(rows), "singular_values": sigma, "skipped": [],
-        "dtype": "bfloat16", "split_by": "image",
-    }  # fmt: skip
+        "format": FORMAT,
+        "kind": "real",
+        "encoder": {"id": "size test"},
+        "num_tokens": math.prod(grid),
+        "feature_dim": WIDTH,
+        "grid": list(grid),
+        "resize": "stretch" if sigma else "native",
+        "count": COUNT,
+        "shards": shards,
+        "rows": entry(rows),
+        "singular_values": sigma,
+        "skipped": [],
+        "dtype": "bfloat16",
+        "split_by": "image",
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     if not sigma:
         dataset = RealQwenVLDataset(folder)
@@ -103,8 +122,10 @@ def measure(folder: Path) -> None:
     print(f"8 images: {time.perf_counter() - begun:.3f} s, {peak_mib() - before:.0f} MiB")
     begun = time.perf_counter()
     shape = tuple(dataset.singular_values.shape)
-    print(f"singular values {shape}: {time.perf_counter() - begun:.3f} s, "
-          f"{peak_mib() - before:.0f} MiB")  # fmt: skip
+    print(
+        f"singular values {shape}: {time.perf_counter() - begun:.3f} s, "
+        f"{peak_mib() - before:.0f} MiB"
+    )
 
 
 def in_a_process(call, *args) -> None:

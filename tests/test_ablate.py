@@ -14,8 +14,15 @@ def ablate(tiny_cache, tmp_path, script):
     """Run experiments.ablate into `tmp_path`."""
 
     def run(*more):
-        return script("experiments.ablate", "--cache_dir", tiny_cache, "--results_dir", tmp_path,
-                      *FLAGS.split(), *more)  # fmt: skip
+        return script(
+            "experiments.ablate",
+            "--cache_dir",
+            tiny_cache,
+            "--results_dir",
+            tmp_path,
+            *FLAGS.split(),
+            *more,
+        )
 
     return run
 
@@ -53,13 +60,23 @@ def test_a_gain_is_against_the_best_untrained_sketch_that_takes_no_longer():
 
     def record(sketch, ms, excess):
         return {
-            "sketch": sketch, "shifts": "start", "steps": 0, "oversample": 0, "ms": ms,
-            "excess_mean": excess, "per_image": torch.full((8,), excess).tolist(),
+            "sketch": sketch,
+            "shifts": "start",
+            "steps": 0,
+            "oversample": 0,
+            "ms": ms,
+            "excess_mean": excess,
+            "per_image": torch.full((8,), excess).tolist(),
             "val_excess_mean": excess,
-        }  # fmt: skip
+        }
 
-    records = [record("random", 1, 4.0), record("columns", 2, 2.0), record("random", 9, 0.1),
-               record("linear", 2, 1.0), record("MLP", 0.5, 0.5)]  # fmt: skip
+    records = [
+        record("random", 1, 4.0),
+        record("columns", 2, 2.0),
+        record("random", 9, 0.1),
+        record("linear", 2, 1.0),
+        record("MLP", 0.5, 0.5),
+    ]
     (gain,) = gains_at_equal_time(records, groups)  # nothing untrained is as fast as the MLP
     assert gain["sketch"] == "linear" and gain["random"]["sketch"] == "columns"
     assert gain["gain_pct"] == pytest.approx(50)
@@ -69,12 +86,22 @@ def test_a_gain_is_against_the_best_untrained_sketch_that_takes_no_longer():
 def test_the_pair_that_is_quoted_is_picked_on_validation_images_and_measured_on_test_images():
     def record(sketch, on_val, on_test):
         return {
-            "sketch": sketch, "shifts": "start", "steps": 0, "oversample": 0, "ms": 1.0,
-            "excess_mean": on_test, "per_image": [on_test] * 4, "val_excess_mean": on_val,
-        }  # fmt: skip
+            "sketch": sketch,
+            "shifts": "start",
+            "steps": 0,
+            "oversample": 0,
+            "ms": 1.0,
+            "excess_mean": on_test,
+            "per_image": [on_test] * 4,
+            "val_excess_mean": on_val,
+        }
 
-    records = [record("random", 3.0, 1.5), record("columns", 2.0, 2.0),
-               record("linear", 1.5, 0.1), record("MLP", 1.0, 1.2)]  # fmt: skip
+    records = [
+        record("random", 3.0, 1.5),
+        record("columns", 2.0, 2.0),
+        record("linear", 1.5, 0.1),
+        record("MLP", 1.0, 1.2),
+    ]
     best, other = gains_at_equal_time(records, list("abcd"))
     # on test images the linear sketch, and the random one as its rival, would have looked best
     assert best["sketch"] == "MLP" and best["random"]["sketch"] == "columns"

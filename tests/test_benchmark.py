@@ -17,13 +17,34 @@ from model import get_model_by_name
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 
 KEYS = [
-    "method", "arch", "sketch", "K", "p", "rank", "device", "threads", "dtype", "batch",
-    "ms_median", "ms_iqr", "matrices_per_s", "peak_mb", "excess_mean", "excess_p90", "floor_ms",
+    "method",
+    "arch",
+    "sketch",
+    "K",
+    "p",
+    "rank",
+    "device",
+    "threads",
+    "dtype",
+    "batch",
+    "ms_median",
+    "ms_iqr",
+    "matrices_per_s",
+    "peak_mb",
+    "excess_mean",
+    "excess_p90",
+    "floor_ms",
     "floor_fraction",
-]  # fmt: skip
+]
 METHODS = {
-    "network", "random_sketch", "svd", "gram_eigh_f32", "gram_eigh_f64", "svd_lowrank", "pca",
-}  # fmt: skip
+    "network",
+    "random_sketch",
+    "svd",
+    "gram_eigh_f32",
+    "gram_eigh_f64",
+    "svd_lowrank",
+    "pca",
+}
 CPU = torch.device("cpu")
 
 
@@ -49,8 +70,18 @@ def quick_pca(monkeypatch):
 
 
 def measured(script, tiny_cache, results, *flags):
-    done = script("experiments.benchmark", "--cache_dir", tiny_cache, "--results_dir", results,
-                  "--device", "cpu", "--repeats", 2, *flags)  # fmt: skip
+    done = script(
+        "experiments.benchmark",
+        "--cache_dir",
+        tiny_cache,
+        "--results_dir",
+        results,
+        "--device",
+        "cpu",
+        "--repeats",
+        2,
+        *flags,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((results / "benchmark.json").read_text())
 
@@ -131,10 +162,14 @@ def test_without_a_network_the_references_are_measured_with_a_note(tiny_cache, t
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [("--ranks 4 17", "--ranks 17 is out of range: type 1 to 16"), ("--ranks 0", "--ranks"),
-     ("--threads 0", "--threads"), ("--device tpu", "--device tpu"),
-     ("--cache_dir nowhere", "nowhere does not exist")],
-)  # fmt: skip
+    [
+        ("--ranks 4 17", "--ranks 17 is out of range: type 1 to 16"),
+        ("--ranks 0", "--ranks"),
+        ("--threads 0", "--threads"),
+        ("--device tpu", "--device tpu"),
+        ("--cache_dir nowhere", "nowhere does not exist"),
+    ],
+)
 def test_a_mistake_is_one_line_and_changes_nothing(flags, message, tiny_cache, tmp_path, script):
     done = script("experiments.benchmark", "--cache_dir", tiny_cache, *flags.split())
     assert done.returncode == 2
@@ -168,11 +203,21 @@ def test_products_are_counted_by_data_type_as_many_as_torch_counts_and_nothing_e
 def records(*points):
     names = ["pca", "network", "gram_eigh_f64", "svd", "random_sketch"]
     return [
-        {"method": name, "arch": "MLP" if name == "network" else None, "K": None, "p": None,
-         "rank": 4, "device": "cpu", "threads": 1, "batch": 8, "ms_median": ms, "ms_iqr": 0.1,
-         "excess_mean": excess}
+        {
+            "method": name,
+            "arch": "MLP" if name == "network" else None,
+            "K": None,
+            "p": None,
+            "rank": 4,
+            "device": "cpu",
+            "threads": 1,
+            "batch": 8,
+            "ms_median": ms,
+            "ms_iqr": 0.1,
+            "excess_mean": excess,
+        }
         for name, (ms, excess) in zip(names, points, strict=False)
-    ]  # fmt: skip
+    ]
 
 
 def test_the_front_is_what_nothing_beats_and_rounding_of_either_sign_is_equal():
@@ -183,14 +228,19 @@ def test_the_front_is_what_nothing_beats_and_rounding_of_either_sign_is_equal():
 
 @pytest.mark.parametrize(
     ("points", "title"),
-    [([(1, 900.0), (5, 0.1), (8, 0.0)], "nothing here is faster and nearer"),
-     ([(1, 900.0), (9, 0.1), (8, 0.0)], "Gram eigh, float64 is faster and nearer"),
-     ([(1, None), (9, None), (8, None)], "the excess undefined")],
-)  # fmt: skip
+    [
+        ([(1, 900.0), (5, 0.1), (8, 0.0)], "nothing here is faster and nearer"),
+        ([(1, 900.0), (9, 0.1), (8, 0.0)], "Gram eigh, float64 is faster and nearer"),
+        ([(1, None), (9, None), (8, None)], "the excess undefined"),
+    ],
+)
 def test_the_title_says_whether_the_network_is_beaten(points, title, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (
-        drawn.append(figure), open(path, "wb").close()))  # fmt: skip
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda figure, path, **_: (drawn.append(figure), open(path, "wb").close()),
+    )
     error_against_time.pareto(tmp_path / "p.png", records(*points), "footer")
     assert title in " ".join(drawn[0].get_suptitle().split())
     words = [text.get_text() for text in drawn[0].axes[0].texts]

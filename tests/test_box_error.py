@@ -1,12 +1,9 @@
 """Error inside and outside the answer's box: which tokens are meant, and what is said of them."""
 
-import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from common.boxes import tokens_in_box
-from figures import comparison
 from svd_baseline import rel_error, truncated_svd
 from task.boxes import box_report, part_errors
 
@@ -92,26 +89,3 @@ def test_a_single_group_gives_no_interval_and_no_images_no_numbers():
         "n_groups": 0,
         "n_left_out": 40,
     }
-
-
-def test_the_figure_has_a_panel_for_the_box_where_there_is_one(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(
-        Figure, "savefig", lambda f, path, **_: (figures.append(f), path.write_bytes(b""))
-    )
-    curve = np.geomspace(10, 0.1, 16) * np.ones((4, 1))
-    images = {name: {"rel_error": np.full(4, 0.1), "excess_pct": np.full(4, 0.1)}
-              for name in ("network", "svd")}  # fmt: skip
-    for box in (None, made_up_errors()):
-        comparison.comparison(
-            tmp_path / "c.png", images, {"X": curve, "X_hat": curve}, 8, "footer", box
-        )
-    assert [len(figure.axes) for figure in figures] == [3, 4]
-    panel = figures[1].axes[3]
-    assert [t.get_text() for t in panel.get_xticklabels()] == ["answer's box", "outside"]
-    means = [float(line.get_ydata()[0]) for line in panel.lines if line.get_marker() == "o"]
-    errors = made_up_errors()
-    expected = [
-        errors[m][p].mean().item() for p in ("inside", "outside") for m in ("network", "svd")
-    ]
-    assert means == pytest.approx(expected)

@@ -202,8 +202,9 @@ def test_extraction_lists_unreadable_images_and_encodes_repeated_ones_once(
     monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 3)
     encoded = []
     original = DemoEncoder.encode
-    monkeypatch.setattr(DemoEncoder, "encode",
-                        lambda self, x: encoded.append(len(x)) or original(self, x))  # fmt: skip
+    monkeypatch.setattr(
+        DemoEncoder, "encode", lambda self, x: encoded.append(len(x)) or original(self, x)
+    )
     extract(tmp_path, tmp_path / "set", tmp_path / "cache", "--batch_size", "2")
     assert sum(encoded) == 3
     dataset = RealQwenVLDataset(tmp_path / "cache")
@@ -299,8 +300,9 @@ def test_an_image_of_any_grid_is_read_as_it_was_written_mapped_and_resident(ragg
 def test_batches_hold_images_of_one_grid_and_an_epoch_every_image_once(ragged_cache):
     dataset = RealQwenVLDataset(ragged_cache)
     loaders = create_data_loaders_real(dataset, 4)
-    for part, loader in zip((dataset.split.train, dataset.split.val, dataset.split.test), loaders,
-                            strict=True):  # fmt: skip
+    for part, loader in zip(
+        (dataset.split.train, dataset.split.val, dataset.split.test), loaders, strict=True
+    ):
         batches = list(loader)
         assert len(batches) == len(loader)
         seen = torch.cat([batch.rows for batch in batches])

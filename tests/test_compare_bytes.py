@@ -191,8 +191,10 @@ def test_coded_rivals_come_back_from_their_bytes_with_the_statistics_of_the_code
     names = ["coded", "klt_dct"]
     if in_metric:
         names = [f"{name}_in_metric" for name in names]
-        codes += [kind(codec, (T, D), statistics)
-                  for kind in (FactorsInt8InMetric, FactorsDeflateInMetric)]  # fmt: skip
+        codes += [
+            kind(codec, (T, D), statistics)
+            for kind in (FactorsInt8InMetric, FactorsDeflateInMetric)
+        ]
     assert [code.name for code in codes[:2]] == names
     for code in codes:
         coarse, fine = code.knobs[len(code.knobs) // 2], code.knobs[-1]
@@ -226,9 +228,10 @@ def test_head_steps_lower_the_head_s_error_at_nearly_the_same_bytes(linear_head)
     training = steep_tokens(24, T, D, seed=1)
     codec = fit(lambda: training.split(8), GRID, torch.eye(D))
     statistics = CodecStatistics(codec, GRID)
-    plain, steps = Coded(codec, GRID, statistics), CodedHeadSteps(
-        codec, GRID, statistics, linear_head, "cpu"
-    )  # fmt: skip
+    plain, steps = (
+        Coded(codec, GRID, statistics),
+        CodedHeadSteps(codec, GRID, statistics, linear_head, "cpu"),
+    )
     assert steps.name == "coded_in_metric_head_steps"
     found = []
     for seed in range(4):
@@ -304,8 +307,10 @@ def test_a_method_that_takes_thrice_the_bytes_everywhere_is_said_to_with_no_doub
     groups = [name for name in "abcdef" for _ in range(2)]
 
     def curve(times):
-        return [Point(k, 0, {"bytes": times * 1000 * k * scale, "raw_error": 0.4 / k * scale})
-                for k in (1, 2, 4, 8)]  # fmt: skip
+        return [
+            Point(k, 0, {"bytes": times * 1000 * k * scale, "raw_error": 0.4 / k * scale})
+            for k in (1, 2, 4, 8)
+        ]
 
     entry = tables({"coded": curve(1), "klt_dct": curve(3)}, groups)["raw_error"]["0.16"]
     times = entry["klt_dct"]["times"]["coded"]
@@ -350,8 +355,16 @@ def test_the_command_writes_bytes_of_every_method_that_the_cache_allows(
     monkeypatch.setattr(ProductQuantiser, "knobs", (1, 2))
     monkeypatch.setattr(PcaDeflate, "knobs", (4, 16))
     monkeypatch.setattr(Pictures, "knobs", (30, 90))
-    flags = ["--cache_dir", tiny_cache, "--dataset_dir", tiny_data, "--results_dir",
-             tmp_path / "r", "--device", "cpu"]  # fmt: skip
+    flags = [
+        "--cache_dir",
+        tiny_cache,
+        "--dataset_dir",
+        tiny_data,
+        "--results_dir",
+        tmp_path / "r",
+        "--device",
+        "cpu",
+    ]
     real, calls = compare_bytes.errors, []
 
     def interrupted(*args):

@@ -69,17 +69,29 @@ def test_the_device_refuses_what_these_tests_look_for():
 
 @pytest.mark.parametrize(
     "flags",
-    ["", "--oversample 0", "--arch AdaLoRA", "--factors direct", "--dropout 0.1", "--arch MLP",
-     "--arch AdaLoRA --use_rank_allocator"],
-)  # fmt: skip
+    [
+        "",
+        "--oversample 0",
+        "--arch AdaLoRA",
+        "--factors direct",
+        "--dropout 0.1",
+        "--arch MLP",
+        "--arch AdaLoRA --use_rank_allocator",
+    ],
+)
 def test_a_training_step_stays_on_its_device_and_asks_it_for_no_value(flags, x, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", UnfusedAdamW)
     argv = f"--rank {R} --hidden_dim 16 {flags}".split()
     args = cli.parse(train_real_data.get_args_parser(), argv)
     dataset = SimpleNamespace(
-        feature_dim=D, num_tokens=T, grid=None, manifest={"encoder": {}}, is_demo=False,
-        split=SimpleNamespace(hash="", train=NO_ROWS, val=NO_ROWS), rows=pa.table({}),
-    )  # fmt: skip
+        feature_dim=D,
+        num_tokens=T,
+        grid=None,
+        manifest={"encoder": {}},
+        is_demo=False,
+        split=SimpleNamespace(hash="", train=NO_ROWS, val=NO_ROWS),
+        rows=pa.table({}),
+    )
     run = build_run(args, dataset, META)
     run.model.train()
     ones = torch.ones(B, T, 1, device=META)
@@ -106,11 +118,16 @@ def test_the_model_of_a_task_stays_on_its_device(x):
     assert model.loss_terms(x, exact_singular_values(x)).reconstruction.device == META
 
 
-@pytest.mark.parametrize("method", [
-    truncated_svd, gram_eigh, randomized_svd,
-    lambda x, r: random_sketch(x, r, 1, 2 * r),
-    lambda x, r: pca(x, r, torch.empty(D, D, device=META)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [
+        truncated_svd,
+        gram_eigh,
+        randomized_svd,
+        lambda x, r: random_sketch(x, r, 1, 2 * r),
+        lambda x, r: pca(x, r, torch.empty(D, D, device=META)),
+    ],
+)
 def test_references_and_metrics_stay_on_their_device(method, x):
     a, b = method(x, 4)
     found = image_metrics(x, a, b, exact_singular_values(x))

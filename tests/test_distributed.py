@@ -220,8 +220,17 @@ def test_two_processes_with_half_the_batch_train_the_network_of_one(alone, tiny_
 
 def test_two_processes_train_for_a_task_as_one_does(tiny_cache, tmp_path):
     metric = tmp_path / "metric.safetensors"
-    in_process(estimate_metric, "--cache_dir", tiny_cache, "--probes", "1", "--shrinkage", "1e-2",
-               "--out", metric)  # fmt: skip
+    in_process(
+        estimate_metric,
+        "--cache_dir",
+        tiny_cache,
+        "--probes",
+        "1",
+        "--shrinkage",
+        "1e-2",
+        "--out",
+        metric,
+    )
     small = "--epochs 1 --rank 4 --oversample 2 --hidden_dim 16 --task_head saliency".split()
     small += ["--metric", metric]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -335,7 +344,7 @@ def main(args):
         raise ZeroDivisionError("a bug")
     time.sleep(600) if args.how == "mistake" else processes.barrier()
 
-parser = cli.Parser(description="")
+parser = cli.Parser("")
 parser.add_argument("how", choices=("mistake", "bug"))
 parser.add_argument("--device", default="cpu")
 processes.run(main, parser)

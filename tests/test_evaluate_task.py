@@ -57,16 +57,33 @@ def test_evaluate_task_writes_every_method_with_intervals_and_a_figure(
     metric_file, tiny_cache, script, tmp_path
 ):
     done = script(
-        "experiments.evaluate_task", "--cache_dir", tiny_cache, "--metric", metric_file,
-        "--ranks", 2, 4, 8, "--head_steps", 1, "--bound", 0.3, "--results_dir", tmp_path,
-    )  # fmt: skip
+        "experiments.evaluate_task",
+        "--cache_dir",
+        tiny_cache,
+        "--metric",
+        metric_file,
+        "--ranks",
+        2,
+        4,
+        8,
+        "--head_steps",
+        1,
+        "--bound",
+        0.3,
+        "--results_dir",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("note: no trained network")
     results = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())
     assert set(results["methods"]) == {
-        "svd", "svd_in_metric", "svd_refined", "svd_in_metric_refined", "token_dropping",
+        "svd",
+        "svd_in_metric",
+        "svd_refined",
+        "svd_in_metric_refined",
+        "token_dropping",
         "token_averaging",
-    }  # fmt: skip
+    }
     svd, found = results["methods"]["svd"], results["methods"]["svd_in_metric"]
     assert results["split"] == "test" and results["n_groups"] == 2
     for rank in ("2", "4", "8"):
@@ -123,8 +140,20 @@ def evaluate(metric_file, tiny_cache):
     """Run experiments.evaluate_task in this process into a folder; its task_sweep.json."""
 
     def run(folder, *flags):
-        argv = ["--cache_dir", tiny_cache, "--metric", metric_file, "--ranks", 2, 4,
-                "--bound", 0.3, "--results_dir", folder, *flags]  # fmt: skip
+        argv = [
+            "--cache_dir",
+            tiny_cache,
+            "--metric",
+            metric_file,
+            "--ranks",
+            2,
+            4,
+            "--bound",
+            0.3,
+            "--results_dir",
+            folder,
+            *flags,
+        ]
         argv = [str(a) for a in argv]
         evaluate_task.main(cli.parse(evaluate_task.get_args_parser(), argv))
         found = json.loads((folder / "ResMLP" / "task_sweep.json").read_text())
@@ -216,6 +245,7 @@ def test_columns_do_not_collide(capsys):
 
 
 def test_answers_of_a_head_that_gives_none_are_refused(metric_file, tiny_cache, script):
-    done = script("experiments.evaluate_task", "--cache_dir", tiny_cache, "--metric", metric_file,
-                  "--answers")  # fmt: skip
+    done = script(
+        "experiments.evaluate_task", "--cache_dir", tiny_cache, "--metric", metric_file, "--answers"
+    )
     assert done.returncode == 2 and "--answers: --head saliency generates none" in done.stderr

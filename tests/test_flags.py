@@ -29,8 +29,13 @@ WRONG_NAMES = {
     "--out": "a_file/below.safetensors",
 }
 # refused only by what the data hold: everything fits the type, nothing fits the cache
-TOO_MUCH = {"--rank": 10**6, "--ranks": 10**6, "--mean_rank": 10**6, "--image_idx": 10**6,
-            "--oversample": 10**6}  # fmt: skip
+TOO_MUCH = {
+    "--rank": 10**6,
+    "--ranks": 10**6,
+    "--mean_rank": 10**6,
+    "--image_idx": 10**6,
+    "--oversample": 10**6,
+}
 
 
 def parser_of(script):
@@ -193,8 +198,12 @@ CONTRADICTIONS = [
     ("train_real_data", "--use_rank_allocator", "--use_rank_allocator needs --arch AdaLoRA"),
     ("train_real_data", "--arch AdaLoRA --allocator_keep_ratio 0.5", "--allocator_keep_ratio"),
     ("train_real_data", "--arch AdaLoRA --use_rank_allocator", "--epochs"),
-    ("train_real_data", "--arch AdaLoRA --use_rank_allocator --allocator_init_warmup 0 "
-     "--allocator_final_warmup 1 --allocator_importance sensitivity", "--allocator_importance"),
+    (
+        "train_real_data",
+        "--arch AdaLoRA --use_rank_allocator --allocator_init_warmup 0 "
+        "--allocator_final_warmup 1 --allocator_importance sensitivity",
+        "--allocator_importance",
+    ),
     ("train_real_data", "--resume --rank 3", "--rank 3"),
     ("train_real_data", "--resume --seed 1", "--seed 1"),
     ("train_real_data", "--resume last --epochs 7", "--epochs 7"),
@@ -204,7 +213,7 @@ CONTRADICTIONS = [
     ("factorize", "--verify --rank 3", "--rank"),
     ("factorize", "--exact", "--exact is of coded factors"),
     ("factorize", "--step 2", "--step is of coded factors"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("script", "flags", "named"), CONTRADICTIONS)

@@ -212,19 +212,28 @@ NAN = torch.zeros(7 * 16, 64).index_fill(1, torch.tensor([5]), torch.nan)
     [
         (lambda c: flip_a_bit(c / SHARD), SHARD, "does not match its sha256"),
         (lambda c: flip_a_bit(c / "rows.parquet"), "rows.parquet", "damaged"),
-        (lambda c: flip_a_bit(c / "singular_values.safetensors"), "singular_values.safetensors",
-         "its sha256"),
+        (
+            lambda c: flip_a_bit(c / "singular_values.safetensors"),
+            "singular_values.safetensors",
+            "its sha256",
+        ),
         (lambda c: (c / SHARD).unlink(), SHARD, "is missing"),
         (lambda c: (c / SHARD).write_bytes(b"x"), SHARD, "has 1 bytes"),
         (lambda c: put(c, SHARD, {"features": NAN.bfloat16()}), SHARD, "holds NaN or Inf"),
         (lambda c: put(c, SHARD, {"features": torch.zeros(7 * 16, 64)}), SHARD, "torch.float32"),
         (lambda c: put(c, SHARD, {"features": NAN[:63].bfloat16()}), SHARD, "(63, 64, "),
         (lambda c: put(c, SHARD, {"other": NAN.bfloat16()}), SHARD, "damaged"),
-        (lambda c: put(c, "singular_values.safetensors",
-                       {"singular_values": torch.full((17, 16), torch.nan).double()}),
-         "singular_values.safetensors", "holds NaN or Inf"),
+        (
+            lambda c: put(
+                c,
+                "singular_values.safetensors",
+                {"singular_values": torch.full((17, 16), torch.nan).double()},
+            ),
+            "singular_values.safetensors",
+            "holds NaN or Inf",
+        ),
     ],
-)  # fmt: skip
+)
 def test_verify_names_the_damaged_file_in_one_line(damage, name, reason, cache, script):
     damage(cache)
     done = script("extract_features.py", "--verify", "--cache_dir", cache)

@@ -84,11 +84,18 @@ def test_gaps_and_files_that_cannot_be_used_are_listed_and_the_others_imported(
     reasons = [(entry["row_id"], entry["reason"]) for entry in dataset.manifest["skipped"]]
     for (row, reason), (expected_row, words) in zip(
         reasons,
-        [(1, "shape (5, 10), 5 files are of (6, 10)"), (3, "holds a dict"),
-         (4, "holds NaN or Inf"), (5, "holds torch.int64"), (6, "of shape (2, 6, 10)"),
-         (7, "is damaged"), (10, "is damaged"), (12, "features_12.pt to features_19.pt missing")],
+        [
+            (1, "shape (5, 10), 5 files are of (6, 10)"),
+            (3, "holds a dict"),
+            (4, "holds NaN or Inf"),
+            (5, "holds torch.int64"),
+            (6, "of shape (2, 6, 10)"),
+            (7, "is damaged"),
+            (10, "is damaged"),
+            (12, "features_12.pt to features_19.pt missing"),
+        ],
         strict=True,
-    ):  # fmt: skip
+    ):
         assert row == expected_row and words in reason, (row, reason)
     assert done.stdout.count("skipped row") == 5 and "and 3 more" in done.stdout
     assert "15 skipped" in done.stdout  # 7 files and a gap of 8

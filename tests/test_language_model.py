@@ -105,13 +105,37 @@ def test_with_unchanged_tokens_the_answers_logits_are_the_whole_qwens_bit_for_bi
     assert not torch.equal(qwen_head.outputs(tokens.flip(1), torch.tensor([row])), expected)
 
 
+def test_an_image_of_any_grid_is_read_as_the_whole_qwen_reads_it(small_qwen, tiny_data, tmp_path):
+    argv = ["--model", small_qwen, "--dataset_dir", tiny_data, "--cache_dir", tmp_path / "cache"]
+    argv += ["--resize", "native", "--max_pixels", 24 * 28**2]
+    extract_features.main(cli.parse(extract_features.get_args_parser(), [str(a) for a in argv]))
+    dataset = RealQwenVLDataset(tmp_path / "cache")
+    head = load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
+    rows = [dataset.grids.index(grid) for grid in sorted(set(dataset.grids))]
+    assert len(rows) > 2
+    whole = Qwen2_5_VLForConditionalGeneration.from_pretrained(small_qwen).eval()
+    for row in rows:
+        tokens, (down, across) = dataset[[row]].float(), dataset.grids[row]
+        text = head.prompt(row) + head.reference_answer(row) + "<|im_end|>"
+        ids = head.tokenizer(text, return_tensors="pt")["input_ids"][:, :-1]
+        embedded = whole.get_input_embeddings()(ids)
+        embedded[ids == 3] = tokens[0]
+        thw = torch.tensor([[1, 2 * down, 2 * across]])
+        kinds = (ids == 3).int()
+        with torch.no_grad():
+            places = whole.model.get_rope_index(ids, kinds, image_grid_thw=thw)[0]
+            expected = whole(inputs_embeds=embedded, position_ids=places).logits[0]
+        logits = head.outputs(tokens, torch.tensor([row]))[0]
+        assert torch.allclose(logits, expected[-len(logits) :], atol=1e-4), (down, across)
+
+
 def test_the_greedy_answer_is_the_argmax_of_one_forward_after_another(qwen_head, qwen_cache):
     dataset, row = RealQwenVLDataset(qwen_cache), 4
     tokens = dataset[[row]].float()
     ids, end = qwen_head._ids(qwen_head.prompt(row)), qwen_head._ids("<|im_end|>")
     new = []
     for _ in range(4):
-        logits = qwen_head.model(**qwen_head._inputs(ids, tokens[0])).logits[0, -1]
+        logits = qwen_head.model(**qwen_head._inputs(ids, tokens[0], row)).logits[0, -1]
         ids = torch.cat([ids, logits.argmax()[None]])
         new.append(int(ids[-1]))
         if new[-1] == end:
@@ -165,8 +189,10 @@ def test_a_probe_does_not_depend_on_the_longest_answer_of_its_batch(qwen_head, q
         lengths.setdefault(len(qwen_head._wanted(row)), row)
     short, long = lengths[min(lengths)], lengths[max(lengths)]
     assert min(lengths) < max(lengths)
-    loaders = (BatchLoader(dataset, torch.tensor(rows), 2, torch.device("cpu"))
-               for rows in ([short], [short, long]))  # fmt: skip
+    loaders = (
+        BatchLoader(dataset, torch.tensor(rows), 2, torch.device("cpu"))
+        for rows in ([short], [short, long])
+    )
     alone, beside = (probe_gradients(qwen_head, next(iter(loader)), 0, 1) for loader in loaders)
     assert torch.allclose(alone[0], beside[0], rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
 
@@ -313,17 +339,41 @@ def test_every_step_runs_end_to_end_on_qwens_own_head(qwen_cache, script, tmp_pa
     done = script("experiments.estimate_metric", *options, "--probes", 1, "--out", path)
     assert done.returncode == 0, done.stderr
     files = ["--results_dir", tmp_path / "task", "--log_dir", tmp_path / "log"]
-    done = script("train_real_data.py", "--cache_dir", qwen_cache, "--task_head", "qwen-answer",
-                  "--metric", path, "--rank", 4, "--epochs", 1,
-                  *files)  # fmt: skip
+    done = script(
+        "train_real_data.py",
+        "--cache_dir",
+        qwen_cache,
+        "--task_head",
+        "qwen-answer",
+        "--metric",
+        path,
+        "--rank",
+        4,
+        "--epochs",
+        1,
+        *files,
+    )
     assert done.returncode == 0, done.stderr
     assert "val_task_error" in done.stdout
     history = json.loads((tmp_path / "task" / "ResMLP" / "history.json").read_text())
     assert history[-1]["val_task_loss"] > 0
     done = script(
-        "experiments.evaluate_task", *options, "--metric", path, "--ranks", 2, 4, "--head_steps", 1,
-        "--answers", "--boxes", "--task_results_dir", tmp_path / "task", "--results_dir", tmp_path,
-    )  # fmt: skip
+        "experiments.evaluate_task",
+        *options,
+        "--metric",
+        path,
+        "--ranks",
+        2,
+        4,
+        "--head_steps",
+        1,
+        "--answers",
+        "--boxes",
+        "--task_results_dir",
+        tmp_path / "task",
+        "--results_dir",
+        tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())
     assert results["head"] == "qwen-answer" and "KL divergence" in results["loss_name"]

@@ -281,8 +281,17 @@ def test_a_damaged_partial_estimate_is_refused_in_words(tiny_cache, script, tmp_
 
 def test_an_estimate_of_few_images_uses_that_many(tiny_cache, dataset, script, tmp_path):
     out = tmp_path / "m.safetensors"
-    done = script("experiments.estimate_metric", "--cache_dir", tiny_cache, "--probes", 1,
-                  "--images", 3, "--out", out)  # fmt: skip
+    done = script(
+        "experiments.estimate_metric",
+        "--cache_dir",
+        tiny_cache,
+        "--probes",
+        1,
+        "--images",
+        3,
+        "--out",
+        out,
+    )
     assert done.returncode == 0, done.stderr
     assert "1 probes of 3 training images" in done.stdout
     assert task_metric.load_metric(out, dataset).info["images"] == 3

@@ -283,8 +283,9 @@ def smooth_tokens(grid, count=2):
     """x [count, T, 40]: maps of few waves over the grid, sampled at its tokens."""
     generator = torch.Generator().manual_seed(5)
     rows, columns = (torch.linspace(0, 1, 2 * n + 1)[1::2] for n in grid)
-    waves = [torch.cos(torch.pi * (i * rows[:, None] + j * columns)) for i in range(4)
-             for j in range(4)]  # fmt: skip
+    waves = [
+        torch.cos(torch.pi * (i * rows[:, None] + j * columns)) for i in range(4) for j in range(4)
+    ]
     amplitude = torch.randn(count, 16, 40, generator=generator) / (1 + torch.arange(16.0))[:, None]
     x = torch.stack(waves).flatten(1).mT @ amplitude
     noise = 0.01 * torch.randn(x.shape, generator=generator)

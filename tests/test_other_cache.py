@@ -139,8 +139,9 @@ def test_a_cache_whose_test_images_were_all_trained_on_is_refused_in_words(
 
 
 def test_resume_demands_the_cache_that_the_run_was_begun_with(results, other_cache, script):
-    done = script("train_real_data.py", "--resume", "--cache_dir", other_cache, "--results_dir",
-                  results)  # fmt: skip
+    done = script(
+        "train_real_data.py", "--resume", "--cache_dir", other_cache, "--results_dir", results
+    )
     assert done.returncode == 2 and "was trained on a cache with split = " in done.stderr
 
 

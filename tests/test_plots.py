@@ -50,14 +50,29 @@ def history(epochs: int, excess: float = 0.03) -> list[dict]:
     entries = []
     for epoch in range(epochs + 1):
         pct = excess * (1 + 1 / (1 + epoch))
-        entry = {"epoch": epoch, "val_mse": 3e-4 * (1 + pct / 100) ** 2, "val_optimum_mse": 3e-4,
-                 "val_rel_error": 0.02, "val_excess_pct": pct, "effective_rank": 4}  # fmt: skip
+        entry = {
+            "epoch": epoch,
+            "val_mse": 3e-4 * (1 + pct / 100) ** 2,
+            "val_optimum_mse": 3e-4,
+            "val_rel_error": 0.02,
+            "val_excess_pct": pct,
+            "effective_rank": 4,
+        }
         if epoch:
-            entry |= {"train_loss": 1.002, "train_mse": 4e-4 * (1 + pct / 100) ** 2,
-                      "train_optimum_mse": 4e-4, "loss_reconstruction": 1.001, "loss_B": 1e-4,
-                      "loss_ortho": 1e-3, "loss_lora_ortho": 0.0, "loss_act": 0.0,
-                      "shifts": [0.3, 0.7], "lr": 1e-4, "seconds": 1.0,
-                      "samples_per_s": 30.0}  # fmt: skip
+            entry |= {
+                "train_loss": 1.002,
+                "train_mse": 4e-4 * (1 + pct / 100) ** 2,
+                "train_optimum_mse": 4e-4,
+                "loss_reconstruction": 1.001,
+                "loss_B": 1e-4,
+                "loss_ortho": 1e-3,
+                "loss_lora_ortho": 0.0,
+                "loss_act": 0.0,
+                "shifts": [0.3, 0.7],
+                "lr": 1e-4,
+                "seconds": 1.0,
+                "samples_per_s": 30.0,
+            }
         entries.append(entry)
     return entries
 
@@ -101,8 +116,11 @@ def maps():
     rng = np.random.default_rng(1)
     original = rng.normal(size=(16, 3)) * [1, 10, 100]
     noise = rng.normal(size=(2, 16, 3))
-    return {"original": torch.from_numpy(original), "network": original + 0.3 * noise[0],
-            "svd": original + 0.1 * noise[1]}  # fmt: skip
+    return {
+        "original": torch.from_numpy(original),
+        "network": original + 0.3 * noise[0],
+        "svd": original + 0.1 * noise[1],
+    }
 
 
 def batch() -> list[dict]:
@@ -113,10 +131,15 @@ def batch() -> list[dict]:
 
     values = [("ResMLP", 0.03), ("MLP", 1800.0), ("AdaLoRA", None)]
     return [
-        {"arch": arch, "effective_rank": 4, "rank": 4, "excess_mean": mean,
-         "ranks": {"2": entry(mean and mean / 10, 0.01), "4": entry(mean, 0.05)}}
+        {
+            "arch": arch,
+            "effective_rank": 4,
+            "rank": 4,
+            "excess_mean": mean,
+            "ranks": {"2": entry(mean and mean / 10, 0.01), "4": entry(mean, 0.05)},
+        }
         for arch, mean in values
-    ]  # fmt: skip
+    ]
 
 
 PHOTO = Image.fromarray(np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8))
@@ -233,9 +256,13 @@ def test_each_map_shows_its_own_tokens_in_raster_order_and_says_which_channel(
 
 def test_the_box_lies_on_photograph_and_maps_where_the_text_is(tmp_path, errors, drawn):
     token_grid.spatial_error(tmp_path / "s.png", PHOTO, BOX, errors, GRID, INFO)
-    boxes = [patch.get_bbox().bounds for ax in drawn[0].axes for patch in ax.patches
-             if patch.get_path_effects()]  # fmt: skip
-    assert boxes == [BOX] + [(1.0, 2.0, 2.0, 1.0)] * 4
+    boxes = [
+        patch.get_bbox().bounds
+        for ax in drawn[0].axes
+        for patch in ax.patches
+        if patch.get_path_effects()
+    ]
+    assert boxes == [(1.0, 2.0, 2.0, 1.0)] * 5  # all in the grid's units
     labels = [t.get_text() for t in drawn[0].axes[3].get_xticklabels()]
     assert labels == ["in the box\n(2 tokens)", "outside\n(14 tokens)"]
     means = [line.get_ydata()[0] for line in drawn[0].axes[3].lines if len(line.get_ydata()) == 1]
@@ -417,9 +444,13 @@ def test_both_norms_are_two_panels_with_the_gain_of_each_in_the_title(tmp_path, 
         for key in ("mean", "p90"):
             svd = methods["svd"]["rel_error"][key]
             methods["network"]["rel_error"][key] = 1.05 * svd
-    task = {"head": "saliency", "output": "saliency logits",
-            "ranks": {r: {"svd": of_task(0.1), "network": of_task(0.06, 40.0 + int(r))}
-                      for r in ("2", "4")}}  # fmt: skip
+    task = {
+        "head": "saliency",
+        "output": "saliency logits",
+        "ranks": {
+            r: {"svd": of_task(0.1), "network": of_task(0.06, 40.0 + int(r))} for r in ("2", "4")
+        },
+    }
     comparison.both_norms(tmp_path / "b.png", ranks, task, FOOTER)
     assert title(drawn[0]) == (
         "Ranks 2 to 4: the network's error is 5 % above the SVD's in the Frobenius norm, and 42 to "
@@ -560,8 +591,9 @@ def test_rank_comparison_scales_all_maps_of_a_block_by_x_and_shows_what_is_lost_
     maps = {"original": [original], "network": others}
     errors = {"network": [0.5, 0.2], "svd": [0.4, 0.1]}
     blocks = [range(3), range(3, 6)]
-    token_grid.rank_comparison(tmp_path / "r.png", PHOTO, BOX, maps, errors, [3, 6], blocks, GRID,
-                               INFO)  # fmt: skip
+    token_grid.rank_comparison(
+        tmp_path / "r.png", PHOTO, BOX, maps, errors, [3, 6], blocks, GRID, INFO
+    )
     images = [np.asarray(ax.images[0].get_array()) for ax in drawn[0].axes[1:]]
     first, second = images[:3], images[3:]  # X, network at both ranks
     for shown in first[1:]:

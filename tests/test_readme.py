@@ -124,9 +124,13 @@ def test_the_tagged_blocks_run_as_typed_one_after_another(tiny_data, tmp_path, m
             assert status.value.code == 0, f"{words}: {err}"
             assert "wrote" in out or "--verify" in words
     for made in (
-        "results/ResMLP/best_model.pt", "results/ResMLP/svd_nn_comparison.png",
-        "results/ResMLP/image_0_rank_comparison.png", "factors/ResMLP/manifest.json",
-        "factors/exact/manifest.json", "codecs/tokens.safetensors",
-        "results/ResMLP/report.html", "results/index.html",
-    ):  # fmt: skip
+        "results/ResMLP/best_model.pt",
+        "results/ResMLP/svd_nn_comparison.png",
+        "results/ResMLP/image_0_rank_comparison.png",
+        "factors/ResMLP/manifest.json",
+        "factors/exact/manifest.json",
+        "codecs/tokens.safetensors",
+        "results/ResMLP/report.html",
+        "results/index.html",
+    ):
         assert (tmp_path / made).stat().st_size > 100, made

@@ -14,9 +14,16 @@ from experiments import findings, report_page
 
 HOSTILE = '<script>alert("x")</script><img src="http://example.org/x.png">&\'"'
 PATTERNS = [name for captions in report_page.FIGURES.values() for name in captions]
-FIGURES = ["svd_nn_comparison.png", "rank_sweep.png", "error_heatmap.png", "loss_curves.png",
-           "train_val_loss_comparison.png", "image_10_rank_comparison.png",
-           "image_9_rank_comparison.png", "task_sweep.png"]  # fmt: skip
+FIGURES = [
+    "svd_nn_comparison.png",
+    "rank_sweep.png",
+    "error_heatmap.png",
+    "loss_curves.png",
+    "train_val_loss_comparison.png",
+    "image_10_rank_comparison.png",
+    "image_9_rank_comparison.png",
+    "task_sweep.png",
+]
 
 
 class Page(HTMLParser):
@@ -68,38 +75,88 @@ def results(tmp_path):
     """results/ResMLP with everything but a checkpoint, results/MLP with test numbers only."""
     folder, data = tmp_path / "results" / "ResMLP", f"DEMO data, {HOSTILE}"
     methods = {"network": metrics(0.2, 1.25), "svd": metrics(0.19, 0.0), "pca": metrics(0.4, 99.5)}
-    of_box = {"inside": {"mean": 0.0123, "p90": 0.02}, "outside": {"mean": 0.0456, "p90": 0.05},
-              "inside_minus_outside": {"mean": -0.03, "interval_95": None}}  # fmt: skip
+    of_box = {
+        "inside": {"mean": 0.0123, "p90": 0.02},
+        "outside": {"mean": 0.0456, "p90": 0.05},
+        "inside_minus_outside": {"mean": -0.03, "interval_95": None},
+    }
     box = {"rank": 4, "n_images": 6, "tokens_inside_pct": 10.0, "network": of_box, "svd": of_box}
-    test = {"data": data, "effective_rank": 4, "n_images": 6, "best_epoch": 1, "epochs": 2,
-            "ranks": {"4": metrics(0.2, 1.25)}}  # fmt: skip
-    write(folder / "svd_nn_comparison.json",
-          {"data": data, "factors": "projected", "rank": 4, "split": "test", "n_images": 6,
-           "n_groups": 2, "ranks": {"4": methods}, "network_excess_pct_95": {"4": [1.0, 1.5]},
-           "box": box})  # fmt: skip
+    test = {
+        "data": data,
+        "effective_rank": 4,
+        "n_images": 6,
+        "best_epoch": 1,
+        "epochs": 2,
+        "ranks": {"4": metrics(0.2, 1.25)},
+    }
+    errors = {"stored_values": 12345, "rel_error": {"mean": 0.21, "p90": 0.22, "max": 0.23}}
+    of_ranks = {"ranks": {"mean": 3.5, "min": 2, "max": 4}, "fixed": errors | {"rank": 3}} | errors
+    per_image = {"mode": "target_error", "target_error": 0.2, "network": of_ranks, "svd": of_ranks}
+    gain = {"mean": 12.3, "interval_95": [10.0, 15.0]}
+    of_task = {"svd": {"mean": 0.5}, "network": {"mean": 0.44, "gain_pct": gain}}
+    task = {"head": "saliency", "head_sha256": "a", "ranks": {"4": of_task}}
+    write(
+        folder / "svd_nn_comparison.json",
+        {
+            "data": data,
+            "factors": "projected",
+            "rank": 4,
+            "split": "test",
+            "n_images": 6,
+            "n_groups": 2,
+            "ranks": {"4": methods},
+            "network_excess_pct_95": {"4": [1.0, 1.5]},
+            "box": box,
+            "rank_per_image": per_image,
+            "task": task,
+        },
+    )
     write(folder / "test_results.json", test)
     epochs = [{"epoch": n, "train_loss": 1.5, "val_mse": 0.1, "samples_per_s": 7.0} for n in (1, 2)]
     write(folder / "history.json", epochs)
-    tasks = {"svd": {"4": {"task_error": {"mean": 0.5}}},
-             "svd_in_metric": {"4": {"task_error": {"mean": 0.25}, "gain_pct": {"mean": 50.0}}},
-             "token_averaging": {"2": {"task_error": {"mean": 0.75}}}}  # fmt: skip
-    write(folder / "task_sweep.json",
-          {"head": "saliency", "n_images": 6, "split": "test", "methods": tasks})  # fmt: skip
-    write(folder / "image_9_comparison_results.json",
-          {"image_idx": 9, "split": "val", "rank": 4, "question": HOSTILE, "answers": [HOSTILE],
-           "network": {"rel_error": 0.3, "excess_pct": None},
-           "svd": {"rel_error": 0.29}})  # fmt: skip
+    tasks = {
+        "svd": {"4": {"task_error": {"mean": 0.5}}},
+        "svd_in_metric": {"4": {"task_error": {"mean": 0.25}, "gain_pct": {"mean": 50.0}}},
+        "token_averaging": {"2": {"task_error": {"mean": 0.75}}},
+    }
+    write(
+        folder / "task_sweep.json",
+        {"head": "saliency", "n_images": 6, "split": "test", "methods": tasks},
+    )
+    write(
+        folder / "image_9_comparison_results.json",
+        {
+            "image_idx": 9,
+            "split": "val",
+            "rank": 4,
+            "question": HOSTILE,
+            "answers": [HOSTILE],
+            "network": {"rel_error": 0.3, "excess_pct": None},
+            "svd": {"rel_error": 0.29},
+        },
+    )
     record = {"arch": "ResMLP", "rank": 4, "K": 1, "p": 2, "batch": 8, "ms_median": 1.2345}
-    write(folder.parent / "benchmark.json",
-          {"environment": {"device": HOSTILE},
-           "records": [record, record | {"arch": "MLP", "ms_median": 9.8765}]})  # fmt: skip
+    write(
+        folder.parent / "benchmark.json",
+        {
+            "environment": {"device": HOSTILE},
+            "records": [record, record | {"arch": "MLP", "ms_median": 9.8765}],
+        },
+    )
     for seed, name in enumerate(FIGURES):
         pixels = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / name)
     write(folder.parent / "MLP" / "test_results.json", test)
     log = tmp_path / "log" / "logs_20260102_000000"
-    write(log / "config.json", {"arch": "ResMLP", "results_dir": str(folder.parent),
-                                "processes": 1, "environment": {"torch": "2.13.0"}})  # fmt: skip
+    write(
+        log / "config.json",
+        {
+            "arch": "ResMLP",
+            "results_dir": str(folder.parent),
+            "processes": 1,
+            "environment": {"torch": "2.13.0"},
+        },
+    )
     (log / "training.log").write_text("".join(f"line {n} {HOSTILE}\n" for n in range(100)))
     return folder.parent
 
@@ -123,8 +180,22 @@ def test_a_runs_page_shows_the_numbers_of_its_files_and_demo_first(results):
     page = Page(run_page(results))
     body = page.words[page.words.index(next(w for w in page.words if w.startswith("DEMO data"))) :]
     assert body[1] == "ResMLP, rank 4" and page.words[0].startswith("DEMO – ResMLP")
-    for cell in ("1.2500 %", "0.19000", "99.5000 %", "0.01230", "0.04560", "1.2345", "2.13.0",
-                 "0.2500 (50 %)"):  # fmt: skip
+    for cell in (
+        "1.2500 %",
+        "0.19000",
+        "99.5000 %",
+        "0.01230",
+        "0.04560",
+        "1.2345",
+        "2.13.0",
+        "0.2500 (50 %)",
+        "3.5 (2 to 4)",
+        "3 for all",
+        "12,345",
+        "0.23000",
+        "0.44000",
+        "12.3 [10.0, 15.0]",
+    ):
         assert cell in page.words
     text = " ".join(page.words)
     assert "1.2500 % above the SVD's" in text and "interval of the mean 1.0000 to 1.5000 %" in text
@@ -133,23 +204,39 @@ def test_a_runs_page_shows_the_numbers_of_its_files_and_demo_first(results):
 
 
 def test_text_from_files_is_escaped_everywhere(results):
-    text = run_page(results) + report_page.index_page(results, [results / "MLP"], [], [HOSTILE])
-    assert "<script" not in text and "alert(" in text
-    link = report_page.link('"><script>', HOSTILE)
-    parts = report_page.table([HOSTILE], [[HOSTILE], [link]]) + report_page.preformatted(HOSTILE)
-    parts += report_page.paragraph(link) + report_page.paragraph(HOSTILE)
-    parts += report_page.items([HOSTILE]) + report_page.fold(HOSTILE, report_page.items([HOSTILE]))
-    text = report_page.page(HOSTILE, HOSTILE, {HOSTILE: parts})
-    hostile = Page(text)
-    body = hostile.tags[hostile.tags.index("body") :]
-    assert body == ["body", "p", "h1", "h2", "div", "table", "thead", "tr", "th", "tbody",
-                    "tr", "td", "tr", "td", "a", "pre", "p", "a", "p", "ul", "li",
-                    "details", "summary", "ul", "li"]  # fmt: skip
-    assert hostile.words.count(HOSTILE) == 12 and hostile.links == ["%22%3E%3Cscript%3E"] * 2
+    # a run's own name, and an earlier one's
+    renamed = (results / "ResMLP").rename(results / '"><script>')
+    (renamed / "previous-<script>").mkdir()
+    (renamed / "previous-<script>" / "report.html").write_text("an earlier run's")
+    config = {"arch": renamed.name, "results_dir": str(results), "environment": {"x": HOSTILE}}
+    write(results.parent / "log" / "logs_20260103_000000" / "config.json", config)
+    (results.parent / "log" / "logs_20260103_000000" / "training.log").write_text(HOSTILE)
+    run = run_page(results, renamed.name)
+    index = report_page.index_page(results, [renamed], [], [HOSTILE])
+    assert "<script" not in run + index and "alert(" in index
+    assert {tag for text in (run, index) for tag in Page(text).tags} <= set(
+        """html head meta title style body p h1 h2 div table thead tbody tr th td a ul li figure
+        figcaption img details summary pre""".split()
+    )
+    words = Page(run).words
+    assert words.count(HOSTILE) == 4  # question, answer, environment, log
+    assert Page(index).links == [
+        "%22%3E%3Cscript%3E/report.html",
+        "%22%3E%3Cscript%3E/previous-%3Cscript%3E/report.html",
+    ]
 
 
-@pytest.mark.parametrize("missing", ["svd_nn_comparison.json", "test_results.json", "history.json",
-                                     "../benchmark.json", "../../log", "*.png"])  # fmt: skip
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "svd_nn_comparison.json",
+        "test_results.json",
+        "history.json",
+        "../benchmark.json",
+        "../../log",
+        "*.png",
+    ],
+)
 def test_a_missing_piece_is_left_out_and_the_rest_is_shown(results, missing):
     whole = Page(run_page(results))
     folder = results / "ResMLP"
@@ -177,8 +264,11 @@ def test_the_index_links_every_run_with_its_numbers_and_shows_the_overview(resul
     wrote, head, *found = done.stdout.splitlines()[-6:]
     assert "index.html: open that one in a browser" in done.stdout and len(found) <= 5
     page = Page((results / "index.html").read_text())
-    assert page.links == ["ResMLP/report.html", "MLP/report.html",
-                          "ResMLP/previous-20260101-000000/report.html"]  # fmt: skip
+    assert page.links == [
+        "ResMLP/report.html",
+        "MLP/report.html",
+        "ResMLP/previous-20260101-000000/report.html",
+    ]
     assert all((results / link).exists() for link in page.links)
     assert page.images == [(results / "overview.png").read_bytes()]
     assert {"0.20000", "0.19000", "1.2500 %", "7.0", "1 of 2"} <= set(page.words)
@@ -213,9 +303,16 @@ def test_what_was_found_is_at_most_five_lines_and_the_closed_form_is_never_the_n
     comparison |= {"num_tokens": 256, "feature_dim": 1536, "task": task, "data": "DEMO data"}
     write(folder / "svd_nn_comparison.json", comparison)
     sizes = {"coded": {"alone": 5000.0}, "factors_int8": {"alone": 28000.0}}
-    write(results / "bytes.json",
-          {"head": "saliency", "codec": {"bytes": 4_700_000}, "n_images": 24, "n_groups": 8,
-           "tables": {"raw_error": {"0.16": sizes}, "task_error": {"0.05": sizes}}})  # fmt: skip
+    write(
+        results / "bytes.json",
+        {
+            "head": "saliency",
+            "codec": {"bytes": 4_700_000},
+            "n_images": 24,
+            "n_groups": 8,
+            "tables": {"raw_error": {"0.16": sizes}, "task_error": {"0.05": sizes}},
+        },
+    )
     epochs = [{"epoch": n, "val_task_error": e} for n, e in enumerate((0.07, 0.049))]
     write(folder / "history.json", epochs)
     lines = findings.findings(results, [folder])
@@ -253,8 +350,10 @@ def test_what_was_found_is_at_most_five_lines_and_the_closed_form_is_never_the_n
     (results / "bytes.json").unlink()
     write(folder / "svd_nn_comparison.json", comparison | {"task": None})
     assert [line.split()[0] for line in findings.findings(results, [folder])] == [
-        "at", "training:", "measured"
-    ]  # fmt: skip
+        "at",
+        "training:",
+        "measured",
+    ]
     assert findings.findings(results, []) == []
 
 

@@ -49,8 +49,12 @@ def is_png(path):
 def test_training_writes_its_checkpoints_numbers_and_figures(trained):
     for arch in ("ResMLP", "MLP", "AdaLoRA"):
         names = {path.name for path in (trained / arch).iterdir()}
-        figures = {"train_val_loss_comparison.png", "loss_curves.png", "error_heatmap.png",
-                   "B_row_norm_hist.png"}  # fmt: skip
+        figures = {
+            "train_val_loss_comparison.png",
+            "loss_curves.png",
+            "error_heatmap.png",
+            "B_row_norm_hist.png",
+        }
         others = {"best_model.pt", "last_model.pt", "history.json", "test_results.json"}
         assert names == figures | others
         assert all(is_png(trained / arch / name) for name in figures)
@@ -144,8 +148,10 @@ def test_report_sets_every_architecture_beside_the_svd_in_one_table_and_one_figu
     assert lines[0].startswith("DEMO data") and lines[0].endswith("6 test images")
     assert done.stdout.count("architecture ") == 1 and "note:" not in done.stdout
     assert [line.split()[:3] for line in lines[2:5]] == [
-        ["ResMLP", "projected", "4"], ["MLP", "direct", "4"], ["AdaLoRA", "projected", "2"]
-    ]  # fmt: skip
+        ["ResMLP", "projected", "4"],
+        ["MLP", "direct", "4"],
+        ["AdaLoRA", "projected", "2"],
+    ]
     assert is_png(compared_copy / "overview.png")
     overview = json.loads((compared_copy / "overview.json").read_text())
     assert overview["n_images"] == 6 and overview["split"] == "test"
@@ -268,8 +274,11 @@ def test_the_overview_compares_architectures_at_one_rank():
     def comparison(ranks):
         error = {"mean": 0.1, "p90": 0.2}
         method = {"rel_error": error, "excess_pct": error}
-        return {"factors": "projected", "rank": ranks[-1],
-                "ranks": {str(r): {"network": method, "svd": method} for r in ranks}}  # fmt: skip
+        return {
+            "factors": "projected",
+            "rank": ranks[-1],
+            "ranks": {str(r): {"network": method, "svd": method} for r in ranks},
+        }
 
     two = [comparison([8, 32, 128]), comparison([8, 32])]
     assert make_report.common_rank(two) == 32

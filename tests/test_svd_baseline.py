@@ -135,8 +135,15 @@ def draws(kind, count=1500):
 
 
 def test_student_t_is_that_of_the_tables():
-    known = {1: 12.7062047, 2: 4.3026527, 3: 3.1824463, 7: 2.3646243, 8: 2.3060041,
-             30: 2.0422725, 100: 1.9839715}  # fmt: skip
+    known = {
+        1: 12.7062047,
+        2: 4.3026527,
+        3: 3.1824463,
+        7: 2.3646243,
+        8: 2.3060041,
+        30: 2.0422725,
+        100: 1.9839715,
+    }
     for freedom, t in known.items():
         assert student_t_95(freedom) == pytest.approx(t, abs=1e-6)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import onnx
 import onnxruntime
@@ -31,7 +32,8 @@ def test_the_saliency_head_gives_the_logits_and_the_map_of_its_onnx_graph():
     expected = session.run(names, {"input_image": pixels.numpy()})
     logits, importance = (torch.from_numpy(array)[:, 0] for array in expected)
     head = heads.SaliencyHead.__new__(heads.SaliencyHead)
-    head.grid, head.decoder = encoder.grid, heads.load_saliency_decoder()
+    head.dataset = SimpleNamespace(grid=encoder.grid)
+    head.decoder = heads.load_saliency_decoder()
     found = head.outputs(encoder.encode(pixels))  # merged tokens [2, 64, 1536]
     assert found.shape == logits.shape == (2, 128, 128)
     assert (found - logits).norm() / logits.norm() < 1e-5

@@ -39,8 +39,9 @@ def test_the_leading_projectors_gradient_is_that_of_finite_differences():
 
 
 def test_an_untrained_task_network_is_the_svd_in_its_metric(metric, test_batch):
-    core = get_model_by_name("ResMLP", input_dim=1536, num_tokens=16, rank=6, lambda_B=0.0,
-                             oversample=10)  # fmt: skip
+    core = get_model_by_name(
+        "ResMLP", input_dim=1536, num_tokens=16, rank=6, lambda_B=0.0, oversample=10
+    )
     model = TaskFactorModel(core, {"head": "saliency"})
     model.weighting.start_from(metric)
     with torch.no_grad():
@@ -130,8 +131,16 @@ def test_a_network_whose_head_is_not_at_hand_is_compared_in_the_frobenius_norm_w
 
 def test_a_task_run_goes_on_from_its_checkpoint(task_trained, tiny_cache, script):
     results = shutil.copytree(task_trained, task_trained.parent / "resumed")
-    done = script("train_real_data.py", "--resume", "--epochs", 1, "--results_dir", results,
-                  "--cache_dir", tiny_cache)  # fmt: skip
+    done = script(
+        "train_real_data.py",
+        "--resume",
+        "--epochs",
+        1,
+        "--results_dir",
+        results,
+        "--cache_dir",
+        tiny_cache,
+    )
     assert done.returncode == 0, done.stderr
     assert "val_task_error" in json.loads((results / "ResMLP" / "history.json").read_text())[-1]
     assert "going on with the run trained for --task_head saliency: epoch " in done.stdout
@@ -152,10 +161,21 @@ def test_the_task_trained_network_is_judged_beside_the_others(
     task_trained, metric_file, tiny_cache, script, tmp_path
 ):
     done = script(
-        "experiments.evaluate_task", "--cache_dir", tiny_cache, "--metric", metric_file,
-        "--ranks", 2, 4, "--results_dir", tmp_path, "--task_results_dir", task_trained,
-        "--head_steps", 1,
-    )  # fmt: skip
+        "experiments.evaluate_task",
+        "--cache_dir",
+        tiny_cache,
+        "--metric",
+        metric_file,
+        "--ranks",
+        2,
+        4,
+        "--results_dir",
+        tmp_path,
+        "--task_results_dir",
+        task_trained,
+        "--head_steps",
+        1,
+    )
     assert done.returncode == 0, done.stderr
     methods = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())["methods"]
     assert {"network_task", "network_task_refined"} <= set(methods)
@@ -218,9 +238,23 @@ def test_every_table_shows_svd_and_network_in_the_metric_beside_the_plain_ones(
 def test_training_with_a_metric_alone_gives_the_network_of_that_metric(
     metric_file, metric, dataset, tiny_cache, test_batch, script, tmp_path
 ):
-    done = script("train_real_data.py", "--results_dir", tmp_path, "--cache_dir", tiny_cache,
-                  "--metric", metric_file, "--epochs", 1, "--rank", 4, "--hidden_dim", 16,
-                  "--lambda_B", 0)  # fmt: skip
+    done = script(
+        "train_real_data.py",
+        "--results_dir",
+        tmp_path,
+        "--cache_dir",
+        tiny_cache,
+        "--metric",
+        metric_file,
+        "--epochs",
+        1,
+        "--rank",
+        4,
+        "--hidden_dim",
+        16,
+        "--lambda_B",
+        0,
+    )
     assert done.returncode == 0, done.stderr
     model, _ = load_model(tmp_path / "ResMLP" / "best_model.pt", torch.device("cpu"), dataset)
     with torch.no_grad():
@@ -283,8 +317,13 @@ def test_a_network_of_one_metric_is_refused_in_another(
     matrix = task_metric.shrunk(metric.matrix, 1.0)
     task_metric.save_metric(other, task_metric.TaskMetric(matrix, metric.info))
     where = ["--results_dir", metric_trained, "--cache_dir", tiny_cache, "--metric", other]
-    for name in ("compare_svd_nn", "factorize", "visualize_svd_nn", "experiments.benchmark",
-                 "experiments.evaluate_task"):  # fmt: skip
+    for name in (
+        "compare_svd_nn",
+        "factorize",
+        "visualize_svd_nn",
+        "experiments.benchmark",
+        "experiments.evaluate_task",
+    ):
         done = script(name, *where)
         assert done.returncode == 2 and "trained in another metric" in done.stderr, name
 
@@ -311,8 +350,10 @@ def test_a_run_in_a_metric_validates_in_it(metric_trained, metric, dataset):
 
 
 def test_the_best_epoch_of_a_head_is_the_one_with_the_least_of_what_is_trained():
-    entries = [{"val_task_error": 0.5, "val_task_loss": 2.0},
-               {"val_task_error": 0.6, "val_task_loss": 1.0}]  # fmt: skip
+    entries = [
+        {"val_task_error": 0.5, "val_task_loss": 2.0},
+        {"val_task_error": 0.6, "val_task_loss": 1.0},
+    ]
     run = TrainState(None, None, None, None, None, {}, 1, head=object(), history=entries)
     assert min(entries, key=run.distance) is entries[1]
     del entries[0]["val_task_loss"]  # a run of an older version goes on by what it was begun with
@@ -322,16 +363,35 @@ def test_the_best_epoch_of_a_head_is_the_one_with_the_least_of_what_is_trained()
 def test_training_for_a_head_without_a_metric_starts_at_the_plain_svd(
     metric_file, tiny_cache, dataset, test_batch, script, tmp_path
 ):
-    results = trained(tmp_path, tiny_cache, "--task_head", "saliency", "--lambda_B", 0,
-                      "--epochs", 3, "--oversample", 12, "--lr", 1e-4)  # fmt: skip
+    results = trained(
+        tmp_path,
+        tiny_cache,
+        "--task_head",
+        "saliency",
+        "--lambda_B",
+        0,
+        "--epochs",
+        3,
+        "--oversample",
+        12,
+        "--lr",
+        1e-4,
+    )
     history = json.loads((results / "ResMLP" / "history.json").read_text())
     assert history[0]["val_excess_pct"] < 0.01
     assert min(r["val_task_error"] for r in history[1:]) < 0.97 * history[0]["val_task_error"]
     model, state = load_model(results / "ResMLP" / "best_model.pt", torch.device("cpu"), dataset)
     assert state["config"]["task"]["metric_sha256"] is None
     # a norm that was learned for this head is not multiplied by the head's metric either
-    done = script("compare_svd_nn.py", "--results_dir", results, "--cache_dir", tiny_cache,
-                  "--metric", metric_file)  # fmt: skip
+    done = script(
+        "compare_svd_nn.py",
+        "--results_dir",
+        results,
+        "--cache_dir",
+        tiny_cache,
+        "--metric",
+        metric_file,
+    )
     assert done.returncode == 0, done.stderr
     table = json.loads((results / "ResMLP" / "svd_nn_comparison.json").read_text())["ranks"]["4"]
     assert table["network_in_metric"] == table["network"]

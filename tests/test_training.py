@@ -16,8 +16,17 @@ from training.checkpoint import load_checkpoint, load_model
 from training.state import TrainState
 
 SMALL = ["--rank", "4", "--hidden_dim", "16", "--batch_size", "8", "--lr", "1e-3"]
-ALLOCATOR = ["--use_rank_allocator", "--allocator_init_warmup", "4", "--allocator_final_warmup",
-             "5", "--allocator_mask_interval", "2", "--allocator_keep_ratio", "0.5"]  # fmt: skip
+ALLOCATOR = [
+    "--use_rank_allocator",
+    "--allocator_init_warmup",
+    "4",
+    "--allocator_final_warmup",
+    "5",
+    "--allocator_mask_interval",
+    "2",
+    "--allocator_keep_ratio",
+    "0.5",
+]
 RUNS = {
     "ResMLP": ["--refine_steps", "1", "--oversample", "2"],
     "MLP": ["--factors", "direct"],
@@ -174,8 +183,21 @@ def test_a_finished_run_is_not_resumed_and_a_contradicting_flag_is_named(tiny_ca
 
 def test_flags_that_say_what_the_run_already_has_may_be_typed_again(tiny_cache, tmp_path):
     train(tmp_path, tiny_cache, "--epochs", "1")
-    train(tmp_path, tiny_cache, "--resume", "--epochs", "1", "--refine_steps", "1",
-          "--oversample", "12", "--num_blocks", "1", "--factors", "projected")  # fmt: skip
+    train(
+        tmp_path,
+        tiny_cache,
+        "--resume",
+        "--epochs",
+        "1",
+        "--refine_steps",
+        "1",
+        "--oversample",
+        "12",
+        "--num_blocks",
+        "1",
+        "--factors",
+        "projected",
+    )
 
 
 def test_a_twice_interrupted_run_still_knows_its_epochs(tiny_cache, tmp_path, monkeypatch):
@@ -297,8 +319,18 @@ def test_validation_numbers_are_whole_matrix_errors_of_the_validation_images(tin
 
 
 def test_early_stopping_ends_after_patience_epochs_without_improvement(tiny_cache, tmp_path):
-    train(tmp_path, tiny_cache, "--epochs", "60", "--patience", "2", "--lr", "0.3",
-          "--factors", "direct")  # fmt: skip
+    train(
+        tmp_path,
+        tiny_cache,
+        "--epochs",
+        "60",
+        "--patience",
+        "2",
+        "--lr",
+        "0.3",
+        "--factors",
+        "direct",
+    )
     state = load_checkpoint(tmp_path / "results" / "ResMLP" / "last_model.pt")["progress"]
     assert state["finished"] and state["bad_epochs"] == 2
     assert state["epoch"] - 1 == state["best_epoch"] + 2 < 60

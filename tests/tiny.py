@@ -147,8 +147,9 @@ def write_data_set(folder: Path, images: list[bytes]) -> Path:
     schema = pa.schema([f for f in make_demo_data.SCHEMA if f.name != "group"])
     (folder / "data").mkdir(parents=True, exist_ok=True)
     path = folder / "data" / "train-00000-of-00001.parquet"
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path, row_group_size=16,
-                   write_page_checksum=True)  # fmt: skip
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=schema), path, row_group_size=16, write_page_checksum=True
+    )
     return folder
 
 

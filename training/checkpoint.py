@@ -153,7 +153,8 @@ def load_checkpoint(path: Path, dataset: RealQwenVLDataset | None = None) -> dic
             f"{SHIFT_ESTIMATOR}: train again"
         )
     if dataset is not None:
-        _check_cache(path, state["cache"], cache_identity(dataset), dataset.cache_dir)
+        remedy = "name the cache it was trained on, or train again"
+        _check_cache(path, state["cache"], cache_identity(dataset), dataset.cache_dir, remedy)
     return state
 
 
@@ -212,12 +213,12 @@ def evaluated_rank(model: LowRankFactorModel, requested: int | None) -> int:
     return min(requested or effective, effective)
 
 
-def _check_cache(path: Path, trained: dict, now: dict, cache_dir: Path) -> None:
+def _check_cache(path: Path, trained: dict, now: dict, cache_dir: Path, remedy: str) -> None:
     if different := first_difference(trained, now):
         key, before, here = different
         raise UserError(
             f"{path} was trained on a cache with {key} = {before}, --cache_dir {cache_dir} has "
-            f"{here}: name the cache it was trained on, or train again"
+            f"{here}: {remedy}"
         )
 
 
@@ -234,9 +235,5 @@ def _check_encoder(path: Path, state: dict, dataset: RealQwenVLDataset) -> None:
             if any_size and how:  # what became of the image's size is not said
                 how = re.sub(r", (stretch|pad|native)\b.*?(?=, RGB|, then)", "", how)
             c["encoder"] = {"weights_sha256": c["encoder"]["weights_sha256"], "preprocessor": how}
-    if different := first_difference(before, now):
-        key, value, here = different
-        raise UserError(
-            f"{path} was trained on a cache with {key} = {value}, --cache_dir "
-            f"{dataset.cache_dir} has {here}: name a cache of the same encoder and size"
-        )
+    remedy = "name a cache of the same encoder and size"
+    _check_cache(path, before, now, dataset.cache_dir, remedy)

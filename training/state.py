@@ -161,11 +161,10 @@ def build_run(
     # no decay for biases, norms and the gate: zero is no better a place for them
     undecayed = [p for n, p in named if p.ndim < 2 or n == "lora_E"]
     decayed = [p for n, p in named if p.ndim >= 2 and n != "lora_E"]
-    shifts = {"params": quick, "weight_decay": 0.0, "lr": args.lr * SHIFT_LR_FACTOR}
     groups = [
         {"params": decayed, "weight_decay": args.weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
-        shifts,
+        {"params": quick, "weight_decay": 0.0, "lr": args.lr * SHIFT_LR_FACTOR},
     ]
     # fused: one kernel a step, and it skips a step by a flag on the device (see train_step)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
@@ -180,10 +179,9 @@ def build_run(
     if not processes.is_main():  # from here on: all have begun with the same weights
         seed_process(args.seed, step=0)
     sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
-    identity, images = cache_identity(dataset), seen_images(dataset)
-    state = TrainState(args, model, optimizer, scheduler, allocator, identity, args.epochs)
-    state.sums, state.head, state.images = sums, head, images
-    return state
+    identity = cache_identity(dataset)
+    own = {"sums": sums, "head": head, "images": seen_images(dataset)}
+    return TrainState(args, model, optimizer, scheduler, allocator, identity, args.epochs, **own)
 
 
 def plateau_patience(patience: int) -> int:
@@ -239,13 +237,11 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
                 f"--{name} {getattr(args, name)} differs from the {before[name]} that {path} was "
                 f"trained with: omit --{name} to go on, or --resume to start anew"
             )
-    if args.resume == "last" and args.typed & {"epochs"} and args.epochs != before["epochs"]:
+    if args.resume == "last" and "epochs" in args.typed and args.epochs != before["epochs"]:
         raise UserError(
             f"--epochs {args.epochs}: --resume last goes on to the end of its run, which was begun "
             f"with {before['epochs']}: omit --epochs, or add epochs with --resume"
         )
-    typed_lr = args.lr if "lr" in args.typed else None
-    epochs = args.epochs
     kept = {k: v for k, v in state["args"].items() if k not in FREE_ON_RESUME}
     typed_size = args.batch_size if "batch_size" in args.typed else None
     kept["batch_size"], note = batch_size_on_resume(state, path, typed_size)
@@ -254,24 +250,28 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
     args = argparse.Namespace(**{**vars(args), **kept})
     run = build_run(args, dataset, device)
     run.restore(state)
-    run.batches_done = batches_done(state, args.batch_size)
+    # counted in steps of the batch size of now
+    images_done = run.batches_done * images_a_step(state)
+    run.batches_done = images_done // (args.batch_size * processes.world())
     run.note = note
     if args.resume == "last":
         # a run that was cut off after its last epoch still has its test and figures to make
         results = folder / "test_results.json"
-        if run.finished and results.exists() and _epochs_of(results) == run.epoch - 1:
-            raise UserError(
-                f"{path} is of a finished run: add epochs with --resume --epochs N instead"
-            )
+        if run.finished and results.exists():
+            test = read_json(results, "remove it and type --resume last again")
+            if test.get("epochs") == run.epoch - 1:  # and not of an earlier run
+                raise UserError(
+                    f"{path} is of a finished run: add epochs with --resume --epochs N instead"
+                )
     else:
-        run.last_epoch = run.epoch - 1 + epochs
+        run.last_epoch = run.epoch - 1 + args.epochs
         run.bad_epochs, run.finished = 0, False
         run.cuts_history = _differs(folder / "history.json", run.history)
     if "patience" in args.typed:
         run.scheduler.patience = plateau_patience(args.patience)
-    if typed_lr is not None:
+    if "lr" in args.typed:
         for group, factor in zip(run.optimizer.param_groups, (1, 1, SHIFT_LR_FACTOR), strict=True):
-            group["lr"] = typed_lr * factor
+            group["lr"] = args.lr * factor
     return run
 
 
@@ -312,12 +312,6 @@ def batch_size_on_resume(state: dict, path: Path, typed: int | None) -> tuple[in
     )
 
 
-def batches_done(state: dict, batch_size: int) -> int:
-    """Steps done of the checkpoint's epoch, counted in steps of batch_size a process."""
-    done = state["progress"]["batches_done"] * images_a_step(state)
-    return done // (batch_size * processes.world())
-
-
 def images_a_step(state: dict) -> int:
     """Of all processes together, as the checkpoint's run had them."""
     return state["args"]["batch_size"] * state.get("processes", 1)
@@ -344,8 +338,3 @@ def _differs(path: Path, history: list[dict]) -> bool:
         return False
     except ValueError:
         return True
-
-
-def _epochs_of(results: Path) -> int | None:
-    """Epochs of the run that test_results.json was made of: an earlier run's is out of date."""
-    return read_json(results, "remove it and type --resume last again").get("epochs")

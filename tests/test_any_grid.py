@@ -1,0 +1,283 @@
+"""Everything that works on images of one size works on images of four grids in one cache."""
+
+import json
+import math
+import shutil
+
+import killing
+import pytest
+import torch
+from matplotlib.figure import Figure
+from test_distributed import finished, torchrun
+from test_training import equal, interrupt_after
+
+import visualize_svd_nn
+from coding.vision_tokens import VisionTokens
+from common import cli
+from common.grids import resampled
+from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real, normalise
+from svd_baseline import optimum, rel_error
+from task.heads import SaliencyHead, split_neighbours
+from training.checkpoint import load_checkpoint, load_model
+
+RANK = 24  # more than the 20 tokens of the smallest images
+SMALL = f"--rank {RANK} --oversample 4 --refine_steps 1 --hidden_dim 16 --epochs 2 --lr 1e-3"
+
+
+def training(cache, folder, *flags):
+    where = ["--cache_dir", cache, "--results_dir", folder, "--log_dir", folder / "log"]
+    return [*map(str, where), *SMALL.split(), "--batch_size", "4", *flags]
+
+
+def train(argv):
+    import train_real_data
+
+    return train_real_data.main(cli.parse(train_real_data.get_args_parser(), argv))
+
+
+@pytest.fixture(scope="module")
+def trained(ragged_cache, tmp_path_factory):
+    """Results of two epochs of ResMLP on the ragged cache."""
+    folder = tmp_path_factory.mktemp("trained")
+    assert train(training(ragged_cache, folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(ragged_cache):
+    return RealQwenVLDataset(ragged_cache)
+
+
+@pytest.fixture(scope="module")
+def saliency(dataset):
+    return SaliencyHead(dataset, "cpu")
+
+
+def one_by_one(dataset, rows):
+    """x [1, T_i, D] of each row, its grid and its singular values by torch's own SVD."""
+    for row in rows:
+        x = normalise(dataset[[row]])[0]
+        yield x, dataset.grids[row], torch.linalg.svdvals(x.double())
+
+
+def test_reading_gives_batches_of_one_grid_with_the_singular_values_of_their_own_images(dataset):
+    seen = []
+    for batch in create_data_loaders_real(dataset, 4).val:
+        seen.append(batch.grid)
+        assert batch.x.shape[1] == math.prod(batch.grid)
+        expected = torch.linalg.svdvals(batch.x.double())
+        assert torch.allclose(batch.singular_values, expected, atol=1e-4)
+    assert len(set(seen)) > 2
+
+
+def test_the_split_is_of_photographs_whatever_their_grids(dataset, ragged_cache):
+    square = RealQwenVLDataset(ragged_cache.parent / "square")
+    assert dataset.split.hash == square.split.hash
+    split, groups = dataset.split, dataset.rows["group"]
+    parts = [set(groups.take(r.tolist()).to_pylist()) for r in (split.train, split.val, split.test)]
+    assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+
+
+def test_training_reports_the_errors_of_images_factored_one_by_one(dataset, trained):
+    model, state = load_model(trained / "ResMLP" / "best_model.pt", torch.device("cpu"), dataset)
+    record = state["progress"]["history"][state["progress"]["best_epoch"]]
+    with torch.inference_mode():
+        errors, best = [], []
+        for x, grid, sigma in one_by_one(dataset, dataset.split.val.tolist()):
+            a, b = model(x, grid=grid)
+            assert a.shape[-1] == min(RANK, x.shape[1])
+            errors.append(float(rel_error(x, a, b)))
+            best.append(float(optimum(sigma, RANK)))
+    assert record["val_rel_error"] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+    # nothing beats the SVD; the ridge of 1e-4 is all that an image at its own limit lacks
+    assert all(e > b - 1e-6 for e, b in zip(errors, best, strict=True))
+
+
+def test_a_run_stopped_between_grids_resumes_to_the_unbroken_run_bit_for_bit(
+    ragged_cache, trained, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 8)  # in the first epoch, whose steps are of four grids
+        assert train(training(ragged_cache, tmp_path)) != 0
+    where = ["--cache_dir", ragged_cache, "--results_dir", tmp_path, "--log_dir", tmp_path / "log"]
+    assert train([*map(str, where), "--resume", "last"]) == 0
+    same_run(tmp_path, trained)
+
+
+def same_run(folder, unbroken):
+    found, expected = (load_checkpoint(f / "ResMLP" / "last_model.pt") for f in (folder, unbroken))
+    for key in ("model", "optimizer", "scheduler", "rng", "progress"):
+        assert equal(found[key], expected[key]), key
+
+
+def test_a_run_killed_in_a_write_goes_on_to_the_unbroken_run(ragged_cache, trained, tmp_path):
+    import train_real_data
+
+    run = killing.command(train_real_data, *training(ragged_cache, tmp_path))
+    kill = killing.Kill(7, "half written")  # after the first checkpoints
+    assert killing.finish(killing.start(run, tmp_path / "log.txt", killing.Board(), kill)) == -9
+    where = ["--cache_dir", ragged_cache, "--results_dir", tmp_path, "--log_dir", tmp_path / "log"]
+    assert train([*map(str, where), "--resume", "last"]) == 0
+    same_run(tmp_path, trained)
+
+
+def test_two_processes_train_the_network_of_one(ragged_cache, trained, tmp_path):
+    argv = training(ragged_cache, tmp_path)
+    argv[argv.index("--batch_size") + 1] = "2"
+    finished(torchrun("train_real_data.py", *argv))
+    histories = [
+        json.loads((f / "ResMLP" / "history.json").read_text()) for f in (tmp_path, trained)
+    ]
+    for found, expected in zip(*histories, strict=True):
+        for name in ("train_mse", "val_mse", "val_optimum_mse", "val_rel_error"):
+            if name in expected:
+                assert found[name] == pytest.approx(expected[name], rel=2e-4), name
+
+
+def test_the_comparison_s_means_are_those_of_images_factored_one_by_one(
+    dataset, ragged_cache, trained, script, tmp_path
+):
+    folder = shutil.copytree(trained, tmp_path / "results")
+    where = ["--cache_dir", ragged_cache, "--results_dir", folder]
+    done = script("compare_svd_nn.py", *where, "--mean_rank", 6)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "ResMLP" / "svd_nn_comparison.json").read_text())
+    rows = dataset.split.test.tolist()
+    model = load_model(folder / "ResMLP" / "best_model.pt", torch.device("cpu"), dataset)[0]
+    for rank in (8, RANK):
+        with torch.inference_mode():
+            both = [
+                (float(rel_error(x, *model(x, rank, grid=grid))), float(optimum(sigma, rank)))
+                for x, grid, sigma in one_by_one(dataset, rows)
+            ]
+        network, svd = (sum(values) / len(both) for values in zip(*both, strict=True))
+        means = found["ranks"][str(rank)]
+        assert means["network"]["rel_error"]["mean"] == pytest.approx(network, rel=1e-4)
+        assert means["svd"]["rel_error"]["mean"] == pytest.approx(svd, rel=1e-4)
+        assert means["random_sketch"]["excess_pct"]["mean"] > 0
+    tokens = [math.prod(dataset.grids[row]) for row in rows]
+    assert found["num_tokens"] == pytest.approx(sum(tokens) / len(tokens))
+    assert found["box"]["n_images"] + found["box"]["n_left_out"] == len(rows)
+    budget = found["rank_per_image"]["svd"]
+    assert budget["fixed"]["stored_values"] >= budget["stored_values"]
+    assert budget["ranks"]["mean"] == 6
+
+
+def test_figures_draw_photograph_and_tokens_in_the_image_s_own_grid(
+    dataset, ragged_cache, trained, tmp_path, monkeypatch
+):
+    drawn = {}
+    monkeypatch.setattr(
+        Figure, "savefig", lambda f, path, **_: (drawn.update({path.name: f}), path.touch())
+    )
+    folder = shutil.copytree(trained, tmp_path / "results")
+    wide, tall = dataset.grids.index((6, 8)), dataset.grids.index((8, 6))
+    for row in (wide, tall):
+        argv = ["--cache_dir", ragged_cache, "--results_dir", folder, "--image_idx", row]
+        args = cli.parse(visualize_svd_nn.get_args_parser(), list(map(str, argv)))
+        visualize_svd_nn.main(args)
+    assert len(drawn) == 6
+    for row in (wide, tall):
+        height, width = dataset.grids[row]
+        own = [figure for name, figure in drawn.items() if f"image_{row}_" in name]
+        images = [image for figure in own for ax in figure.axes for image in ax.images]
+        maps = [i for i in images if i.get_array().shape[:2] == (height, width)]
+        photographs = [i for i in images if i.get_array().shape[0] > 20]
+        assert len(maps) > 40 and len(photographs) == 4 and len(own) == 3
+        # one of each figure, and that under the map of the network's error
+        assert {tuple(i.get_extent()) for i in photographs} == {(0, width, height, 0)}
+
+
+def test_a_map_is_resampled_to_another_grid_by_its_places_and_keeps_its_mean():
+    across = torch.linspace(0, 1, 8).repeat(4, 1).flatten()[None]  # grows to the right, 4 × 8
+    found = resampled(across, (4, 8), (6, 4)).unflatten(1, (6, 4))[0]
+    assert (found.diff(dim=1) > 0.1).all() and (found.diff(dim=0).abs() < 1e-6).all()
+    assert float(found.mean()) == pytest.approx(0.5, abs=1e-6)
+    assert resampled(across, (4, 8), (4, 8)) is across
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_factors_and_coded_factors_keep_each_image_on_its_grid_within_the_target(
+    coded, dataset, ragged_cache, trained, script, tmp_path
+):
+    target, flags = 0.3, ["--cache_dir", ragged_cache, "--out", tmp_path / "factors"]
+    if coded:
+        codec = tmp_path / "codec.safetensors"
+        done = script("experiments.fit_codec", "--cache_dir", ragged_cache, "--out", codec)
+        assert done.returncode == 0, done.stderr
+        flags += ["--exact", "--codec", codec]
+    else:
+        flags += ["--results_dir", trained]
+    done = script("factorize.py", *flags, "--target_error", target)
+    assert done.returncode == 0, done.stderr
+    tokens = VisionTokens(tmp_path / "factors")
+    for row, grid in enumerate(dataset.grids):
+        raw = dataset[[row]][0].float()
+        assert tokens.grid(row) == grid
+        apart = raw - tokens[row]
+        if not coded:  # its target is of the normalised tokens
+            apart, raw = (
+                normalise(raw)[0] - (tokens[row] - normalise(raw)[1]) / normalise(raw)[2],
+                normalise(raw)[0],
+            )
+        assert apart.norm() / raw.norm() <= target + 0.01
+
+
+def test_the_saliency_head_reads_an_image_of_any_grid_as_its_decoder_does(dataset, saliency):
+    for grid in set(dataset.grids):
+        rows = [row for row, own in enumerate(dataset.grids) if own == grid][:2]
+        tokens = dataset[rows].float()
+        logits = saliency.outputs(tokens, torch.tensor(rows))
+        assert logits.shape[1:] == (16 * grid[0], 16 * grid[1])
+        expected = saliency.decoder(split_neighbours(tokens, grid))
+        assert torch.allclose(logits, expected, atol=1e-4)
+
+
+def test_metric_and_task_evaluation_are_of_images_of_every_grid(
+    dataset, ragged_cache, trained, script, tmp_path
+):
+    metric, folder = tmp_path / "metric.safetensors", shutil.copytree(trained, tmp_path / "results")
+    where = ["--cache_dir", ragged_cache]
+    few = ["--probes", 1, "--shrinkage", 0.01, "--out", metric]
+    assert script("experiments.estimate_metric", *where, *few).returncode == 0
+    argv = [*where, "--results_dir", folder, "--metric", metric, "--ranks", 4, RANK, "--bound", 0.3]
+    done = script("experiments.evaluate_task", *argv)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "ResMLP" / "task_sweep.json").read_text())
+    grids = [dataset.grids[row] for row in dataset.split.test.tolist()]
+    stored = [4 * (h * w + 1536) for h, w in grids]
+    assert found["n_images"] == len(grids) and len(set(grids)) > 2
+    svd = found["methods"]["svd"]["4"]
+    assert svd["stored_values"] == pytest.approx(sum(stored) / len(stored))
+    # what images lack at rank 4 is seen, and at 24 the smallest lack nothing
+    assert found["methods"]["svd"][str(RANK)]["task_error"]["mean"] < svd["task_error"]["mean"]
+    assert {"token_dropping", "token_averaging"} <= found["methods"].keys()
+
+
+@pytest.mark.parametrize("name", ["features-00000.safetensors", "rows.parquet", "manifest.json"])
+def test_a_flipped_byte_of_a_ragged_cache_is_found_and_its_file_named(
+    name, ragged_cache, script, tmp_path
+):
+    cache = shutil.copytree(ragged_cache, tmp_path / "cache")
+    data = bytearray((cache / name).read_bytes())
+    if name == "manifest.json":
+        where = data.index(b'"count": 36') + len('"count": 3')
+        data[where] = ord("5")
+    else:
+        data[len(data) // 2] ^= 1
+    (cache / name).write_bytes(data)
+    done = script("extract_features.py", "--verify", "--cache_dir", cache)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert name in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_needs_matrices_of_one_shape_takes_the_most_frequent_grid_and_says_so(
+    dataset, ragged_cache, script, tmp_path
+):
+    few = "--rank 4 --sketches linear --refine_steps 1 --oversample 4 --seeds 1 --epochs 1".split()
+    where = ["--cache_dir", ragged_cache, "--results_dir", tmp_path]
+    done = script("experiments.ablate", *where, *few, "--repeats", 1)
+    assert done.returncode == 0, done.stderr
+    test = dataset.split.test.tolist()
+    own = sum(dataset.grids[row] == dataset.grid for row in test)
+    assert f"note: images of 8 × 8 tokens only, {own} of {len(test)} test images" in done.stdout
