@@ -29,7 +29,6 @@ from common.files import read_json, write_json
 from common.grids import Grid
 from common.tables import print_columns
 from common.timing import time_in_turn
-from experiments.contenders import check_one_grid
 from figures import error_against_time
 from model import LowRankFactorModel, LowRankProjMLP, LowRankProjSymmetric
 from qwenvl_dataloader import (
@@ -268,7 +267,6 @@ def print_tables(records: list[dict], gains: list[dict], exact_ms: float) -> Non
 def main(args: argparse.Namespace) -> None:
     device = cli.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
-    check_one_grid(dataset)
     limit = min(dataset.num_tokens, dataset.feature_dim)
     if args.rank + max(args.oversample) > limit:
         flags = f"--rank {args.rank} and --oversample {max(args.oversample)}"

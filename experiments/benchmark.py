@@ -23,13 +23,7 @@ from common.files import write_json
 from common.tables import print_columns
 from common.timing import Timing, matmul_rates, matrix_products, time_in_turn
 from experiments import benchmark_tokens
-from experiments.contenders import (
-    Contender,
-    check_one_grid,
-    contenders_in_metric,
-    references,
-    trained_networks,
-)
+from experiments.contenders import Contender, contenders_in_metric, references, trained_networks
 from figures import error_against_time
 from qwenvl_dataloader import (
     BatchLoader,
@@ -68,7 +62,6 @@ def main(args: argparse.Namespace) -> None:
     neither = not (args.quality or args.speed)
     quality, speed = args.quality or neither, args.speed or neither
     dataset = RealQwenVLDataset(args.cache_dir)
-    check_one_grid(dataset)
     ranks = checked_ranks(args, min(dataset.num_tokens, dataset.feature_dim))
     networks = trained_networks(results_dir, device, dataset)
     in_metric_too = []

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from model import ARCHITECTURES, LowRankFactorModel
 from qwenvl_dataloader import Loaders, RealQwenVLDataset
 from subspace import columns_for
@@ -30,16 +29,6 @@ from training.checkpoint import load_model
 
 DEFAULT_STEPS, DEFAULT_OVERSAMPLE = 1, 32  # of the random sketch where no network sets them
 SVD_LOWRANK_STEPS, SVD_LOWRANK_EXTRA = 2, 10  # as svd_baseline.randomized_svd calls it
-
-
-def check_one_grid(dataset: RealQwenVLDataset) -> None:
-    """Raises UserError where a cache has images of several grids: times are of one T."""
-    if dataset.ragged:
-        raise UserError(
-            f"--cache_dir {dataset.cache_dir} has images of several grids, and times are compared "
-            "at one: name a cache of extract_features.py --resize stretch, or type experiments."
-            "benchmark --tokens for time against T"
-        )
 
 
 class Contender(NamedTuple):

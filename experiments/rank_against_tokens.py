@@ -1,6 +1,7 @@
-"""How the rank that a photograph needs grows with its number of tokens.
+"""Measure how the rank that a photograph needs grows with its number of tokens.
 
-    python -m experiments.rank_against_tokens        # two minutes on one CPU thread
+    python -m experiments.rank_against_tokens     # two minutes of one core
+    python -m experiments.rank_against_tokens --tokens 64 256 --target_error 0.2
 
 The demo's photographs of the training and validation scenes, whole and in their own aspect, are
 scaled down to about each number of --tokens, never enlarged, and last taken at their own pixels.
@@ -36,10 +37,7 @@ SPAN = 1.5  # largest T by smallest, of photographs whose growth is fitted
 
 
 def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(
-        description="Measure the rank that photographs need against their number of tokens.",
-        epilog="example:\n  python -m experiments.rank_against_tokens --tokens 64 256 1024",
-    )
+    parser = cli.Parser(__doc__)
     what = parser.flags("what is measured")
     what("--tokens", cli.Number(int, 16, 4096), TOKENS, "of a photograph, about, scaled down")
     what("--target_error", default=0.1, help="rel_error that the rank has to meet")
@@ -65,16 +63,11 @@ def main(args: argparse.Namespace) -> None:
         for size, near in sizes(image, sorted(set(args.tokens)), encoder.step).items():
             picture = image.resize(size, Image.Resampling.BICUBIC)
             r, t = rank_of(encoder, picture, args.target_error)
-            records.append(
-                {
-                    "photograph": name,
-                    "group": photograph.group,
-                    "near": near,
-                    "tokens": t,
-                    "rank": r,
-                    **bytes_a_pixel(r, t, encoder),
-                }
-            )
+            pixels, features = t * encoder.step**2, encoder.feature_dim
+            in_all = {"factors": 2 * r * (t + features), "whole": 2 * t * features}  # bf16
+            of = {"photograph": name, "group": photograph.group, "near": near, "tokens": t}
+            per_pixel = {key: count / pixels for key, count in in_all.items()}
+            records.append({**of, "rank": r, **per_pixel})
     found = {
         "target_error": args.target_error,
         "feature_dim": encoder.feature_dim,
@@ -84,7 +77,6 @@ def main(args: argparse.Namespace) -> None:
         "records": records,
     }
     results_dir = Path(args.results_dir)
-    results_dir.mkdir(parents=True, exist_ok=True)
     write_json(results_dir / "rank_against_tokens.json", found)
     figure.rank_against_tokens(results_dir / "rank_against_tokens.png", found)
     print_table(found)
@@ -121,15 +113,6 @@ def rank_of(encoder: DemoEncoder, picture: Image.Image, target: float) -> tuple[
     values = exact_singular_values(x)
     rank = next(r for r in range(len(values) + 1) if optimum(values, r) <= target)
     return rank, len(x)
-
-
-def bytes_a_pixel(rank: int, tokens: int, encoder: DemoEncoder) -> dict[str, float]:
-    """Of factors A, B and of X itself, bf16."""
-    pixels = tokens * encoder.step**2
-    return {
-        "factors": 2 * rank * (tokens + encoder.feature_dim) / pixels,
-        "whole": 2 * tokens * encoder.feature_dim / pixels,
-    }
 
 
 def growth(records: list[dict]) -> dict[str, dict]:
@@ -187,21 +170,11 @@ def print_table(found: dict) -> None:
     """Means of each size, then the growth."""
     rows = [("T near", "photographs", "T", "rank", "rank / T", "bytes a pixel", "of X")]
     for m in found["means"]:
-        rows.append(
-            (
-                m["near"],
-                m["photographs"],
-                f"{m['tokens']:.0f}",
-                f"{m['rank']:.1f}",
-                f"{m['rank'] / m['tokens']:.2f}",
-                f"{m['factors']:.2f}",
-                f"{m['whole']:.2f}",
-            )
-        )
+        rows.append((m["near"], m["photographs"], f"{m['tokens']:.0f}", f"{m['rank']:.1f}"))
+        rows[-1] += tuple(f"{v:.2f}" for v in (m["rank"] / m["tokens"], m["factors"], m["whole"]))
     print_columns(rows)
     for part, g in found["growth"].items():
-        ends = g["interval_95"]
-        ends = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
+        ends = " [{:.2f}, {:.2f}]".format(*g["interval_95"]) if g["interval_95"] else ""
         print(f"{part} T: rank ∝ T^{g['b']:.2f}{ends}, {g['photographs']} photographs")
 
 

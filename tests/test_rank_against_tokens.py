@@ -95,13 +95,6 @@ def test_the_growth_is_the_slope_of_the_logarithms_of_each_photograph():
         assert part["interval_95"] == pytest.approx([0.7, 0.7])
 
 
-@pytest.mark.parametrize("name", ["benchmark", "ablate"])
-def test_what_compares_times_at_one_grid_refuses_a_cache_of_several(name, ragged_cache, script):
-    done = script(f"experiments.{name}", "--cache_dir", ragged_cache, "--device", "cpu")
-    assert done.returncode == 2 and "images of several grids" in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
 def test_a_cache_of_other_images_is_one_line(script, tmp_path):
     cache = tiny.write_cache(tmp_path / "cache", tiny.steep_tokens(12))
     done = script("experiments.rank_against_tokens", "--cache_dir", cache, "--device", "cpu")
