@@ -51,7 +51,7 @@ from svd_baseline import (
     summarise,
     truncated_svd,
 )
-from task.boxes import PARTS, box_report, part_errors, tokens_in_boxes
+from task.box_error import PARTS, box_report, part_errors, tokens_in_boxes
 from task.metric import TaskMetric, load_metric, metric_svd, network_in_metric
 from task.task_error import head_of_norm, metric_at_hand, task_errors, task_report
 from training.checkpoint import Trained, evaluated_rank, open_trained, unseen_test

@@ -20,7 +20,7 @@ from common.grids import Grid
 from common.partial_results import PartialResults
 from qwenvl_dataloader import Batch, BatchLoader, RealQwenVLDataset, denormalise
 from svd_baseline import Factors, gain, interval_95, rel_error, summarise
-from task.boxes import part_errors, tokens_in_boxes
+from task.box_error import part_errors, tokens_in_boxes
 from task.heads import Score, TaskHead
 from task.metric import TaskMetric, metric_svd, predicted_error
 from task.token_reduction import average_tokens, drop_tokens, tokens_kept

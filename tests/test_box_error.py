@@ -5,7 +5,7 @@ import torch
 
 from common.boxes import tokens_in_box
 from svd_baseline import rel_error, truncated_svd
-from task.boxes import box_report, part_errors
+from task.box_error import box_report, part_errors
 
 
 def covered(box, grid=(4, 4)):
