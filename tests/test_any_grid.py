@@ -281,3 +281,22 @@ def test_what_needs_matrices_of_one_shape_takes_the_most_frequent_grid_and_says_
     test = dataset.split.test.tolist()
     own = sum(dataset.grids[row] == dataset.grid for row in test)
     assert f"note: images of 8 × 8 tokens only, {own} of {len(test)} test images" in done.stdout
+
+
+def test_the_benchmark_judges_a_network_of_a_ragged_cache_at_its_most_frequent_grid(
+    ragged_cache, tiny_cache, script, tmp_path
+):
+    where = ["--results_dir", tmp_path / "results", "--device", "cpu"]
+    small = "--epochs 1 --rank 4 --oversample 2 --hidden_dim 8".split()
+    done = script("train_real_data.py", "--cache_dir", ragged_cache, *where, *small)
+    assert done.returncode == 0, done.stderr
+    few = ["--ranks", 4, "--repeats", 1, "--batch_size", 2]
+    done = script("experiments.benchmark", "--cache_dir", ragged_cache, *where, *few)
+    assert done.returncode == 0, done.stderr
+    assert "note: images of 8 × 8 tokens only" in done.stdout
+    records = json.loads((tmp_path / "results" / "benchmark.json").read_text())["records"]
+    (network,) = [r for r in records if r["method"] == "network"]
+    assert network["excess_mean"] < 20 and network["ms_median"] > 0
+    done = script("experiments.benchmark", "--cache_dir", tiny_cache, *where, *few)
+    assert done.returncode == 2 and "was trained on a cache with" in done.stderr
+    assert done.stderr.count("\n") == 1
