@@ -397,7 +397,7 @@ def print_retrieval(methods: dict[str, list[dict]]) -> None:
             for point in points
             if point["retrieval"]["mean"] is not None
         )
-        print(f"  {name:<26}" + ", ".join(cells))
+        print(f"  {name:<28}" + ", ".join(cells))
 
 
 if __name__ == "__main__":
