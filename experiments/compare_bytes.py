@@ -205,8 +205,8 @@ def every_rival(
         if any(has_metric(codec) for codec in codecs) and len(codecs) == 1:
             found = [rival for rival in found if rival.name.endswith("_in_metric")]
         for rival in found:
-            # the ends of a sweep are seldom looked at, and the finest knob takes longest
-            rival.knobs = thinned(rival.knobs[1:-1], QUICK_KNOBS)
+            # the coarse quarter of a sweep is seldom looked at, and the finest knob takes longest
+            rival.knobs = thinned(rival.knobs[len(rival.knobs) // 4 : -1], QUICK_KNOBS)
         return found
     loader = create_data_loaders_real(dataset, device=device).train
     if dataset.ragged:
