@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,9 +35,8 @@ from common.locks import sole_writer
 from common.tables import print_columns
 from figures import comparison
 from model import LowRankFactorModel
-from qwenvl_dataloader import Batch, Loaders, create_data_loaders_real
+from qwenvl_dataloader import Loaders, create_data_loaders_real
 from svd_baseline import (
-    Factors,
     evaluate_batches,
     fit_pca,
     gain_text,
@@ -53,11 +51,10 @@ from svd_baseline import (
 )
 from task.box_error import PARTS, box_report, part_errors, tokens_in_boxes
 from task.metric import TaskMetric, load_metric, metric_svd, network_in_metric
-from task.task_error import head_of_norm, metric_at_hand, task_errors, task_report
+from task.task_error import Factorise, head_of_norm, metric_at_hand, task_errors, task_report
 from training.checkpoint import Trained, evaluated_rank, open_trained, unseen_test
 
 STORED_AS = "bf16"  # factorize.py's default: its ranks for a target are those that are reported
-Method = Callable[[Batch, int], Factors]
 
 
 def get_args_parser() -> cli.Parser:
@@ -167,10 +164,10 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     print(f"next, the test image with the largest excess: python visualize_svd_nn.py {again}")
 
 
-def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, Method]:
+def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, Factorise]:
     """The network and what it is held against, each a function of (batch, rank)."""
     axes = fit_pca(batch.x for batch in loaders.train.with_progress("PCA"))
-    methods: dict[str, Method] = {
+    methods: dict[str, Factorise] = {
         "network": lambda batch, r: model(batch.x, r, grid=batch.grid),
         "svd": lambda batch, r: truncated_svd(batch.x, r),
         "randomized_svd": lambda batch, r: randomized_svd(batch.x, r),
@@ -186,7 +183,7 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
 
 def error_in_task(
     trained: Trained,
-    methods: dict[str, Method],
+    methods: dict[str, Factorise],
     metric: TaskMetric | None,
     loaders: Loaders,
     ranks: list[int],
@@ -215,7 +212,7 @@ def error_in_task(
 
 
 @torch.inference_mode()
-def error_by_box(methods: dict[str, Method], loaders: Loaders, rank: int) -> dict:
+def error_by_box(methods: dict[str, Factorise], loaders: Loaders, rank: int) -> dict:
     """The JSON's entry: error of network and SVD inside and outside the answer's box, of test
     images that have one."""
     dataset, rows = loaders.test.dataset, loaders.test.sampler.rows.tolist()

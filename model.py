@@ -351,11 +351,9 @@ class LowRankProjSymmetric(LowRankFactorModel):
 
     def over_positions(self) -> tuple[list[str], list[str]]:
         blocks = [f"body.{i}.body" for i in range(self.num_blocks)]
-        read = [
-            "skip.weight",
-            *["head.weight"][: self.num_blocks],
-            *(f"{b}.1.weight" for b in blocks),
-        ]
+        read = ["skip.weight", *(f"{b}.1.weight" for b in blocks)]
+        if blocks:  # without them there is no head beside the skip
+            read.append("head.weight")
         held = ("0.weight", "0.bias", "4.weight", "4.bias")  # LayerNorm, and the layer back to T
         return read, [f"{b}.{name}" for b in blocks for name in held]
 

@@ -41,18 +41,16 @@ from coding.coded_files import (
 )
 from common.errors import UserError
 from common.files import (
-    check_files,
     check_keys,
     check_tensors,
     content_hash_fits,
     file_entry,
     load_tensors,
-    read_json,
     save_tensors,
     sha256_file,
 )
 from common.grids import Grid
-from common.shard_folder import ShardReader, ShardWriter
+from common.shard_folder import ShardReader, ShardWriter, check_shards, read_finished
 from qwenvl_dataloader import denormalise
 from svd_baseline import Factors, summarise
 
@@ -196,15 +194,8 @@ def read_manifest(folder: str | Path) -> dict:
     Raises UserError where the folder is missing, unfinished or something else, or where a file of
     it is missing or has another size. sha256 of each file is there for `sha256sum`.
     """
-    folder = Path(folder)
-    path = folder / "manifest.json"
-    unfinished = (folder / "partial.json").exists()
-    manifest = read_json(
-        path,
-        "factorize.py was interrupted, run the same command to finish it"
-        if unfinished
-        else "name a folder that factorize.py wrote",
-    )
+    again = "factorize.py was interrupted, run the same command to finish it"
+    path, manifest = read_finished(Path(folder), again, "name a folder that factorize.py wrote")
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise UserError(f"{path} is not of factors: name a folder that factorize.py wrote")
     check_keys(path, manifest, MANIFEST_KEYS, WRITE_AGAIN)
@@ -213,11 +204,7 @@ def read_manifest(folder: str | Path) -> dict:
             f"{path} has format {manifest['format']} and dtype {manifest['dtype']}, this version "
             f"reads formats 1 and {FORMAT} and {', '.join(DTYPES)}: {WRITE_AGAIN}"
         )
-    check_files(path, manifest["shards"], WRITE_AGAIN)
-    for shard in manifest["shards"]:
-        check_keys(path, shard, {"rows": int}, WRITE_AGAIN)
-    if sum(shard["rows"] for shard in manifest["shards"]) != manifest["count"]:
-        raise UserError(f"{path}: the shards' rows do not add up to its count: {WRITE_AGAIN}")
+    check_shards(path, manifest, WRITE_AGAIN)
     return manifest
 
 

@@ -7,7 +7,8 @@ import math
 from pathlib import Path
 
 from common.errors import UserError
-from common.files import check_files, check_keys, read_json
+from common.files import check_keys
+from common.shard_folder import check_shards, read_finished
 
 FORMAT = 2  # of format 1 are caches of one grid, features [n, T, D]
 BUILD_CACHE = "build the cache again with extract_features.py --overwrite"
@@ -26,21 +27,13 @@ def read_manifest(cache_dir: Path) -> dict:
             f"--cache_dir {cache_dir} does not exist: make it with extract_features.py, or with "
             "experiments.make_demo_data and extract_features.py --demo"
         )
-    path = cache_dir / "manifest.json"
-    unfinished = (cache_dir / "partial.json").exists()
-    manifest = read_json(
-        path,
-        "the extraction was interrupted, run the same extract_features.py command to finish it"
-        if unfinished
-        else BUILD_CACHE,
-    )
+    again = "the extraction was interrupted, run the same extract_features.py command to finish it"
+    path, manifest = read_finished(cache_dir, again, BUILD_CACHE)
     check_keys(path, manifest, MANIFEST_KEYS, BUILD_CACHE)
     if manifest["format"] not in (1, FORMAT):
         raise UserError(f"{path} has format {manifest['format']}, not {FORMAT}: {BUILD_CACHE}")
-    check_files(path, [*manifest["shards"], *tables_of(manifest)], BUILD_CACHE)
+    check_shards(path, manifest, BUILD_CACHE, tables_of(manifest))
     check_keys(path, manifest["encoder"], {"id": str}, BUILD_CACHE)
-    for shard in manifest["shards"]:
-        check_keys(path, shard, {"rows": int}, BUILD_CACHE)
     wrong = {
         "kind": manifest["kind"] not in ("real", "demo", "imported"),
         # None: imported, not known
@@ -55,8 +48,6 @@ def read_manifest(cache_dir: Path) -> dict:
     for key in [key for key, is_wrong in wrong.items() if is_wrong]:
         value = json.dumps(manifest[key])[:60]
         raise UserError(f"{path} is damaged ({key} is {value}): {BUILD_CACHE}")
-    if sum(shard["rows"] for shard in manifest["shards"]) != manifest["count"]:
-        raise UserError(f"{path}: the shards' rows do not add up to its count: {BUILD_CACHE}")
     return manifest
 
 

@@ -10,12 +10,15 @@ process.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from common.errors import UserError
 from common.files import (
+    check_files,
+    check_keys,
     check_same_header,
     read_json,
     sweep_temporaries,
@@ -160,6 +163,23 @@ class ShardWriter:
         for pattern in self.others:
             for path in self.folder.glob(pattern):
                 path.unlink()
+
+
+def read_finished(folder: Path, again: str, remedy: str) -> tuple[Path, dict]:
+    """Path and content of a folder's manifest.json. Raises UserError where it is missing or no
+    JSON, with `again` as the remedy of a folder that was begun, else `remedy`."""
+    path = folder / "manifest.json"
+    return path, read_json(path, again if (folder / "partial.json").exists() else remedy)
+
+
+def check_shards(path: Path, manifest: dict, remedy: str, others: Iterable[dict] = ()) -> None:
+    """Refuse the manifest at `path` whose shards, or `others` of its files, are not as it says
+    (`check_files`), or whose shards have not its count of rows between them."""
+    check_files(path, [*manifest["shards"], *others], remedy)
+    for shard in manifest["shards"]:
+        check_keys(path, shard, {"rows": int}, remedy)
+    if sum(shard["rows"] for shard in manifest["shards"]) != manifest["count"]:
+        raise UserError(f"{path}: the shards' rows do not add up to its count: {remedy}")
 
 
 class ShardReader:

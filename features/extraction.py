@@ -61,7 +61,7 @@ class Sample(NamedTuple):
     reason: str | None
 
 
-class Batch(NamedTuple):
+class RowBatch(NamedTuple):
     """Rows of one shard whose images have one grid."""
 
     shard: int
@@ -125,7 +125,7 @@ def extract(
 
 def batches_to_do(
     rows: ImageSource, writer: FeatureCacheWriter, looks: list[Look], batch_tokens: int
-) -> Iterator[Batch]:
+) -> Iterator[RowBatch]:
     """Batches of the shards that this process has to make; no batch is of two shards or grids."""
     every = (row for batch in rows.batches(ROWS_PER_SHARD) for row in batch)
     for shard in processes.deal(writer.shards_to_do()):
@@ -137,7 +137,7 @@ def batches_to_do(
         for grid, alike in by_grid.items():
             size = max(1, batch_tokens // math.prod(grid))
             for first in range(0, len(alike), size):
-                yield Batch(shard, alike[first : first + size])
+                yield RowBatch(shard, alike[first : first + size])
 
 
 def write_samples(
@@ -154,7 +154,7 @@ def write_samples(
 
 
 def prepared(
-    batches: Iterator[Batch], encoder: VisionEncoder, looks: list[Look]
+    batches: Iterator[RowBatch], encoder: VisionEncoder, looks: list[Look]
 ) -> Iterator[tuple[int, list[Sample]]]:
     """Shard and samples of batches, made by threads some batches ahead of who asks for them."""
     first_of: dict[str | None, int] = {}

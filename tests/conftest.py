@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -227,3 +228,21 @@ def metric(metric_file, dataset):
 @pytest.fixture(scope="session")
 def test_batch(dataset):
     return next(iter(create_data_loaders_real(dataset, 6).test))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, in order; laid out for a size, not painted, to save time."""
+    figures: list[Figure] = []
+
+    def record(figure, path, **kwargs):
+        figures.append(figure)
+        Path(path).write_bytes(b"not painted")
+
+    monkeypatch.setattr(Figure, "savefig", record)
+    return figures
+
+
+def edit_manifest(cache, **changes):
+    path = cache / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

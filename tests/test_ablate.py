@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import torch
 from PIL import Image
 
 from experiments.ablate import SKETCHES, gains_at_equal_time, runs_so_far
@@ -55,27 +54,22 @@ def test_an_interrupted_ablation_goes_on_with_what_is_missing(ablate, tmp_path):
     assert json.loads(path.read_text())["runs"] == whole
 
 
+def record(sketch, ms, on_val, on_test, images):
+    """A run's mean excess of validation and of test images, alike for each."""
+    return {
+        **{"sketch": sketch, "shifts": "start", "steps": 0, "oversample": 0, "ms": ms},
+        **{"val_excess_mean": on_val, "excess_mean": on_test, "per_image": [on_test] * images},
+    }
+
+
 def test_a_gain_is_against_the_best_untrained_sketch_that_takes_no_longer():
     groups = [str(i) for i in range(8)]
-
-    def record(sketch, ms, excess):
-        return {
-            "sketch": sketch,
-            "shifts": "start",
-            "steps": 0,
-            "oversample": 0,
-            "ms": ms,
-            "excess_mean": excess,
-            "per_image": torch.full((8,), excess).tolist(),
-            "val_excess_mean": excess,
-        }
-
     records = [
-        record("random", 1, 4.0),
-        record("columns", 2, 2.0),
-        record("random", 9, 0.1),
-        record("linear", 2, 1.0),
-        record("MLP", 0.5, 0.5),
+        record("random", 1, 4.0, 4.0, 8),
+        record("columns", 2, 2.0, 2.0, 8),
+        record("random", 9, 0.1, 0.1, 8),
+        record("linear", 2, 1.0, 1.0, 8),
+        record("MLP", 0.5, 0.5, 0.5, 8),
     ]
     (gain,) = gains_at_equal_time(records, groups)  # nothing untrained is as fast as the MLP
     assert gain["sketch"] == "linear" and gain["random"]["sketch"] == "columns"
@@ -84,23 +78,11 @@ def test_a_gain_is_against_the_best_untrained_sketch_that_takes_no_longer():
 
 
 def test_the_pair_that_is_quoted_is_picked_on_validation_images_and_measured_on_test_images():
-    def record(sketch, on_val, on_test):
-        return {
-            "sketch": sketch,
-            "shifts": "start",
-            "steps": 0,
-            "oversample": 0,
-            "ms": 1.0,
-            "excess_mean": on_test,
-            "per_image": [on_test] * 4,
-            "val_excess_mean": on_val,
-        }
-
     records = [
-        record("random", 3.0, 1.5),
-        record("columns", 2.0, 2.0),
-        record("linear", 1.5, 0.1),
-        record("MLP", 1.0, 1.2),
+        record("random", 1.0, 3.0, 1.5, 4),
+        record("columns", 1.0, 2.0, 2.0, 4),
+        record("linear", 1.0, 1.5, 0.1, 4),
+        record("MLP", 1.0, 1.0, 1.2, 4),
     ]
     best, other = gains_at_equal_time(records, list("abcd"))
     # on test images the linear sketch, and the random one as its rival, would have looked best
