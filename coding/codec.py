@@ -37,6 +37,7 @@ from coding.transform import (
     independent,
     leading,
     level_offsets,
+    off_grid,
     on_grid,
     orthonormal,
     sigma_levels,
@@ -45,6 +46,7 @@ from coding.transform import (
 )
 from common.errors import UserError
 from common.files import save_tensors, sha256_file
+from common.grids import Grid
 from qwenvl_dataloader import normalise
 
 FORMAT = 1  # of the codec's file
@@ -328,32 +330,34 @@ def crc(data: bytes) -> int:
 
 
 def fit(
-    batches: Callable[[], Iterable[Tensor]],
-    grid: tuple[int, int],
+    batches: Callable[[], Iterable[tuple[Tensor, Grid]]],
+    grid: Grid,
     metric: Tensor | None = None,
     info: dict | None = None,
     statistics_steps: tuple[float, float] = STATISTICS_STEPS,
 ) -> Codec:
     """A codec from training images, streamed twice.
 
-    batches: gives raw tokens [b, T, D] anew at each call; grid: theirs; metric: M [D, D].
+    batches: gives raw tokens [b, T, D] and their grid anew at each call; grid: of the tables, one
+    that images have, best the most frequent; metric: M [D, D].
     """
     root, inverse_root = _roots(metric)
-    moment, log_std, images = 0.0, 0.0, 0
-    for raw in batches():
+    moment, log_std, images, tokens = 0.0, 0.0, 0, 0
+    for raw, _ in batches():
         x, _, std = normalise(raw)
         x = x.flatten(0, 1)
         x = x if root is None else x @ root.to(x)
         moment = moment + (x.mT @ x).double().cpu()
         log_std += float(std.log().mean()) * len(raw)
         images += len(raw)
+        tokens += len(x)
     if not images:
         raise UserError("there are no training images to fit a codec on")
     values, vectors = (t.flip(-1) for t in torch.linalg.eigh(moment))
     outside = values.clamp_min(0).flip(0).cumsum(0).flip(0) / values.clamp_min(0).sum()
     # few training tokens do not span those to come: then all directions are kept, and the energy
     # that others have in them is guessed (25 images of the demo: 24 % fewer bytes)
-    unseen = max(0.0, 1 - images * raw.shape[1] / (ENOUGH * len(moment))) ** 2
+    unseen = max(0.0, 1 - tokens / (ENOUGH * len(moment))) ** 2
     if not unseen:
         vectors = vectors[:, outside > TAIL]
     tensors = {"klt": vectors if root is None else root.double() @ vectors}
@@ -385,37 +389,44 @@ def bucket_starts(rank: int) -> list[int]:
 
 
 def _variances(
-    batches: Callable[[], Iterable[Tensor]],
+    batches: Callable[[], Iterable[tuple[Tensor, Grid]]],
     klt: Tensor,
-    grid: tuple[int, int],
+    grid: Grid,
     info: dict,
     floor: float,
 ) -> dict[str, Tensor]:
     """Log variances of u_k and v_k, a bucket of k each, of the statistics in their steps."""
-    transform, steps = dct(grid), torch.tensor(info["statistics_steps"])[:, None]
-    rank = min(len(transform), klt.shape[1])
+    steps = torch.tensor(info["statistics_steps"])[:, None]
+    tokens, width = grid[0] * grid[1], klt.shape[1]
+    rank = min(tokens, width)
     starts = bucket_starts(rank)
     bounds = list(zip(starts, [*starts[1:], rank], strict=True))
-    rows, columns, statistics = 0.0, 0.0, 0.0
-    for batch in batches():
+    rows, columns = torch.zeros(len(starts), tokens), torch.zeros(len(starts), width)
+    statistics = torch.zeros(2, tokens)
+    images = torch.zeros(len(starts), 1)  # that have components of a bucket
+    for batch, own in batches():
+        transform, longer = dct(own), own[0] * own[1] / tokens
         for raw in batch.float().cpu():
             x, mean, std = normalise(raw)
             z = transform @ (x @ klt)
             u, s = leading(z)
             u, s = u[:, :rank], s[:rank]
             v = z.mT @ u / s.clamp_min(1e-6 * s[0])
-            rows = rows + torch.stack([u[:, a:b].square().mean(1) for a, b in bounds])
-            columns = columns + torch.stack([v[:, a:b].square().mean(1) for a, b in bounds])
+            there = [(a, b) for a, b in bounds if a < len(s)]
+            squares = torch.stack([u[:, a:b].square().mean(1) for a, b in there])
+            rows[: len(there)] += longer * off_grid(squares, own, grid)
+            columns[: len(there)] += torch.stack([v[:, a:b].square().mean(1) for a, b in there])
+            images[: len(there)] += 1
             both = torch.stack([mean[:, 0], std[:, 0].log() - info["log_std"]])
-            statistics = statistics + (both @ transform.mT / steps).square()
+            statistics += off_grid((both @ transform.mT / steps).square(), own, grid)
 
-    def levels(total: Tensor) -> Tensor:
-        variance = (total / info["images"]).double().clamp_min(1e-12)
+    def levels(total: Tensor, images: Tensor | int) -> Tensor:
+        variance = (total / images).double().clamp_min(1e-12)
         return (variance.log2() / 2 * STEPS_AN_OCTAVE * UNITS).round().to(torch.int16)
 
     return {
-        "rows": levels(rows).reshape(-1, *grid),
-        "columns": levels(columns + floor * info["images"]),
-        "statistics": levels(statistics).reshape(2, *grid),
+        "rows": levels(rows, images).reshape(-1, *grid),
+        "columns": levels(columns + (floor * images.double()).float(), images),
+        "statistics": levels(statistics, info["images"]).reshape(2, *grid),
         "starts": torch.tensor(starts, dtype=torch.int16),
     }

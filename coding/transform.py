@@ -21,6 +21,7 @@ from coding.entropy import (
     bits_table,
     table,
 )
+from common.grids import Grid
 
 LAMBDA = 0.12  # rounding minimises (z / Δ − q)² + λ bits(q)
 OFFSETS = sorted(range(-8, 9), key=abs)  # of a component's levels, in an image; 0 if nothing is won
@@ -85,6 +86,23 @@ def on_grid(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
         weight = (at & 255).reshape(shape)
         maps = (maps.take(low, axis) * (256 - weight) + maps.take(high, axis) * weight) >> 8
     return maps
+
+
+def off_grid(squares: Tensor, grid: Grid, fitted: Grid) -> Tensor:
+    """squares [n, T] over the frequencies of `grid` as their means about those of `fitted`: what
+    `on_grid` reads is put back, in floats."""
+    if grid == fitted:
+        return squares
+    down, across = (_about(*sides) for sides in zip(grid, fitted, strict=True))
+    return (down @ squares.unflatten(-1, grid) @ across.mT).flatten(-2)
+
+
+def _about(side: int, fitted: int) -> Tensor:
+    """Shares [fitted, side] of frequencies k / side in that of each k / fitted: a triangle over
+    the distance of neighbours on the coarser side."""
+    at = torch.arange(fitted)[:, None] * side / fitted
+    weights = (1 - (at - torch.arange(side)).abs() / max(1, side / fitted)).clamp_min(0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def rate_rounded(

@@ -19,6 +19,7 @@ from torch import Tensor
 from coding.codec import fit
 from common import cli, progress
 from common.errors import UserError
+from common.grids import Grid, batches_of_one_grid, most_frequent
 from qwenvl_dataloader import RealQwenVLDataset
 from task.metric import cache_hashes, load_metric
 
@@ -51,21 +52,24 @@ def main(args: argparse.Namespace) -> None:
     path = Path(args.out or f"codecs/{dataset.manifest['kind']}{head}.safetensors")
     if path.is_dir() or any(p.is_file() for p in path.parents):
         raise UserError(f"--out {path} cannot be a file there: name another")
-    # its tables are of one grid, and read on any
-    rows = dataset.of_main_grid(dataset.split.train)
+    rows = dataset.split.train
     if args.images and args.images < len(rows):
         # one from each of N stretches of the split, at another place in each: a photograph's
         # crops lie side by side, in one order
         i = torch.arange(args.images, dtype=torch.float64)
         rows = rows[((i + i * GOLDEN % 1) * len(rows) / args.images).long()]
-    print(f"{dataset.label}; {len(rows)} training images of {dataset.grid[0]} x {dataset.grid[1]}")
+    rows = rows.tolist()
+    grids = [dataset.grids[row] for row in rows]
+    grid = most_frequent(grids) if grids else dataset.grid  # of its tables, which any grid reads
+    several = f"{len(set(grids))} grids, most of them " if len(set(grids)) > 1 else ""
+    print(f"{dataset.label}; {len(rows)} training images of {several}{grid[0]} x {grid[1]}")
 
     passes = iter(("directions", "variances"))
 
-    def batches() -> Iterator[Tensor]:
-        parts = rows.split(args.batch_size)
+    def batches() -> Iterator[tuple[Tensor, Grid]]:
+        parts = list(batches_of_one_grid(rows, dataset.grids, args.batch_size))
         for part in progress.over(parts, next(passes), "batches"):
-            yield dataset[part].to(device)
+            yield dataset[part].to(device), dataset.grids[part[0]]
 
     info = {
         "data": dataset.label,
@@ -75,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
         "head": metric.head if metric else None,
     }
     start = time.perf_counter()
-    codec = fit(batches, dataset.grid, metric.matrix if metric else None, info)
+    codec = fit(batches, grid, metric.matrix if metric else None, info)
     codec.save(path)
     print(
         f"wrote {path}: {codec.nbytes / 1e6:.1f} MB, {codec.num_directions} directions, "

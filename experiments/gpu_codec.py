@@ -37,7 +37,7 @@ def check_codec(setting: Setting) -> Iterator[dict]:
     side = math.isqrt(sizes.tokens)
     grid = (side, side)
     raw = setting.x(IMAGES, sizes.tokens, sizes.features)
-    codec = fit(lambda: iter([raw]), grid)
+    codec = fit(lambda: [(raw, grid)], grid)
     x = raw.to(setting.device)
     time = timed(partial(svd_factors, x, sizes.rank), setting)
     yield from speed(f"exact factors for the codec, batch {IMAGES}", IMAGES, time, "")

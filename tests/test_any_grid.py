@@ -12,9 +12,11 @@ from test_distributed import finished, torchrun
 from test_training import equal, interrupt_after
 
 import visualize_svd_nn
+from coding.codec import Codec, fit
+from coding.rate_control import image_for_target
 from coding.vision_tokens import VisionTokens
 from common import cli
-from common.grids import resampled
+from common.grids import batches_of_one_grid, resampled
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real, normalise
 from svd_baseline import optimum, rel_error
 from task.heads import SaliencyHead, split_neighbours
@@ -221,6 +223,37 @@ def test_factors_and_coded_factors_keep_each_image_on_its_grid_within_the_target
                 normalise(raw)[0],
             )
         assert apart.norm() / raw.norm() <= target + 0.01
+
+
+def test_a_codec_of_all_grids_takes_fewer_bytes_on_a_rarer_grid_than_one_of_the_main_grid_alone(
+    dataset, ragged_cache, script, tmp_path
+):
+    train = dataset.split.train
+
+    def batches(rows):
+        parts = batches_of_one_grid(rows.tolist(), dataset.grids, 8)
+        return [(dataset[part], dataset.grids[part[0]]) for part in parts]
+
+    alone = fit(lambda: batches(dataset.of_main_grid(train)), dataset.grid)
+    out = tmp_path / "all.safetensors"
+    done = script("experiments.fit_codec", "--cache_dir", ragged_cache, "--out", out)
+    assert f"{len(train)} training images of 4 grids, most of them 8 x 8" in done.stdout
+    both = Codec.load(out)
+    assert both.info["images"] == len(train) > alone.info["images"]
+    held_out = torch.cat([dataset.split.val, dataset.split.test]).tolist()
+    sizes = torch.tensor(
+        [
+            [
+                len(image_for_target(codec, raw, grid, target_error=0.3).data)
+                for codec in (alone, both)
+            ]
+            for row in held_out
+            if (grid := dataset.grids[row]) != dataset.grid
+            for raw in [dataset[[row]][0].float()]
+        ]
+    ).double()
+    assert len(sizes) >= 4
+    assert float((sizes[:, 1] / sizes[:, 0]).log().mean().exp()) < 0.97
 
 
 def test_the_saliency_head_reads_an_image_of_any_grid_as_its_decoder_does(dataset, saliency):

@@ -24,7 +24,7 @@ from coding.entropy import (
 )
 from coding.factor_files import load_factors, read_factors
 from coding.rate_control import coded_image, image_for_target
-from coding.transform import OFFSETS, dct, level_offsets, on_grid
+from coding.transform import OFFSETS, dct, level_offsets, off_grid, on_grid
 from coding.vision_tokens import VisionTokens
 from common import shard_folder
 from common.errors import UserError
@@ -52,7 +52,12 @@ def some_tokens(n, grid=GRID, seed=0):
 
 @pytest.fixture(scope="module")
 def codec():
-    return fit(lambda: some_tokens(64).split(5), GRID)
+    return fit(lambda: of_grid(some_tokens(64).split(5)), GRID)
+
+
+def of_grid(batches, grid=GRID):
+    """What `fit` takes: batches of raw tokens, each with its grid."""
+    return [(batch, grid) for batch in batches]
 
 
 def raw_error(raw, decoded):
@@ -218,7 +223,7 @@ def test_in_a_metric_the_features_that_count_err_less():
     raw = some_tokens(1, seed=7)[0]
     errors = []
     for metric in (None, torch.diag(weight)):
-        decoded = (c := fit(lambda: some_tokens(24).split(8), GRID, metric)).decode(
+        decoded = (c := fit(lambda: of_grid(some_tokens(24).split(8)), GRID, metric)).decode(
             image_for_target(c, raw, GRID, target_kb=0.4).data
         )
         errors.append(float((raw - decoded)[:, :12].norm()))
@@ -230,6 +235,44 @@ def test_the_dct_is_orthonormal_and_maps_read_on_another_grid_keep_their_frequen
     ramp = np.arange(4)[None, :, None] * 64 + np.zeros((1, 4, 4), dtype=np.int64)
     read = on_grid(ramp, (8, 2))
     assert read.shape == (1, 8, 2) and read[0, :, 0].tolist() == [0, 32, 64, 96, 128, 160, 192, 192]
+
+
+@pytest.mark.parametrize("grid", [(8, 12), (6, 4), (3, 9)])
+def test_squares_over_frequencies_of_another_grid_are_put_back_where_they_are_read(grid):
+    smooth = (0.5 * torch.arange(4.0)[:, None] + 0.3 * torch.arange(6.0)).mul(-1).exp2()
+    units = (smooth.log2() / 2 * 64).round().to(torch.int64).numpy()[None]
+    read = torch.from_numpy(on_grid(units, grid)).double().div(32).exp2().flatten(1)
+    back = off_grid(read.float(), grid, GRID).unflatten(1, GRID)[0]
+    # a coarser side leaves the last frequencies unread
+    inner = back.log2()[:3, :4] - smooth.log2()[:3, :4]
+    assert inner.abs().max() < 0.25
+    assert torch.equal(off_grid(read.float(), grid, grid), read.float())
+    ones = torch.ones(2, grid[0] * grid[1])
+    assert torch.allclose(off_grid(ones, grid, GRID), torch.ones(2, 24))
+
+
+def test_tables_are_of_unit_vectors_of_the_fitted_grid_whatever_grids_the_images_have():
+    """White tokens: a unit vector of 96 of them has entries half as large as one of 24."""
+    rng = torch.Generator().manual_seed(0)
+    small, large = (torch.randn(40, t, 192, generator=rng) for t in (24, 96))
+    own = fit(lambda: [(small, GRID)], GRID).tensors
+    both = fit(lambda: [(small, GRID), (large, (8, 12))], GRID).tensors
+    for name in ("rows", "columns", "statistics"):
+        assert own[name].shape == both[name].shape or name == "columns"
+        apart = float(both[name].float().mean() - own[name].float().mean())
+        assert abs(apart) < 4, name  # in sixteenths of a quarter octave; the shift of grids is 64
+    assert abs(transform.tokens_shift(GRID, (8, 12))) == 64
+
+
+def test_images_too_small_for_a_bucket_of_components_leave_it_to_the_others():
+    small, large = some_tokens(3, (1, 2), seed=1), some_tokens(5, seed=2)
+    codec = fit(lambda: [(large, GRID), (small, (1, 2))], GRID)
+    alone = fit(lambda: [(large, GRID)], GRID)
+    assert torch.equal(codec.tensors["starts"], alone.tensors["starts"])
+    apart = (codec.tensors["rows"] - alone.tensors["rows"]).float()
+    # of components that 2 tokens do not have, only the large images tell; counted among 8, not
+    # 5, images their variances would be 21 units lower
+    assert apart[2:].mean().abs() < 2 < apart[:2].abs().mean()
 
 
 # ------------------------------------------------------------------------------ folders

@@ -182,7 +182,7 @@ def test_pca_and_product_quantisation_come_back_from_their_bytes(image, monkeypa
 def test_coded_rivals_come_back_from_their_bytes_with_the_statistics_of_the_codec(in_metric):
     training = steep_tokens(24, T, D, seed=1)
     metric = torch.diag(torch.linspace(0.5, 1.5, D)) if in_metric else None
-    codec = fit(lambda: training.split(8), GRID, metric)
+    codec = fit(lambda: [(x, GRID) for x in training.split(8)], GRID, metric)
     statistics = CodecStatistics(codec, GRID)
     image = TokenImage(0, steep_tokens(1, T, D)[0].bfloat16(), statistics)
     assert image.statistics == statistics.encode(image.raw)
@@ -226,7 +226,7 @@ def test_tables_of_counted_symbols_take_fewer_bytes_for_symbols_of_their_shape()
 
 def test_head_steps_lower_the_head_s_error_at_nearly_the_same_bytes(linear_head):
     training = steep_tokens(24, T, D, seed=1)
-    codec = fit(lambda: training.split(8), GRID, torch.eye(D))
+    codec = fit(lambda: [(x, GRID) for x in training.split(8)], GRID, torch.eye(D))
     statistics = CodecStatistics(codec, GRID)
     plain, steps = (
         Coded(codec, GRID, statistics),
