@@ -35,6 +35,7 @@ from coding.transform import (
     adapted,
     dct,
     independent,
+    inverse_dct,
     leading,
     level_offsets,
     off_grid,
@@ -150,16 +151,16 @@ class Codec:
             u, s, v = factors
             # they are of X by the exact statistics; what is stored divides by the rounded ones
             u = u * (normalise(raw)[2] / std[:, None])
-            z = (dct(grid) @ (u.float() * s)) @ (v.float().mT @ self._klt)
+            z = dct(u.float() * s, grid) @ (v.float().mT @ self._klt)
         return z, statistics
 
     def transformed(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Z = C X P [T, d] of normalised tokens [T, D]."""
-        return dct(grid) @ (x @ self._klt)
+        return dct(x @ self._klt, grid)
 
     def of_gradient(self, gradient: Tensor, grid: tuple[int, int]) -> Tensor:
         """The gradient by the decoded Z [T, d], of that by the decoded X [T, D]."""
-        return dct(grid) @ (gradient @ self._inverse)
+        return dct(gradient @ self._inverse, grid)
 
     def encode(
         self, raw: Tensor, grid: tuple[int, int], step: float, factors: Factors | None = None
@@ -219,7 +220,7 @@ class Codec:
         body = decode_symbols(data[at:], np.concatenate([rows.ravel(), columns.ravel()]))
         q_a = body[: tokens * rank].reshape(tokens, rank)
         q_b = body[tokens * rank :].reshape(self.num_directions, rank)
-        a = dct(grid).mT @ orthonormal(q_a)
+        a = inverse_dct(orthonormal(q_a), grid)
         b = torch.from_numpy(q_b.T.astype(np.float32)) * step @ self._inverse.mT
         return a, b, mean, std
 
@@ -289,12 +290,12 @@ class Codec:
         _, mean, std = normalise(raw)
         both = torch.stack([mean[:, 0], std[:, 0].log() - self.info["log_std"]])
         steps = torch.tensor(self.statistics_steps)[:, None]
-        symbols = (both @ dct(grid).mT / steps).round().to(torch.int64).numpy()
+        symbols = (dct(both.mT, grid).mT / steps).round().to(torch.int64).numpy()
         return symbols, *self._statistics_of(symbols, grid)
 
     def _statistics_of(self, symbols: np.ndarray, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         steps = torch.tensor(self.statistics_steps)[:, None]
-        mean, log_std = (torch.from_numpy(symbols).float() * steps) @ dct(grid)
+        mean, log_std = inverse_dct((torch.from_numpy(symbols).float() * steps).mT, grid).mT
         return mean, (log_std + self.info["log_std"]).exp()
 
 
@@ -405,10 +406,10 @@ def _variances(
     statistics = torch.zeros(2, tokens)
     images = torch.zeros(len(starts), 1)  # that have components of a bucket
     for batch, own in batches():
-        transform, longer = dct(own), own[0] * own[1] / tokens
+        longer = own[0] * own[1] / tokens
         for raw in batch.float().cpu():
             x, mean, std = normalise(raw)
-            z = transform @ (x @ klt)
+            z = dct(x @ klt, own)
             u, s = leading(z)
             u, s = u[:, :rank], s[:rank]
             v = z.mT @ u / s.clamp_min(1e-6 * s[0])
@@ -418,7 +419,7 @@ def _variances(
             columns[: len(there)] += torch.stack([v[:, a:b].square().mean(1) for a, b in there])
             images[: len(there)] += 1
             both = torch.stack([mean[:, 0], std[:, 0].log() - info["log_std"]])
-            statistics += off_grid((both @ transform.mT / steps).square(), own, grid)
+            statistics += off_grid((dct(both.mT, own).mT / steps).square(), own, grid)
 
     def levels(total: Tensor, images: Tensor | int) -> Tensor:
         variance = (total / images).double().clamp_min(1e-12)

@@ -34,7 +34,7 @@ from coding.rivals import (
     TokenImage,
     decompose,
 )
-from coding.transform import adapted, dct, on_grid, to_levels
+from coding.transform import adapted, dct, inverse_dct, on_grid, to_levels
 from qwenvl_dataloader import denormalise, normalise
 
 STEPS = (32.0, 22.6, 16.0, 11.3, 8.0, 5.6, 4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18)
@@ -44,7 +44,7 @@ class CodecStatistics(Statistics):
     """LayerNorm's statistics by the codec's own steps, transform, tables and entropy code."""
 
     def __init__(self, codec: Codec, grid: tuple[int, int]) -> None:
-        self.transform = dct(grid)
+        self.grid = grid
         self.log_std = codec.info["log_std"]
         self.steps = torch.tensor(codec.statistics_steps)[:, None]
         units = codec.tensors["statistics"].numpy().astype(np.int64)
@@ -53,12 +53,12 @@ class CodecStatistics(Statistics):
     def encode(self, raw: Tensor) -> bytes:
         _, mean, std = normalise(raw)
         both = torch.stack([mean[:, 0], std[:, 0].log() - self.log_std])  # [2, T]
-        symbols = (both @ self.transform.mT / self.steps).round().long().numpy()
+        symbols = (dct(both.mT, self.grid).mT / self.steps).round().long().numpy()
         return encode_symbols(symbols.ravel(), self.levels)
 
     def decode(self, data: bytes, tokens: int) -> tuple[Tensor, Tensor]:
         symbols = torch.from_numpy(decode_symbols(data, self.levels)).reshape(2, tokens)
-        mean, log_std = (symbols.float() * self.steps) @ self.transform
+        mean, log_std = inverse_dct((symbols.float() * self.steps).mT, self.grid).mT
         return mean[:, None], (log_std + self.log_std).exp()[:, None]
 
 
@@ -173,11 +173,11 @@ class KltDct(OfCodec):
         batches: Iterable[Tensor],
     ) -> None:
         super().__init__(codec, grid, statistics)
-        self.klt, self.transform = codec.tensors["klt"].float(), dct(grid)
+        self.klt = codec.tensors["klt"].float()
         energy, images, every, self.sample = 0.0, 0, 1, []
         for raw in batches:
             x = normalise(raw.float().cpu())[0]
-            z = self.transform @ (x @ self.klt)  # [b, T, d]
+            z = dct(x @ self.klt, grid)  # [b, T, d]
             energy = energy + z.square().sum(0)
             for one in z:
                 if images % every == 0:
@@ -212,7 +212,7 @@ class KltDct(OfCodec):
 
     def encode(self, image: TokenImage, knob: Knob) -> bytes:
         levels, tables = self.levels(knob), self.tables(knob)
-        z = self.transform @ (image.x @ self.klt) / knob
+        z = dct(image.x @ self.klt, self.grid) / knob
         symbols, offsets = adapted(z.mT.numpy(), levels, tables)
         steps = np.diff(offsets, prepend=0)
         head = encode_symbols(steps, np.full(len(steps), OFFSET_LEVEL))
@@ -228,7 +228,7 @@ class KltDct(OfCodec):
         body = payload[at + length :]
         symbols = decode_symbols(body, levels.ravel(), self.tables(knob)).reshape(levels.shape)
         z = torch.from_numpy(symbols.T.astype(np.float32)) * knob
-        return denormalise((self.transform.mT @ z) @ back(self.codec).mT, mean, std)
+        return denormalise(inverse_dct(z, self.grid) @ back(self.codec).mT, mean, std)
 
 
 def in_metric_of(codec: Codec, image: TokenImage) -> tuple[Tensor, Tensor, Tensor]:

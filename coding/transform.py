@@ -29,17 +29,34 @@ DEPENDENT = 0.05  # a rounded column of which less than this is new is dropped
 UNITS = 16  # of a level, in which the codec's file keeps variances
 
 
-@lru_cache(16)
-def dct(grid: tuple[int, int]) -> Tensor:
-    """Orthonormal 2-D DCT of a grid's tokens, row by row: [T, T] float32."""
+@lru_cache(64)
+def cosines(side: int) -> Tensor:
+    """Orthonormal DCT of one side of a grid: [side, side] float32, a row each frequency."""
+    k = torch.arange(side, dtype=torch.float64)
+    matrix = torch.cos(torch.pi / side * (k + 0.5) * k[:, None]) * (2 / side) ** 0.5
+    matrix[0] *= 0.5**0.5
+    return matrix.float()
 
-    def one(side: int) -> Tensor:
-        k = torch.arange(side, dtype=torch.float64)
-        matrix = torch.cos(torch.pi / side * (k + 0.5) * k[:, None]) * (2 / side) ** 0.5
-        matrix[0] *= 0.5**0.5
-        return matrix
 
-    return torch.kron(one(grid[0]), one(grid[1])).float()
+def dct(maps: Tensor, grid: Grid) -> Tensor:
+    """C maps: the orthonormal 2-D DCT of maps [..., T, n] over a grid's tokens, row by row.
+
+    Cost: O(T n (H + W)), one side after the other.
+    """
+    return _of_sides(cosines(grid[0]), cosines(grid[1]), maps)
+
+
+def inverse_dct(maps: Tensor, grid: Grid) -> Tensor:
+    """Cᵀ maps: undo `dct`."""
+    return _of_sides(cosines(grid[0]).mT, cosines(grid[1]).mT, maps)
+
+
+def _of_sides(down: Tensor, across: Tensor, maps: Tensor) -> Tensor:
+    """kron(down, across) maps, of maps [..., H W, n]."""
+    *images, _, n = maps.shape
+    height, width = len(down), len(across)
+    maps = down @ maps.reshape(*images, height, width * n)
+    return (across @ maps.reshape(*images, height, width, n)).reshape(*images, height * width, n)
 
 
 def leading(z: Tensor) -> tuple[Tensor, Tensor]:

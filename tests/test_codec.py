@@ -1,6 +1,7 @@
 """The codec of factors: what is read is what was written, everywhere, or it is refused."""
 
 import json
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -24,7 +25,7 @@ from coding.entropy import (
 )
 from coding.factor_files import load_factors, read_factors
 from coding.rate_control import coded_image, image_for_target
-from coding.transform import OFFSETS, dct, level_offsets, off_grid, on_grid
+from coding.transform import OFFSETS, dct, inverse_dct, level_offsets, off_grid, on_grid
 from coding.vision_tokens import VisionTokens
 from common import shard_folder
 from common.errors import UserError
@@ -230,8 +231,23 @@ def test_in_a_metric_the_features_that_count_err_less():
     assert errors[1] < errors[0]
 
 
-def test_the_dct_is_orthonormal_and_maps_read_on_another_grid_keep_their_frequencies():
-    assert torch.allclose(dct((3, 5)) @ dct((3, 5)).mT, torch.eye(15), atol=1e-6)
+@pytest.mark.parametrize("grid", [(3, 5), (16, 16), (1, 7), (24, 9)])
+def test_the_dct_of_both_sides_is_the_orthonormal_matrix_of_their_kronecker_product(grid):
+    both = []
+    for n in grid:
+        rows = [[math.cos(math.pi * (2 * i + 1) * k / 2 / n) for i in range(n)] for k in range(n)]
+        lengths = [math.sqrt((1 if k == 0 else 2) / n) for k in range(n)]
+        both.append(torch.tensor(rows).double() * torch.tensor(lengths).double()[:, None])
+    matrix = torch.kron(*both)  # [T, T] float64
+    t = len(matrix)
+    x = torch.randn(2, t, 8, generator=torch.Generator().manual_seed(0))
+    z = dct(x, grid)
+    assert torch.allclose(z.double(), matrix @ x.double(), atol=1e-5)
+    assert torch.allclose(dct(torch.eye(t), grid).double(), matrix, atol=1e-6)
+    assert torch.allclose(inverse_dct(z, grid), x, atol=1e-5)
+
+
+def test_maps_read_on_another_grid_keep_their_frequencies():
     ramp = np.arange(4)[None, :, None] * 64 + np.zeros((1, 4, 4), dtype=np.int64)
     read = on_grid(ramp, (8, 2))
     assert read.shape == (1, 8, 2) and read[0, :, 0].tolist() == [0, 32, 64, 96, 128, 160, 192, 192]
