@@ -34,7 +34,8 @@ from coding.rivals import (
     TokenImage,
     decompose,
 )
-from coding.transform import adapted, dct, inverse_dct, on_grid, to_levels
+from coding.transform import UNITS, adapted, dct, inverse_dct, off_grid, on_grid, to_levels
+from common.grids import Grid
 from qwenvl_dataloader import denormalise, normalise
 
 STEPS = (32.0, 22.6, 16.0, 11.3, 8.0, 5.6, 4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18)
@@ -43,22 +44,24 @@ STEPS = (32.0, 22.6, 16.0, 11.3, 8.0, 5.6, 4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.
 class CodecStatistics(Statistics):
     """LayerNorm's statistics by the codec's own steps, transform, tables and entropy code."""
 
-    def __init__(self, codec: Codec, grid: tuple[int, int]) -> None:
-        self.grid = grid
+    def __init__(self, codec: Codec) -> None:
         self.log_std = codec.info["log_std"]
         self.steps = torch.tensor(codec.statistics_steps)[:, None]
-        units = codec.tensors["statistics"].numpy().astype(np.int64)
-        self.levels = to_levels(on_grid(units, grid)).ravel()
+        self.units = codec.tensors["statistics"].numpy().astype(np.int64)
 
-    def encode(self, raw: Tensor) -> bytes:
+    def levels(self, grid: Grid) -> np.ndarray:
+        """Of the symbols [2 T]."""
+        return to_levels(on_grid(self.units, grid)).ravel()
+
+    def encode(self, raw: Tensor, grid: Grid) -> bytes:
         _, mean, std = normalise(raw)
         both = torch.stack([mean[:, 0], std[:, 0].log() - self.log_std])  # [2, T]
-        symbols = (dct(both.mT, self.grid).mT / self.steps).round().long().numpy()
-        return encode_symbols(symbols.ravel(), self.levels)
+        symbols = (dct(both.mT, grid).mT / self.steps).round().long().numpy()
+        return encode_symbols(symbols.ravel(), self.levels(grid))
 
-    def decode(self, data: bytes, tokens: int) -> tuple[Tensor, Tensor]:
-        symbols = torch.from_numpy(decode_symbols(data, self.levels)).reshape(2, tokens)
-        mean, log_std = inverse_dct((symbols.float() * self.steps).mT, self.grid).mT
+    def decode(self, data: bytes, grid: Grid) -> tuple[Tensor, Tensor]:
+        symbols = torch.from_numpy(decode_symbols(data, self.levels(grid))).unflatten(0, (2, -1))
+        mean, log_std = inverse_dct((symbols.float() * self.steps).mT, grid).mT
         return mean[:, None], (log_std + self.log_std).exp()[:, None]
 
 
@@ -77,9 +80,9 @@ class OfCodec(Rival):
 
     plain_name: str
 
-    def __init__(self, codec: Codec, grid: tuple[int, int], statistics: Statistics) -> None:
-        super().__init__((grid[0] * grid[1], codec.feature_dim), statistics)
-        self.codec, self.grid = codec, grid
+    def __init__(self, codec: Codec, shape: tuple[int, int], statistics: Statistics) -> None:
+        super().__init__(shape, statistics)
+        self.codec = codec
         self.name = self.plain_name + ("_in_metric" if has_metric(codec) else "")
 
 
@@ -92,13 +95,13 @@ class Coded(OfCodec):
         """Of one image after another every step is asked for: factors are found once."""
         key = f"prepared, metric {has_metric(self.codec)}"
         if key not in image.__dict__:
-            image.__dict__[key] = self.codec.prepare(image.raw, self.grid)
+            image.__dict__[key] = self.codec.prepare(image.raw, image.grid)
         return image.__dict__[key]
 
     def encode(self, image: TokenImage, knob: Knob) -> bytes:
         return self.codec.encode_prepared(self.prepared(image), knob)
 
-    def decode(self, data: bytes, knob: Knob) -> Tensor:
+    def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
         return self.codec.decode(data)
 
     def shared_bytes(self, knob: Knob) -> int:
@@ -158,8 +161,9 @@ class KltDct(OfCodec):
     and an offset of it for each frequency in an image (11 % fewer bytes on validation images of the
     demo; an offset for each direction of the KLT: 1 to 3 %).
 
-    batches: raw tokens [b, T, D] of training images, from which the variance of each coefficient
-    is taken; and its tables at each step, from some of them. The knob is the step Δ.
+    batches: raw tokens [b, T, D] of training images and their grid, from which the variance of each
+    coefficient of `grid` is taken; and its tables at each step, from some of them. Another grid
+    reads the levels at its frequencies, as the codec does. The knob is the step Δ.
     """
 
     plain_name, knobs = "klt_dct", (*STEPS, 0.13)
@@ -168,20 +172,22 @@ class KltDct(OfCodec):
     def __init__(
         self,
         codec: Codec,
-        grid: tuple[int, int],
+        shape: tuple[int, int],
         statistics: Statistics,
-        batches: Iterable[Tensor],
+        grid: Grid,
+        batches: Iterable[tuple[Tensor, Grid]],
     ) -> None:
-        super().__init__(codec, grid, statistics)
-        self.klt = codec.tensors["klt"].float()
-        energy, images, every, self.sample = 0.0, 0, 1, []
-        for raw in batches:
+        super().__init__(codec, shape, statistics)
+        self.grid, self.klt = grid, codec.tensors["klt"].float()
+        energy, images, every = 0.0, 0, 1
+        self.sample: list[tuple[np.ndarray, Grid]] = []
+        for raw, own in batches:
             x = normalise(raw.float().cpu())[0]
-            z = dct(x @ self.klt, grid)  # [b, T, d]
-            energy = energy + z.square().sum(0)
+            z = dct(x @ self.klt, own)  # [b, T, d]
+            energy = energy + off_grid(z.square().sum(0).mT, own, grid).mT
             for one in z:
                 if images % every == 0:
-                    self.sample.append(one.numpy().copy())
+                    self.sample.append((one.numpy().copy(), own))
                 images += 1
                 if len(self.sample) == 2 * self.SAMPLED:
                     self.sample, every = self.sample[::2], 2 * every
@@ -191,12 +197,13 @@ class KltDct(OfCodec):
     def tables(self, step: float) -> CountedTables:
         """Of training symbols at this step, themselves rounded by the rates of a first count."""
         if step not in self._tables:
-            levels, counted = self.levels(step), table
+            levels = {grid: self.levels(step, grid) for _, grid in self.sample}
+            counted = table
             for _ in range(2):
                 of_level, counted = counted, CountedTables()
-                for z in self.sample:
-                    symbols, offsets = adapted(z.T / step, levels, of_level)
-                    counted.count(symbols, levels + offsets)
+                for z, grid in self.sample:
+                    symbols, offsets = adapted(z.T / step, levels[grid], of_level)
+                    counted.count(symbols, levels[grid] + offsets)
             self._tables[step] = counted
         return self._tables[step]
 
@@ -205,30 +212,31 @@ class KltDct(OfCodec):
         klt = [self.codec.tensors[n] for n in ("klt", "inverse") if n in self.codec.tensors]
         return 2 * sum(t.numel() for t in klt) + self.octaves.numel() + self.tables(knob).nbytes
 
-    def levels(self, step: float) -> np.ndarray:
+    def levels(self, step: float, grid: Grid) -> np.ndarray:
         """Of the tables, [d, T] int64."""
         found = (STEPS_AN_OCTAVE * (self.octaves.mT - np.log2(step))).round()
-        return found.long().numpy()
+        maps = UNITS * found.long().unflatten(1, self.grid).numpy()
+        return to_levels(on_grid(maps, grid)).reshape(len(maps), -1)
 
     def encode(self, image: TokenImage, knob: Knob) -> bytes:
-        levels, tables = self.levels(knob), self.tables(knob)
-        z = dct(image.x @ self.klt, self.grid) / knob
+        levels, tables = self.levels(knob, image.grid), self.tables(knob)
+        z = dct(image.x @ self.klt, image.grid) / knob
         symbols, offsets = adapted(z.mT.numpy(), levels, tables)
         steps = np.diff(offsets, prepend=0)
         head = encode_symbols(steps, np.full(len(steps), OFFSET_LEVEL))
         body = encode_symbols(symbols.ravel(), (levels + offsets).ravel(), tables)
         return self._with_statistics(image, varint(len(head)) + head + body)
 
-    def decode(self, data: bytes, knob: Knob) -> Tensor:
-        payload, mean, std = self._payload(data)
-        levels = self.levels(knob)
+    def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
+        payload, mean, std = self._payload(data, grid)
+        levels = self.levels(knob, grid)
         length, at = read_varint(payload, 0)
         steps = np.full(levels.shape[1], OFFSET_LEVEL)
         levels = levels + decode_symbols(payload[at : at + length], steps).cumsum()
         body = payload[at + length :]
         symbols = decode_symbols(body, levels.ravel(), self.tables(knob)).reshape(levels.shape)
         z = torch.from_numpy(symbols.T.astype(np.float32)) * knob
-        return denormalise(inverse_dct(z, self.grid) @ back(self.codec).mT, mean, std)
+        return denormalise(inverse_dct(z, grid) @ back(self.codec).mT, mean, std)
 
 
 def in_metric_of(codec: Codec, image: TokenImage) -> tuple[Tensor, Tensor, Tensor]:

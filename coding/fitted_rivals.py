@@ -6,9 +6,11 @@ Legend: n training tokens, T tokens of an image, D features, X normalised tokens
 from __future__ import annotations
 
 import io
+import math
 import time
 import zlib
 from collections.abc import Iterable
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from coding.rivals import Knob, Rival, Statistics, TokenImage, needed
+from common.grids import Grid
 from features.encoders import VisionEncoder
 from qwenvl_dataloader import Batch, denormalise
 
@@ -32,12 +35,13 @@ class TokenBasis(NamedTuple):
     axes: Tensor  # [D, D] float32, columns, largest first
     variances: Tensor  # [D] float64
     sample: Tensor  # [n, D] float32, coordinates of SAMPLE_TOKENS tokens at most
+    of_images: list[int]  # tokens of each image in it, n in all
 
 
-def fit_token_basis(batches: Iterable[Batch], images: int) -> TokenBasis:
-    """Of `images` training images, in one pass; sampled tokens are spread evenly over all."""
+def fit_token_basis(batches: Iterable[Batch], tokens: int) -> TokenBasis:
+    """Of training images with `tokens` tokens, in one pass; those sampled are spread over all."""
     total, moment, count, kept = 0.0, 0.0, 0, []
-    every = -(-images // max(1, SAMPLE_TOKENS // 256))
+    every = -(-tokens // SAMPLE_TOKENS)
     seen = 0
     for batch in batches:
         tokens = batch.x.flatten(0, 1)
@@ -49,8 +53,11 @@ def fit_token_basis(batches: Iterable[Batch], images: int) -> TokenBasis:
     centre = total / count
     variances, axes = torch.linalg.eigh(moment / count - centre[:, None] * centre)
     centre, axes = centre.float().cpu(), axes.flip(-1).float().cpu()
+    ends = [min(end, SAMPLE_TOKENS) for end in accumulate(map(len, kept))]
     sample = torch.cat(kept).cpu()[:SAMPLE_TOKENS]
-    return TokenBasis(centre, axes, variances.flip(-1).cpu(), (sample - centre) @ axes)
+    of_images = [end - first for first, end in pairwise([0, *ends]) if end > first]
+    sample = (sample - centre) @ axes
+    return TokenBasis(centre, axes, variances.flip(-1).cpu(), sample, of_images)
 
 
 # ------------------------------------------------------------------------------------------- PCA
@@ -104,9 +111,8 @@ class PcaDeflate(Rival):
         starts = range(0, shape[1], GROUP)
         # a scale for each image's tokens of a group, as in coding
         table = torch.zeros(len(starts), len(BITS), dtype=torch.float64)
-        tokens = shape[0]
         for g, first in enumerate(starts):
-            for values in basis.sample[:, first : first + GROUP].split(tokens):
+            for values in basis.sample[:, first : first + GROUP].split(basis.of_images):
                 table[g, 0] += values.square().sum()
                 for i, bits in enumerate(BITS[1:], start=1):
                     symbols, scale = quantise(values, bits)
@@ -129,13 +135,13 @@ class PcaDeflate(Rival):
                 symbols += integers.mT.contiguous().numpy().tobytes()
         return self._with_statistics(image, scales + zlib.compress(symbols, 9))
 
-    def decode(self, data: bytes, knob: Knob) -> Tensor:
-        payload, mean, std = self._payload(data)
+    def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
+        payload, mean, std = self._payload(data, grid)
         bits = self.bits[knob]
         groups = [g for g, b in enumerate(bits) if b]
         scales = np.frombuffer(payload[: 2 * len(groups)], np.float16).astype(np.float32)
         symbols = np.frombuffer(zlib.decompress(payload[2 * len(groups) :]), np.int8)
-        values, at = torch.zeros(self.shape), 0
+        values, at = torch.zeros(math.prod(grid), self.shape[1]), 0
         for g, scale in zip(groups, scales.tolist(), strict=True):
             part = values[:, g * GROUP : (g + 1) * GROUP]
             found = torch.from_numpy(symbols[at : at + part.numel()].astype(np.float32))
@@ -195,10 +201,10 @@ class ProductQuantiser(Rival):
         codes = book.compute_codes(np.ascontiguousarray(values.numpy()))
         return self._with_statistics(image, codes.tobytes())
 
-    def decode(self, data: bytes, knob: Knob) -> Tensor:
-        payload, mean, std = self._payload(data)
+    def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
+        payload, mean, std = self._payload(data, grid)
         order, book = self.books[knob]
-        codes = np.frombuffer(payload, np.uint8).reshape(self.shape[0], knob)
+        codes = np.frombuffer(payload, np.uint8).reshape(-1, knob)
         values = torch.from_numpy(book.decode(np.ascontiguousarray(codes)))
         x = values @ self.basis.axes[:, order].mT + self.basis.centre
         return denormalise(x, mean, std)
@@ -232,7 +238,7 @@ class Pictures(Rival):
         self.pictures[image.row].save(file, self.name.upper(), quality=knob)
         return file.getvalue()
 
-    def decode(self, data: bytes, knob: Knob) -> Tensor:
+    def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
         started = time.perf_counter()
         picture = Image.open(io.BytesIO(data)).convert("RGB")
         tokens = self.encoder.encode(self.encoder.preprocess(picture)[None])[0].float().cpu()

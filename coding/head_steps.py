@@ -20,7 +20,6 @@ from coding.codec import Codec, Prepared
 from coding.coded_rivals import STEPS, Coded
 from coding.rivals import FactorsInt8, Knob, Statistics, TokenImage
 from coding.transform import leading
-from common.grids import Grid
 from qwenvl_dataloader import Batch
 from task.heads import TaskHead
 from task.refinement import refine_factors
@@ -82,9 +81,9 @@ class CodedHeadSteps(Coded):
     plain_name, knobs = "coded_head_steps", STEPS[2:11]
 
     def __init__(
-        self, codec: Codec, grid: tuple[int, int], statistics: Statistics, head: TaskHead, device
+        self, codec: Codec, shape: tuple[int, int], statistics: Statistics, head: TaskHead, device
     ) -> None:
-        super().__init__(codec, grid, statistics)
+        super().__init__(codec, shape, statistics)
         self.head, self.device = head, device
         self.name = self.name.replace("_head_steps_in_metric", "_in_metric_head_steps")
 
@@ -99,10 +98,10 @@ class FactorsHeadSteps(FactorsInt8):
     name = "factors_head_steps"
 
     def __init__(
-        self, grid: Grid, feature_dim: int, statistics: Statistics, head: TaskHead, device
+        self, shape: tuple[int, int], statistics: Statistics, head: TaskHead, device
     ) -> None:
-        super().__init__((grid[0] * grid[1], feature_dim), statistics)
-        self.grid, self.head, self.device = grid, head, device
+        super().__init__(shape, statistics)
+        self.head, self.device = head, device
 
     def factors(self, image: TokenImage, rank: int) -> tuple[Tensor, Tensor]:
         a, b = super().factors(image, rank)
@@ -110,7 +109,7 @@ class FactorsHeadSteps(FactorsInt8):
         parts = (part[None].to(self.device) for part in (image.x, image.mean, image.std, a, b))
         x, mean, std, a, b = parts
         # no step needs singular values
-        batch = Batch(reader.rows, x, mean, std, None, 1, 1.0, self.grid)
+        batch = Batch(reader.rows, x, mean, std, None, 1, 1.0, image.grid)
         a, b = refine_factors(self.head, batch, a, b, None, HEAD_STEPS, reader.full)
         return a[0].cpu(), b[0].cpu()
 

@@ -2,10 +2,10 @@
 
     rival = FactorsInt8(shape)
     data = rival.encode(image, knob)          # everything that this image needs, as bytes
-    raw = rival.decode(data, knob)            # tokens in the encoder's own units, from them alone
+    raw = rival.decode(data, knob, grid)      # tokens in the encoder's own units, from them alone
 
 What all images share (a basis, code books) is fitted on training images and counted apart, in
-`shared_bytes`; number of tokens, width and grid are the cache's and cost nothing. LayerNorm's
+`shared_bytes`; width and each image's grid are the cache's and cost nothing. LayerNorm's
 statistics are coded by one coder, `Statistics`, for every code that needs them.
 
 Legend: T tokens on a grid, D features, r rank, X normalised tokens, X = Σ_k σ_k u_k v_kᵀ.
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from coding.factor_files import Stored, restore, store
 from common.errors import UserError
+from common.grids import Grid
 from qwenvl_dataloader import denormalise, normalise
 from task.token_reduction import average_tokens, drop_tokens, tokens_kept
 
@@ -45,16 +46,18 @@ def needed(package: str):
 
 
 class TokenImage:
-    """One image to be coded: its row of the cache, raw tokens [T, D], and X.
+    """One image to be coded: its row of the cache, raw tokens [T, D], their grid, and X.
 
     X is normalised by the statistics that are stored, as rounded: what they lose, X keeps.
     """
 
-    def __init__(self, row: int, raw: Tensor, statistics: Statistics | None = None) -> None:
-        self.row, self.raw = row, raw.float()
+    def __init__(
+        self, row: int, raw: Tensor, grid: Grid, statistics: Statistics | None = None
+    ) -> None:
+        self.row, self.raw, self.grid = row, raw.float(), grid
         statistics = statistics or Statistics()
-        self.statistics = statistics.encode(self.raw)
-        self.mean, self.std = statistics.decode(self.statistics, len(raw))  # [T, 1]
+        self.statistics = statistics.encode(self.raw, grid)
+        self.mean, self.std = statistics.decode(self.statistics, grid)  # [T, 1]
         self.x = (self.raw - self.mean) / self.std  # [T, D]
 
     @cached_property
@@ -122,15 +125,15 @@ class Statistics:
     """LayerNorm's mean and std [T, 1] as bytes: steps of log std and of the mean, DEFLATE of the
     differences from token to token."""
 
-    def encode(self, raw: Tensor) -> bytes:
+    def encode(self, raw: Tensor, grid: Grid) -> bytes:
         """Of raw tokens [T, D] float32."""
         _, mean, std = normalise(raw)
         levels = torch.stack([std.log() / LOG_STD_STEP, mean / MEAN_STEP]).squeeze(-1).round()
         return deflate(torch.diff(levels, prepend=torch.zeros(2, 1)))
 
-    def decode(self, data: bytes, tokens: int) -> tuple[Tensor, Tensor]:
+    def decode(self, data: bytes, grid: Grid) -> tuple[Tensor, Tensor]:
         """mean and std [T, 1] float32."""
-        levels = inflate(data, (2, tokens)).long().cumsum(-1)[..., None]
+        levels = inflate(data, (2, math.prod(grid))).long().cumsum(-1)[..., None]
         return MEAN_STEP * levels[1].float(), (LOG_STD_STEP * levels[0]).exp().float()
 
 
@@ -140,8 +143,8 @@ class Statistics:
 class Rival(ABC):
     """A code with one global knob.
 
-    name: of DESIGN's list; knobs: from few bytes to many (None: it has none); shape: (T, D);
-    statistics: the coder that images are given to it with.
+    name: of DESIGN's list; knobs: from few bytes to many (None: it has none); shape: (T, D), of the
+    image with most tokens; statistics: the coder that images are given to it with.
     """
 
     name: str
@@ -154,8 +157,8 @@ class Rival(ABC):
     def encode(self, image: TokenImage, knob: Knob) -> bytes: ...
 
     @abstractmethod
-    def decode(self, data: bytes, knob: Knob) -> Tensor:
-        """Raw tokens [T, D] float32."""
+    def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
+        """Raw tokens [T, D] float32 of an image of this grid."""
 
     def shared_bytes(self, knob: Knob) -> int:
         """Bytes of what all images share at this knob."""
@@ -164,10 +167,10 @@ class Rival(ABC):
     def _with_statistics(self, image: TokenImage, payload: bytes) -> bytes:
         return joined(image.statistics, payload)
 
-    def _payload(self, data: bytes) -> tuple[bytes, Tensor, Tensor]:
+    def _payload(self, data: bytes, grid: Grid) -> tuple[bytes, Tensor, Tensor]:
         """payload, mean, std."""
         coded, payload = parted(data, 2)
-        return payload, *self.statistics.decode(coded, self.shape[0])
+        return payload, *self.statistics.decode(coded, grid)
 
 
 class Bf16(Rival):
@@ -178,8 +181,8 @@ class Bf16(Rival):
     def encode(self, image: TokenImage, knob: Knob) -> bytes:
         return _bf16_bytes(image.raw)
 
-    def decode(self, data: bytes, knob: Knob) -> Tensor:
-        return _from_bf16(data).reshape(self.shape)
+    def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
+        return _from_bf16(data).reshape(math.prod(grid), -1)
 
 
 class Bf16Zstd(Rival):
@@ -192,10 +195,10 @@ class Bf16Zstd(Rival):
         compressor = needed("zstandard").ZstdCompressor(level=9)
         return compressor.compress(np.ascontiguousarray(pairs.T).tobytes())
 
-    def decode(self, data: bytes, knob: Knob) -> Tensor:
+    def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
         planes = needed("zstandard").ZstdDecompressor().decompress(data)
         pairs = np.frombuffer(planes, np.uint8).reshape(2, -1).T
-        return _from_bf16(np.ascontiguousarray(pairs).tobytes()).reshape(self.shape)
+        return _from_bf16(np.ascontiguousarray(pairs).tobytes()).reshape(math.prod(grid), -1)
 
 
 def _bf16_bytes(values: Tensor) -> bytes:
@@ -208,7 +211,8 @@ def _from_bf16(data: bytes) -> Tensor:
 
 
 class Factors(Rival):
-    """The r largest components as `factorize.py` stores them: U, and σ V; the knob is r."""
+    """The r largest components as `factorize.py` stores them: U, and σ V; the knob is r, of which
+    an image has min(T, D) at most."""
 
     knobs = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 
@@ -221,6 +225,11 @@ class Factors(Rival):
         u, sigma, v = image.factors
         return u[:, :rank], sigma[:rank, None] * v[:rank]
 
+    def sizes(self, rank: int, grid: Grid) -> tuple[int, int, int]:
+        """T, D, and the rank of an image of this grid."""
+        tokens, width = math.prod(grid), self.shape[1]
+        return tokens, width, min(rank, tokens, width)
+
 
 class FactorsBf16(Factors):
     """A and B in bfloat16."""
@@ -231,11 +240,11 @@ class FactorsBf16(Factors):
         a, b = self.factors(image, knob)
         return self._with_statistics(image, _bf16_bytes(torch.cat([a.flatten(), b.flatten()])))
 
-    def decode(self, data: bytes, knob: Knob) -> Tensor:
-        payload, mean, std = self._payload(data)
-        a, b = _from_bf16(payload).split([self.shape[0] * knob, knob * self.shape[1]])
-        x = a.reshape(self.shape[0], knob) @ b.reshape(knob, self.shape[1])
-        return denormalise(x, mean, std)
+    def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
+        payload, mean, std = self._payload(data, grid)
+        t, d, r = self.sizes(knob, grid)
+        a, b = _from_bf16(payload).split([t * r, r * d])
+        return denormalise(a.reshape(t, r) @ b.reshape(r, d), mean, std)
 
 
 class FactorsInt8(Factors):
@@ -251,9 +260,9 @@ class FactorsInt8(Factors):
         payload = b"".join(part.contiguous().numpy().tobytes() for part in parts)
         return self._with_statistics(image, payload)
 
-    def decode(self, data: bytes, knob: Knob) -> Tensor:
-        payload, mean, std = self._payload(data)
-        (t, d), r = self.shape, knob
+    def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
+        payload, mean, std = self._payload(data, grid)
+        t, d, r = self.sizes(knob, grid)
         values = torch.from_numpy(np.frombuffer(payload, np.int8).copy())
         scales, a, b = values.split([8 * r, t * r, r * d])
         a_scale, b_scale = scales.view(torch.float32).split(r)
@@ -291,55 +300,59 @@ class FactorsDeflate(Rival):
         symbols = torch.cat([round_down(scale * u.mT[:kept]), round_down(scale * v[:kept])], -1)
         return self._with_statistics(image, joined(sigma.numpy().tobytes(), deflate(symbols)))
 
-    def decode(self, data: bytes, knob: Knob) -> Tensor:
-        payload, mean, std = self._payload(data)
+    def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
+        payload, mean, std = self._payload(data, grid)
+        tokens = math.prod(grid)
         sigma, coded = parted(payload, 2)
         sigma = torch.from_numpy(np.frombuffer(sigma, np.float16).copy()).float()
-        symbols = inflate(coded, (len(sigma), self.shape[0] + self.width)).float() * knob
-        u, v = symbols.split([self.shape[0], self.width], dim=-1)  # σ_k u_k and σ_k v_k
+        symbols = inflate(coded, (len(sigma), tokens + self.width)).float() * knob
+        u, v = symbols.split([tokens, self.width], dim=-1)  # σ_k u_k and σ_k v_k
         return denormalise(self.mapped_back((u / sigma[:, None]).mT @ v), mean, std)
 
 
 class TokensAveraged(Rival):
-    """Means of blocks of side × side raw tokens, bf16; the knob is the side."""
+    """Means of blocks of side × side raw tokens, bf16; the knob is the side.
+
+    longest: side of any image's grid.
+    """
 
     name, knobs = "tokens_averaged", (8, 4, 3, 2)
 
-    def __init__(self, shape: tuple[int, int], grid: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, int], longest: int) -> None:
         super().__init__(shape)
-        self.grid = grid
-        self.knobs = [side for side in self.knobs if side <= max(grid)]
+        self.knobs = [side for side in self.knobs if side <= longest]
 
     def encode(self, image: TokenImage, knob: Knob) -> bytes:
-        blocks = average_tokens(image.raw[None], knob, self.grid)[0].unflatten(0, self.grid)
+        blocks = average_tokens(image.raw[None], knob, image.grid)[0].unflatten(0, image.grid)
         return _bf16_bytes(blocks[::knob, ::knob])
 
-    def decode(self, data: bytes, knob: Knob) -> Tensor:
-        rows, columns = (-(-side // knob) for side in self.grid)
-        assert rows * columns == tokens_kept(knob, self.grid)
+    def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
+        rows, columns = (-(-side // knob) for side in grid)
+        assert rows * columns == tokens_kept(knob, grid)
         blocks = _from_bf16(data).reshape(rows, columns, -1)
         spread = blocks.repeat_interleave(knob, 0).repeat_interleave(knob, 1)
-        return spread[: self.grid[0], : self.grid[1]].flatten(0, 1)
+        return spread[: grid[0], : grid[1]].flatten(0, 1)
 
 
 class TokensDropped(Rival):
-    """k random tokens at the same places in every image, bf16, filled in by the nearest one."""
+    """k random tokens at the same places in every image of a grid, bf16, filled in by the nearest;
+    all of an image that has no more."""
 
     name = "tokens_dropped"
 
-    def __init__(self, shape: tuple[int, int], grid: tuple[int, int]) -> None:
+    def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__(shape)
-        self.grid = grid
         self.knobs = [k for k in (4, 8, 16, 32, 64, 128, 192) if k < shape[0]]
 
-    def sources(self, keep: int) -> tuple[Tensor, Tensor]:
+    def sources(self, keep: int, grid: Grid) -> tuple[Tensor, Tensor]:
         """Places kept [k], and which of them fills every place [T]."""
-        places = torch.arange(self.shape[0])[None, :, None]
-        filled = drop_tokens(places, keep, self.grid)[0, :, 0]
+        places = torch.arange(math.prod(grid))[None, :, None]
+        filled = drop_tokens(places, keep, grid)[0, :, 0]
         return torch.unique(filled, return_inverse=True)
 
     def encode(self, image: TokenImage, knob: Knob) -> bytes:
-        return _bf16_bytes(image.raw[self.sources(knob)[0]])
+        return _bf16_bytes(image.raw[self.sources(knob, image.grid)[0]])
 
-    def decode(self, data: bytes, knob: Knob) -> Tensor:
-        return _from_bf16(data).reshape(knob, -1)[self.sources(knob)[1]]
+    def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
+        places, filled = self.sources(knob, grid)
+        return _from_bf16(data).reshape(len(places), -1)[filled]

@@ -39,6 +39,7 @@ from coding.rivals import Rival, Statistics, TokenImage
 from common import cli, progress
 from common.errors import UserError
 from common.files import atomic_path, write_json
+from common.grids import batches_of_one_grid
 from experiments.bytes_tables import Point, print_tables, tables
 from features.encoders import VisionEncoder, load_encoder
 from features.image_sources import image_bytes, open_source, read_image
@@ -88,14 +89,18 @@ def main(args: argparse.Namespace) -> None:
     rows = test_rows(dataset, args.images or (QUICK_IMAGES if args.quick else None))
     groups = dataset.rows["group"].take(rows).to_pylist()
     footer = f"{dataset.label}; {len(rows)} test images of {len(set(groups))} groups"
-    footer += ", {} × {} tokens each".format(*dataset.grid) if dataset.ragged else ""
+    grids = [dataset.grids[row] for row in rows]
+    footer += f" and {len(set(grids))} grids" if dataset.ragged else ""
     print(footer + (f"; head {head.name}" if head else "; no head reads these tokens"))
     paths = args.codec or []
     codecs = load_codecs(paths, dataset)
     # every method's statistics are coded by the codec's own coder, where there is a codec
-    statistics = CodecStatistics(codecs[0], dataset.grid) if codecs else Statistics()
+    statistics = CodecStatistics(codecs[0]) if codecs else Statistics()
     methods = every_rival(args, dataset, rows, device, codecs, statistics, head)
-    images = [TokenImage(row, dataset[[row]][0], statistics) for row in rows]
+    images = [
+        TokenImage(row, dataset[[row]][0], grid, statistics)
+        for row, grid in zip(rows, grids, strict=True)
+    ]
     folder = Path(args.results_dir)
     made = {
         "rows": rows,
@@ -128,12 +133,7 @@ def main(args: argparse.Namespace) -> None:
 
 def test_rows(dataset: RealQwenVLDataset, most: int | None) -> list[int]:
     """Rows of the test split, or `most` of them at even distances, so that all groups have some."""
-    rows = dataset.of_main_grid(dataset.split.test).tolist()
-    if not rows:
-        raise UserError(
-            f"{dataset.cache_dir} has no test image of its most frequent grid: name a cache made "
-            "with extract_features.py --resize stretch or pad"
-        )
+    rows = dataset.split.test.tolist()
     if most is None or most >= len(rows):
         return rows
     return [rows[i * len(rows) // most] for i in range(most)]
@@ -175,30 +175,34 @@ def every_rival(
     head: TaskHead | None,
 ) -> list[Rival]:
     """All methods that this cache and these files allow; what is left out is said in one line."""
-    shape, grid = (dataset.num_tokens, dataset.feature_dim), dataset.grid
+    grids = [dataset.grids[row] for row in rows]
+    shape = (max(map(math.prod, grids)), dataset.feature_dim)
     found: list[Rival] = [
         rivals.Bf16(shape),
         rivals.Bf16Zstd(shape),
         rivals.FactorsBf16(shape, statistics),
         rivals.FactorsInt8(shape, statistics),
         rivals.FactorsDeflate(shape, statistics),
-        rivals.TokensAveraged(shape, grid),
-        rivals.TokensDropped(shape, grid),
+        rivals.TokensAveraged(shape, max(map(max, grids))),
+        rivals.TokensDropped(shape),
     ]
     for codec in codecs:
-        train = dataset.of_main_grid(dataset.split.train).split(8)
+        train = list(batches_of_one_grid(dataset.split.train.tolist(), dataset.grids, 8))
         train = progress.over(train, "variances of coefficients", "batches")
-        batches = (dataset[rows] for rows in train)
-        found += [Coded(codec, grid, statistics), KltDct(codec, grid, statistics, batches)]
+        batches = ((dataset[rows], dataset.grids[rows[0]]) for rows in train)
+        found += [
+            Coded(codec, shape, statistics),
+            KltDct(codec, shape, statistics, dataset.grid, batches),
+        ]
         if has_metric(codec):
             found += [
                 FactorsInt8InMetric(codec, shape, statistics),
                 FactorsDeflateInMetric(codec, shape, statistics),
             ]
         if has_metric(codec) and head is not None:
-            found.append(CodedHeadSteps(codec, grid, statistics, head, device))
+            found.append(CodedHeadSteps(codec, shape, statistics, head, device))
     if head is not None:
-        found.append(FactorsHeadSteps(grid, shape[1], statistics, head, device))
+        found.append(FactorsHeadSteps(shape, statistics, head, device))
     if args.quick:
         # of a codec in a metric, its four methods in the metric
         found = [rival for rival in found if rival.name.removesuffix("_in_metric") in QUICK_METHODS]
@@ -209,9 +213,8 @@ def every_rival(
             rival.knobs = thinned(rival.knobs[len(rival.knobs) // 4 : -1], QUICK_KNOBS)
         return found
     loader = create_data_loaders_real(dataset, device=device).train
-    if dataset.ragged:
-        loader = loader.only(dataset.of_main_grid(dataset.split.train))
-    basis = fit_token_basis(loader.with_progress("basis of training tokens"), loader.num_images)
+    tokens = sum(math.prod(dataset.grids[row]) for row in dataset.split.train.tolist())
+    basis = fit_token_basis(loader.with_progress("basis of training tokens"), tokens)
     found += [PcaDeflate(shape, basis, statistics), ProductQuantiser(shape, basis, statistics)]
     return found + picture_rivals(args, dataset, rows, device)
 
@@ -296,7 +299,7 @@ def measure(
         parts, means = [], []
         for image, wanted in zip(images, full, strict=True):
             data = method.encode(image, knob)
-            raw = method.decode(data, knob)
+            raw = method.decode(data, knob, image.grid)
             parts.append({"bytes": float(len(data)), **errors(raw, image)})
             if head is not None:
                 got = output(head, raw, image.row, device)

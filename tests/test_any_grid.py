@@ -13,6 +13,8 @@ from test_training import equal, interrupt_after
 
 import visualize_svd_nn
 from coding.codec import Codec, fit
+from coding.coded_rivals import Coded, KltDct
+from coding.fitted_rivals import PcaDeflate, ProductQuantiser
 from coding.rate_control import image_for_target
 from coding.vision_tokens import VisionTokens
 from common import cli
@@ -254,6 +256,42 @@ def test_a_codec_of_all_grids_takes_fewer_bytes_on_a_rarer_grid_than_one_of_the_
     ).double()
     assert len(sizes) >= 4
     assert float((sizes[:, 1] / sizes[:, 0]).log().mean().exp()) < 0.97
+
+
+def test_bytes_are_compared_on_test_images_of_every_grid_by_every_method(
+    dataset, ragged_cache, script, tmp_path, monkeypatch
+):
+    pytest.importorskip("faiss")
+    pytest.importorskip("zstandard")
+    monkeypatch.setattr(ProductQuantiser, "knobs", (2,))
+    monkeypatch.setattr(PcaDeflate, "knobs", (16,))
+    monkeypatch.setattr(Coded, "knobs", (4.0, 1.0))
+    monkeypatch.setattr(KltDct, "knobs", (4.0, 1.0))
+    codec = tmp_path / "codec.safetensors"
+    where = ["--cache_dir", ragged_cache]
+    assert script("experiments.fit_codec", *where, "--out", codec).returncode == 0
+    flags = [*where, "--codec", codec, "--results_dir", tmp_path, "--device", "cpu"]
+    done = script("experiments.compare_bytes", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "note: no JPEG and WebP of a native-resolution cache" in done.stdout
+    found = json.loads((tmp_path / "bytes.json").read_text())
+    rows = dataset.split.test.tolist()
+    tokens = torch.tensor([math.prod(dataset.grids[row]) for row in rows]).double()
+    assert len(tokens.unique()) > 1 and found["n_images"] == len(rows)
+    names = "bf16 bf16_zstd factors_bf16 factors_int8 factors_deflate tokens_averaged"
+    names += " tokens_dropped coded klt_dct factors_head_steps pca_deflate pq"
+    assert found["methods"].keys() == set(names.split())
+    assert found["methods"]["bf16"][0]["bytes"]["mean"] == 2 * 1536 * float(tokens.mean())
+    one_by_one = []
+    for row in rows:
+        raw, grid = dataset[[row]][0].float(), dataset.grids[row]
+        data = Codec.load(codec).encode(raw, grid, 1.0)
+        apart = Codec.load(codec).decode(data) - raw
+        one_by_one.append([len(data), float(apart.norm() / raw.norm())])
+    size, error = torch.tensor(one_by_one).double().mean(0).tolist()
+    point = found["methods"]["coded"][1]
+    assert point["bytes"]["mean"] == pytest.approx(size, rel=1e-3)
+    assert point["raw_error"]["mean"] == pytest.approx(error, rel=1e-3)
 
 
 def test_the_saliency_head_reads_an_image_of_any_grid_as_its_decoder_does(dataset, saliency):

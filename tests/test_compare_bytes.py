@@ -43,7 +43,7 @@ T, D, GRID = 16, 48, (4, 4)
 
 @pytest.fixture
 def image():
-    return TokenImage(0, steep_tokens(1, T, D)[0].bfloat16())
+    return TokenImage(0, steep_tokens(1, T, D)[0].bfloat16(), GRID)
 
 
 @pytest.fixture
@@ -69,18 +69,23 @@ def error(raw, image):
     return float((raw - image.raw).norm() / image.raw.norm())
 
 
+def error_of(code, data, knob, image):
+    """Of what is decoded from an image's bytes."""
+    return error(code.decode(data, knob, image.grid), image)
+
+
 def of_training(n=64):
     """A basis of n images of the same kind."""
     x = torch.nn.functional.layer_norm(steep_tokens(n, T, D, seed=1), (D,)).flatten(0, 1)
     centre = x.mean(0)
     variances, axes = torch.linalg.eigh(torch.cov(x.mT, correction=0).double())
     axes = axes.flip(-1).float()
-    return TokenBasis(centre, axes, variances.flip(-1), (x - centre) @ axes)
+    return TokenBasis(centre, axes, variances.flip(-1), (x - centre) @ axes, [T] * n)
 
 
 def test_bf16_and_its_zstd_give_the_cached_tokens_back_to_the_bit(image):
     for code in (rivals.Bf16((T, D)), rivals.Bf16Zstd((T, D))):
-        assert torch.equal(code.decode(code.encode(image, None), None), image.raw)
+        assert torch.equal(code.decode(code.encode(image, None), None, GRID), image.raw)
     assert len(rivals.Bf16((T, D)).encode(image, None)) == 2 * T * D
 
 
@@ -89,7 +94,7 @@ def test_factors_come_back_from_their_bytes_and_more_bytes_mean_less_error(kind,
     code = kind((T, D))
     knobs = code.knobs[::-1][:6][::-1]  # the coarsest steps leave nothing of so small an image
     streams = [code.encode(image, knob) for knob in knobs]
-    found = [error(code.decode(s, k), image) for s, k in zip(streams, knobs, strict=True)]
+    found = [error_of(code, s, k, image) for s, k in zip(streams, knobs, strict=True)]
     assert found[-1] < 0.07 < found[0]
     assert found == sorted(found, reverse=True)
     assert [len(s) for s in streams] == sorted(len(s) for s in streams)
@@ -104,7 +109,7 @@ def test_int8_factors_have_the_error_of_the_truncated_svd(image):
     code = rivals.FactorsInt8((T, D))
     u, sigma, vh = torch.linalg.svd(image.x, full_matrices=False)
     best = denormalise(u[:, :8] * sigma[:8] @ vh[:8], image.mean, image.std)
-    assert abs(error(code.decode(code.encode(image, 8), 8), image) - error(best, image)) < 0.01
+    assert abs(error_of(code, code.encode(image, 8), 8, image) - error(best, image)) < 0.01
 
 
 def test_statistics_come_back_within_half_a_step(image):
@@ -125,17 +130,17 @@ def test_rounding_has_its_dead_zone():
 
 
 def test_averaged_tokens_are_the_means_of_their_blocks_and_count_only_those(image):
-    code = rivals.TokensAveraged((T, D), GRID)
+    code = rivals.TokensAveraged((T, D), 4)
     data = code.encode(image, 2)
     assert len(data) == 4 * D * 2
-    first = code.decode(data, 2)[0]
+    first = code.decode(data, 2, GRID)[0]
     assert torch.allclose(first, image.raw[[0, 1, 4, 5]].mean(0), rtol=1e-2, atol=1e-2)
 
 
 def test_dropped_tokens_are_filled_by_one_that_was_kept(image):
-    code = rivals.TokensDropped((T, D), GRID)
+    code = rivals.TokensDropped((T, D))
     data = code.encode(image, 4)
-    raw = code.decode(data, 4)
+    raw = code.decode(data, 4, GRID)
     assert len(data) == 4 * D * 2
     assert len(raw.unique(dim=0)) == 4
     assert all((image.raw == token).all(-1).any() for token in raw)
@@ -172,7 +177,7 @@ def test_pca_and_product_quantisation_come_back_from_their_bytes(image, monkeypa
     monkeypatch.setattr(ProductQuantiser, "knobs", (1, 4, 16))
     for code in (PcaDeflate((T, D), of_training()), ProductQuantiser((T, D), of_training())):
         data = [code.encode(image, knob) for knob in code.knobs]
-        found = [error(code.decode(s, k), image) for s, k in zip(data, code.knobs, strict=True)]
+        found = [error_of(code, s, k, image) for s, k in zip(data, code.knobs, strict=True)]
         assert found[-1] < 0.5 * found[0]
         assert len(data[0]) < len(data[-1])
         assert code.shared_bytes(code.knobs[-1]) >= 2 * D
@@ -183,11 +188,15 @@ def test_coded_rivals_come_back_from_their_bytes_with_the_statistics_of_the_code
     training = steep_tokens(24, T, D, seed=1)
     metric = torch.diag(torch.linspace(0.5, 1.5, D)) if in_metric else None
     codec = fit(lambda: [(x, GRID) for x in training.split(8)], GRID, metric)
-    statistics = CodecStatistics(codec, GRID)
-    image = TokenImage(0, steep_tokens(1, T, D)[0].bfloat16(), statistics)
-    assert image.statistics == statistics.encode(image.raw)
+    statistics = CodecStatistics(codec)
+    image = TokenImage(0, steep_tokens(1, T, D)[0].bfloat16(), GRID, statistics)
+    assert image.statistics == statistics.encode(image.raw, GRID)
     assert torch.allclose(denormalise(image.x, image.mean, image.std), image.raw, atol=1e-3)
-    codes = [Coded(codec, GRID, statistics), KltDct(codec, GRID, statistics, training.split(8))]
+    batches = [(x, GRID) for x in training.split(8)]
+    codes = [
+        Coded(codec, (T, D), statistics),
+        KltDct(codec, (T, D), statistics, GRID, batches),
+    ]
     names = ["coded", "klt_dct"]
     if in_metric:
         names = [f"{name}_in_metric" for name in names]
@@ -199,9 +208,7 @@ def test_coded_rivals_come_back_from_their_bytes_with_the_statistics_of_the_code
     for code in codes:
         coarse, fine = code.knobs[len(code.knobs) // 2], code.knobs[-1]
         streams = [code.encode(image, knob) for knob in (coarse, fine)]
-        found = [
-            error(code.decode(s, k), image) for s, k in zip(streams, (coarse, fine), strict=True)
-        ]
+        found = [error_of(code, s, k, image) for s, k in zip(streams, (coarse, fine), strict=True)]
         assert len(streams[0]) < len(streams[1])
         assert found[1] < 0.1 and found[1] < found[0], code.name
 
@@ -227,19 +234,19 @@ def test_tables_of_counted_symbols_take_fewer_bytes_for_symbols_of_their_shape()
 def test_head_steps_lower_the_head_s_error_at_nearly_the_same_bytes(linear_head):
     training = steep_tokens(24, T, D, seed=1)
     codec = fit(lambda: [(x, GRID) for x in training.split(8)], GRID, torch.eye(D))
-    statistics = CodecStatistics(codec, GRID)
+    statistics = CodecStatistics(codec)
     plain, steps = (
-        Coded(codec, GRID, statistics),
-        CodedHeadSteps(codec, GRID, statistics, linear_head, "cpu"),
+        Coded(codec, (T, D), statistics),
+        CodedHeadSteps(codec, (T, D), statistics, linear_head, "cpu"),
     )
     assert steps.name == "coded_in_metric_head_steps"
     found = []
     for seed in range(4):
-        image = TokenImage(0, steep_tokens(1, T, D, seed=seed)[0].bfloat16(), statistics)
+        image = TokenImage(0, steep_tokens(1, T, D, seed=seed)[0].bfloat16(), GRID, statistics)
         wanted = linear_head.outputs(image.raw[None], None)
         for code in (plain, steps):
             data = code.encode(image, 0.5)
-            got = linear_head.outputs(code.decode(data, 0.5)[None], None)
+            got = linear_head.outputs(code.decode(data, 0.5, GRID)[None], None)
             found.append((float(linear_head.error(got, wanted)), len(data)))
     before, after = torch.tensor(found[::2]), torch.tensor(found[1::2])
     assert (after[:, 0] <= before[:, 0]).all()  # the best of all tries, the first among them
@@ -248,15 +255,52 @@ def test_head_steps_lower_the_head_s_error_at_nearly_the_same_bytes(linear_head)
 
 
 def test_factors_with_head_steps_err_less_for_the_head_at_the_same_bytes(image, linear_head):
-    control = FactorsHeadSteps(GRID, D, rivals.Statistics(), linear_head, "cpu")
+    control = FactorsHeadSteps((T, D), rivals.Statistics(), linear_head, "cpu")
     wanted = linear_head.outputs(image.raw[None], None)
     streams = [code.encode(image, 4) for code in (rivals.FactorsInt8((T, D)), control)]
     assert len(streams[0]) == len(streams[1])
-    errors = [
-        float(linear_head.error(linear_head.outputs(control.decode(s, 4)[None], None), wanted))
-        for s in streams
-    ]
+    read = [control.decode(s, 4, GRID)[None] for s in streams]
+    errors = [float(linear_head.error(linear_head.outputs(x, None), wanted)) for x in read]
     assert errors[1] < 0.95 * errors[0]
+
+
+@pytest.mark.parametrize("in_metric", [False, True])
+@pytest.mark.parametrize("grid", [(2, 3), (3, 5), (4, 4)])
+def test_an_image_of_any_grid_comes_back_from_its_own_bytes_by_every_code(
+    grid, in_metric, linear_head, monkeypatch
+):
+    pytest.importorskip("faiss")
+    pytest.importorskip("zstandard")
+    monkeypatch.setattr(ProductQuantiser, "knobs", (16,))
+    tokens = grid[0] * grid[1]
+    linear_head.weight = linear_head.weight[: tokens * D]
+    batches = [(steep_tokens(24, T, D, seed=1), GRID), (steep_tokens(9, 6, D, seed=2), (2, 3))]
+    codec = fit(lambda: batches, GRID, torch.eye(D) if in_metric else None)
+    statistics, shape, basis = CodecStatistics(codec), (T, D), of_training()
+    image = TokenImage(0, steep_tokens(1, tokens, D)[0].bfloat16(), grid, statistics)
+    codes = [Coded(codec, shape, statistics), KltDct(codec, shape, statistics, GRID, batches)]
+    if in_metric:
+        kinds = FactorsInt8InMetric, FactorsDeflateInMetric
+        codes += [kind(codec, shape, statistics) for kind in kinds]
+        codes += [CodedHeadSteps(codec, shape, statistics, linear_head, "cpu")]
+    else:
+        kinds = rivals.FactorsBf16, rivals.FactorsInt8, rivals.FactorsDeflate
+        codes += [kind(shape, statistics) for kind in kinds]
+        codes += [rivals.Bf16(shape), rivals.Bf16Zstd(shape), rivals.TokensDropped(shape)]
+        codes += [PcaDeflate(shape, basis, statistics), ProductQuantiser(shape, basis, statistics)]
+        codes += [FactorsHeadSteps(shape, statistics, linear_head, "cpu")]
+        codes += [rivals.TokensAveraged(shape, 4)]
+    for code in codes:
+        data = code.encode(image, code.knobs[-1])
+        raw = code.decode(data, code.knobs[-1], grid)
+        assert raw.shape == image.raw.shape
+        # these tokens have nothing of their neighbours
+        coarse = {"tokens_dropped": 1.3, "tokens_averaged": 1.3, "pq": 0.7}
+        bound = coarse.get(code.name, 0.3 if "head_steps" in code.name else 0.12)
+        assert error(raw, image) < bound, code.name
+    # an image pays for no more components than it has
+    data, rank = rivals.FactorsInt8(shape, statistics).encode(image, 16), min(16, tokens)
+    assert len(data) == rank * (tokens + D + 8) + 4 + len(image.statistics)
 
 
 def test_parts_of_a_product_quantiser_share_every_component_once():
@@ -274,11 +318,11 @@ def test_pictures_are_compressed_decoded_and_encoded_again(form, tiny_data):
     encoder = TinyEncoder()
     picture = read_image(next(open_source(tiny_data).batches(1))[0][1]["image"]).resize((28, 28))
     raw = encoder.encode(encoder.preprocess(picture)[None])[0]
-    image = TokenImage(3, raw)
+    image = TokenImage(3, raw, (4, 4))
     code = Pictures(form, (16, 12), {3: picture}, encoder)
     low, high = code.encode(image, 5), code.encode(image, 95)
     assert len(low) < len(high)
-    assert error(code.decode(high, 95), image) < error(code.decode(low, 5), image) < 0.5
+    assert error_of(code, high, 95, image) < error_of(code, low, 5, image) < 0.5
     assert len(code.seconds) == 2
 
 
