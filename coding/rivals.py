@@ -67,12 +67,15 @@ class TokenImage:
 
 
 def decompose(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u [T, S], σ [S], v [S, D] float32 of x [T, D], by the float64 Gram matrix of its rows."""
+    """u [T, S], σ [S], v [S, D] float32 of x [T, D], by the float64 Gram matrix of its smaller
+    side."""
+    if len(x) > x.shape[1]:
+        v, sigma, u = decompose(x.mT)
+        return u.mT, sigma, v.mT
     wide = x.double()
     values, vectors = torch.linalg.eigh(wide @ wide.mT)
-    size = min(x.shape)
-    u = vectors.flip(-1)[:, :size]
-    sigma = values.flip(-1)[:size].clamp_min(1e-20).sqrt()
+    u = vectors.flip(-1)
+    sigma = values.flip(-1).clamp_min(1e-20).sqrt()
     return u.float(), sigma.float(), ((u.mT @ wide) / sigma[:, None]).float()
 
 

@@ -16,6 +16,7 @@ from coding.codec import Codec, fit
 from coding.coded_rivals import Coded, KltDct
 from coding.fitted_rivals import PcaDeflate, ProductQuantiser
 from coding.rate_control import image_for_target
+from coding.rivals import decompose
 from coding.vision_tokens import VisionTokens
 from common import cli
 from common.grids import batches_of_one_grid, resampled
@@ -292,6 +293,16 @@ def test_bytes_are_compared_on_test_images_of_every_grid_by_every_method(
     point = found["methods"]["coded"][1]
     assert point["bytes"]["mean"] == pytest.approx(size, rel=1e-3)
     assert point["raw_error"]["mean"] == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(30, 12), (12, 30)])
+def test_factors_for_the_comparison_of_bytes_are_the_svd_with_more_tokens_than_features_too(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, sigma, v = decompose(x)
+    assert (u.shape, v.shape) == ((shape[0], 12), (12, shape[1]))
+    assert torch.allclose(sigma, torch.linalg.svdvals(x), atol=1e-4)
+    assert torch.allclose(u * sigma @ v, x, atol=1e-4)
+    assert torch.allclose(u.mT @ u, torch.eye(12), atol=1e-4)
 
 
 def test_the_saliency_head_reads_an_image_of_any_grid_as_its_decoder_does(dataset, saliency):
