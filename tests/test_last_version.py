@@ -36,6 +36,20 @@ def test_a_feature_cache_of_format_1_opens_with_its_numbers(expected):
     assert dataset.thumbnail(7).size == (16, 16)
 
 
+def test_a_codec_of_a_cache_of_one_grid_has_the_klt_and_tables_that_it_had(script, tmp_path):
+    out = tmp_path / "codec.safetensors"
+    done = script("experiments.fit_codec", "--cache_dir", FOLDER / "cache", "--out", out)
+    assert done.returncode == 0, done.stderr
+    found, kept = load_file(out), load_file(FOLDER / "coded" / "codec.safetensors")
+    for name in ("rows", "statistics", "starts"):
+        apart = found[name].int() - kept[name].int()
+        assert apart.abs().max() <= 1, name  # of 1/64 octave, where a library rounds otherwise
+    directions = kept["klt"].shape[1]  # it left one more out, and guessed no unseen energy
+    klt = found["klt"][:, :directions].float()
+    along = (klt * kept["klt"].float()).sum(0).abs()  # 1 but for the sign
+    assert torch.allclose(along, torch.ones(directions), atol=0.01)
+
+
 def test_a_checkpoint_of_the_last_version_gives_the_same_product(expected):
     model, state = load_model(FOLDER / "ResMLP" / "best_model.pt", torch.device("cpu"))
     assert state["config"]["rank"] == 4
