@@ -60,8 +60,8 @@ def main(args: argparse.Namespace) -> None:
         rows = rows[((i + i * GOLDEN % 1) * len(rows) / args.images).long()]
     rows = rows.tolist()
     grids = [dataset.grids[row] for row in rows]
-    grid = most_frequent(grids) if grids else dataset.grid  # of its tables, which any grid reads
-    several = f"{len(set(grids))} grids, most of them " if len(set(grids)) > 1 else ""
+    grid = most_frequent(grids)  # of its tables, which any other reads
+    several = f"{len(set(grids))} grids, tables of " if len(set(grids)) > 1 else ""
     print(f"{dataset.label}; {len(rows)} training images of {several}{grid[0]} x {grid[1]}")
 
     passes = iter(("directions", "variances"))

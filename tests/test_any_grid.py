@@ -240,7 +240,7 @@ def test_a_codec_of_all_grids_takes_fewer_bytes_on_a_rarer_grid_than_one_of_the_
     alone = fit(lambda: batches(dataset.of_main_grid(train)), dataset.grid)
     out = tmp_path / "all.safetensors"
     done = script("experiments.fit_codec", "--cache_dir", ragged_cache, "--out", out)
-    assert f"{len(train)} training images of 4 grids, most of them 8 x 8" in done.stdout
+    assert f"{len(train)} training images of 4 grids, tables of 8 x 8" in done.stdout
     both = Codec.load(out)
     assert both.info["images"] == len(train) > alone.info["images"]
     held_out = torch.cat([dataset.split.val, dataset.split.test]).tolist()
