@@ -13,17 +13,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 
 import onnx
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import UserError
 from features.demo_backbone import demo_onnx_path, demo_onnx_sha256
 from features.encoders import DemoEncoder
 from qwenvl_dataloader import Batch, RealQwenVLDataset, denormalise
 
+FULL_KEPT = 2**30  # bytes, where the head computes
 Score = Callable[[Tensor, Tensor], Tensor]  # (raw tokens [b, T, D], rows [b]) → [b]
 
 
@@ -54,6 +57,23 @@ class TaskHead(ABC):
         """`outputs` of a batch's tokens, or of x [b, T, D], normalised as they are, instead."""
         tokens = denormalise(batch.x if x is None else x, batch.mean, batch.std)
         return self.outputs(tokens, batch.rows)
+
+    @torch.no_grad()
+    def of_full(self, batch: Batch) -> Tensor:
+        """`of_batch` of the cache's own tokens. Neither they nor the head change: what fits into
+        FULL_KEPT bytes is kept, which saves every epoch but the first a pass of the head."""
+        rows = batch.rows.tolist()
+        if not all(row in self._kept for row in rows):
+            full = self.of_batch(batch)
+            if sum(y.nbytes for y in self._kept.values()) + full.nbytes > FULL_KEPT:
+                return full
+            own = zip(rows, full, self.own_shapes(full, batch.rows), strict=True)
+            self._kept |= {row: y[tuple(slice(n) for n in shape)].clone() for row, y, shape in own}
+        return pad_sequence([self._kept[row] for row in rows], batch_first=True)
+
+    @cached_property
+    def _kept(self) -> dict[int, Tensor]:
+        return {}
 
     @property
     def scores(self) -> dict[str, Score]:
