@@ -69,8 +69,7 @@ def allocate_bits(distortion: Tensor, budget: int) -> list[int]:
 
     Args: distortion [groups, len(BITS)] float64; budget: sum of bits over groups.
     """
-    reach = torch.full((budget + 1,), torch.inf, dtype=torch.float64)
-    reach[:] = 0.0
+    reach = torch.zeros(budget + 1, dtype=torch.float64)
     choices = []
     for row in distortion:
         options = torch.full((len(BITS), budget + 1), torch.inf, dtype=torch.float64)
