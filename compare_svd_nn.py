@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -35,11 +36,12 @@ from common.locks import sole_writer
 from common.tables import print_columns
 from figures import comparison
 from model import LowRankFactorModel
-from qwenvl_dataloader import Loaders, create_data_loaders_real
+from qwenvl_dataloader import Batch, Loaders, create_data_loaders_real
 from svd_baseline import (
-    evaluate_batches,
+    Factors,
     fit_pca,
     gain_text,
+    image_metrics,
     interval_95,
     pca,
     percent_text,
@@ -103,15 +105,7 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     ranks = report_ranks(rank)
     groups = dataset.rows["group"].take(loaders.test.sampler.rows.tolist()).to_pylist()
     in_task, task_of = error_in_task(trained, methods, metric, loaders, ranks, groups)
-    per_image = {
-        r: {
-            name: evaluate_batches(
-                lambda batch, f=f, r=r: f(batch, r), loaders.test.with_progress(f"{name}, rank {r}")
-            )
-            for name, f in methods.items()
-        }
-        for r in ranks
-    }
+    per_image = errors_at_ranks(methods, loaders.test.with_progress("every method"), ranks)
     results = {
         "arch": state["config"]["arch"],
         "factors": model.factors,
@@ -169,7 +163,7 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
     axes = fit_pca(batch.x for batch in loaders.train.with_progress("PCA"))
     methods: dict[str, Factorise] = {
         "network": lambda batch, r: model(batch.x, r, grid=batch.grid),
-        "svd": lambda batch, r: truncated_svd(batch.x, r),
+        "svd": one_svd_a_batch(),
         "randomized_svd": lambda batch, r: randomized_svd(batch.x, r),
         "pca": lambda batch, r: pca(batch.x, r, axes),
     }
@@ -179,6 +173,40 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
             batch.x, r, model.refine_steps, min(model.sketch_columns(r), *batch.x.shape[-2:])
         )
     return methods
+
+
+def one_svd_a_batch() -> Factorise:
+    """`truncated_svd` at any rank of one batch after another, each decomposed once."""
+    last: tuple[Batch | None, Factors | None] = (None, None)
+
+    def factorise(batch: Batch, rank: int) -> Factors:
+        nonlocal last
+        if last[0] is not batch:
+            last = batch, truncated_svd(batch.x, min(batch.x.shape[-2:]))
+        a, b = last[1]
+        return a[..., :rank], b[..., :rank, :]
+
+    return factorise
+
+
+@torch.inference_mode()
+def errors_at_ranks(
+    methods: dict[str, Factorise], batches: Iterable[Batch], ranks: list[int]
+) -> dict[int, dict[str, dict[str, Tensor]]]:
+    """Rank → method → `image_metrics`, each [n] on the CPU, in one pass over the batches."""
+    found = {r: {name: [] for name in methods} for r in ranks}
+    for batch in batches:
+        for name, factorise in methods.items():
+            for r in ranks:
+                errors = image_metrics(batch.x, *factorise(batch, r), batch.singular_values)
+                found[r][name].append({key: values.cpu() for key, values in errors.items()})
+    return {
+        r: {
+            name: {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+            for name, parts in of_rank.items()
+        }
+        for r, of_rank in found.items()
+    }
 
 
 def error_in_task(

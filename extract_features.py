@@ -188,28 +188,23 @@ def import_features(args: argparse.Namespace) -> list[dict]:
     """Make the cache from --import_pt's files; returns what is missing or damaged."""
     features = PtFeatures(args.import_pt)
     check_enough("--import_pt", len(features))
-    with processes.sole_writer(args.cache_dir, "--cache_dir"):
-        return write_imported(args, features)
-
-
-def write_imported(args: argparse.Namespace, features: PtFeatures) -> list[dict]:
-    """Fill --cache_dir, from where it was left; returns what is missing or damaged."""
-    with processes.main_first():
-        overwrite = args.overwrite and processes.is_main()
-        header = import_header(features)
-        writer = FeatureCacheWriter(args.cache_dir, header, len(features), overwrite)
+    header = import_header(features)
     kinds = ", ".join(f"{count} in {name}" for name, count in features.dtypes.items())
-    print(
-        f"{len(features)} files ({kinds}): {features.num_tokens} tokens × {features.feature_dim} "
-        "an image, stored in bfloat16"
-    )
-    with processes.Progress(len(features), "import", writer.rows_done) as bar:
-        for shard in processes.deal(writer.shards_to_do()):
-            row_ids = [features.row_ids[i] for i in writer.rows_of(shard)]
-            tokens = torch.stack([features[i].to(torch.bfloat16) for i in row_ids])
-            writer.write_shard(shard, tokens, [features.record(i) for i in row_ids], [])
-            bar.update(len(row_ids))
-    return writer.finish(features.skipped) if processes.is_main() else []
+    with processes.sole_writer(args.cache_dir, "--cache_dir"):
+        with processes.main_first():
+            overwrite = args.overwrite and processes.is_main()
+            writer = FeatureCacheWriter(args.cache_dir, header, len(features), overwrite)
+        print(
+            f"{len(features)} files ({kinds}): {features.num_tokens} tokens × "
+            f"{features.feature_dim} an image, stored in bfloat16"
+        )
+        with processes.Progress(len(features), "import", writer.rows_done) as bar:
+            for shard in processes.deal(writer.shards_to_do()):
+                row_ids = [features.row_ids[i] for i in writer.rows_of(shard)]
+                tokens = torch.stack([features[i].to(torch.bfloat16) for i in row_ids])
+                writer.write_shard(shard, tokens, [features.record(i) for i in row_ids], [])
+                bar.update(len(row_ids))
+        return writer.finish(features.skipped) if processes.is_main() else []
 
 
 def find_rows(args: argparse.Namespace) -> ImageSource:

@@ -96,11 +96,9 @@ def image_metrics(
     }
 
 
-def evaluate(
-    factorise: Callable[[Tensor], Factors], batches: Iterable[Batch], rank: int | None = None
-) -> dict[str, Tensor]:
+def evaluate(factorise: Callable[[Tensor], Factors], batches: Iterable[Batch]) -> dict[str, Tensor]:
     """`evaluate_batches` of a method that needs no grid: `factorise(x)`."""
-    return evaluate_batches(lambda batch: factorise(batch.x), batches, rank)
+    return evaluate_batches(lambda batch: factorise(batch.x), batches)
 
 
 @torch.inference_mode()
@@ -223,9 +221,9 @@ def _known(groups: list[str], known: Tensor) -> list[str]:
 # ------------------------------------------------------------------------------------- references
 
 
-def truncated_svd(x: Tensor, rank: int) -> Factors:
+def truncated_svd(x: Tensor, rank: int, driver: str | None = None) -> Factors:
     """The optimum itself, by torch.linalg.svd: A = U_r, B = diag(σ_r) V_rᵀ. O(T D min(T, D))."""
-    u, sigma, vh = torch.linalg.svd(x, full_matrices=False)
+    u, sigma, vh = torch.linalg.svd(x, full_matrices=False, driver=driver)
     return u[..., :rank], sigma[..., :rank, None] * vh[..., :rank, :]
 
 

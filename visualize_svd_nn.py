@@ -18,9 +18,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from common import cli
-from common.boxes import box_in_view
+from common.boxes import Box, box_in_view
 from common.errors import UserError
 from common.files import write_json
+from common.grids import Grid
 from common.locks import sole_writer
 from figures import token_grid
 from model import LowRankFactorModel
@@ -149,8 +150,8 @@ def draw_ranks(
     most: int,
     x: Tensor,
     photo: Image | None,
-    box: token_grid.Box,
-    grid: token_grid.Grid,
+    box: Box | None,
+    grid: Grid,
     where: str,
     footer: str,
 ) -> None:

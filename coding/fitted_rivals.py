@@ -38,10 +38,10 @@ class TokenBasis(NamedTuple):
     of_images: list[int]  # tokens of each image in it, n in all
 
 
-def fit_token_basis(batches: Iterable[Batch], tokens: int) -> TokenBasis:
-    """Of training images with `tokens` tokens, in one pass; those sampled are spread over all."""
+def fit_token_basis(batches: Iterable[Batch], num_tokens: int) -> TokenBasis:
+    """Of training images with so many tokens, in one pass; the sampled ones are spread over all."""
     total, moment, count, kept = 0.0, 0.0, 0, []
-    every = -(-tokens // SAMPLE_TOKENS)
+    every = -(-num_tokens // SAMPLE_TOKENS)
     seen = 0
     for batch in batches:
         tokens = batch.x.flatten(0, 1)
@@ -76,8 +76,7 @@ def allocate_bits(distortion: Tensor, budget: int) -> list[int]:
 
     Args: distortion [groups, len(BITS)] float64; budget: sum of bits over groups.
     """
-    reach = torch.full((budget + 1,), torch.inf, dtype=torch.float64)
-    reach[:] = 0.0
+    reach = torch.zeros(budget + 1, dtype=torch.float64)
     choices = []
     for row in distortion:
         options = torch.full((len(BITS), budget + 1), torch.inf, dtype=torch.float64)

@@ -44,7 +44,7 @@ def run(
     """
     args = parse(parser, argv)
     try:
-        # what torchrun sets; scripts that may be several processes call distributed.run
+        # what torchrun sets; scripts that may be several processes call processes.run
         if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["WORLD_SIZE"] != "1":
             raise UserError(f"{parser.prog} is one process: start it with python, without torchrun")
         sys.exit(main(args) or 0)

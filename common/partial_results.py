@@ -1,14 +1,16 @@
 """What is done of a long measurement, in a file from which a run that was cut off goes on.
 
-One JSON object a line: a header, what the measurement depends on, then one record for each image
-and stage. Lines are appended and synced; one that a cut left unfinished is dropped when the file is
-opened again, so that a record is whole or absent and a cut costs what came after the last `add`.
+One JSON object a line: a header, what the measurement depends on, then one record for each row of
+a stage (an image, or a knob). Lines are appended and synced; one that a cut left unfinished is
+dropped when the file is opened again, so that a record is whole or absent and a cut costs what came
+after the last `add`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Hashable
 from pathlib import Path
 
 from common.errors import UserError
@@ -18,10 +20,11 @@ from common.files import atomic_path, check_same_header
 class PartialResults:
     """Records of the file `path`, by (stage, row): plain JSON values, NaN among them.
 
-    header: JSON values. Raises UserError where the file was begun with another one or is damaged.
+    header: JSON values. A file that was begun with another one is begun `anew`, or refused by a
+    UserError; so is one that is damaged.
     """
 
-    def __init__(self, path: Path, header: dict) -> None:
+    def __init__(self, path: Path, header: dict, *, anew: bool = False) -> None:
         self.path, self.records = path, {}
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last is unended
         try:
@@ -30,12 +33,16 @@ class PartialResults:
             self.records = {(r["stage"], r["row"]): r["values"] for r in records}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path} is damaged: remove it and start again") from None
-        check_same_header(str(path), begun, header, "remove it to start anew")
+        if anew and begun != header:
+            lines, self.records = [], {}
+        else:
+            check_same_header(str(path), begun, header, "remove it to start anew")
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             whole = [json.dumps(header).encode(), *lines[1:]]
             temporary.write_bytes(b"".join(line + b"\n" for line in whole))
 
-    def add(self, stage: str, values: dict[int, dict]) -> None:
+    def add(self, stage: str, values: dict[Hashable, dict]) -> None:
         """Keep the values of some rows, row → values, for good."""
         records = [{"stage": stage, "row": row, "values": v} for row, v in values.items()]
         try:

@@ -43,11 +43,7 @@ T = TypeVar("T")
 # --------------------------------------------------------------------------- joining and leaving
 
 
-def run(
-    main: Callable[[argparse.Namespace], int | None],
-    parser: argparse.ArgumentParser,
-    argv: list[str] | None = None,
-) -> None:
+def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
     """`cli.run` for a script that torchrun may start: joins the others, calls `main`, leaves.
 
     What the first process to fail prints is all that is printed: one line and status 2 for a user's
@@ -55,11 +51,11 @@ def run(
     others fail too: that is silent. All but the main process print nothing on stdout.
     """
     if not dist.is_torchelastic_launched():
-        cli.run(main, parser, argv)
+        cli.run(main, parser)
     store, rank, world = next(dist.rendezvous("env://"))  # torchrun's store outlives the processes
     if rank:
         sys.stdout = open(os.devnull, "w")
-    args = _parse(parser, argv, store)
+    args = _parse(parser, store)
     try:
         device = _own_device(args.device)
         args = argparse.Namespace(**{**vars(args), "device": str(device)})
@@ -102,14 +98,12 @@ def _is_first(store: dist.Store) -> bool:
         return True
 
 
-def _parse(
-    parser: argparse.ArgumentParser, argv: list[str] | None, store: dist.Store
-) -> argparse.Namespace:
+def _parse(parser: argparse.ArgumentParser, store: dist.Store) -> argparse.Namespace:
     """`cli.parse`; a mistake, or the help, is printed by the first process that finds it."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return cli.parse(parser, argv)
+            return cli.parse(parser)
     except SystemExit as end:
         if _is_first(store):
             print(said.getvalue(), end="", file=sys.stderr if end.code else sys.__stdout__)

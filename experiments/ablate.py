@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from common import cli, progress
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import check_same_header, read_json, write_json
 from common.grids import Grid
 from common.tables import print_columns
 from common.timing import time_in_turn
@@ -311,9 +311,7 @@ def runs_so_far(path: Path, trained_with: dict) -> list[dict]:
     if not path.exists():
         return []
     before = read_json(path, "remove it and start again")
-    if before["trained_with"] != trained_with:
-        made = f"{path} was made with {before['trained_with']}, not {trained_with}"
-        raise UserError(f"{made}: type the same flags to go on, or remove it")
+    check_same_header(str(path), before["trained_with"], trained_with, "remove it to start anew")
     return [run for run in before["runs"] if "val_excess_pct" in run]
 
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from common import cli, progress
 from common.errors import UserError
-from common.files import locate, write_json
+from common.files import write_json
 from common.tables import print_columns
 from common.timing import peak_tensor_mb, time_in_turn
+from experiments.contenders import solvers
 from experiments.make_demo_data import PHOTOGRAPHS
 from features.encoders import DemoEncoder, load_encoder
 from figures import time_against_tokens
@@ -34,11 +35,8 @@ from svd_baseline import (
     Factors,
     exact_singular_values,
     excess_pct,
-    gram_eigh,
     optimum,
-    randomized_svd,
     rel_error,
-    truncated_svd,
 )
 from training.checkpoint import load_model
 
@@ -119,8 +117,7 @@ def held_out_photographs(dataset: RealQwenVLDataset) -> list[Image.Image]:
     found = []
     for photograph in PHOTOGRAPHS:
         if photograph.group in held_out:
-            with Image.open(locate(photograph.package, photograph.path)) as image:
-                found.append(image.convert("RGB"))
+            found.append(photograph.open())
     return sorted(found, key=lambda image: -min(image.size))
 
 
@@ -193,11 +190,10 @@ def methods(network: LowRankFactorModel, side: int, rank: int) -> dict[str, Meth
     found = {
         "network": lambda x, r: network(x, r, ordered=False, grid=grid),
         "random_sketch": fresh_sketch(side**2, columns, network.refine_steps),
-        "svd_lowrank": randomized_svd,
-        "gram_eigh_f32": lambda x, r: gram_eigh(x, r, torch.float32),
-        "gram_eigh_f64": gram_eigh,
     }
-    return found | ({"svd": truncated_svd} if side**2 <= SVD_UP_TO else {})
+    of_all = solvers(side**2, network.shift_logits.device)
+    exact = {c.method: c.factorise for c in of_all if c.method != "svd" or side**2 <= SVD_UP_TO}
+    return found | exact
 
 
 def fresh_sketch(tokens: int, columns: int, steps: int) -> Method:

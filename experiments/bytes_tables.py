@@ -139,19 +139,21 @@ def print_tables(found: dict) -> None:
     }
     for key, targets in found.items():
         words = key.replace("_", " ")
-        for label, title in titles.items():
-            rows = {
-                name: [_number(entries[name][label]) for entries in targets.values()]
-                for name in next(iter(targets.values()))
-            }
-            _print_rows(f"bytes an image at {words}, {title}", targets, rows)
+        cells: dict[str, Callable[[dict], str]] = {
+            f"bytes an image at {words}, {title}": lambda entry, k=label: _number(entry[k])
+            for label, title in titles.items()
+        }
         for base in BASES:
-            rows = {
-                name: [_times(entries[name]["times"].get(base)) for entries in targets.values()]
-                for name in next(iter(targets.values()))
-            }
             title = f"times the bytes of {base} at {words} [95 % over groups]"
-            _print_rows(title, targets, rows)
+            cells[title] = lambda entry, b=base: _times(entry["times"].get(b))
+        for title, cell in cells.items():
+            rows = [
+                [f"  {name}", *(cell(entries[name]) for entries in targets.values())]
+                for name in next(iter(targets.values()))
+            ]
+            if rows := [row for row in rows if set(row[1:]) != {"-"}]:
+                print(title)
+                print_columns([["", *targets], *rows])
 
 
 def _number(value: float | None) -> str:
@@ -165,11 +167,3 @@ def _times(found: dict | None) -> str:
     span = found["interval_95"]
     ends = "" if span is None else f" [{span[0]:.{digits}f}, {span[1]:.{digits}f}]"
     return f"{found['mean']:.{digits}f}{ends}"
-
-
-def _print_rows(title: str, targets: dict, rows: dict[str, list[str]]) -> None:
-    """Rows that say something, under their targets."""
-    rows = {name: cells for name, cells in rows.items() if set(cells) != {"-"}}
-    if rows:
-        print(title)
-        print_columns([["", *targets], *([f"  {name}", *cells] for name, cells in rows.items())])

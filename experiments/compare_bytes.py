@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -38,8 +36,9 @@ from coding.head_steps import CodedHeadSteps, FactorsHeadSteps
 from coding.rivals import Rival, Statistics, TokenImage
 from common import cli, progress
 from common.errors import UserError
-from common.files import atomic_path, write_json
+from common.files import write_json
 from common.grids import batches_of_one_grid
+from common.partial_results import PartialResults
 from experiments.bytes_tables import Point, print_tables, tables
 from features.encoders import VisionEncoder, load_encoder
 from features.image_sources import image_bytes, open_source, read_image
@@ -108,7 +107,9 @@ def main(args: argparse.Namespace) -> None:
         "head": head.sha256 if head else None,
         "codecs": [codec.sha256 for codec in codecs],
     }
-    done = Measured(folder / "bytes.partial.jsonl", made)
+    done = PartialResults(folder / "bytes.partial.jsonl", made, anew=True)
+    if done.records:
+        print(f"{len(done.records)} points are already there, in {done.path}")
     measured = measure(methods, images, head, groups, device, done)
     results = {
         "data": dataset.label,
@@ -127,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
     results["seconds"] = round(time.perf_counter() - started, 1)
     write_json(folder / "bytes.json", results)
     bytes_against_error(folder / "bytes.png", results, footer)
-    done.path.unlink()
+    done.remove()
     print(f"wrote {folder}/bytes.json and bytes.png in {results['seconds']:.0f} s")
 
 
@@ -286,15 +287,16 @@ def measure(
     head: TaskHead | None,
     groups: list[str],
     device: torch.device,
-    done: Measured,
+    done: PartialResults,
 ) -> dict[str, list[Point]]:
     """Every method at every knob, from few bytes to many; what is `done` is taken from there."""
     pairs = [(method, knob) for method in methods for knob in method.knobs]
     full = [output(head, image.raw, image.row, device) for image in images]
     found: dict[str, list[Point]] = {method.name: [] for method in methods}
     for method, knob in progress.over(pairs, "bytes and errors", "points"):
-        if point := done.points.get((method.name, knob)):
-            found[method.name].append(point)
+        if kept := done.records.get((method.name, knob)):
+            values = {k: torch.tensor(v, dtype=torch.float64) for k, v in kept["values"].items()}
+            found[method.name].append(Point(knob, kept["shared_bytes"], values))
             continue
         parts, means = [], []
         for image, wanted in zip(images, full, strict=True):
@@ -315,39 +317,9 @@ def measure(
             values["encode_again_seconds"] = seconds
         point = Point(knob, method.shared_bytes(knob), values)
         found[method.name].append(point)
-        done.add(method.name, point)
+        kept = {name: value.tolist() for name, value in values.items()}
+        done.add(method.name, {knob: {"shared_bytes": point.shared_bytes, "values": kept}})
     return found
-
-
-class Measured:
-    """Points that an interrupted run measured, in a file of one JSON line each.
-
-    The first line says what they are of; a file that is of other things is begun anew.
-    """
-
-    def __init__(self, path: Path, made: dict) -> None:
-        self.path, self.points = path, {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        first = json.dumps(made)
-        lines = path.read_text().split("\n") if path.exists() else []
-        if lines[:1] == [first]:
-            for line in lines[1:-1]:  # behind the last line break stands half a line, or nothing
-                name, knob, shared, values = json.loads(line)
-                values = {k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
-                self.points[name, knob] = Point(knob, shared, values)
-            kept = lines[1:-1]
-            print(f"{len(kept)} points are already there, in {path}")
-        else:
-            kept = []
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in (first, *kept)))
-
-    def add(self, name: str, point: Point) -> None:
-        values = {k: v.tolist() for k, v in point.values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps([name, point.knob, point.shared_bytes, values]) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def errors(raw: Tensor, image: TokenImage) -> dict[str, float]:

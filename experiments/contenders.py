@@ -6,6 +6,7 @@ Legend: b matrices in a batch, T tokens, D features, r rank, K refinement steps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,11 +94,11 @@ def solvers(limit: int, device: torch.device) -> list[Contender]:
     exact = [
         Contender("gram_eigh_f32", lambda x, r: gram_eigh(x, r, torch.float32), "float32", limit),
         Contender("gram_eigh_f64", gram_eigh, "float64", limit),
-        Contender("svd_gesvda", svd_gesvda, "float32", limit),
-        Contender("svd", truncated_svd, "float32", limit),
     ]
-    if device.type != "cuda":  # the driver is cuSOLVER's
-        exact = [c for c in exact if c.factorise is not svd_gesvda]
+    if device.type == "cuda":  # cuSOLVER's batched approximate driver
+        gesvda = partial(truncated_svd, driver="gesvda")
+        exact.append(Contender("svd_gesvda", gesvda, "float32", limit))
+    exact.append(Contender("svd", truncated_svd, "float32", limit))
     sketch = {"sketch": "random", "steps": SVD_LOWRANK_STEPS}
     sketch["columns"] = lambda r: min(r + SVD_LOWRANK_EXTRA, limit)
     return [Contender("svd_lowrank", randomized_svd, "float32", limit, **sketch), *exact]
@@ -137,9 +138,3 @@ def contenders_in_metric(
         mapped = n.factorise if own else InMetric(n.factorise, metric)
         found.append(n._replace(method="network_in_metric", factorise=mapped))
     return found
-
-
-def svd_gesvda(x: Tensor, rank: int) -> Factors:
-    """`truncated_svd` by cuSOLVER's batched approximate driver, CUDA only."""
-    u, sigma, vh = torch.linalg.svd(x, full_matrices=False, driver="gesvda")
-    return u[..., :rank], sigma[..., :rank, None] * vh[..., :rank, :]

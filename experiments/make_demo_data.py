@@ -61,6 +61,10 @@ class Photograph:
     group: str
     licence: str
 
+    def open(self) -> Image.Image:
+        """The whole picture, RGB. Raises UserError where the package or the file is missing."""
+        return Image.open(locate(self.package, self.path)).convert("RGB")
+
 
 UNSTATED = "not stated in the package"
 CC0 = "CC0"
@@ -165,8 +169,7 @@ def render_row(seed: int, row: int) -> Sample:
     """Row `row` of the data set; depends on nothing but `seed` and `row`."""
     photograph, crop = plan_rows()[row]
     rng = np.random.default_rng(np.random.SeedSequence([seed, row]))
-    whole = Image.open(locate(photograph.package, photograph.path)).convert("RGB")
-    scene = cut_scene(whole, crop, rng)
+    scene = cut_scene(photograph.open(), crop, rng)
     wording = choose_wording(rng)
     image, bbox = place_sign(scene, wording, rng)
     return Sample(scene, image, wording.text, wording.question, bbox)

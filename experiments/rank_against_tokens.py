@@ -22,7 +22,7 @@ from PIL import Image
 
 from common import cli, progress
 from common.errors import UserError
-from common.files import locate, write_json
+from common.files import write_json
 from common.tables import print_columns
 from experiments.make_demo_data import PHOTOGRAPHS, Photograph
 from features.encoders import DemoEncoder, load_encoder
@@ -57,8 +57,7 @@ def main(args: argparse.Namespace) -> None:
     encoder = load_encoder("demo", device=device)
     records = []
     for photograph in progress.over(photographs, "ranks", "photographs"):
-        with Image.open(locate(photograph.package, photograph.path)) as file:
-            image = file.convert("RGB")
+        image = photograph.open()
         name = Path(photograph.path).stem
         for size, near in sizes(image, sorted(set(args.tokens)), encoder.step).items():
             picture = image.resize(size, Image.Resampling.BICUBIC)

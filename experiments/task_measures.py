@@ -91,7 +91,7 @@ def judge_factors(
     scores: dict[str, Score],
 ) -> Found:
     """Every method at the ranks that it reaches."""
-    full = head.of_batch(batch)
+    full = head.of_full(batch)
     inside = torch.stack(tokens_in_boxes(dataset, batch.rows.tolist()))
     found: Found = {name: {} for name in methods}
     for name, method in methods.items():
@@ -109,7 +109,7 @@ def judge_fewer_tokens(
     head: TaskHead, dataset: RealQwenVLDataset, batch: Batch, ranks: list[int]
 ) -> Found:
     """`token_dropping` at the bytes of each rank, `token_averaging` over blocks of POOLED."""
-    full, grid = head.of_batch(batch), batch.grid
+    full, grid = head.of_full(batch), batch.grid
 
     def judged(x_hat: Tensor) -> dict[str, Tensor]:
         return judge(head, batch, x_hat, full, {})

@@ -92,7 +92,7 @@ class PtFeatures:
         raise UserError(f"{path} {reason} during the import: type the same command again")
 
     def record(self, row_id: int) -> dict:
-        """A cache's row (`feature_cache.ROW_SCHEMA`): features that are equal are one group.
+        """A cache's row (`cache_writer.ROW_SCHEMA`): features that are equal are one group.
 
         There are no image hashes, but the same image asked about twice has the same features; as
         rows of their own they would stand on both sides of the split.

@@ -12,7 +12,7 @@ from figures.style import STYLE, as_array, column, log_scale, new_figure, save
 
 # label, colour and line of each code (Okabe & Ito's colours)
 CODES: dict[str, tuple[str, str, str]] = {
-    "coded_in_metric_head_steps": ("coded, metric,\nhead steps", "#661100", "--"),
+    "coded_in_metric_head_steps": ("coded, head steps", "#661100", "--"),
     "coded_in_metric": ("coded, metric", "#AA4466", "-"),
     "coded": ("coded factors", "#D55E00", "-"),
     "klt_dct_in_metric": ("KLT × DCT, metric", "#56B4E9", "--"),
@@ -116,7 +116,7 @@ def _finding(results: dict) -> str:
         found = results["tables"].get(key, {}).get(target, {})
         sizes = {name: entry["alone"] for name, entry in found.items() if entry["alone"]}
         best = "coded" if "coded" in sizes else min(sizes, key=sizes.get, default=None)
-        rivals = "factors_int8", "factors_deflate", "klt_dct", "jpeg"
+        rivals = "factors_int8", "factors_deflate", "klt_dct", "webp"
         others = [name for name in rivals if name in sizes and name != best]
         if best and others:
             times = ", ".join(

@@ -32,6 +32,7 @@ from figures.style import (
     new_figure,
     note_undefined,
     percent,
+    rank_axis,
     save,
 )
 
@@ -43,7 +44,6 @@ def comparison(
     rank: int,
     footer: str,
     task_error: dict[str, ArrayLike] | None = None,
-    split: str = "test",
 ) -> None:
     """Excess of every method, each dot one image; below, where there is a head, its error too.
 
@@ -58,13 +58,13 @@ def comparison(
     means = {name: percent(values.mean()) for name, values in excess.items() if values.size}
     found = means.get("network", "undefined")
     if task_error:
-        top.set_title(f"in the Frobenius norm the SVD wins, by theorem; a dot is a {split} image")
+        top.set_title("in the Frobenius norm the SVD wins, by theorem; a dot is a test image")
         change = _task_strips(below[0], {name: as_array(v) for name, v in task_error.items()})
         title = f"At rank {rank} the network's error is {found} above the SVD's in the Frobenius "
         title += f"norm, and {abs(change):.0f} % {'below' if change < 0 else 'above'} it for the "
         title += "head that it was trained for"
     else:
-        top.set_title(f"a dot is a {split} image; of one method they are spread in height")
+        top.set_title("a dot is a test image; of one method they are spread in height")
         shown = [name for name in ("random_sketch", "randomized_svd") if name in means]
         others = [f"{METHODS[name][0]} {means[name]}" for name in shown]
         title = f"At rank {rank} the network's error is {found} above the SVD's"
@@ -138,13 +138,11 @@ def both_norms(path: str | Path, ranks: dict[str, dict], task: dict, footer: str
         bottom.fill_between(x, low, high, color=colour, alpha=0.1, lw=0)
     top.set_ylabel("rel_error ‖X − A·B‖ / ‖X‖")
     top.set_title("Frobenius norm: no matrix of this rank is nearer than the SVD's")
-    bottom.set(xscale="log", xlim=(x[0] / 1.12, x[-1] * 1.12), xlabel="rank r (log scale)")
     bottom.set_ylabel(f"task error: relative error\nof the {task['output']}")
     bottom.set_title(f"the head {task['head']}; bands: approximate 95 % intervals")
     for ax in (top, bottom):
         log_scale(ax)
-    bottom.set_xticks(x, [str(r) for r in x])
-    bottom.xaxis.set_minor_locator(NullLocator())
+    rank_axis(bottom, x)
     gains = [task["ranks"][str(r)]["network"]["gain_pct"]["mean"] for r in x]
     of_rank = [ranks[str(r)] for r in x]
     error = {n: column([e[n]["rel_error"] for e in of_rank], "mean") for n in ("network", "svd")}
@@ -189,8 +187,8 @@ def rank_sweep(
             ends[ax].append((mean[-1], label, colour))
     stored = (num_tokens + feature_dim) / (num_tokens * feature_dim)  # of A and B, per rank
     top.set_ylabel("rel_error ‖X − A·B‖ / ‖X‖")
-    bottom.set(xscale="log", xlim=(x[0] / 1.12, x[-1] * 1.12), xlabel="rank r (log scale)")
     bottom.set_ylabel(f"error above the optimum (%)\n{ROUNDING} and less is rounding")
+    rank_axis(bottom, x)
     for ax in (top, bottom):
         log_scale(ax)
     if x[0] < 1 / stored < x[-1]:  # beyond it the factors take more room than X
@@ -202,9 +200,7 @@ def rank_sweep(
     above = top.secondary_xaxis("top")
     above.set_xticks(x, [f"{100 * r * stored:.3g} %" for r in x])
     above.set_xlabel("numbers stored in A and B, r (T + D), of the T·D in X")
-    bottom.set_xticks(x, [str(r) for r in x])
-    for axis in (bottom.xaxis, above.xaxis):
-        axis.set_minor_locator(NullLocator())
+    above.xaxis.set_minor_locator(NullLocator())
     excess = column([ranks[str(r)]["network"]["excess_pct"] for r in x], "mean")
     if np.isnan(excess).all():
         note_undefined(bottom)

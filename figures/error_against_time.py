@@ -14,6 +14,7 @@ from figures.style import (
     METHODS,
     ROUNDING,
     ROUNDING_PCT,
+    SAME_METHOD,
     STYLE,
     as_array,
     log_scale,
@@ -31,7 +32,6 @@ SKETCHES = {
     "ResMLP": ("trained ResMLP", METHODS["network"][1]),
     "MLP": ("trained MLP", "#999933"),
 }
-SAME_METHOD = {"svd_lowrank": "randomized_svd"}  # torch.svd_lowrank is the randomised SVD
 # where a label may stand, points from its dot: (right, up, horizontal alignment)
 PLACES = [(9, 0, "left"), (-9, 0, "right"), (0, 16, "center"), (0, -16, "center")] + [
     (side * 12, up * 16, "left" if side > 0 else "right")
@@ -102,8 +102,7 @@ def _excess(records: list[dict]) -> np.ndarray:
 
 
 def _style(record: dict) -> tuple[str, str]:
-    name = SAME_METHOD.get(record["method"], record["method"])
-    return METHODS[name]
+    return METHODS[SAME_METHOD.get(record["method"], record["method"])]
 
 
 def _label(record: dict) -> str:

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullLocator
 
 from figures.style import (
     BLACK,
@@ -26,6 +25,7 @@ from figures.style import (
     new_figure,
     note,
     percent,
+    rank_axis,
     rows_of_axes,
     save,
 )
@@ -70,11 +70,8 @@ def overview(path: str | Path, rows: list[dict], footer: str) -> None:
         note(ax, 0.01, 0.93, "line: the SVD", SVD, va="top")
         ax.set_title("for the head that it was trained for")
         ax.set_ylabel("task error against\nthe SVD's (%)")
-    last = below[-1] if below else top
-    ranks = sorted({int(rank) for row in rows for rank in row["ranks"]})
-    last.set(xscale="log", xlim=(ranks[0] / 1.15, ranks[-1] * 1.15), xlabel="rank r (log scale)")
-    last.set_xticks(ranks, [str(rank) for rank in ranks])
-    last.xaxis.set_minor_locator(NullLocator())
+    ranks = {int(rank) for row in rows for rank in row["ranks"]}
+    rank_axis(below[-1] if below else top, ranks)
     if not top.lines:
         note(top, 0.5, 0.5, "undefined: the optimum is below 1e-6", BLACK, ha="center")
     save(figure, path, _finding(rows), footer, ends)

@@ -38,6 +38,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "token_dropping": ("tokens dropped", "#888888"),
     "token_averaging": ("tokens averaged", "#444444"),
 }
+SAME_METHOD = {"svd_lowrank": "randomized_svd"}  # torch.svd_lowrank is the randomised SVD
 NETWORK, SVD = METHODS["network"][1], METHODS["svd"][1]
 BLACK, GREY = "#222222", "#777777"
 ROUNDING_PCT = 1e-5  # float32 puts the SVD itself this far from its optimum: less says nothing
@@ -198,6 +199,14 @@ def log_scale(ax: Axes, which: str = "y") -> None:
     axis.set_major_locator(MaxNLocator(5) if decades < 0.7 else LogLocator(subs=subs, numticks=7))
     axis.set_major_formatter(FuncFormatter(tick_label))
     axis.set_minor_locator(NullLocator())
+
+
+def rank_axis(ax: Axes, ranks: Iterable[int]) -> None:
+    """A logarithmic axis of ranks, with a tick at each of them."""
+    ranks = sorted(ranks)
+    ax.set(xscale="log", xlim=(ranks[0] / 1.12, ranks[-1] * 1.12), xlabel="rank r (log scale)")
+    ax.set_xticks(ranks, [str(rank) for rank in ranks])
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def common_limits(*maps: np.ndarray, symmetric: bool = False) -> tuple[float, float]:

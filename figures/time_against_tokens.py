@@ -6,9 +6,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from figures.style import METHODS, STYLE, curve, log_scale, new_figure, save
-
-NAMES = {"svd_lowrank": "randomized_svd"}  # as figures call it
+from figures.style import METHODS, SAME_METHOD, STYLE, curve, log_scale, new_figure, save
 
 
 @rc_context(STYLE)
@@ -31,7 +29,7 @@ def growth(
             of.sort(key=lambda r: r["tokens"])
             if not of:
                 continue
-            label, colour = METHODS[NAMES.get(name, name)]
+            label, colour = METHODS[SAME_METHOD.get(name, name)]
             ms = [r["ms_median"] for r in of]
             curve(ax, [r["tokens"] for r in of], ms, colour)
             power = powers.get((rank, name))

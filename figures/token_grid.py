@@ -21,7 +21,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 from PIL.Image import Image
 
-from common.boxes import tokens_in_box
+from common.boxes import Box, tokens_in_box
+from common.grids import Grid
 from figures.style import (
     BLACK,
     METHODS,
@@ -38,8 +39,6 @@ from figures.style import (
     tick_label,
 )
 
-Box = tuple[float, float, float, float] | None
-Grid = tuple[int, int]
 CHANNELS_A_ROW = 5
 CHANNEL_ROWS = [("X", BLACK), METHODS["network"], ("network − X", NETWORK), ("SVD − X", SVD)]
 
@@ -70,7 +69,7 @@ def _colour_bar(figure: Figure, image, axes, label: str, bins: int = 5, **style)
     bar.outline.set_visible(False)
 
 
-def _photograph(ax: Axes, photo: Image | None, box: Box, grid: Grid, **style) -> None:
+def _photograph(ax: Axes, photo: Image | None, box: Box | None, grid: Grid, **style) -> None:
     """The photograph in the grid's units, and its box; where there is none, words say so."""
     if photo is None:
         ax.set_axis_off()
@@ -84,7 +83,7 @@ def _photograph(ax: Axes, photo: Image | None, box: Box, grid: Grid, **style) ->
     _draw_box(ax, box, grid)
 
 
-def _caption(box: Box) -> str:
+def _caption(box: Box | None) -> str:
     return "photograph" if box is None else "photograph and box of its text"
 
 
@@ -93,7 +92,7 @@ def _axis_names(grid: Grid) -> tuple[str, str]:
     return ("token", "") if grid[0] == 1 else ("token column", "token row")
 
 
-def _draw_box(ax: Axes, box: Box, grid: Grid) -> None:
+def _draw_box(ax: Axes, box: Box | None, grid: Grid) -> None:
     if box is not None:
         (x, y, w, h), (rows, columns) = box, grid
         outline = [withStroke(linewidth=3.6, foreground="black")]
@@ -130,7 +129,7 @@ def error_heatmap(
 def channel_comparison(
     path: str | Path,
     photo: Image | None,
-    box: Box,
+    box: Box | None,
     maps: dict[str, ArrayLike],
     channels: dict[int, str],
     grid: Grid,
@@ -172,7 +171,7 @@ def channel_comparison(
 def spatial_error(
     path: str | Path,
     photo: Image | None,
-    box: Box,
+    box: Box | None,
     token_error: dict[str, ArrayLike],
     grid: Grid,
     info: dict[str, str],
@@ -214,7 +213,7 @@ def spatial_error(
 def rank_comparison(
     path: str | Path,
     photo: Image | None,
-    box: Box,
+    box: Box | None,
     maps: dict[str, list[ArrayLike]],
     rel_error: dict[str, list[float]],
     ranks: list[int],
@@ -266,7 +265,7 @@ def _colour_map(ax: Axes, values: np.ndarray, scale: tuple, grid: Grid) -> None:
     ax.grid(False)
 
 
-def _inside_outside(ax: Axes, errors: dict[str, np.ndarray], box: Box, grid: Grid) -> None:
+def _inside_outside(ax: Axes, errors: dict[str, np.ndarray], box: Box | None, grid: Grid) -> None:
     """Mean and 10–90 % of the tokens' errors, in the box and outside it."""
     inside = tokens_in_box(box, grid).numpy()
     parts = {"in the box": inside, "outside" if box else "all": ~inside}

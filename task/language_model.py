@@ -76,10 +76,10 @@ class QwenAnswerHead(TaskHead):
 
     def outputs(self, tokens: Tensor, rows: Tensor) -> Tensor:
         found = []
-        for image, row in zip(tokens, rows.tolist(), strict=True):
-            prompt, wanted = self._ids(self.prompt(row)), self._wanted(row)
+        for image, row in zip(tokens, rows.split(1), strict=True):
+            prompt, wanted = self._ids(self.prompt(int(row))), self._wanted(int(row))
             # the logits at one position are those of the next token
-            inputs = self._inputs(torch.cat([prompt, wanted[:-1]]), image, row)
+            inputs = self._inputs([torch.cat([prompt, wanted[:-1]])], image[None], row)
             found.append(self.model(**inputs, logits_to_keep=len(wanted)).logits[0].float())
         longest = max(map(len, found))
         return torch.stack([F.pad(logits, (0, 0, 0, longest - len(logits))) for logits in found])
@@ -118,7 +118,7 @@ class QwenAnswerHead(TaskHead):
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
         )
         prompts = [self._ids(self.prompt(row, request)) for row in rows.tolist()]
-        inputs = self._padded_inputs(prompts, tokens, rows, padding=end)
+        inputs = self._inputs(prompts, tokens, rows, padding=end)
         ids = self.model.generate(**inputs, generation_config=greedy)
         new = ids[:, inputs["input_ids"].shape[1] :]
         answers = self.tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -173,35 +173,24 @@ class QwenAnswerHead(TaskHead):
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, device=self.device)
 
-    def _grid_thw(self, rows: list[int]) -> Tensor:
-        """Frames, and patches down and across, of the rows' images: [b, 3] int64."""
-        grids = [self.dataset.grids[row] for row in rows]
-        patches = [[1, down * self.merge, across * self.merge] for down, across in grids]
-        return torch.tensor(patches, device=self.device)
-
-    def _padded_inputs(
-        self, prompts: list[Tensor], images: Tensor, rows: Tensor, padding: int
+    def _inputs(
+        self, prompts: list[Tensor], images: Tensor, rows: Tensor, padding: int = 0
     ) -> dict:
-        """`_inputs` of several prompts, padded on the left: the next word of each comes last."""
+        """Of several prompts, padded on the left: the next word of each comes last."""
         ids = pad_sequence(prompts, True, padding, "left")  # [b, L]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         places = torch.arange(ids.shape[1], device=self.device)
+        grids = [self.dataset.grids[row] for row in rows.tolist()]
+        # frames, and patches down and across
+        patches = [[1, down * self.merge, across * self.merge] for down, across in grids]
         return {
             "input_ids": ids,
             "attention_mask": (places >= ids.shape[1] - lengths[:, None]).long(),
             "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
-            "image_grid_thw": self._grid_thw(rows.tolist()),
+            "image_grid_thw": torch.tensor(patches, device=self.device),
             "mm_encoder_outputs": {
                 "image": BaseModelOutputWithPooling(pooler_output=tuple(images))
             },
-        }
-
-    def _inputs(self, ids: Tensor, image: Tensor, row: int) -> dict:
-        return {
-            "input_ids": ids[None],
-            "mm_token_type_ids": (ids == self.model.config.image_token_id).int()[None],
-            "image_grid_thw": self._grid_thw([row]),
-            "mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=(image,))},
         }
 
 

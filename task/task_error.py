@@ -37,7 +37,7 @@ def task_errors(
     """
     parts: dict[int, dict[str, list[Tensor]]] = {r: {n: [] for n in methods} for r in ranks}
     for batch in batches:
-        full = head.of_batch(batch)
+        full = head.of_full(batch)
         for rank, found in parts.items():
             for name, factorise in methods.items():
                 a, b = factorise(batch, rank)

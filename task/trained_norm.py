@@ -184,9 +184,7 @@ def task_loss(model: TaskFactorModel, head: TaskHead, batch: Batch, step: int) -
     """
     ranks = trained_ranks(model)
     x_hat = model.exact_product(batch.x, ranks[step % len(ranks)])
-    with torch.no_grad():
-        full = head.of_batch(batch)
-    loss = head.loss(head.of_batch(batch, x_hat), full)
+    loss = head.loss(head.of_batch(batch, x_hat), head.of_full(batch))
     return _log_loss(loss).mean() / 2
 
 
@@ -206,7 +204,7 @@ def task_record(
     """
     parts: dict[str, list[Tensor]] = {"error": [], "log_loss": []}  # [b, ranks] each
     for batch in batches:
-        full = head.of_batch(batch)
+        full = head.of_full(batch)
         factors = [model(batch.x, rank, grid=batch.grid) for rank in trained_ranks(model)]
         outputs = [head.of_batch(batch, a @ b) for a, b in factors]
         parts["error"].append(torch.stack([head.error(y, full) for y in outputs], -1).cpu())

@@ -50,7 +50,7 @@ def test_an_interrupted_ablation_goes_on_with_what_is_missing(ablate, tmp_path):
     assert ablate(*few).returncode == 0
     assert json.loads(path.read_text())["runs"] == whole
     done = ablate(*few, "--lr", "0.5")
-    assert done.returncode == 2 and "'lr': 0.5" in done.stderr
+    assert done.returncode == 2 and "lr = 0.001, now it is 0.5" in done.stderr
     assert json.loads(path.read_text())["runs"] == whole
 
 

@@ -424,7 +424,7 @@ def test_the_command_writes_bytes_of_every_method_that_the_cache_allows(
     kept = len(partial.read_text().splitlines()) - 1
     assert kept > 5
     with partial.open("a") as file:
-        file.write('["factors_int8", 8, 0, {"byt')  # killed in the middle of a line
+        file.write('{"stage": "factors_int8", "row": 8, "val')  # killed in the middle of a line
     done = script("experiments.compare_bytes", *flags)
     assert done.returncode == 0, done.stderr
     assert f"{kept} points are already there" in done.stdout and not partial.exists()

@@ -425,6 +425,6 @@ def test_only_the_encoders_and_the_language_model_import_transformers():
     assert sorted(importers) == [
         "checkpoints.py",
         "demo_backbone.py",
-        "gpu_qwen.py",
+        "gpu_tower.py",
         "language_model.py",
     ]

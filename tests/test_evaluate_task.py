@@ -213,6 +213,16 @@ def test_what_is_kept_is_what_was_measured_to_the_last_bit(metric, dataset, sali
         assert torch.equal(values.nan_to_num(), expected.nan_to_num()), name
 
 
+def test_what_was_kept_of_other_things_is_refused_or_begun_anew(tmp_path):
+    path = tmp_path / "folder" / "partial.jsonl"
+    PartialResults(path, {"images": 3}).add("test", {0: {"error": 1.0}})
+    with pytest.raises(UserError, match="begun with images = 3, now it is 4"):
+        PartialResults(path, {"images": 4})
+    assert PartialResults(path, {"images": 3}, anew=True).records == {("test", 0): {"error": 1.0}}
+    for _ in range(2):
+        assert PartialResults(path, {"images": 4}, anew=True).records == {}
+
+
 def test_a_damaged_partial_file_is_refused_in_one_line(evaluate, tmp_path):
     path = tmp_path / "ResMLP" / "task_sweep.partial.jsonl"
     path.parent.mkdir()

@@ -135,7 +135,9 @@ def test_the_greedy_answer_is_the_argmax_of_one_forward_after_another(qwen_head,
     ids, end = qwen_head._ids(qwen_head.prompt(row)), qwen_head._ids("<|im_end|>")
     new = []
     for _ in range(4):
-        logits = qwen_head.model(**qwen_head._inputs(ids, tokens[0], row)).logits[0, -1]
+        logits = qwen_head.model(
+            **qwen_head._inputs([ids], tokens[:1], torch.tensor([row]))
+        ).logits[0, -1]
         ids = torch.cat([ids, logits.argmax()[None]])
         new.append(int(ids[-1]))
         if new[-1] == end:

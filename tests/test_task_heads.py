@@ -76,6 +76,29 @@ def test_a_head_agrees_with_itself_and_its_error_is_relative(saliency, dataset):
     assert saliency.agreement(-y, y).max() == 0
 
 
+def test_a_head_reads_full_tokens_once_and_gives_the_same_in_another_order(
+    dataset, test_batch, monkeypatch
+):
+    head = load_head("saliency", dataset, device="cpu")
+    read, outputs = [], head.outputs
+    monkeypatch.setattr(head, "outputs", lambda x, rows: read.append(len(x)) or outputs(x, rows))
+    with torch.inference_mode():  # as validation calls it first
+        first = head.of_full(test_batch)
+    order = torch.randperm(len(test_batch.rows))
+    shuffled = test_batch._replace(rows=test_batch.rows[order], x=test_batch.x[order] + 1)
+    assert torch.equal(head.of_full(shuffled), first[order])
+    assert read == [len(test_batch.rows)]
+    # its output can stand in a loss with a gradient, though it was made without one
+    x = test_batch.x.clone().requires_grad_()
+    head.loss(head.of_batch(test_batch, 0.9 * x), head.of_full(test_batch)).sum().backward()
+    assert x.grad.abs().max() > 0
+    # what does not fit is computed anew each time
+    monkeypatch.setattr(heads, "FULL_KEPT", 0)
+    del head._kept
+    assert torch.equal(head.of_full(test_batch), head.of_full(test_batch))
+    assert len(read) == 4
+
+
 def test_the_saliency_head_refuses_tokens_of_another_encoder(cache_copy):
     path = cache_copy / "manifest.json"
     manifest = json.loads(path.read_text())
