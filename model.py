@@ -192,7 +192,8 @@ class LowRankFactorModel(nn.Module):
         self.dropout, self.precision = dropout, precision
         self.row_net = self.make_branch(len(self.seen), self.sketch_columns())
         self.col_net = self.make_branch(num_tokens, self.sketch_columns())
-        self._resized: tuple[list, dict[str, Tensor]] = ([], {})  # of the grid that was last
+        # branch → its tables of the grid that was last, and what they were made from
+        self._resized: dict[nn.Module, tuple[list, dict[str, Tensor]]] = {}
         self.row_gain = nn.Parameter(torch.tensor(ROW_GAIN))
         # sigmoid keeps a shift in (0, 1)
         self.shift_logits = nn.Parameter(subspace.start_shifts(self.refine_steps).logit().float())
@@ -270,7 +271,7 @@ class LowRankFactorModel(nn.Module):
                 f"tokens of {grid[0]} × {grid[1]} positions and {self.input_dim} features are "
                 f"expected, not {x.shape[-2]} × {x.shape[-1]}: name their grid"
             )
-        seen, tables = x[..., self.seen], self.resized(grid) if grid != self.grid else {}
+        seen, tables = x[..., self.seen], self.tables_on(grid, self.col_net)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             from_rows = self.row_net(seen, columns)
             from_columns = functional_call(self.col_net, tables, (seen.mT, columns))
@@ -283,28 +284,31 @@ class LowRankFactorModel(nn.Module):
         own = torch.zeros_like(straight).index_copy(-2, self.seen, from_columns.to(straight.dtype))
         return from_rows, subspace.add_sketches(straight, own, 0.1)[0]
 
-    def resized(self, grid: Grid) -> dict[str, Tensor]:
-        """col_net's tensors over positions on `grid`, kept until a weight or the grid changes."""
+    def tables_on(self, grid: Grid, branch: nn.Module, detail: bool = True) -> dict[str, Tensor]:
+        """The tensors over positions of col_net, or of a branch like it, on `grid`: none on the
+        model's own; kept until a weight or the grid changes. detail: a sketch's, `add_detail`."""
+        if grid == self.grid:
+            return {}
         if not self.way.any_grid:
             raise UserError(
                 f"direct factors are tied to the grid they were trained on, {self.grid[0]} × "
                 f"{self.grid[1]}, not {grid[0]} × {grid[1]}: train with --factors projected"
             )
-        own = dict(self.col_net.named_parameters())
+        own = dict(branch.named_parameters())
         key = [grid, *((p.device, p.dtype, p.is_inference() or p._version) for p in own.values())]
-        if torch.is_grad_enabled() or self._resized[0] != key:
+        if torch.is_grad_enabled() or self._resized.get(branch, ([],))[0] != key:
             share = self.num_tokens / math.prod(grid)  # T₀/T
             read, held = self.over_positions()
             found = {n: subspace.resize_positions(own[n], self.grid, grid, 0) for n in held}
             for name in read:
                 table = subspace.resize_positions(own[name], self.grid, grid, 1)
-                if name == "skip.weight":
+                if detail and name == "skip.weight":
                     table = subspace.add_detail(table, max(0.0, 1 - share))
                 found[name] = share * table
             if torch.is_grad_enabled():
                 return found
-            self._resized = key, found
-        return self._resized[1]
+            self._resized[branch] = key, found
+        return self._resized[branch][1]
 
     def see_features(self, seen: Tensor) -> None:
         """Let the branches of projected factors look at these features [n] int64 instead of evenly

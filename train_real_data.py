@@ -36,7 +36,7 @@ from qwenvl_dataloader import (
     create_data_loaders_real,
 )
 from svd_baseline import evaluate_batches, optimum, percent_text, summarise
-from task.trained_norm import in_own_norm, task_loss, task_record
+from task.trained_norm import NORM_NETS, in_own_norm, task_loss, task_record
 from training.checkpoint import save_checkpoint
 from training.final_results import test_and_draw
 from training.run_log import RunLog, epoch_line, print_header, report, task_words
@@ -99,6 +99,10 @@ def get_args_parser() -> cli.Parser:
     task("--metric")(
         "of experiments.estimate_metric: X is factored in it; with --task_head the start of the "
         "learned norm, which is else the plain one"
+    )
+    task("--norm_net", NORM_NETS, "branches")(
+        "what learns the norm: two more branches of --arch, for each token's weight and each "
+        "feature's gain in its image, or a small network that weighs tokens alone"
     )
     task("--head_model")
     alloc = parser.flags("rank allocator (AdaLoRA)")
@@ -331,8 +335,9 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--{unused[0]} does nothing without --use_rank_allocator: type both")
     if not args.resume:
         cli.check_head_model(args.head_model, args.task_head)
-    if "lambda_task" in args.typed and not (args.task_head or args.resume):
-        raise UserError("--lambda_task does nothing without --task_head: type both")
+    for name in ("lambda_task", "norm_net"):
+        if name in args.typed and not (args.task_head or args.resume):
+            raise UserError(f"--{name} does nothing without --task_head: type both")
     if "seen_features" in args.typed and args.factors == "direct":
         raise UserError("--factors direct sees all features: omit --seen_features")
     folder = Path(args.results_dir) / args.arch

@@ -1,9 +1,10 @@
 """A network trained for a task: it learns in which norm X is to be factored, through the head.
 
 The core is any `LowRankFactorModel` with projected factors; it factors Z = diag(w) X S instead of
-X. S [D, D] starts as the task's metric (M^½ up to a rotation) and w as ones; both are learned: w
-from the tokens, so that the norm is the image's own. Then A = diag(1/w) U and B = Uᵀ diag(w) X, the
-exact coefficients in that norm; S needs no inverse. A·B is of rank ≤ r, in token space.
+X. S [D, D] starts as the task's metric (M^½ up to a rotation) and w as ones; both are learned, by
+branches of the core's architecture, so that the norm is the image's own. Then A = diag(1/w) U and
+B = Uᵀ diag(w) X, the exact coefficients in that norm; S needs no inverse. A·B is of rank ≤ r, in
+token space.
 
 Legend: b images, T tokens, D features, r rank.
 """
@@ -16,13 +17,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from common import processes
 from common.errors import UserError
 from common.grids import Grid
 from model import LossTerms, LowRankFactorModel, get_model_by_name
 from qwenvl_dataloader import Batch
-from subspace import refine
+from subspace import NORM_FLOOR, refine
 from svd_baseline import exact_singular_values
 from task.metric import TaskMetric
 
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from task.heads import TaskHead
 
 TRAINED_RANKS = (4, 8, 16, 32)  # of the task's loss, one a step in turn
-LEADING = 128  # directions of the metric that the token weights are made from
+LEADING = 128  # directions of the metric that `TokenWeighting` looks at
 GAP_FLOOR = 1e-3  # relative to the smallest kept eigenvalue: nearer ones count as this far apart
 
 
@@ -65,54 +67,112 @@ def leading_projector(gram: Tensor, rank: int) -> Tensor:
     return _LeadingProjector.apply(gram, rank)
 
 
-class TaskWeighting(nn.Module):
-    """x [b, T, D] → Z = diag(w) X S [b, T, D], and w [b, T, 1] > 0. Starts as the metric itself."""
+Tables = dict[str, Tensor]  # a branch's tensors over positions: `LowRankFactorModel.tables_on`
+NORM_NETS = ("branches", "tokens")
 
-    def __init__(self, feature_dim: int, hidden_dim: int = 64, columns: int = 32) -> None:
+
+class TaskWeighting(nn.Module):
+    """x [b, T, D] → Z = diag(w) X S [b, T, D], and w [b, T, 1] > 0: each image's own norm.
+
+    Two branches of the core's architecture look at X from its two sides: token_net at each token,
+    for its weight w, and gain_net at each feature's column [T], for the gain of that feature in
+    this image. Gains and a mix of 32 columns of S are of all images. It starts as the metric
+    itself, or the plain norm, with w and all gains 1.
+    """
+
+    gain_net: nn.Module | None
+
+    def __init__(self, core: LowRankFactorModel, columns: int = 32) -> None:
         super().__init__()
-        leading = min(LEADING, feature_dim)
-        self.register_buffer("basis", torch.eye(feature_dim))  # V, eigenvectors of M
-        self.register_buffer("root", torch.ones(feature_dim))  # square roots of its eigenvalues
-        self.token_net = nn.Sequential(
-            nn.Linear(2 * leading, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, 1)
-        )
-        nn.init.zeros_(self.token_net[-1].weight)
-        nn.init.zeros_(self.token_net[-1].bias)
-        self.log_gain = nn.Parameter(torch.zeros(feature_dim))
-        self.mix_in = nn.Parameter(torch.randn(feature_dim, columns) / math.sqrt(feature_dim))
-        self.mix_out = nn.Parameter(torch.zeros(columns, feature_dim))
+        features = core.input_dim
+        self.register_buffer("basis", torch.eye(features))  # V, eigenvectors of M
+        self.register_buffer("root", torch.ones(features))  # square roots of its eigenvalues
+        self.make_branches(core)
+        self.log_gain = nn.Parameter(torch.zeros(features))
+        self.mix_in = nn.Parameter(torch.randn(features, columns) / math.sqrt(features))
+        self.mix_out = nn.Parameter(torch.zeros(columns, features))
+
+    def make_branches(self, core: LowRankFactorModel) -> None:
+        self.register_buffer("seen", core.seen.clone())  # by token_net, of the rotated features
+        self.token_net = core.make_branch(2 * len(self.seen), 1)
+        self.gain_net = core.make_branch(core.num_tokens, 1)
+        for branch in (self.token_net, self.gain_net):
+            branch.scale_(0.0)
 
     def start_from(self, metric: TaskMetric) -> None:
-        """Make M's eigenvectors and eigenvalues the start of S."""
+        """Make M's eigenvectors and eigenvalues the start of S; its leading directions are seen."""
         values, vectors = torch.linalg.eigh(metric.matrix)
         self.basis.copy_(vectors.flip(-1))
         self.root.copy_(values.flip(-1).sqrt())
+        self.seen.copy_(torch.arange(len(self.seen)))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def shared(self) -> list[nn.Parameter]:
+        """What is of all images: it moves by factors, as a shift does."""
+        return [self.log_gain, self.mix_in, self.mix_out]
+
+    def forward(self, x: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
+        """tables: those of gain_net on the grid of x, none on its own."""
         rotated = x @ self.basis  # [b, T, D]
-        leading = rotated[..., : self.token_net[0].in_features // 2]
+        leading = rotated[..., self.seen]
         # a token's weight depends on itself and on how it stands out from its image
-        seen = torch.cat([leading, leading - leading.mean(-2, keepdim=True)], dim=-1)
-        w = self.token_net(seen).clamp(-3, 3).exp()  # [b, T, 1]
-        z = rotated * (self.root * self.log_gain.exp())
+        both = torch.cat([leading, leading - leading.mean(-2, keepdim=True)], dim=-1)
+        w = self.token_weight(both).clamp(-3, 3).exp()  # [b, T, 1]
+        gain = self.log_gain
+        if self.gain_net is not None:
+            gain = gain + self.gain_of_image(rotated, tables).clamp(-3, 3)
+        z = rotated * (self.root * gain.exp())
         return w * (z + z @ self.mix_in @ self.mix_out), w
+
+    def token_weight(self, both: Tensor) -> Tensor:
+        return self.token_net(both, 1)
+
+    def gain_of_image(self, rotated: Tensor, tables: Tables) -> Tensor:
+        """Logarithms [b, 1, D], from each feature's map over the image at a mean square of 1."""
+        size = rotated.square().mean(-2, keepdim=True).sqrt().clamp_min(NORM_FLOOR)
+        maps = (rotated / size).mT  # [b, D, T]
+        return functional_call(self.gain_net, tables, (maps, 1)).mT
+
+
+class TokenWeighting(TaskWeighting):
+    """The norm of runs before `TaskWeighting` had branches: one small network weighs tokens, what
+    the architecture is has no part in it, and gains are of all images."""
+
+    gain_net = None
+
+    def make_branches(self, core: LowRankFactorModel, hidden_dim: int = 64) -> None:
+        leading = torch.arange(min(LEADING, core.input_dim))
+        self.register_buffer("seen", leading, persistent=False)
+        self.token_net = nn.Sequential(
+            nn.Linear(2 * len(leading), hidden_dim), nn.GELU(), nn.Linear(hidden_dim, 1)
+        )
+        nn.init.zeros_(self.token_net[-1].weight)
+        nn.init.zeros_(self.token_net[-1].bias)
+
+    def shared(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+    def token_weight(self, both: Tensor) -> Tensor:
+        return self.token_net(both)
 
 
 class TaskFactorModel(nn.Module):
     """A `LowRankFactorModel` in a learned norm; same calls, same attributes.
 
     Args: core: with projected factors; task: {"head", "head_sha256", "metric_sha256"} of what it
-    is trained for, kept in the checkpoint; metric_sha256 is None where it began at the plain norm.
+    is trained for, kept in the checkpoint; metric_sha256 is None where it began at the plain norm;
+    norm_net: one of NORM_NETS, branches of the core's architecture or one small network.
     """
 
-    def __init__(self, core: LowRankFactorModel, task: dict[str, str | None]) -> None:
+    def __init__(
+        self, core: LowRankFactorModel, task: dict[str, str | None], norm_net: str = "branches"
+    ) -> None:
         super().__init__()
         if core.factors != "projected":
             raise UserError(
                 "--task_head and --metric need --factors projected: omit --factors direct"
             )
-        self.core, self.task = core, task
-        self.weighting = TaskWeighting(core.input_dim)
+        self.core, self.task, self.norm_net = core, task, norm_net
+        self.weighting = (TaskWeighting if norm_net == "branches" else TokenWeighting)(core)
 
     def __getattr__(self, name: str):
         # what a script asks of a model (rank, shifts, sketch_columns …) is the core's
@@ -128,7 +188,20 @@ class TaskFactorModel(nn.Module):
 
     @property
     def config(self) -> dict:
-        return self.core.config | {"task": self.task}
+        return self.core.config | {"task": self.task, "norm_net": self.norm_net}
+
+    def in_norm(self, x: Tensor, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
+        """Z = diag(w) X S [b, T, D] of x on `grid`, by default the model's own, and w [b, T, 1]."""
+        branch, grid = self.weighting.gain_net, tuple(grid or self.core.grid)
+        tables = {} if branch is None else self.core.tables_on(grid, branch, detail=False)
+        return self.weighting(x, tables)
+
+    def see_features(self, seen: Tensor) -> None:
+        """`LowRankFactorModel.see_features`; token_net looks at them too, where the norm began
+        plain: of a metric it looks at the leading directions."""
+        self.core.see_features(seen)
+        if self.norm_net == "branches" and self.task["metric_sha256"] is None:
+            self.weighting.seen.copy_(seen)
 
     def forward(
         self, x: Tensor, rank: int | None = None, *, ordered: bool = True, grid: Grid | None = None
@@ -136,7 +209,7 @@ class TaskFactorModel(nn.Module):
         """A [b, T, r'], B [b, r', D] of x [b, T, D], as `LowRankFactorModel.forward`."""
         core = self.core
         cut = core.rank_at(x, rank)
-        z, w = self.weighting(x)
+        z, w = self.in_norm(x, grid)
         sketch = core.sketch(z, core.sketch_columns(cut), grid)[0]
         u = refine(sketch, z, core.shifts, cut, ordered=True).u.to(x.dtype)
         b = u.mT @ (w * x) / (1 + core.lambda_B)  # [b, r', D]
@@ -145,12 +218,12 @@ class TaskFactorModel(nn.Module):
 
     def loss_terms(self, x: Tensor, singular_values: Tensor, grid: Grid | None = None) -> LossTerms:
         """The core's terms on Z: the sketch learns to reach Z's subspace, and not to change Z."""
-        z = self.weighting(x)[0].detach()
+        z = self.in_norm(x, grid)[0].detach()
         return self.core.loss_terms(z, exact_singular_values(z.nan_to_num()), grid)
 
-    def exact_product(self, x: Tensor, rank: int) -> Tensor:
+    def exact_product(self, x: Tensor, rank: int, grid: Grid | None = None) -> Tensor:
         """A·B [b, T, D] as a perfect sketch would give it, with the gradient by w and S."""
-        z, w = self.weighting(x)
+        z, w = self.in_norm(x, grid)
         z = z.double()
         projector = leading_projector(z @ z.mT, rank).to(x.dtype)
         return projector @ (w * x) / w
@@ -170,7 +243,7 @@ def in_own_norm(
 
     def mapped() -> Iterator[Batch]:
         for batch in batches:
-            z = model.weighting(batch.x)[0]
+            z = model.in_norm(batch.x, batch.grid)[0]
             yield batch._replace(x=z, singular_values=exact_singular_values(z.nan_to_num()))
 
     return model.core, mapped()
@@ -183,7 +256,7 @@ def task_loss(model: TaskFactorModel, head: TaskHead, batch: Batch, step: int) -
     optimum. The rank is that of TRAINED_RANKS whose turn it is.
     """
     ranks = trained_ranks(model)
-    x_hat = model.exact_product(batch.x, ranks[step % len(ranks)])
+    x_hat = model.exact_product(batch.x, ranks[step % len(ranks)], batch.grid)
     loss = head.loss(head.of_batch(batch, x_hat), head.of_full(batch))
     return _log_loss(loss).mean() / 2
 
@@ -225,5 +298,8 @@ def trained_ranks(model: TaskFactorModel) -> list[int]:
 
 def build_model(config: dict) -> LowRankFactorModel | TaskFactorModel:
     """The model that a checkpoint's `config` describes."""
-    core = get_model_by_name(**{k: v for k, v in config.items() if k != "task"})
-    return TaskFactorModel(core, config["task"]) if "task" in config else core
+    own = {"task", "norm_net"}
+    core = get_model_by_name(**{k: v for k, v in config.items() if k not in own})
+    if "task" not in config:
+        return core
+    return TaskFactorModel(core, config["task"], config.get("norm_net", "tokens"))

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from coding.factor_files import damaged_files, load_factors, read_factors
 from coding.vision_tokens import VisionTokens
 from qwenvl_dataloader import RealQwenVLDataset, normalise
+from task.trained_norm import build_model
 from training.checkpoint import load_model
 
 FOLDER = Path(__file__).resolve().parent / "data" / "last_version"
@@ -56,6 +58,18 @@ def test_a_checkpoint_of_the_last_version_gives_the_same_product(expected):
     with torch.inference_mode():
         a, b = model(normalise(expected["features"])[0], 3)
     assert torch.allclose(a @ b, expected["model_at_rank_3"], atol=1e-4)
+
+
+def test_a_task_network_whose_norm_had_no_branches_gives_the_same_product(expected):
+    path = FOLDER / "task_network.safetensors"
+    state = load_file(path)
+    product = state.pop("A·B at rank 3")
+    with safe_open(path, framework="pt") as file:
+        model = build_model(json.loads(file.metadata()["config"]))
+    model.load_state_dict(state)
+    with torch.inference_mode():
+        a, b = model(normalise(expected["features"])[0], 3)
+    assert torch.allclose(a @ b, product, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FACTORS)

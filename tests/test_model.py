@@ -308,7 +308,7 @@ def test_the_tensors_that_are_resized_are_all_that_run_over_positions(arch):
     assert sorted(read + held) == sorted(own)
     assert all(own[n].shape[-1] == 24 for n in read) and all(own[n].shape[0] == 24 for n in held)
     with torch.no_grad():
-        shapes = {n: tuple(t.shape) for n, t in model.resized((3, 5)).items()}
+        shapes = {n: tuple(t.shape) for n, t in model.tables_on((3, 5), model.col_net).items()}
     swapped = {n: tuple(15 if s == 24 else s for s in p.shape) for n, p in own.items()}
     assert shapes == swapped
 
@@ -341,7 +341,7 @@ def test_what_reads_positions_gives_the_same_for_a_map_sampled_more_finely(arch)
             parameter.copy_(parameter[:1].expand_as(parameter))
         x = torch.arange(5.0)[:, None]
         coarse = model.col_net(x.expand(5, 24), 12)
-        tables = model.resized((3, 4))  # fewer positions: no noise is added
+        tables = model.tables_on((3, 4), model.col_net)  # fewer positions: no noise is added
         fine = torch.func.functional_call(model.col_net, tables, (x.expand(5, 12), 12))
     assert torch.allclose(fine, coarse, atol=1e-4)
 
@@ -383,8 +383,8 @@ def test_resized_tensors_are_kept_until_a_weight_changes():
     model, x = build(grid=GRID), smooth_tokens((5, 7))
     with torch.inference_mode():
         before = model.sketch(x, 8, (5, 7))[0]
-        kept = model.resized((5, 7))
-        assert model.resized((5, 7)) is kept
+        kept = model.tables_on((5, 7), model.col_net)
+        assert model.tables_on((5, 7), model.col_net) is kept
     with torch.no_grad():
         model.col_net.skip.weight.mul_(torch.linspace(1, 2, 24))
         assert not torch.equal(model.sketch(x, 8, (5, 7))[0], before)

@@ -11,12 +11,12 @@ import torch
 
 import train_real_data
 from common import cli
-from model import get_model_by_name
+from model import ARCHITECTURES, get_model_by_name
 from qwenvl_dataloader import create_data_loaders_real, denormalise
 from svd_baseline import truncated_svd
 from task import metric as task_metric
 from task.task_error import head_of_norm
-from task.trained_norm import TaskFactorModel, leading_projector
+from task.trained_norm import TaskFactorModel, leading_projector, task_loss
 from training.checkpoint import load_model
 from training.state import TrainState
 
@@ -38,9 +38,10 @@ def test_the_leading_projectors_gradient_is_that_of_finite_differences():
     assert zero.grad.isfinite().all()
 
 
-def test_an_untrained_task_network_is_the_svd_in_its_metric(metric, test_batch):
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_an_untrained_task_network_is_the_svd_in_its_metric(arch, metric, test_batch):
     core = get_model_by_name(
-        "ResMLP", input_dim=1536, num_tokens=16, rank=6, lambda_B=0.0, oversample=10
+        arch, input_dim=1536, num_tokens=16, rank=6, lambda_B=0.0, oversample=10
     )
     model = TaskFactorModel(core, {"head": "saliency"})
     model.weighting.start_from(metric)
@@ -51,6 +52,48 @@ def test_an_untrained_task_network_is_the_svd_in_its_metric(metric, test_batch):
             norm = expected.norm()
             assert (found - expected).norm() < 1e-4 * norm
             assert (model.exact_product(test_batch.x, rank) - expected).norm() < 1e-4 * norm
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_each_architectures_branches_learn_a_norm_of_each_image_on_any_grid(
+    arch, saliency, test_batch
+):
+    core = get_model_by_name(arch, input_dim=1536, num_tokens=16, rank=6, hidden_dim=16)
+    model = TaskFactorModel(core, {"head": "saliency", "metric_sha256": None})
+    branches = dict(model.weighting.named_children())
+    assert {type(branch) for branch in branches.values()} == {type(core.row_net)}
+    optimizer = torch.optim.Adam(model.weighting.parameters(), 1e-3)
+    for step in range(4):  # at first the last layers alone have a gradient: they begin at zero
+        optimizer.zero_grad()
+        task_loss(model, saliency, test_batch, step).backward()
+        optimizer.step()
+    for name, branch in branches.items():
+        assert all(p.grad.abs().max() > 0 for p in branch.parameters() if p.ndim == 2), name
+    x = test_batch.x
+    with torch.no_grad():
+        z, w = model.in_norm(x)
+        gains = (z / w).norm(dim=-2) / x.norm(dim=-2)
+        assert w.std(dim=1).min() > 0 and gains.std(dim=0).max() > 1e-6
+        # a quarter of the map, on its own grid, has about the gains of the whole
+        other = x.unflatten(1, (4, 4))[:, ::2, ::2].flatten(1, 2)
+        assert model.in_norm(other, (2, 2))[0].shape == (len(x), 4, 1536)
+        a, b = model(other, 3, grid=(2, 2))
+        assert a.shape == (len(x), 4, 3) and b.shape == (len(x), 3, 1536)
+
+
+def test_a_run_of_the_earlier_kind_of_norm_goes_on_as_it_was(tiny_cache, script, tmp_path):
+    flags = ["--task_head", "saliency", "--norm_net", "tokens", "--epochs", 1, "--oversample", 12]
+    results = trained(tmp_path, tiny_cache, *flags)
+    for name in ("best_model.pt", "last_model.pt"):
+        path = results / "ResMLP" / name
+        state = torch.load(path, weights_only=True)
+        del state["args"]["norm_net"], state["config"]["norm_net"]  # as it was written then
+        torch.save(state, path)
+    go_on = ["train_real_data.py", "--resume", "--epochs", 1, "--cache_dir", tiny_cache]
+    done = script(*go_on, "--results_dir", results)
+    assert done.returncode == 0, done.stderr
+    other = script(*go_on, "--results_dir", results, "--norm_net", "branches")
+    assert other.returncode == 2 and "--norm_net branches differs from the tokens" in other.stderr
 
 
 def test_a_task_networks_product_has_its_rank_whatever_the_weights(metric, test_batch):

@@ -154,8 +154,8 @@ def build_run(
     if args.task_head or args.metric:
         model, head = in_learned_norm(model, args, dataset, device)
     model = model.to(device)
-    # the learned norm moves by factors, as a shift does
-    quick = [model.shift_logits, *(model.weighting.parameters() if head else [])]
+    # what all images share of the learned norm moves by factors, as a shift does
+    quick = [model.shift_logits, *(model.weighting.shared() if head else [])]
     quick_ids = {id(p) for p in quick}
     named = [(n, p) for n, p in model.named_parameters() if id(p) not in quick_ids]
     # no decay for biases, norms and the gate: zero is no better a place for them
@@ -212,11 +212,11 @@ def in_learned_norm(
         )
     if metric is None:  # the plain norm, whose untrained network is the plain SVD
         task = {"head": head.name, "head_sha256": head.sha256, "metric_sha256": None}
-        return TaskFactorModel(core, task), head
+        return TaskFactorModel(core, task, args.norm_net), head
     if head:
         check_head(metric, head)
     task = {key: metric.info[key] for key in ("head", "head_sha256")}
-    model = TaskFactorModel(core, task | {"metric_sha256": metric.sha256})
+    model = TaskFactorModel(core, task | {"metric_sha256": metric.sha256}, args.norm_net)
     model.weighting.start_from(metric)
     model.weighting.requires_grad_(head is not None)
     return model, head
@@ -229,8 +229,9 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
         return build_run(args, dataset, device)
     path = folder / f"{args.resume}_model.pt"
     state = load_checkpoint(path, dataset)
+    earlier = {"norm_net": "tokens", **state["args"]}  # what there was before that was a flag
     # the model's own values where a flag was left to its default
-    before = {**state["args"], **state["config"]}
+    before = earlier | state["config"]
     for name in sorted(args.typed - FREE_ON_RESUME):
         if getattr(args, name) != before[name]:
             raise UserError(
@@ -242,7 +243,7 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
             f"--epochs {args.epochs}: --resume last goes on to the end of its run, which was begun "
             f"with {before['epochs']}: omit --epochs, or add epochs with --resume"
         )
-    kept = {k: v for k, v in state["args"].items() if k not in FREE_ON_RESUME}
+    kept = {k: v for k, v in earlier.items() if k not in FREE_ON_RESUME}
     typed_size = args.batch_size if "batch_size" in args.typed else None
     kept["batch_size"], note = batch_size_on_resume(state, path, typed_size)
     untyped = {"lr", "patience"} | ({"epochs"} if args.resume == "last" else set())
@@ -287,9 +288,11 @@ def start_from_data(run: TrainState, dataset: RealQwenVLDataset) -> None:
     if processes.is_main():
         size, seed = run.args.batch_size, run.args.seed
         loader = BatchLoader(dataset, dataset.split.train, size, run.sums.device, seed)
-        batches = (b.x for b in loader.with_progress("second moment"))
-        if isinstance(model, TaskFactorModel):  # whose sketch looks at the tokens in their norm
-            batches = (model.weighting(x)[0].detach() for x in batches)
+        learned = isinstance(model, TaskFactorModel)  # its sketch looks at tokens in their norm
+        batches = (
+            model.in_norm(batch.x, batch.grid)[0].detach() if learned else batch.x
+            for batch in loader.with_progress("second moment")
+        )
         seen = pivoted_features(second_moment(batches), len(model.seen))
     model.see_features(processes.from_main(seen))
 
