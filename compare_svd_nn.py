@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,8 +54,12 @@ from svd_baseline import (
 )
 from task.box_error import PARTS, box_report, part_errors, tokens_in_boxes
 from task.metric import TaskMetric, load_metric, metric_svd, network_in_metric
-from task.task_error import Factorise, head_of_norm, metric_at_hand, task_errors, task_report
+from task.task_error import Factorise, head_of_norm, metric_at_hand, task_report
 from training.checkpoint import Trained, evaluated_rank, open_trained, unseen_test
+
+if TYPE_CHECKING:
+    from task.heads import TaskHead
+    from task.trained_norm import TaskFactorModel
 
 STORED_AS = "bf16"  # factorize.py's default: its ranks for a target are those that are reported
 
@@ -104,8 +109,9 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
             print("note: the network was trained in this metric: network_in_metric is network")
     ranks = report_ranks(rank)
     groups = dataset.rows["group"].take(loaders.test.sampler.rows.tolist()).to_pylist()
-    in_task, task_of = error_in_task(trained, methods, metric, loaders, ranks, groups)
-    per_image = errors_at_ranks(methods, loaders.test.with_progress("every method"), ranks)
+    reader = head_and_its_methods(trained, methods, metric)
+    batches = loaders.test.with_progress("every method")
+    per_image, task_of = errors_at_ranks(methods, reader, batches, ranks)
     results = {
         "arch": state["config"]["arch"],
         "factors": model.factors,
@@ -129,7 +135,10 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     results["network_excess_pct_95"] = {
         str(r): interval_95(per_image[r]["network"]["excess_pct"], groups) for r in ranks
     }
-    results["task"] = in_task
+    results["task"] = in_task = None
+    if reader:
+        began = {"network_metric_sha256": model.norm["metric_sha256"]}  # None: at the plain norm
+        results["task"] = in_task = task_report(task_of, reader.head, reader.metric, groups) | began
     results["box"] = error_by_box(methods, loaders, rank)
     print_table(results)
     if in_task:
@@ -162,8 +171,8 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
     """The network and what it is held against, each a function of (batch, rank)."""
     axes = fit_pca(batch.x for batch in loaders.train.with_progress("PCA"))
     methods: dict[str, Factorise] = {
-        "network": lambda batch, r: model(batch.x, r, grid=batch.grid),
-        "svd": one_svd_a_batch(),
+        "network": network_at_ranks(model),
+        "svd": svd_at_ranks(),
         "randomized_svd": lambda batch, r: randomized_svd(batch.x, r),
         "pca": lambda batch, r: pca(batch.x, r, axes),
     }
@@ -175,68 +184,97 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
     return methods
 
 
-def one_svd_a_batch() -> Factorise:
-    """`truncated_svd` at any rank of one batch after another, each decomposed once."""
+def once_a_batch(prepare: Callable[[Batch], Factors]) -> Callable[[Batch], Factors]:
+    """`prepare`, what of a batch is the same at every rank, with its last result kept."""
     last: tuple[Batch | None, Factors | None] = (None, None)
 
-    def factorise(batch: Batch, rank: int) -> Factors:
+    def prepared(batch: Batch) -> Factors:
         nonlocal last
         if last[0] is not batch:
-            last = batch, truncated_svd(batch.x, min(batch.x.shape[-2:]))
-        a, b = last[1]
+            last = batch, prepare(batch)
+        return last[1]
+
+    return prepared
+
+
+def svd_at_ranks() -> Factorise:
+    whole = once_a_batch(lambda batch: truncated_svd(batch.x, min(batch.x.shape[-2:])))
+
+    def factorise(batch: Batch, rank: int) -> Factors:
+        a, b = whole(batch)
         return a[..., :rank], b[..., :rank, :]
 
     return factorise
 
 
+def network_at_ranks(model: LowRankFactorModel | TaskFactorModel) -> Factorise:
+    if model.norm is None:
+        return lambda batch, r: model(batch.x, r, grid=batch.grid)
+    in_norm = once_a_batch(lambda batch: model.in_norm(batch.x, batch.grid))
+    return lambda batch, r: model.factors_of(batch.x, *in_norm(batch), r, batch.grid)
+
+
+class Reader(NamedTuple):
+    """A head, and the methods whose error is also taken of its output."""
+
+    head: TaskHead
+    metric: TaskMetric | None  # of its closed form, where there is one at hand
+    methods: dict[str, Factorise]
+
+
+def head_and_its_methods(
+    trained: Trained, methods: dict[str, Factorise], metric: TaskMetric | None
+) -> Reader | None:
+    """The head that the network was trained for, which judges SVD and network, and the closed form,
+    the SVD in the task's metric, where --metric or the default file is at hand; None for a network
+    of the Frobenius norm, or where its head is not at hand."""
+    _, device, dataset, model, state = trained
+    if model.norm is None:
+        return None
+    head = head_of_norm(model.norm, dataset, device, state["args"].get("head_model"))
+    if head is None:
+        return None
+    judged = {name: methods[name] for name in ("svd", "network")}
+    if metric := metric or metric_at_hand(head, dataset):
+        metric = metric.to(device)
+        judged["svd_in_metric"] = lambda batch, r: metric_svd(batch.x, r, metric)
+    return Reader(head, metric, judged)
+
+
 @torch.inference_mode()
 def errors_at_ranks(
-    methods: dict[str, Factorise], batches: Iterable[Batch], ranks: list[int]
-) -> dict[int, dict[str, dict[str, Tensor]]]:
-    """Rank → method → `image_metrics`, each [n] on the CPU, in one pass over the batches."""
+    methods: dict[str, Factorise],
+    reader: Reader | None,
+    batches: Iterable[Batch],
+    ranks: list[int],
+) -> tuple[dict[int, dict[str, dict[str, Tensor]]], dict[int, dict[str, Tensor]]]:
+    """Of each image, in one pass over the batches: rank → method → `image_metrics`, and rank →
+    method of the reader → task error; all [n] on the CPU."""
+    of_head = reader.methods if reader else {}
     found = {r: {name: [] for name in methods} for r in ranks}
+    task = {r: {name: [] for name in of_head} for r in ranks}
     for batch in batches:
-        for name, factorise in methods.items():
+        full = reader.head.of_full(batch) if reader else None
+        for name, factorise in (methods | of_head).items():
             for r in ranks:
-                errors = image_metrics(batch.x, *factorise(batch, r), batch.singular_values)
-                found[r][name].append({key: values.cpu() for key, values in errors.items()})
-    return {
+                a, b = factorise(batch, r)
+                if name in methods:
+                    errors = image_metrics(batch.x, a, b, batch.singular_values)
+                    found[r][name].append({key: values.cpu() for key, values in errors.items()})
+                if name in of_head:
+                    error = reader.head.error(reader.head.of_batch(batch, a @ b), full)
+                    task[r][name].append(error.cpu())
+    joined = {
         r: {
             name: {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             for name, parts in of_rank.items()
         }
         for r, of_rank in found.items()
     }
-
-
-def error_in_task(
-    trained: Trained,
-    methods: dict[str, Factorise],
-    metric: TaskMetric | None,
-    loaders: Loaders,
-    ranks: list[int],
-    groups: list[str],
-) -> tuple[dict | None, dict[int, dict[str, Tensor]]]:
-    """Task errors of SVD and network, in the norm of the head that the network was trained for.
-
-    Returns: the JSON's entry (None for a network of the Frobenius norm, or without its head), and
-    rank → method → error of each test image. The closed form, the SVD in the task's metric, stands
-    beside them where --metric or the default file is at hand.
-    """
-    _, device, dataset, model, state = trained
-    if model.norm is None:
-        return None, {}
-    head = head_of_norm(model.norm, dataset, device, state["args"].get("head_model"))
-    if head is None:
-        return None, {}
-    metric = metric or metric_at_hand(head, dataset)
-    judged = {name: methods[name] for name in ("svd", "network")}
-    if metric:
-        metric = metric.to(device)
-        judged["svd_in_metric"] = lambda batch, r: metric_svd(batch.x, r, metric)
-    errors = task_errors(judged, head, loaders.test.with_progress(f"head {head.name}"), ranks)
-    began = {"network_metric_sha256": model.norm["metric_sha256"]}  # None: at the plain norm
-    return task_report(errors, head, metric, groups) | began, errors
+    return joined, {
+        r: {name: torch.cat(errors) for name, errors in of_rank.items()}
+        for r, of_rank in task.items()
+    }
 
 
 @torch.inference_mode()

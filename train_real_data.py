@@ -36,7 +36,7 @@ from qwenvl_dataloader import (
     create_data_loaders_real,
 )
 from svd_baseline import evaluate_batches, optimum, percent_text, summarise
-from task.trained_norm import NORM_NETS, in_own_norm, task_loss, task_record
+from task.trained_norm import NORM_NETS, in_own_norm, task_record, task_terms
 from training.checkpoint import save_checkpoint
 from training.final_results import test_and_draw
 from training.run_log import RunLog, epoch_line, print_header, report, task_words
@@ -135,10 +135,11 @@ def train_step(run: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
     where the step is not finite; then it changed no weight. On CUDA only the eigenproblem of the
     refinement waits for the device (`subspace.refine`), and a rank allocator where it sets a mask.
     """
-    terms = run.model.loss_terms(batch.x, batch.singular_values, batch.grid)._asdict()
-    energy = terms.pop("component_energy")
     if run.head:
-        terms["task"] = task_loss(run.model, run.head, batch, run.step)
+        terms = task_terms(run.model, run.head, batch, run.step)
+    else:
+        terms = run.model.loss_terms(batch.x, batch.singular_values, batch.grid)._asdict()
+    energy = terms.pop("component_energy")
     loss = sum(weight * terms[name] for name, weight in loss_weights(run.args).items())
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()

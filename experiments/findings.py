@@ -116,7 +116,8 @@ def task_line(folder: Path, comparison: dict) -> str:
     )
     line += f" {_gain(methods['network']['gain_pct'])}; closed-form metric "
     if closed:
-        return line + _gain(closed["gain_pct"])
+        images = task.get("metric_images")
+        return line + (f"(of {images} images) " if images else "") + _gain(closed["gain_pct"])
     return line + f"not measured (python -m experiments.estimate_metric --head {task['head']})"
 
 

@@ -67,6 +67,7 @@ def task_report(
         "head_sha256": head.sha256,
         "output": head.output,
         "metric_sha256": metric.sha256 if metric else None,
+        "metric_images": metric.info["images"] if metric else None,
         "ranks": ranks,
     }
 

@@ -22,10 +22,10 @@ from torch.func import functional_call
 from common import processes
 from common.errors import UserError
 from common.grids import Grid
-from model import LossTerms, LowRankFactorModel, get_model_by_name
+from model import LowRankFactorModel, get_model_by_name
 from qwenvl_dataloader import Batch
 from subspace import NORM_FLOOR, refine
-from svd_baseline import exact_singular_values
+from svd_baseline import Factors, exact_singular_values
 from task.metric import TaskMetric
 
 if TYPE_CHECKING:
@@ -38,16 +38,17 @@ GAP_FLOOR = 1e-3  # relative to the smallest kept eigenvalue: nearer ones count 
 
 class _LeadingProjector(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gram: Tensor, rank: int) -> Tensor:
+    def forward(ctx, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         # non-finite weights are found in the loss, an eigensolver would raise instead
         values, vectors = torch.linalg.eigh(gram.nan_to_num())
         ctx.save_for_backward(values, vectors)
+        ctx.mark_non_differentiable(values)
         ctx.rank = rank
         u = vectors[..., -rank:]
-        return u @ u.mT
+        return u @ u.mT, values
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         # P = Σ_{i≤r} u_i u_iᵀ:  dP = Σ_{i≤r<j} u_iᵀ dG u_j / (λ_i − λ_j) (u_i u_jᵀ + u_j u_iᵀ)
         values, vectors = ctx.saved_tensors
         kept, rest = vectors[..., -ctx.rank :], vectors[..., : -ctx.rank]
@@ -58,8 +59,9 @@ class _LeadingProjector(torch.autograd.Function):
         return half + half.mT, None
 
 
-def leading_projector(gram: Tensor, rank: int) -> Tensor:
-    """U_r U_rᵀ [..., T, T] of the r leading eigenvectors of gram [..., T, T], with its gradient.
+def leading_projector(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U_r U_rᵀ [..., T, T] of the r leading eigenvectors of gram [..., T, T], with its gradient,
+    and gram's eigenvalues [..., T], the least first, without one.
 
     The gradient needs no gap among the kept eigenvalues or among the others, only between the two;
     a smaller one than 1e-3 of the smallest kept eigenvalue counts as that. Cost O(T³).
@@ -77,16 +79,17 @@ class TaskWeighting(nn.Module):
     Two branches of the core's architecture look at X from its two sides: token_net at each token,
     for its weight w, and gain_net at each feature's column [T], for the gain of that feature in
     this image. Gains and a mix of 32 columns of S are of all images. It starts as the metric
-    itself, or the plain norm, with w and all gains 1.
+    itself, or (plain) as the plain norm, with w and all gains 1.
     """
 
     gain_net: nn.Module | None
 
-    def __init__(self, core: LowRankFactorModel, columns: int = 32) -> None:
+    def __init__(self, core: LowRankFactorModel, plain: bool, columns: int = 32) -> None:
         super().__init__()
         features = core.input_dim
-        self.register_buffer("basis", torch.eye(features))  # V, eigenvectors of M
-        self.register_buffer("root", torch.ones(features))  # square roots of its eigenvalues
+        # V, eigenvectors of M; None: the features as they are
+        self.register_buffer("basis", None if plain else torch.eye(features))
+        self.register_buffer("root", torch.ones(features))  # square roots of M's eigenvalues
         self.make_branches(core)
         self.log_gain = nn.Parameter(torch.zeros(features))
         self.mix_in = nn.Parameter(torch.randn(features, columns) / math.sqrt(features))
@@ -102,7 +105,7 @@ class TaskWeighting(nn.Module):
     def start_from(self, metric: TaskMetric) -> None:
         """Make M's eigenvectors and eigenvalues the start of S; its leading directions are seen."""
         values, vectors = torch.linalg.eigh(metric.matrix)
-        self.basis.copy_(vectors.flip(-1))
+        self.basis = vectors.flip(-1).to(self.root)
         self.root.copy_(values.flip(-1).sqrt())
         self.seen.copy_(torch.arange(len(self.seen)))
 
@@ -112,7 +115,7 @@ class TaskWeighting(nn.Module):
 
     def forward(self, x: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
         """tables: those of gain_net on the grid of x, none on its own."""
-        rotated = x @ self.basis  # [b, T, D]
+        rotated = x if self.basis is None else x @ self.basis  # [b, T, D]
         leading = rotated[..., self.seen]
         # a token's weight depends on itself and on how it stands out from its image
         both = torch.cat([leading, leading - leading.mean(-2, keepdim=True)], dim=-1)
@@ -125,6 +128,11 @@ class TaskWeighting(nn.Module):
 
     def token_weight(self, both: Tensor) -> Tensor:
         return self.token_net(both, 1)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest) -> None:
+        if self.basis is None:  # it was an identity once
+            state.pop(f"{prefix}basis", None)
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def gain_of_image(self, rotated: Tensor, tables: Tables) -> Tensor:
         """Logarithms [b, 1, D], from each feature's map over the image at a mean square of 1."""
@@ -172,7 +180,8 @@ class TaskFactorModel(nn.Module):
                 "--task_head and --metric need --factors projected: omit --factors direct"
             )
         self.core, self.task, self.norm_net = core, task, norm_net
-        self.weighting = (TaskWeighting if norm_net == "branches" else TokenWeighting)(core)
+        weighting = TaskWeighting if norm_net == "branches" else TokenWeighting
+        self.weighting = weighting(core, plain=task.get("metric_sha256") is None)
 
     def __getattr__(self, name: str):
         # what a script asks of a model (rank, shifts, sketch_columns …) is the core's
@@ -205,28 +214,32 @@ class TaskFactorModel(nn.Module):
 
     def forward(
         self, x: Tensor, rank: int | None = None, *, ordered: bool = True, grid: Grid | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Factors:
         """A [b, T, r'], B [b, r', D] of x [b, T, D], as `LowRankFactorModel.forward`."""
+        return self.factors_of(x, *self.in_norm(x, grid), rank, grid)
+
+    def factors_of(
+        self, x: Tensor, z: Tensor, w: Tensor, rank: int | None = None, grid: Grid | None = None
+    ) -> Factors:
+        """`forward` of x [b, T, D] whose `in_norm`, the same for every rank, is z and w."""
         core = self.core
         cut = core.rank_at(x, rank)
-        z, w = self.in_norm(x, grid)
         sketch = core.sketch(z, core.sketch_columns(cut), grid)[0]
         u = refine(sketch, z, core.shifts, cut, ordered=True).u.to(x.dtype)
         b = u.mT @ (w * x) / (1 + core.lambda_B)  # [b, r', D]
         gate = core.gate()
         return (u if gate is None else u * gate[:cut]) / w, b
 
-    def loss_terms(self, x: Tensor, singular_values: Tensor, grid: Grid | None = None) -> LossTerms:
-        """The core's terms on Z: the sketch learns to reach Z's subspace, and not to change Z."""
-        z = self.in_norm(x, grid)[0].detach()
-        return self.core.loss_terms(z, exact_singular_values(z.nan_to_num()), grid)
-
-    def exact_product(self, x: Tensor, rank: int, grid: Grid | None = None) -> Tensor:
-        """A·B [b, T, D] as a perfect sketch would give it, with the gradient by w and S."""
+    def exact_product(
+        self, x: Tensor, rank: int, grid: Grid | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A·B [b, T, D] as a perfect sketch would give it, with the gradient by w and S; and
+        without one Z [b, T, D] and its σ [b, min(T, D)] float64."""
         z, w = self.in_norm(x, grid)
-        z = z.double()
-        projector = leading_projector(z @ z.mT, rank).to(x.dtype)
-        return projector @ (w * x) / w
+        wide = z.double()
+        projector, squares = leading_projector(wide @ wide.mT, rank)
+        sigma = squares.flip(-1)[..., : min(x.shape[-2:])].clamp_min(0).sqrt()
+        return projector.to(x.dtype) @ (w * x) / w, z.detach(), sigma
 
 
 def in_own_norm(
@@ -249,16 +262,20 @@ def in_own_norm(
     return model.core, mapped()
 
 
-def task_loss(model: TaskFactorModel, head: TaskHead, batch: Batch, step: int) -> Tensor:
-    """Mean over images of ½ log(head.loss), a scalar: for relative errors, their mean logarithm.
+def task_terms(
+    model: TaskFactorModel, head: TaskHead, batch: Batch, step: int
+) -> dict[str, Tensor]:
+    """The core's `LossTerms` on Z (the sketch learns to reach Z's subspace, and not to change Z),
+    and "task": mean over images of ½ log(head.loss), for relative errors their mean logarithm.
 
     The logarithm weighs every image and every rank alike, as the reconstruction does by its
     optimum. The rank is that of TRAINED_RANKS whose turn it is.
     """
     ranks = trained_ranks(model)
-    x_hat = model.exact_product(batch.x, ranks[step % len(ranks)], batch.grid)
+    x_hat, z, sigma = model.exact_product(batch.x, ranks[step % len(ranks)], batch.grid)
+    terms = model.core.loss_terms(z, sigma, batch.grid)._asdict()
     loss = head.loss(head.of_batch(batch, x_hat), head.of_full(batch))
-    return _log_loss(loss).mean() / 2
+    return terms | {"task": _log_loss(loss).mean() / 2}
 
 
 def _log_loss(loss: Tensor) -> Tensor:
@@ -272,13 +289,14 @@ def task_record(
     """What the head makes of A·B on `batches` at the trained ranks, for a history entry.
 
     val_task_error: geometric mean over ranks of the mean task error. val_task_loss: geometric mean
-    over ranks and images of the head's loss, exp(2 · task_loss): what is trained. Each process has
+    over ranks and images of the head's loss, exp(2 · task): what is trained. Each process has
     its part of the images; the result is of all of them, in all.
     """
     parts: dict[str, list[Tensor]] = {"error": [], "log_loss": []}  # [b, ranks] each
     for batch in batches:
         full = head.of_full(batch)
-        factors = [model(batch.x, rank, grid=batch.grid) for rank in trained_ranks(model)]
+        z, w = model.in_norm(batch.x, batch.grid)
+        factors = [model.factors_of(batch.x, z, w, r, batch.grid) for r in trained_ranks(model)]
         outputs = [head.of_batch(batch, a @ b) for a, b in factors]
         parts["error"].append(torch.stack([head.error(y, full) for y in outputs], -1).cpu())
         losses = torch.stack([_log_loss(head.loss(y, full)) for y in outputs], -1)

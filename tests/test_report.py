@@ -342,6 +342,10 @@ def test_what_was_found_is_at_most_five_lines_and_the_closed_form_is_never_the_n
     assert "not measured" in findings.findings(results, [folder])[1]
     write(folder / "task_sweep.json", sweep | {"n_images": 2})
     assert "not measured" in findings.findings(results, [folder])[1]
+    ranks = {"4": {"network": {"gain_pct": gain}, "svd_in_metric": {"gain_pct": gain}}}
+    beside = comparison | {"task": task | {"metric_images": 25, "ranks": ranks}}
+    write(folder / "svd_nn_comparison.json", beside)
+    assert "closed-form metric (of 25 images) 48.0 %" in findings.findings(results, [folder])[1]
     begun = comparison | {"task": task | {"network_metric_sha256": "of a metric"}}
     write(folder / "svd_nn_comparison.json", begun)
     line = findings.findings(results, [folder])[1]

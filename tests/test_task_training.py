@@ -13,10 +13,10 @@ import train_real_data
 from common import cli
 from model import ARCHITECTURES, get_model_by_name
 from qwenvl_dataloader import create_data_loaders_real, denormalise
-from svd_baseline import truncated_svd
+from svd_baseline import exact_singular_values, truncated_svd
 from task import metric as task_metric
 from task.task_error import head_of_norm
-from task.trained_norm import TaskFactorModel, leading_projector, task_loss
+from task.trained_norm import TaskFactorModel, leading_projector, task_terms
 from training.checkpoint import load_model
 from training.state import TrainState
 
@@ -26,15 +26,15 @@ def test_the_leading_projectors_gradient_is_that_of_finite_differences():
     root = torch.randn(2, 6, 6, generator=generator, dtype=torch.float64)
 
     def projector(y):
-        return leading_projector(y @ y.mT, 3)
+        return leading_projector(y @ y.mT, 3)[0]
 
     assert torch.autograd.gradcheck(projector, root.requires_grad_())
     # equal eigenvalues on one side of the cut have no say
     equal = torch.diag(torch.tensor([3.0, 3, 3, 1, 1, 1], dtype=torch.float64)).requires_grad_()
-    leading_projector(equal, 3).square().sum().backward()
+    leading_projector(equal, 3)[0].square().sum().backward()
     assert equal.grad.isfinite().all()
     zero = torch.zeros(4, 4, dtype=torch.float64, requires_grad=True)
-    leading_projector(zero, 2)[0].sum().backward()
+    leading_projector(zero, 2)[0][0].sum().backward()
     assert zero.grad.isfinite().all()
 
 
@@ -51,7 +51,9 @@ def test_an_untrained_task_network_is_the_svd_in_its_metric(arch, metric, test_b
             found = torch.matmul(*model(test_batch.x, rank))
             norm = expected.norm()
             assert (found - expected).norm() < 1e-4 * norm
-            assert (model.exact_product(test_batch.x, rank) - expected).norm() < 1e-4 * norm
+            product, z, sigma = model.exact_product(test_batch.x, rank)
+            assert (product - expected).norm() < 1e-4 * norm
+            assert torch.allclose(sigma, exact_singular_values(z), atol=1e-4 * sigma.max().item())
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -65,7 +67,7 @@ def test_each_architectures_branches_learn_a_norm_of_each_image_on_any_grid(
     optimizer = torch.optim.Adam(model.weighting.parameters(), 1e-3)
     for step in range(4):  # at first the last layers alone have a gradient: they begin at zero
         optimizer.zero_grad()
-        task_loss(model, saliency, test_batch, step).backward()
+        task_terms(model, saliency, test_batch, step)["task"].backward()
         optimizer.step()
     for name, branch in branches.items():
         assert all(p.grad.abs().max() > 0 for p in branch.parameters() if p.ndim == 2), name
