@@ -22,7 +22,7 @@ from torch.func import functional_call
 from common import processes
 from common.errors import UserError
 from common.grids import Grid
-from model import LowRankFactorModel, get_model_by_name
+from model import LowRankFactorModel, SVDLinear, get_model_by_name
 from qwenvl_dataloader import Batch
 from subspace import NORM_FLOOR, refine
 from svd_baseline import Factors, exact_singular_values
@@ -274,6 +274,8 @@ def task_terms(
     ranks = trained_ranks(model)
     x_hat, z, sigma = model.exact_product(batch.x, ranks[step % len(ranks)], batch.grid)
     terms = model.core.loss_terms(z, sigma, batch.grid)._asdict()
+    if gaps := [m.orthogonality() for m in model.modules() if isinstance(m, SVDLinear)]:
+        terms["lora_ortho"] = torch.stack(gaps).mean()  # the norm's branches have such layers too
     loss = head.loss(head.of_batch(batch, x_hat), head.of_full(batch))
     return terms | {"task": _log_loss(loss).mean() / 2}
 

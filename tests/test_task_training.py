@@ -11,7 +11,7 @@ import torch
 
 import train_real_data
 from common import cli
-from model import ARCHITECTURES, get_model_by_name
+from model import ARCHITECTURES, SVDLinear, get_model_by_name
 from qwenvl_dataloader import create_data_loaders_real, denormalise
 from svd_baseline import exact_singular_values, truncated_svd
 from task import metric as task_metric
@@ -67,10 +67,15 @@ def test_each_architectures_branches_learn_a_norm_of_each_image_on_any_grid(
     optimizer = torch.optim.Adam(model.weighting.parameters(), 1e-3)
     for step in range(4):  # at first the last layers alone have a gradient: they begin at zero
         optimizer.zero_grad()
-        task_terms(model, saliency, test_batch, step)["task"].backward()
+        terms = task_terms(model, saliency, test_batch, step)
+        terms["task"].backward()
         optimizer.step()
     for name, branch in branches.items():
         assert all(p.grad.abs().max() > 0 for p in branch.parameters() if p.ndim == 2), name
+    layers = [m for m in model.modules() if isinstance(m, SVDLinear)]
+    gaps = [layer.orthogonality().item() for layer in layers] or [0.0]
+    assert terms["lora_ortho"].item() == pytest.approx(sum(gaps) / len(gaps), rel=0.02)
+    assert (arch == "AdaLoRA") == any(m in model.weighting.modules() for m in layers)
     x = test_batch.x
     with torch.no_grad():
         z, w = model.in_norm(x)
