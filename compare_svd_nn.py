@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -39,7 +39,6 @@ from figures import comparison
 from model import LowRankFactorModel
 from qwenvl_dataloader import Batch, Loaders, create_data_loaders_real
 from svd_baseline import (
-    Factors,
     fit_pca,
     gain_text,
     image_metrics,
@@ -53,8 +52,16 @@ from svd_baseline import (
     truncated_svd,
 )
 from task.box_error import PARTS, box_report, part_errors, tokens_in_boxes
-from task.metric import TaskMetric, load_metric, metric_svd, network_in_metric
-from task.task_error import Factorise, head_of_norm, metric_at_hand, task_report
+from task.metric import TaskMetric, load_metric, network_in_metric
+from task.task_error import (
+    Factorise,
+    closed_form,
+    cut_at_ranks,
+    head_of_norm,
+    metric_at_hand,
+    once_a_batch,
+    task_report,
+)
 from training.checkpoint import Trained, evaluated_rank, open_trained, unseen_test
 
 if TYPE_CHECKING:
@@ -103,7 +110,7 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
         budget, budget_arrays = rank_per_image(model, loaders, rank, args)
     methods = reference_methods(model, loaders)
     if metric:
-        methods["svd_in_metric"] = lambda batch, r: metric_svd(batch.x, r, metric)
+        methods["svd_in_metric"] = closed_form(metric)
         methods["network_in_metric"] = lambda batch, r: in_metric(batch.x, r, grid=batch.grid)
         if in_metric is model:
             print("note: the network was trained in this metric: network_in_metric is network")
@@ -172,7 +179,7 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
     axes = fit_pca(batch.x for batch in loaders.train.with_progress("PCA"))
     methods: dict[str, Factorise] = {
         "network": network_at_ranks(model),
-        "svd": svd_at_ranks(),
+        "svd": cut_at_ranks(lambda batch, r: truncated_svd(batch.x, r)),
         "randomized_svd": lambda batch, r: randomized_svd(batch.x, r),
         "pca": lambda batch, r: pca(batch.x, r, axes),
     }
@@ -182,29 +189,6 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
             batch.x, r, model.refine_steps, min(model.sketch_columns(r), *batch.x.shape[-2:])
         )
     return methods
-
-
-def once_a_batch(prepare: Callable[[Batch], Factors]) -> Callable[[Batch], Factors]:
-    """`prepare`, what of a batch is the same at every rank, with its last result kept."""
-    last: tuple[Batch | None, Factors | None] = (None, None)
-
-    def prepared(batch: Batch) -> Factors:
-        nonlocal last
-        if last[0] is not batch:
-            last = batch, prepare(batch)
-        return last[1]
-
-    return prepared
-
-
-def svd_at_ranks() -> Factorise:
-    whole = once_a_batch(lambda batch: truncated_svd(batch.x, min(batch.x.shape[-2:])))
-
-    def factorise(batch: Batch, rank: int) -> Factors:
-        a, b = whole(batch)
-        return a[..., :rank], b[..., :rank, :]
-
-    return factorise
 
 
 def network_at_ranks(model: LowRankFactorModel | TaskFactorModel) -> Factorise:
@@ -237,7 +221,7 @@ def head_and_its_methods(
     judged = {name: methods[name] for name in ("svd", "network")}
     if metric := metric or metric_at_hand(head, dataset):
         metric = metric.to(device)
-        judged["svd_in_metric"] = lambda batch, r: metric_svd(batch.x, r, metric)
+        judged["svd_in_metric"] = closed_form(metric)
     return Reader(head, metric, judged)
 
 

@@ -81,7 +81,7 @@ def get_args_parser() -> cli.Parser:
         "of the demo's"
     )
     encoder("--max_pixels", area, 16384 * 28**2, "--resize native shrinks larger images")
-    encoder("--batch_size", default=None)(
+    encoder("--batch_size", cli.size, None)(
         f"images encoded at once, memory against speed: default {GPU_BATCH}, on a CPU {CPU_BATCH}"
     )
     encoder("--batch_tokens", cli.Number(int, 1, 2**28))(

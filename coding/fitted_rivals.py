@@ -11,7 +11,7 @@ import time
 import zlib
 from collections.abc import Iterable
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from coding.rivals import Knob, Rival, Statistics, TokenImage, needed
 from common.grids import Grid
-from features.encoders import VisionEncoder
 from qwenvl_dataloader import Batch, denormalise
+
+if TYPE_CHECKING:
+    from features.encoders import VisionEncoder
 
 GROUP = 16  # components that share a number of bits and, in an image, a scale
 BITS = (0, 2, 3, 4, 5, 6, 7, 8)

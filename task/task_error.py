@@ -19,12 +19,42 @@ from torch import Tensor
 from common.errors import UserError
 from qwenvl_dataloader import Batch, RealQwenVLDataset
 from svd_baseline import Factors, gain, interval_95, summarise
-from task.metric import TaskMetric, check_head, load_metric
+from task.metric import TaskMetric, check_head, load_metric, metric_svd
 
 if TYPE_CHECKING:
     from task.heads import TaskHead
 
 Factorise = Callable[[Batch, int], Factors]
+
+
+def once_a_batch(prepare: Callable[[Batch], Factors]) -> Callable[[Batch], Factors]:
+    """`prepare`, what of a batch is the same at every rank, with its last result kept."""
+    last: tuple[Batch | None, Factors | None] = (None, None)
+
+    def prepared(batch: Batch) -> Factors:
+        nonlocal last
+        if last[0] is not batch:
+            last = batch, prepare(batch)
+        return last[1]
+
+    return prepared
+
+
+def cut_at_ranks(factorise: Factorise) -> Factorise:
+    """`factorise`, of nested factors, at any rank of one batch after another: each decomposed
+    once."""
+    whole = once_a_batch(lambda batch: factorise(batch, min(batch.x.shape[-2:])))
+
+    def cut(batch: Batch, rank: int) -> Factors:
+        a, b = whole(batch)
+        return a[..., :rank], b[..., :rank, :]
+
+    return cut
+
+
+def closed_form(metric: TaskMetric) -> Factorise:
+    """The SVD in a task's metric, `metric_svd`."""
+    return cut_at_ranks(lambda batch, rank: metric_svd(batch.x, rank, metric))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from common.errors import UserError
-from features import checkpoints, demo_backbone, encoders
+from features import checkpoints, demo_weights, encoders
 
 INDEX = "model.safetensors.index.json"
 
@@ -177,7 +177,7 @@ def test_merging_has_the_order_in_which_qwens_own_processor_lays_out_its_patches
 def test_the_loaded_dinov2_gives_the_tokens_of_its_onnx_graph():
     encoder = load("demo", image_size=224)
     pixels = torch.stack([encoder.preprocess(photograph()), encoder.preprocess(random_image(9, 7))])
-    graph = onnx.load(demo_backbone.demo_onnx_path())
+    graph = onnx.load(demo_weights.demo_onnx_path())
     last = "/backbone/layernorm/Add_1_output_0"
     info = onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None)
     graph.graph.output.append(info)
@@ -213,9 +213,9 @@ def test_the_demo_encoder_turns_448_pixels_into_256_finite_tokens_of_1536(demo):
 
 def test_the_demo_encoders_weight_hash_is_that_of_the_onnx_file(demo):
     digest = subprocess.run(
-        ["sha256sum", demo_backbone.demo_onnx_path()], capture_output=True, text=True
+        ["sha256sum", demo_weights.demo_onnx_path()], capture_output=True, text=True
     )
-    assert demo.weights_sha256 == demo_backbone.demo_onnx_sha256() == digest.stdout.split()[0]
+    assert demo.weights_sha256 == demo_weights.demo_onnx_sha256() == digest.stdout.split()[0]
 
 
 def test_without_its_package_the_demo_encoder_says_what_to_install(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from test_encoders import photograph, random_image
 
 from common.errors import UserError
-from features import demo_backbone, encoders
+from features import demo_weights, encoders
 from qwenvl_dataloader import RealQwenVLDataset
 from task import heads
 from task.load_head import load_head
@@ -21,7 +21,7 @@ from task.load_head import load_head
 def test_the_saliency_head_gives_the_logits_and_the_map_of_its_onnx_graph():
     encoder = encoders.load_encoder("demo", device="cpu", image_size=224)
     pixels = torch.stack([encoder.preprocess(photograph()), encoder.preprocess(random_image(9, 7))])
-    graph = onnx.load(demo_backbone.demo_onnx_path())
+    graph = onnx.load(demo_weights.demo_onnx_path())
     names = ["/decoder/final_conv/Conv_output_0", "output_importance"]
     graph.graph.output.append(
         onnx.helper.make_tensor_value_info(names[0], onnx.TensorProto.FLOAT, None)

@@ -22,8 +22,7 @@ from svd_baseline import (
     summarise,
     token_error,
 )
-from task.metric import metric_svd
-from task.task_error import metric_at_hand, task_errors
+from task.task_error import closed_form, cut_at_ranks, metric_at_hand, task_errors
 from task.trained_norm import TaskFactorModel, trained_ranks
 from training.checkpoint import load_model, unseen_test
 
@@ -89,10 +88,9 @@ def untrained_references(
 ) -> dict[str, float]:
     """Validation task error of what needs no training, as `task_record` means it: of the plain SVD,
     and of the SVD in the task's metric where its default file is at hand."""
-    methods = {"svd": lambda batch, r: gram_eigh(batch.x, r)}
+    methods = {"svd": cut_at_ranks(lambda batch, r: gram_eigh(batch.x, r))}
     if metric := metric_at_hand(head, dataset):
-        metric = metric.to(loaders.val.device)
-        methods["svd_in_metric"] = lambda batch, r: metric_svd(batch.x, r, metric)
+        methods["svd_in_metric"] = closed_form(metric.to(loaders.val.device))
     batches = loaders.val.with_progress("references")
     errors = task_errors(methods, head, batches, trained_ranks(model))
     return {
