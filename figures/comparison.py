@@ -143,13 +143,19 @@ def both_norms(path: str | Path, ranks: dict[str, dict], task: dict, footer: str
     for ax in (top, bottom):
         log_scale(ax)
     rank_axis(bottom, x)
-    gains = [task["ranks"][str(r)]["network"]["gain_pct"]["mean"] for r in x]
+    gains = {
+        name: [task["ranks"][str(r)][name]["gain_pct"]["mean"] for r in x]
+        for name in ("network", "svd_in_metric")
+        if name in task["ranks"][str(x[0])]
+    }
     of_rank = [ranks[str(r)] for r in x]
     error = {n: column([e[n]["rel_error"] for e in of_rank], "mean") for n in ("network", "svd")}
     above = 100 * (error["network"] / np.maximum(error["svd"], 1e-12) - 1)
     reach = f"Rank {x[0]}" if len(x) == 1 else f"Ranks {x[0]} to {x[-1]}"
     title = f"{reach}: the network's error is {_span(above)} above the SVD's in the Frobenius "
-    title += f"norm, and {_span(gains)} below it for the head that it was trained for"
+    title += f"norm, {_span(gains['network'])} below it for its head"
+    if "svd_in_metric" in gains:
+        title += f" (closed form: {_span(gains['svd_in_metric'])})"
     save(figure, path, title, footer, ends)
 
 

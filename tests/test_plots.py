@@ -274,12 +274,16 @@ def test_both_norms_are_two_panels_with_the_gain_of_each_in_the_title(tmp_path, 
     }
     comparison.both_norms(tmp_path / "b.png", ranks, task, FOOTER)
     assert title(drawn[0]) == (
-        "Ranks 2 to 4: the network's error is 5 % above the SVD's in the Frobenius norm, and 42 to "
-        "44 % below it for the head that it was trained for"
+        "Ranks 2 to 4: the network's error is 5 % above the SVD's in the Frobenius norm, 42 to "
+        "44 % below it for its head"
     )
     frobenius, head = drawn[0].axes
     shown = {line.get_color(): list(line.get_ydata()) for line in head.lines}
     assert shown == {style.NETWORK: [0.06] * 2, style.SVD: [0.1] * 2}
+    for methods in task["ranks"].values():
+        methods["svd_in_metric"] = of_task(0.05, 45.0)
+    comparison.both_norms(tmp_path / "b.png", ranks, task, FOOTER)
+    assert title(drawn[1]).endswith("below it for its head (closed form: 45 %)")
     assert style.SVD in [line.get_color() for line in frobenius.lines]
 
 

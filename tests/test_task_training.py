@@ -343,7 +343,7 @@ def test_a_metric_is_not_applied_again_to_a_network_that_was_trained_in_it(
     where += ["--metric", metric_file]
     done = script("compare_svd_nn.py", *where)
     assert done.returncode == 0, done.stderr
-    assert "trained in this metric" in done.stdout
+    assert "has a norm for this head" in done.stdout
     folder = metric_trained / "ResMLP"
     methods = json.loads((folder / "svd_nn_comparison.json").read_text())["ranks"]["4"]
     assert methods["network_in_metric"] == methods["network"]
