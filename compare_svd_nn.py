@@ -113,6 +113,7 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
         methods["svd_in_metric"] = closed_form(metric)
         methods["network_in_metric"] = lambda batch, r: in_metric(batch.x, r, grid=batch.grid)
         if in_metric is model:
+            methods["network_in_metric"] = methods["network"]
             print("note: the network has a norm for this head: network_in_metric is network")
     ranks = report_ranks(rank)
     groups = dataset.rows["group"].take(loaders.test.sampler.rows.tolist()).to_pylist()

@@ -212,10 +212,10 @@ def validation_errors(
 ) -> list[float]:
     """Mean task error at the ranks JUDGED_AT, of the metric's SVD or (None) of the plain one."""
     plain = cut_at_ranks(lambda batch, rank: gram_eigh(batch.x, rank))
-    svd = closed_form(metric) if metric else plain
+    methods = {"svd": closed_form(metric) if metric else plain}
     ranks = [min(r, loader.dataset.num_tokens, loader.dataset.feature_dim) for r in JUDGED_AT]
     batches = loader.with_progress(f"{label}, validation")
-    errors = task_errors({"svd": svd}, head, batches, ranks)
+    errors = task_errors(methods, head, batches, ranks)
     return [float(errors[rank]["svd"].mean()) for rank in ranks]
 
 

@@ -49,8 +49,8 @@ def bytes_against_error(path: str | Path, results: dict, footer: str) -> None:
     panels = np.atleast_1d(figure.subplots(1, len(keys)))
     for ax, key in zip(panels, keys, strict=True):
         span, names = PANELS[key]
-        # without a codec in the metric its rivals are plain too
-        names = dict.fromkeys(n if n in methods else n.removesuffix("_in_metric") for n in names)
+        if "coded_in_metric" not in methods:  # then the rivals are shown plain too
+            names = dict.fromkeys(name.removesuffix("_in_metric") for name in names)
         ends = []
         for name in names:
             if key in methods.get(name, [{}])[0]:

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from task.heads import TaskHead
 
 Factorise = Callable[[Batch, int], Factors]
+Pair = tuple[Tensor, Tensor]
 
 
-def once_a_batch(prepare: Callable[[Batch], Factors]) -> Callable[[Batch], Factors]:
+def once_a_batch(prepare: Callable[[Batch], Pair]) -> Callable[[Batch], Pair]:
     """`prepare`, what of a batch is the same at every rank, with its last result kept."""
-    last: tuple[Batch | None, Factors | None] = (None, None)
+    last: tuple[Batch | None, Pair | None] = (None, None)
 
-    def prepared(batch: Batch) -> Factors:
+    def prepared(batch: Batch) -> Pair:
         nonlocal last
         if last[0] is not batch:
             last = batch, prepare(batch)

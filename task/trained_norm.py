@@ -22,7 +22,7 @@ from torch.func import functional_call
 from common import processes
 from common.errors import UserError
 from common.grids import Grid
-from model import LowRankFactorModel, SVDLinear, get_model_by_name
+from model import LossTerms, LowRankFactorModel, SVDLinear, get_model_by_name
 from qwenvl_dataloader import Batch
 from subspace import NORM_FLOOR, refine
 from svd_baseline import Factors, exact_singular_values
@@ -105,7 +105,7 @@ class TaskWeighting(nn.Module):
     def start_from(self, metric: TaskMetric) -> None:
         """Make M's eigenvectors and eigenvalues the start of S; its leading directions are seen."""
         values, vectors = torch.linalg.eigh(metric.matrix)
-        self.basis = vectors.flip(-1).to(self.root)
+        self.basis = vectors.flip(-1).to(self.root).contiguous()
         self.root.copy_(values.flip(-1).sqrt())
         self.seen.copy_(torch.arange(len(self.seen)))
 
@@ -130,8 +130,9 @@ class TaskWeighting(nn.Module):
         return self.token_net(both, 1)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest) -> None:
-        if self.basis is None:  # it was an identity once
-            state.pop(f"{prefix}basis", None)
+        basis = state.get(f"{prefix}basis")
+        if self.basis is None and basis is not None and basis.equal(torch.eye(*basis.shape)):
+            del state[f"{prefix}basis"]  # an identity, as it was kept once
         super()._load_from_state_dict(state, prefix, *rest)
 
     def gain_of_image(self, rotated: Tensor, tables: Tables) -> Tensor:
@@ -229,6 +230,11 @@ class TaskFactorModel(nn.Module):
         b = u.mT @ (w * x) / (1 + core.lambda_B)  # [b, r', D]
         gate = core.gate()
         return (u if gate is None else u * gate[:cut]) / w, b
+
+    def loss_terms(self, x: Tensor, singular_values: Tensor, grid: Grid | None = None) -> LossTerms:
+        """The core's terms on Z, of a norm that stays as it is (`task_terms` learns one)."""
+        z = self.in_norm(x, grid)[0].detach()
+        return self.core.loss_terms(z, exact_singular_values(z.nan_to_num()), grid)
 
     def exact_product(
         self, x: Tensor, rank: int, grid: Grid | None = None

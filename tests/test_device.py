@@ -115,7 +115,8 @@ def test_a_model_factors_at_every_rank_on_its_device(options, x):
 def test_the_model_of_a_task_stays_on_its_device(x):
     model = TaskFactorModel(get_model_by_name("ResMLP", **SHAPE), {}).to(META)
     product, z, sigma = model.exact_product(x, 4)
-    assert {t.device for t in (model(x)[0], product, z, sigma)} == {META}
+    error = model.loss_terms(x, exact_singular_values(x)).reconstruction
+    assert {t.device for t in (model(x)[0], product, z, sigma, error)} == {META}
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,22 @@ def test_a_run_of_the_earlier_kind_of_norm_goes_on_as_it_was(tiny_cache, script,
     assert other.returncode == 2 and "--norm_net branches differs from the tokens" in other.stderr
 
 
+def test_in_a_metric_that_stays_as_it_is_the_sketch_is_trained_on_tokens_in_that_metric(
+    metric, test_batch
+):
+    core = get_model_by_name("ResMLP", input_dim=1536, num_tokens=16, rank=5, oversample=11)
+    model = TaskFactorModel(core, {"head": "saliency", "metric_sha256": metric.sha256})
+    model.weighting.start_from(metric)
+    z = test_batch.x @ metric.root  # up to a rotation, which changes no product's error
+    terms = model.loss_terms(test_batch.x, test_batch.singular_values)
+    with torch.no_grad():
+        left = {"mse": (test_batch.x - torch.matmul(*model(test_batch.x))) @ metric.root}
+    left["optimum_mse"] = z - torch.matmul(*truncated_svd(z, 5))
+    for name, residual in left.items():
+        found = getattr(terms, name).item()
+        assert found == pytest.approx(residual.square().mean().item(), rel=1e-3), name
+
+
 def test_a_task_networks_product_has_its_rank_whatever_the_weights(metric, test_batch):
     core = get_model_by_name("MLP", input_dim=1536, num_tokens=16, rank=5, oversample=11)
     model = TaskFactorModel(core, {"head": "saliency"})
