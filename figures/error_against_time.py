@@ -19,7 +19,6 @@ from figures.style import (
     as_array,
     log_scale,
     new_figure,
-    note,
     percent,
     save,
 )
@@ -252,9 +251,8 @@ def ablation(
         place = (begin[sketch][0], 0.94 - 0.065 * i), "data", ("data", "axes fraction")
         style = {"color": colour, "fontsize": 10.5, "arrowprops": leader}
         axes[0].annotate(label, begin[sketch], *place, **style)
-    words = "K refinement steps, from left to right\ndotted: shifts as at the start\nbars: "
-    words += f"approximate 95 % interval over groups\n{ROUNDING} % and less is rounding"
-    note(axes[0], 0.02, 0.03, words, va="bottom")
+    footer += "; K refinement steps, from left to right; dotted: shifts as at the start; bars: "
+    footer += f"approximate 95 % intervals over groups; {ROUNDING} % and less is rounding"
     title = f"Rank {rank}: at equal time no trained sketch comes nearer than an untrained one"
     low = (gains[0]["gain_interval"] or [gains[0]["gain_pct"]])[0] if gains else 0
     if low > 0:
