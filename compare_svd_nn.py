@@ -143,10 +143,10 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     results["network_excess_pct_95"] = {
         str(r): interval_95(per_image[r]["network"]["excess_pct"], groups) for r in ranks
     }
-    results["task"] = in_task = None
-    if reader:
-        began = {"network_metric_sha256": model.norm["metric_sha256"]}  # None: at the plain norm
-        results["task"] = in_task = task_report(task_of, reader.head, reader.metric, groups) | began
+    in_task = reader and task_report(task_of, reader.head, reader.metric, groups)
+    if in_task:  # None: begun at the plain norm
+        in_task["network_metric_sha256"] = model.norm["metric_sha256"]
+    results["task"] = in_task
     results["box"] = error_by_box(methods, loaders, rank)
     print_table(results)
     if in_task:
@@ -193,6 +193,7 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
 
 
 def network_at_ranks(model: LowRankFactorModel | TaskFactorModel) -> Factorise:
+    """The network, its norm of a batch made once for all ranks."""
     if model.norm is None:
         return lambda batch, r: model(batch.x, r, grid=batch.grid)
     in_norm = once_a_batch(lambda batch: model.in_norm(batch.x, batch.grid))

@@ -137,10 +137,8 @@ def encode_images(args: argparse.Namespace) -> list[dict]:
     check_enough("--dataset_dir", len(rows))
     device = cli.pick_device(args.device)
     images = CPU_BATCH if device.type == "cpu" else GPU_BATCH
-    args.batch_size, args.batch_tokens = (
-        args.batch_size or images,
-        args.batch_tokens or 256 * images,
-    )
+    args.batch_size = args.batch_size or images
+    args.batch_tokens = args.batch_tokens or 256 * images
     if not (args.overwrite or args.demo or Path(args.model).is_dir()):
         # before gigabytes are fetched from a hub
         refuse_finished(Path(args.cache_dir), but_of=args.model)
