@@ -21,39 +21,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from coding.factor_files import restore, store
-from coding.rank_budget import (
-    against_fixed_rank,
-    error_curve,
-    first_rank_as_stored,
-    first_rank_within,
-    nested_factors,
-    optimum_curve,
-    split_ranks,
-)
-from common import cli
-from common.files import with_content_hash, write_json
-from common.locks import sole_writer
+from common import arguments
 from common.tables import print_columns
 from figures import comparison
-from model import LowRankFactorModel
-from qwenvl_dataloader import Batch, Loaders, create_data_loaders_real
-from svd_baseline import (
-    fit_pca,
-    gain_text,
-    image_metrics,
-    interval_95,
-    pca,
-    percent_text,
-    random_sketch,
-    randomized_svd,
-    report_ranks,
-    summarise,
-    truncated_svd,
-)
-from task.box_error import PARTS, box_report, part_errors, tokens_in_boxes
-from task.metric import TaskMetric, load_metric, network_in_metric
-from task.task_error import (
+from heads.box_error import PARTS, box_report, part_errors, tokens_in_boxes
+from heads.metric import TaskMetric, load_metric, network_in_metric
+from heads.task_error import (
     Factorise,
     closed_form,
     cut_at_ranks,
@@ -62,27 +35,51 @@ from task.task_error import (
     once_a_batch,
     task_report,
 )
+from lowrank_tokens.errors import image_metrics, percent_text, summarise
+from lowrank_tokens.factor_files import restore, store
+from lowrank_tokens.files import sole_writer, with_content_hash, write_json
+from model import LowRankFactorModel
+from qwenvl_dataloader import Batch, Loaders, create_data_loaders_real
+from svd_baseline import (
+    fit_pca,
+    gain_text,
+    interval_95,
+    pca,
+    random_sketch,
+    randomized_svd,
+    report_ranks,
+    truncated_svd,
+)
 from training.checkpoint import Trained, evaluated_rank, open_trained, unseen_test
+from training.rank_budget import (
+    against_fixed_rank,
+    error_curve,
+    first_rank_as_stored,
+    first_rank_within,
+    nested_factors,
+    optimum_curve,
+    split_ranks,
+)
 
 if TYPE_CHECKING:
-    from task.heads import TaskHead
-    from task.trained_norm import TaskFactorModel
+    from heads.task_head import TaskHead
+    from training.trained_norm import TaskFactorModel
 
 STORED_AS = "bf16"  # factorize.py's default: its ranks for a target are those that are reported
 
 
-def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
     what = parser.flags("what is compared")
     what("--arch")
     ranks = what.one_of()
     ranks("--rank")
     ranks("--target_error", help="also: each image at the least rank with this rel_error")
-    ranks("--mean_rank", cli.count)(
+    ranks("--mean_rank", arguments.count)(
         "also: this rank on average, split over images for the least total squared error"
     )
     what("--batch_size")
-    cli.add_evaluation_flags(parser)
+    arguments.add_evaluation_flags(parser)
     return parser
 
 
@@ -168,7 +165,7 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     else:
         comparison.rank_sweep(*sweep, results["num_tokens"], dataset.feature_dim, footer)
     print(f"wrote {folder}/{written}: look at rank_sweep.png")
-    again = cli.flags_again(args, "rank", "metric", "results_dir", "cache_dir", "device")
+    again = arguments.flags_again(args, "rank", "metric", "results_dir", "cache_dir", "device")
     excess = per_image[rank]["network"]["excess_pct"].nan_to_num(nan=-1.0)
     worst = int(loaders.test.sampler.rows[excess.argmax()])
     again = f"--arch {results['arch']} --image_idx {worst}{again}"
@@ -411,4 +408,4 @@ def print_budget(budget: dict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    arguments.run(main, get_args_parser())

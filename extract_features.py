@@ -23,21 +23,19 @@ import safetensors
 import torch
 from PIL import Image
 
-from common import cli, processes
-from common.errors import UserError
-from common.grids import token_range
-from features import checkpoints
-from features.cache_writer import FeatureCacheWriter, refuse_finished
-from features.encoders import VisionEncoder, load_encoder
-from features.extraction import extract, look_at
-from features.image_sources import (
-    ImageSource,
-    open_source,
-)
-from features.native_size import PixelRange
-from features.pt_import import PtFeatures
+from common import arguments, processes
+from encoders import checkpoints
+from encoders.extraction import extract, look_at
+from encoders.image_sources import ImageSource, open_source
+from encoders.native_size import PixelRange
+from encoders.pt_import import PtFeatures
+from encoders.towers import VisionEncoder, load_encoder
+from lowrank_tokens.cache_writer import FeatureCacheWriter, refuse_finished
+from lowrank_tokens.errors import optimum
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.grids import token_range
 from qwenvl_dataloader import RealQwenVLDataset
-from svd_baseline import optimum, report_ranks
+from svd_baseline import report_ranks
 
 DEMO_DATA = "demo_data"
 DEMO_ENCODER = "demo"
@@ -47,13 +45,13 @@ GPU_BATCH, CPU_BATCH = 16, 2
 NAMES_SHOWN = 5
 
 
-def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
     data = parser.flags("data")
-    data("--dataset_dir", cli.folder)(
+    data("--dataset_dir", arguments.folder)(
         "folder with *.parquet, with data/*.parquet in it, or with images in it and below"
     )
-    data("--import_pt", cli.folder)(
+    data("--import_pt", arguments.folder)(
         "take the features of an older cache, features_<i>.pt files, instead of encoding images"
     )
     data.switch("--demo")(
@@ -66,25 +64,25 @@ def get_args_parser() -> cli.Parser:
         "--verify", "only check the cache that is there against its hashes, and describe it"
     )
     encoder = parser.flags("encoder")
-    encoder("--model", cli.name, "Qwen/Qwen2.5-VL-3B-Instruct")(
+    encoder("--model", arguments.name, "Qwen/Qwen2.5-VL-3B-Instruct")(
         f"hub id or folder of a checkpoint of {checkpoints.names()}"
     )
-    pixels = cli.Number(int, 28, 4096)
+    pixels = arguments.Number(int, 28, 4096)
     encoder("--image_size", pixels, 448, "side of the square the encoder sees, pixels")
     encoder("--resize", ("stretch", "pad", "native"), "stretch")(
         "stretch to the square, keep the aspect and pad, or keep aspect and size: larger images "
         "have more tokens"
     )
-    area = cli.Number(int, 28**2, 2**28)
+    area = arguments.Number(int, 28**2, 2**28)
     encoder("--min_pixels", area, 4 * 28**2)(
         "--resize native enlarges smaller images; 784 pixels are a token of Qwen2.5-VL's tower and "
         "of the demo's"
     )
     encoder("--max_pixels", area, 16384 * 28**2, "--resize native shrinks larger images")
-    encoder("--batch_size", cli.size, None)(
+    encoder("--batch_size", arguments.size, None)(
         f"images encoded at once, memory against speed: default {GPU_BATCH}, on a CPU {CPU_BATCH}"
     )
-    encoder("--batch_tokens", cli.Number(int, 1, 2**28))(
+    encoder("--batch_tokens", arguments.Number(int, 1, 2**28))(
         "with --resize native in place of --batch_size: tokens encoded at once, or one image that "
         f"has more; default {256 * GPU_BATCH}, on a CPU {256 * CPU_BATCH}"
     )
@@ -103,39 +101,41 @@ def main(args: argparse.Namespace) -> None:
         return
     print_skipped(skipped)
     print_summary(RealQwenVLDataset(args.cache_dir), verify=False)
-    again = cli.flags_again(args, "cache_dir", "device")
+    again = arguments.flags_again(args, "cache_dir", "device")
     print(f"next: python train_real_data.py --arch ResMLP{again}")
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Refuse flags that contradict each other, by name."""
     if args.verify:
-        cli.refuse_beside(args, "verify", {"cache_dir"})
+        arguments.refuse_beside(args, "verify", {"cache_dir"})
     if args.import_pt:
-        cli.refuse_beside(args, "import_pt", {"cache_dir", "overwrite"})
+        arguments.refuse_beside(args, "import_pt", {"cache_dir", "overwrite"})
     if args.demo and "model" in args.typed:
-        raise UserError("--demo brings its own encoder: omit --model")
+        raise InputError("--demo brings its own encoder: omit --model")
     square, native = {"image_size", "batch_size"}, {"min_pixels", "max_pixels", "batch_tokens"}
     if args.resize == "native":
         if others := sorted(args.typed & square):
-            raise UserError(
+            raise InputError(
                 f"--{others[0]} does nothing beside --resize native: type --min_pixels, "
                 "--max_pixels and --batch_tokens"
             )
         if args.min_pixels > args.max_pixels:
-            raise UserError(
+            raise InputError(
                 f"--min_pixels {args.min_pixels} is above --max_pixels {args.max_pixels}: type a "
                 "smaller one"
             )
     elif others := sorted(args.typed & native):
-        raise UserError(f"--{others[0]} does nothing without --resize native: add that, or omit it")
+        raise InputError(
+            f"--{others[0]} does nothing without --resize native: add that, or omit it"
+        )
 
 
 def encode_images(args: argparse.Namespace) -> list[dict]:
     """Make the cache from images; returns the rows that cannot be read."""
     rows = find_rows(args)
     check_enough("--dataset_dir", len(rows))
-    device = cli.pick_device(args.device)
+    device = arguments.pick_device(args.device)
     images = CPU_BATCH if device.type == "cpu" else GPU_BATCH
     args.batch_size = args.batch_size or images
     args.batch_tokens = args.batch_tokens or 256 * images
@@ -156,7 +156,7 @@ def encode_images(args: argparse.Namespace) -> list[dict]:
 def check_enough(flag: str, images: int) -> None:
     """Refuse what cannot be split, before the work is done."""
     if images < 3:
-        raise UserError(
+        raise InputError(
             f"{flag} has {images} image(s): training, validation and test need at least 3 "
             "different ones"
         )
@@ -216,15 +216,15 @@ def import_features(args: argparse.Namespace) -> list[dict]:
 
 
 def find_rows(args: argparse.Namespace) -> ImageSource:
-    """The rows that --dataset_dir or --demo name. Raises UserError where there are none."""
+    """The rows that --dataset_dir or --demo name. Raises InputError where there are none."""
     if args.dataset_dir is None and not args.demo:
-        raise UserError("--dataset_dir is missing: name the data set's folder, or type --demo")
+        raise InputError("--dataset_dir is missing: name the data set's folder, or type --demo")
     try:
         return open_source(args.dataset_dir or DEMO_DATA)
-    except UserError as error:
+    except InputError as error:
         if args.dataset_dir:
             raise
-        raise UserError(f"{error}: run experiments.make_demo_data first") from None
+        raise InputError(f"{error}: run experiments.make_demo_data first") from None
 
 
 def cache_header(encoder: VisionEncoder, rows: ImageSource) -> dict:
@@ -295,7 +295,7 @@ def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
     if verify and (damaged := dataset.verify()):
         name, reason = next(iter(damaged.items()))
         others = f", and {len(damaged) - 1} more files are damaged" if len(damaged) > 1 else ""
-        raise UserError(
+        raise InputError(
             f"{dataset.cache_dir / name} {reason}{others}: extract again with --overwrite"
         )
     manifest = dataset.manifest

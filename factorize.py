@@ -4,7 +4,7 @@
     python factorize.py --arch ResMLP --target_error 0.1 --dtype int8
     torchrun --nproc_per_node 2 factorize.py --arch ResMLP   # two processes
 
-Writes factors/<arch>/ (format: coding/factor_files.py), from which `load_factors` gives
+Writes factors/<arch>/ (format: lowrank_tokens/factor_files.py), from which `load_factors` gives
 tokens back in the encoder's own units. Interrupted, the same command goes on. All reported errors
 are of what was stored, after rounding to --dtype. Several processes share the images, into the same
 bytes.
@@ -20,35 +20,37 @@ from pathlib import Path
 
 import torch
 
-from coding.codec import Codec
-from coding.coded_files import CODED, CodedImage, copy_codec
-from coding.factor_files import (
+from common import arguments, processes
+from heads.metric import load_metric, network_in_metric
+from lowrank_tokens import progress
+from lowrank_tokens.codec import Codec, CodedImage, coded_image, image_for_target
+from lowrank_tokens.errors import rel_error
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.factor_files import (
+    CODED,
     DTYPES,
     WRITE_AGAIN,
     FactorWriter,
     Stored,
     StoredImage,
+    copy_codec,
     damaged_files,
     restore,
     store,
 )
-from coding.rank_budget import error_curve, first_rank_as_stored, nested_factors, optimum_curve
-from coding.rate_control import coded_image, image_for_target
-from common import cli, processes, progress
-from common.errors import UserError
-from common.files import sha256_file
-from common.grids import Grid, batches_of_one_grid
+from lowrank_tokens.files import sha256_file
+from lowrank_tokens.grids import Grid, batches_of_one_grid
+from lowrank_tokens.linalg import denormalise, normalise
 from model import LowRankFactorModel, canonical_arch
-from qwenvl_dataloader import RealQwenVLDataset, denormalise, normalise
-from svd_baseline import rel_error
-from task.metric import load_metric, network_in_metric
+from qwenvl_dataloader import RealQwenVLDataset
 from training.checkpoint import cache_identity, evaluated_rank, open_trained
+from training.rank_budget import error_curve, first_rank_as_stored, nested_factors, optimum_curve
 
 TRIED_FIRST = 4  # images whose target is tried before anything is written
 
 
-def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
     what = parser.flags("factors")
     what("--arch")
     ranks = what.one_of()
@@ -56,11 +58,16 @@ def get_args_parser() -> cli.Parser:
     ranks("--target_error")(
         "rel_error that each image has to meet, as stored, at its own smallest rank"
     )
-    ranks("--step", cli.Number(float, 1e-4, 1e4))(
+    ranks("--step", arguments.Number(float, 1e-4, 1e4))(
         "with --codec: the step of every image, in units of normalised tokens"
     )
-    ranks("--target_kb", cli.positive, None, "with --codec: the most of each image, in 1000 bytes")
-    what("--codec", cli.file)(
+    ranks(
+        "--target_kb",
+        arguments.positive,
+        None,
+        "with --codec: the most of each image, in 1000 bytes",
+    )
+    what("--codec", arguments.file)(
         "of experiments.fit_codec: coded factors, a fraction of int8's bytes, at --step, "
         "--target_kb or --target_error (then of raw tokens, as decoded)"
     )
@@ -68,11 +75,11 @@ def get_args_parser() -> cli.Parser:
     what("--dtype", DTYPES, "bf16")(
         "of A and B on disk; int8 has half the bytes of bf16 and the larger error"
     )
-    what("--out", cli.folder, None, "folder to write; default factors/<arch>")
+    what("--out", arguments.folder, None, "folder to write; default factors/<arch>")
     what.switch("--overwrite", "replace what is in --out")
     what.switch("--verify", "only check the factors in --out against their hashes")
     what("--batch_size")
-    cli.add_evaluation_flags(parser)
+    arguments.add_evaluation_flags(parser)
     return parser
 
 
@@ -83,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
         return
     check_coded_flags(args)
     if args.exact:
-        device, dataset = cli.pick_device(args.device), RealQwenVLDataset(args.cache_dir)
+        device, dataset = arguments.pick_device(args.device), RealQwenVLDataset(args.cache_dir)
         header, model, rank = {"arch": "exact"}, None, None
     else:
         results, device, dataset, model, state = open_trained(args)
@@ -125,29 +132,29 @@ def check_coded_flags(args: argparse.Namespace) -> None:
     if not args.codec:
         for flag in ("step", "target_kb", "exact"):
             if flag in args.typed:
-                raise UserError(f"--{flag} is of coded factors: name a --codec beside it")
+                raise InputError(f"--{flag} is of coded factors: name a --codec beside it")
         return
     for flag in ("rank", "dtype"):
         if flag in args.typed:
-            raise UserError(f"--{flag} does nothing beside --codec: omit it")
+            raise InputError(f"--{flag} does nothing beside --codec: omit it")
     if args.step is None and args.target_kb is None and args.target_error is None:
-        raise UserError("--codec needs one of --step, --target_error and --target_kb")
+        raise InputError("--codec needs one of --step, --target_error and --target_kb")
     if args.exact and args.metric:
-        raise UserError("--metric does nothing beside --exact: the codec has its own metric")
+        raise InputError("--metric does nothing beside --exact: the codec has its own metric")
 
 
 def open_codec(args: argparse.Namespace, dataset: RealQwenVLDataset, metric) -> Codec:
-    """The codec at --codec. Raises UserError where it does not fit the cache or the metric."""
+    """The codec at --codec. Raises InputError where it does not fit the cache or the metric."""
     codec = Codec.load(args.codec)
     if codec.feature_dim != dataset.feature_dim:
-        raise UserError(
+        raise InputError(
             f"--codec {args.codec} is of {codec.feature_dim} features, --cache_dir has "
             f"{dataset.feature_dim}: fit one with experiments.fit_codec --cache_dir "
             f"{dataset.cache_dir}"
         )
     own = codec.info.get("metric_sha256")
     if not args.exact and own != (metric.sha256 if metric else None):
-        raise UserError(
+        raise InputError(
             f"--codec {args.codec} was fitted {'in' if own else 'without'} a metric: the network "
             "has to factor in the same one, type the --metric of experiments.fit_codec or --exact"
         )
@@ -155,11 +162,11 @@ def open_codec(args: argparse.Namespace, dataset: RealQwenVLDataset, metric) -> 
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Print that the factors in --out are as they were written, or raise UserError."""
-    cli.refuse_beside(args, "verify", {"out", "arch"})
+    """Print that the factors in --out are as they were written, or raise InputError."""
+    arguments.refuse_beside(args, "verify", {"out", "arch"})
     folder = Path(args.out) if args.out else Path("factors") / canonical_arch(args.arch)
     if damaged := damaged_files(folder):
-        raise UserError(f"{folder}: {', '.join(damaged)} does not match its sha256: {WRITE_AGAIN}")
+        raise InputError(f"{folder}: {', '.join(damaged)} does not match its sha256: {WRITE_AGAIN}")
     print(f"{folder} is whole, every file matches its sha256")
 
 
@@ -207,8 +214,8 @@ def write_factors(
                 features, grid = dataset[batch].to(device), dataset.grids[batch[0]]
                 try:
                     found = factorise(model, features, grid, rank, args.target_error, args.dtype)
-                except UserError as error:
-                    raise UserError(f"rows {batch[0]} to {batch[-1]}: {error}") from None
+                except InputError as error:
+                    raise InputError(f"rows {batch[0]} to {batch[-1]}: {error}") from None
                 images |= zip(batch, found, strict=True)
                 bar.update(len(batch))
             writer.write_shard(shard, [images[row] for row in rows])
@@ -235,7 +242,7 @@ def coded_rows(
     rows: Iterable[int],
     bar,
 ) -> list[CodedImage]:
-    """The rows' images, coded. Raises UserError that names an image whose target cannot be met."""
+    """The rows' images, coded. Raises InputError that names an image whose target cannot be met."""
     images = []
     for row in rows:
         raw, grid = dataset[[row]].float(), dataset.grids[row]
@@ -244,7 +251,7 @@ def coded_rows(
             rank = evaluated_rank(model, None)
             a, b = (f[0].cpu() for f in model(normalise(raw.to(device))[0], rank, grid=grid))
             if not (a.isfinite().all() and b.isfinite().all()):
-                raise UserError("the model's factors are not finite: train it again")
+                raise InputError("the model's factors are not finite: train it again")
             factors = a, torch.ones(a.shape[1]), b.mT
         raw = raw[0].cpu()
         try:
@@ -253,8 +260,8 @@ def coded_rows(
             else:
                 target = {"target_error": args.target_error, "target_kb": args.target_kb}
                 image = image_for_target(codec, raw, grid, factors, **target)
-        except UserError as error:
-            raise UserError(f"row {row}: {error}") from None
+        except InputError as error:
+            raise InputError(f"row {row}: {error}") from None
         images.append(image)
         bar.update(1)
     return images
@@ -274,8 +281,8 @@ def check_target(
         for batch in batches_of_one_grid(hardest.tolist(), dataset.grids, args.batch_size):
             features, grid = dataset[batch].to(device), dataset.grids[batch[0]]
             factorise(model, features, grid, rank, args.target_error, args.dtype)
-    except UserError as error:
-        raise UserError(f"the hardest images, as {args.dtype}: {error}") from None
+    except InputError as error:
+        raise InputError(f"the hardest images, as {args.dtype}: {error}") from None
 
 
 def check_coded_target(
@@ -312,7 +319,7 @@ def factorise(
     """Factors of features [b, T, D] of a grid as they will be stored, on the CPU.
 
     With a target_error each image gets the smallest rank ≤ `rank` at which what is stored meets it.
-    Raises UserError where the target is out of reach, or where factors are not finite.
+    Raises InputError where the target is out of reach, or where factors are not finite.
     """
     x, mean, std = normalise(features)
     if target_error is None:
@@ -321,7 +328,7 @@ def factorise(
     else:
         a, b = nested_factors(model, x, rank, grid)
     if not (a.isfinite().all() and b.isfinite().all()):  # int8 would hide it
-        raise UserError("the model's factors are not finite: train it again")
+        raise InputError("the model's factors are not finite: train it again")
     stored = store(a, b, dtype)
     if target_error is not None:
         # rounding leaves components apart, so one curve holds the stored error at every rank
@@ -374,7 +381,7 @@ def report(manifest: dict, folder: Path, per_second: float | None) -> None:
         print(f"{after / manifest['count']:.0f} bytes an image, codec.safetensors beside them")
     if per_second is not None:
         print(f"{per_second:.1f} matrices per second (reading, factors, their errors, writing)")
-    print(f'wrote {folder}: coding.factor_files.load_factors("{folder}") gives tokens back')
+    print(f'wrote {folder}: lowrank_tokens.load_factors("{folder}") gives tokens back')
 
 
 if __name__ == "__main__":

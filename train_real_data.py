@@ -24,31 +24,26 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import cli, processes
-from common.errors import UserError
-from common.files import atomic_path, new_folder, sweep_temporaries, write_json
-from common.locks import LOCK_NAME
+from common import arguments, processes
+from lowrank_tokens.errors import optimum, percent_text, summarise
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import LOCK_NAME, atomic_path, new_folder, sweep_temporaries, write_json
 from model import ARCHITECTURES, canonical_arch
-from qwenvl_dataloader import (
-    Batch,
-    Loaders,
-    RealQwenVLDataset,
-    create_data_loaders_real,
-)
-from svd_baseline import evaluate_batches, optimum, percent_text, summarise
-from task.trained_norm import NORM_NETS, in_own_norm, task_record, task_terms
+from qwenvl_dataloader import Batch, Loaders, RealQwenVLDataset, create_data_loaders_real
+from svd_baseline import evaluate_batches
 from training.checkpoint import save_checkpoint
 from training.final_results import test_and_draw
 from training.run_log import RunLog, epoch_line, print_header, report, task_words
 from training.state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run, start_from_data
+from training.trained_norm import NORM_NETS, in_own_norm, task_record, task_terms
 
 CLIP_NORM = 1.0
 RESUME_FLAGS = ("results_dir", "cache_dir", "log_dir", "device", "tensorboard", "patience")
 CHECK_EVERY = 50  # steps between looks at the non-finite flag, each a wait for the device
 
 
-def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
     where = parser.flags("files")
     where("--cache_dir")
     where("--results_dir", help="results go to its <arch>/ folder")
@@ -61,28 +56,37 @@ def get_args_parser() -> cli.Parser:
         "projected: branches propose a subspace, X is projected on it; direct: branches predict A "
         "and B outright"
     )
-    model("--refine_steps", cli.few, None, "K, refinement steps, default 1: error against time")
-    model("--oversample", cli.whole)("p, extra sketch columns, default 32: error against time")
-    model("--hidden_dim", cli.size, 256, "branch width")
-    model("--num_blocks", cli.few, None, "residual blocks (default 1) or hidden layers (2)")
+    model(
+        "--refine_steps", arguments.few, None, "K, refinement steps, default 1: error against time"
+    )
+    model("--oversample", arguments.whole)(
+        "p, extra sketch columns, default 32: error against time"
+    )
+    model("--hidden_dim", arguments.size, 256, "branch width")
+    model("--num_blocks", arguments.few, None, "residual blocks (default 1) or hidden layers (2)")
     model("--seen_features", ("pivoted", "even"), "pivoted")(
         "which 256 features the branches look at: chosen from the training tokens by pivoted "
         "Cholesky, or evenly spaced"
     )
-    share = cli.Number(float, 0, below=1)
+    share = arguments.Number(float, 0, below=1)
     model("--dropout", share, 0.0, "dropout in the branches, 0 to 1")
     train = parser.flags("training")
-    train("--epochs", cli.count, 20, "epochs, or epochs to add with --resume")
+    train("--epochs", arguments.count, 20, "epochs, or epochs to add with --resume")
     train("--batch_size", help="images a step, of each process")
-    train("--lr", cli.positive, 1e-4, f"AdamW's; shifts get {SHIFT_LR_FACTOR} times it")
-    train("--weight_decay", cli.weight, 1e-5, "AdamW's")
-    train("--patience", cli.count, 10)(
+    train("--lr", arguments.positive, 1e-4, f"AdamW's; shifts get {SHIFT_LR_FACTOR} times it")
+    train("--weight_decay", arguments.weight, 1e-5, "AdamW's")
+    train("--patience", arguments.count, 10)(
         "epochs without a smaller validation mse above its optimum (with --task_head: the head's "
         "loss) before stopping; that decides the best epoch too"
     )
-    train("--lambda_B", cli.weight, 1e-4, "ridge of B, and weight of ‖B‖²/(TD)")
-    train("--lambda_ortho", cli.weight, 1e-3, "weight of the sketch's, SVDLinear's orthogonality")
-    train("--lambda_act", cli.weight, 0.0, "weight of the orthogonality of row_net's output")
+    train("--lambda_B", arguments.weight, 1e-4, "ridge of B, and weight of ‖B‖²/(TD)")
+    train(
+        "--lambda_ortho",
+        arguments.weight,
+        1e-3,
+        "weight of the sketch's, SVDLinear's orthogonality",
+    )
+    train("--lambda_act", arguments.weight, 0.0, "weight of the orthogonality of row_net's output")
     train("--seed", help="of weights, order and dropout; the split has its own")
     precisions = ("float32", "bf16")
     train("--precision", precisions, "float32", "of the branches; the linear algebra is float64")
@@ -91,11 +95,13 @@ def get_args_parser() -> cli.Parser:
         "go on from best_model.pt, or exactly from last_model.pt"
     )
     task = parser.flags("training for a task")
-    task("--task_head", cli.name)(
+    task("--task_head", arguments.name)(
         "saliency or qwen-answer: its error joins the loss, and the norm that X is factored in is "
         "learned"
     )
-    task("--lambda_task", cli.positive, 1.0, "weight of the mean log task error, ranks 4 to 32")
+    task(
+        "--lambda_task", arguments.positive, 1.0, "weight of the mean log task error, ranks 4 to 32"
+    )
     task("--metric")(
         "of experiments.estimate_metric: X is factored in it; with --task_head the start of the "
         "learned norm, which is else the plain one"
@@ -107,10 +113,10 @@ def get_args_parser() -> cli.Parser:
     task("--head_model")
     alloc = parser.flags("rank allocator (AdaLoRA)")
     alloc.switch("--use_rank_allocator", "lower the rank in training")
-    alloc("--allocator_init_warmup", cli.whole, 1000, "steps at full rank")
-    alloc("--allocator_final_warmup", cli.count, 1000, "steps during which the rank falls")
-    alloc("--allocator_mask_interval", cli.count, 20, "steps between masks")
-    kept = cli.Number(float, above=0, at_most=1)
+    alloc("--allocator_init_warmup", arguments.whole, 1000, "steps at full rank")
+    alloc("--allocator_final_warmup", arguments.count, 1000, "steps during which the rank falls")
+    alloc("--allocator_mask_interval", arguments.count, 20, "steps between masks")
+    kept = arguments.Number(float, above=0, at_most=1)
     alloc("--allocator_keep_ratio", kept, 0.25, "final rank as a fraction of --rank")
     kinds = ("energy", "sensitivity")
     alloc("--allocator_importance", kinds, "energy", "what decides which component goes")
@@ -133,7 +139,7 @@ def train_step(run: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
 
     Returns the means of TERMS over the step's images [len(TERMS)] float64 and a scalar flag, 1
     where the step is not finite; then it changed no weight. On CUDA only the eigenproblem of the
-    refinement waits for the device (`subspace.refine`), and a rank allocator where it sets a mask.
+    refinement waits for the device (`linalg.refine`), and a rank allocator where it sets a mask.
     """
     if run.head:
         terms = task_terms(run.model, run.head, batch, run.step)
@@ -193,7 +199,7 @@ def train(
         record = processes.from_main(record)  # all decide by it: it must not differ in a last bit
         distance = run.distance(record)
         if not math.isfinite(distance):
-            raise UserError(f"validation is not finite in epoch {run.epoch}: lower --lr")
+            raise InputError(f"validation is not finite in epoch {run.epoch}: lower --lr")
         run.history.append(record)
         run.epoch, run.batches_done = run.epoch + 1, 0
         run.sums.zero_()
@@ -216,11 +222,11 @@ def train(
 
 
 def check_finite(broken: Tensor, folder: Path) -> None:
-    """Raises UserError where any step so far had a non-finite loss or gradient."""
+    """Raises InputError where any step so far had a non-finite loss or gradient."""
     if steps := int(broken.item()):
         good = [n for n in ("best_model.pt", "last_model.pt") if (folder / n).exists()]
         kept = f"{folder / good[0]} is kept" if good else "no checkpoint was written yet"
-        raise UserError(
+        raise InputError(
             f"the loss was not finite in {steps} step(s), which were skipped ({kept}): lower --lr, "
             "or look for bad features with extract_features.py --verify"
         )
@@ -330,17 +336,17 @@ def main(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     args.arch = canonical_arch(args.arch)
     if args.use_rank_allocator and args.arch != "AdaLoRA":
-        raise UserError(f"--use_rank_allocator needs --arch AdaLoRA, not {args.arch}")
+        raise InputError(f"--use_rank_allocator needs --arch AdaLoRA, not {args.arch}")
     unused = sorted(name for name in args.typed if name.startswith("allocator_"))
     if unused and not (args.use_rank_allocator or args.resume):
-        raise UserError(f"--{unused[0]} does nothing without --use_rank_allocator: type both")
+        raise InputError(f"--{unused[0]} does nothing without --use_rank_allocator: type both")
     if not args.resume:
-        cli.check_head_model(args.head_model, args.task_head)
+        arguments.check_head_model(args.head_model, args.task_head)
     for name in ("lambda_task", "norm_net"):
         if name in args.typed and not (args.task_head or args.resume):
-            raise UserError(f"--{name} does nothing without --task_head: type both")
+            raise InputError(f"--{name} does nothing without --task_head: type both")
     if "seen_features" in args.typed and args.factors == "direct":
-        raise UserError("--factors direct sees all features: omit --seen_features")
+        raise InputError("--factors direct sees all features: omit --seen_features")
     folder = Path(args.results_dir) / args.arch
     dataset = RealQwenVLDataset(args.cache_dir)
     run = open_run(args, folder, dataset)
@@ -385,7 +391,7 @@ def main(args: argparse.Namespace) -> int:
         with processes.Stop() as stop:
             train(run, loaders, folder, log, stop)
         if stop.signal and not run.finished:
-            again = cli.flags_again(args, *RESUME_FLAGS)
+            again = arguments.flags_again(args, *RESUME_FLAGS)
             log(
                 f"stopped by signal {stop.signal} in epoch {run.epoch}: wrote last_model.pt; "
                 f"go on with python train_real_data.py --arch {args.arch} --resume last{again}"

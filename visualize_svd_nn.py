@@ -17,37 +17,29 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from common import cli
-from common.boxes import Box, box_in_view
-from common.errors import UserError
-from common.files import write_json
-from common.grids import Grid
-from common.locks import sole_writer
+from common import arguments
 from figures import token_grid
+from heads.metric import load_metric, metric_svd, network_in_metric
+from lowrank_tokens.errors import image_metrics, rel_error, token_error
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import sole_writer, write_json
+from lowrank_tokens.grids import Box, Grid, box_in_view
+from lowrank_tokens.linalg import exact_singular_values, normalise
 from model import LowRankFactorModel
-from qwenvl_dataloader import normalise
-from svd_baseline import (
-    exact_singular_values,
-    image_metrics,
-    principal_coordinates,
-    rel_error,
-    token_error,
-    truncated_svd,
-)
-from task.metric import load_metric, metric_svd, network_in_metric
+from svd_baseline import principal_coordinates, truncated_svd
 from training.checkpoint import Trained, evaluated_rank, open_trained, rows_seen
 
 RANKS_SHOWN = (8, 32, 128)  # of rank_comparison, as far as the model goes
 CHANNELS = 8  # the first ones, the same in every image; and those of most and of least error
 
 
-def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
     what = parser.flags("what is drawn")
     what("--arch")
     what("--rank")
-    what("--image_idx", cli.whole)("row of the cache; default the first test image")
-    cli.add_evaluation_flags(parser)
+    what("--image_idx", arguments.whole)("row of the cache; default the first test image")
+    arguments.add_evaluation_flags(parser)
     return parser
 
 
@@ -62,7 +54,7 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
     folder, device, dataset, model, state = trained
     row = int(dataset.split.test[0]) if args.image_idx is None else args.image_idx
     if row >= len(dataset):
-        raise UserError(
+        raise InputError(
             f"--image_idx {row}: the cache has {len(dataset)}, type 0 to {len(dataset) - 1}"
         )
     metric = load_metric(args.metric, dataset).to(device) if args.metric else None
@@ -128,7 +120,7 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
     write_json(f"{stem}_comparison_results.json", results)
     print(f"{dataset.label}\n{info['title']}")
     print(f"wrote {', '.join(written)} and {stem}_comparison_results.json: look at {written[-1]}")
-    again = cli.flags_again(args, "results_dir")
+    again = arguments.flags_again(args, "results_dir")
     print(f"next, for a page of all results: python -m experiments.make_report{again}")
 
 
@@ -179,4 +171,4 @@ def number_or_none(value: Tensor) -> float | None:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    arguments.run(main, get_args_parser())

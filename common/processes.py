@@ -3,10 +3,10 @@ torch.distributed.
 
     torchrun --nproc_per_node 2 train_real_data.py --batch_size 4
 
-`run` is what a script calls in place of `cli.run`. Without torchrun nothing is joined, and every
-function here answers as for one process. With it every process has to call the collectives (gloo on
-the CPU, nccl between GPUs), in one order. The first process that fails says so and ends; torchrun
-ends the others.
+`run` is what a script calls in place of `arguments.run`. Without torchrun nothing is joined, and
+every function here answers as for one process. With it every process has to call the collectives
+(gloo on the CPU, nccl between GPUs), in one order. The first process that fails says so and ends;
+torchrun ends the others.
 
 rank: number of a process, 0 is the main one; world: how many there are, on all hosts.
 """
@@ -30,8 +30,10 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from common import cli, locks, progress
-from common.errors import UserError
+from common import arguments
+from lowrank_tokens import files as locks
+from lowrank_tokens import progress
+from lowrank_tokens.exceptions import InputError
 
 # Waits have no limit of their own: a process may encode for an hour while others are done. Where
 # one has failed, torchrun ends those that wait.
@@ -44,14 +46,14 @@ T = TypeVar("T")
 
 
 def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
-    """`cli.run` for a script that torchrun may start: joins the others, calls `main`, leaves.
+    """`arguments.run` for a script that torchrun may start: joins the others, calls `main`, leaves.
 
     What the first process to fail prints is all that is printed: one line and status 2 for a user's
     mistake, a traceback and 1 for a programming error. Where one has ended, collectives of the
     others fail too: that is silent. All but the main process print nothing on stdout.
     """
     if not dist.is_torchelastic_launched():
-        cli.run(main, parser)
+        arguments.run(main, parser)
     store, rank, world = next(dist.rendezvous("env://"))  # torchrun's store outlives the processes
     if rank:
         sys.stdout = open(os.devnull, "w")
@@ -71,12 +73,14 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
         _is_first(store)  # the others may notice by a collective that fails, which is no error
         _leave(128 + signal.SIGINT)
     except Exception as error:
-        message = cli.mistake(error, args)
+        message = arguments.mistake(error, args)
         if _is_first(store):
             if message is None:
                 traceback.print_exc()
             else:
-                tqdm.write(f"error: {cli.one_line(message)}", file=sys.stderr)  # leaves a bar whole
+                tqdm.write(
+                    f"error: {arguments.one_line(message)}", file=sys.stderr
+                )  # leaves a bar whole
         _leave(1 if message is None else 2)
     dist.destroy_process_group()
     _leave(status)
@@ -99,11 +103,11 @@ def _is_first(store: dist.Store) -> bool:
 
 
 def _parse(parser: argparse.ArgumentParser, store: dist.Store) -> argparse.Namespace:
-    """`cli.parse`; a mistake, or the help, is printed by the first process that finds it."""
+    """`arguments.parse`; a mistake, or the help, is printed by the first process that finds it."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return cli.parse(parser)
+            return arguments.parse(parser)
     except SystemExit as end:
         if _is_first(store):
             print(said.getvalue(), end="", file=sys.stderr if end.code else sys.__stdout__)
@@ -112,14 +116,16 @@ def _parse(parser: argparse.ArgumentParser, store: dist.Store) -> argparse.Names
 
 def _own_device(name: str) -> torch.device:
     """The device of `--device` for this process: each has a GPU of its own."""
-    device = cli.pick_device(name)
+    device = arguments.pick_device(name)
     if device.type != "cuda":
         return device
     index, here = int(os.environ["LOCAL_RANK"]), local_world()
     if device.index is not None and here > 1:
-        raise UserError(f"--device {name}: {here} processes cannot share a GPU, type --device cuda")
+        raise InputError(
+            f"--device {name}: {here} processes cannot share a GPU, type --device cuda"
+        )
     if device.index is None and here > torch.cuda.device_count():
-        raise UserError(
+        raise InputError(
             f"--nproc_per_node {here}: torch sees {torch.cuda.device_count()} CUDA devices here: "
             "start as many processes, or type --device cpu"
         )
@@ -192,11 +198,11 @@ def from_main(value: T) -> T:
 
 
 def check_same(what: str, value: object) -> None:
-    """Raises UserError where a process has another value than the main one."""
+    """Raises InputError where a process has another value than the main one."""
     values = gather(value)
     differ = [str(i) for i, other in enumerate(values) if other != values[0]]
     if differ:
-        raise UserError(
+        raise InputError(
             f"process {', '.join(differ)} {what} than process 0: type the same command on all "
             "hosts, on the same files"
         )

@@ -23,24 +23,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import cli, progress
-from common.errors import UserError
-from common.files import check_same_header, read_json, write_json
-from common.grids import Grid
+from common import arguments
 from common.tables import print_columns
-from common.timing import time_in_turn
+from experiments.timing import time_in_turn
 from figures import error_against_time
-from model import LowRankFactorModel, LowRankProjMLP, LowRankProjSymmetric
+from lowrank_tokens import progress
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import check_same_header, read_json, write_json
+from lowrank_tokens.grids import Grid
+from lowrank_tokens.linalg import even_features, exact_factors, normalise
+from model import LowRankFactorModel, LowRankProjMLP, LowRankProjSymmetric, pivoted_features
 from qwenvl_dataloader import (
     BatchLoader,
     Loaders,
     RealQwenVLDataset,
     create_data_loaders_real,
-    normalise,
     of_one_grid,
 )
-from subspace import even_features, pivoted_features
-from svd_baseline import evaluate, gain, gram_eigh, interval_95, second_moment
+from svd_baseline import evaluate, gain, interval_95, second_moment
 from training.state import SHIFT_LR_FACTOR
 
 SAME_TIME = 1.05  # times that differ by less are equal: what repeats of one method scatter by
@@ -48,8 +48,8 @@ UNTRAINED = ("random", "columns")
 SKETCHES = (*UNTRAINED, "linear", "ResMLP", "MLP")
 
 
-def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
     grid = parser.flags("what is compared")
     grid("--rank", default=128, help="of A·B")
     grid("--sketches", SKETCHES, list(SKETCHES), metavar="SKETCH")(
@@ -57,16 +57,18 @@ def get_args_parser() -> cli.Parser:
         "features, Ω trained; ResMLP; MLP"
     )
     steps = [0, 1, 2, 3, 4]
-    grid("--refine_steps", cli.whole, steps, "K, each with start shifts and with learned ones")
-    grid("--oversample", cli.whole, [0, 16, 32], "p, extra sketch columns")
-    grid("--seeds", cli.count, 3, "runs of each, with seeds 0, 1, …")
+    grid(
+        "--refine_steps", arguments.whole, steps, "K, each with start shifts and with learned ones"
+    )
+    grid("--oversample", arguments.whole, [0, 16, 32], "p, extra sketch columns")
+    grid("--seeds", arguments.count, 3, "runs of each, with seeds 0, 1, …")
     train = parser.flags("training and timing")
-    train("--epochs", cli.count, 2, "epochs of each sketch")
-    train("--lr", cli.positive, 1e-3, "Adam's, falling to 0")
+    train("--epochs", arguments.count, 2, "epochs of each sketch")
+    train("--lr", arguments.positive, 1e-3, "Adam's, falling to 0")
     train("--batch_size", help="images a step")
     train("--threads")
     train("--repeats")
-    cli.add_evaluation_flags(parser, metric=False)
+    arguments.add_evaluation_flags(parser, metric=False)
     return parser
 
 
@@ -178,7 +180,9 @@ def measure_times(
     rows = loaders.test.sampler.rows
     x = normalise(dataset[rows[torch.arange(args.batch_size) % len(rows)]].to(device))[0]
     models = [build(s, args.rank, dataset, seen).to(device).eval() for s in settings]
-    calls = [lambda m=m: m(x, ordered=False) for m in models] + [lambda: gram_eigh(x, args.rank)]
+    calls = [lambda m=m: m(x, ordered=False) for m in models] + [
+        lambda: exact_factors(x, args.rank)
+    ]
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     timings = time_in_turn(calls, args.repeats, device)
@@ -265,12 +269,12 @@ def print_tables(records: list[dict], gains: list[dict], exact_ms: float) -> Non
 
 
 def main(args: argparse.Namespace) -> None:
-    device = cli.pick_device(args.device)
+    device = arguments.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
     limit = min(dataset.num_tokens, dataset.feature_dim)
     if args.rank + max(args.oversample) > limit:
         flags = f"--rank {args.rank} and --oversample {max(args.oversample)}"
-        raise UserError(f"{flags} are more than the {limit} columns there can be: lower one")
+        raise InputError(f"{flags} are more than the {limit} columns there can be: lower one")
     loaders = of_one_grid(create_data_loaders_real(dataset, args.batch_size, device=device))
     path = Path(args.results_dir) / f"ablation_rank{args.rank}.json"
     trained_with = {"data": dataset.label, "split": dataset.split.hash, "rank": args.rank}
@@ -292,7 +296,7 @@ def main(args: argparse.Namespace) -> None:
     records = summarise_runs(runs, times, groups)
     gains = gains_at_equal_time(records, groups)
     print_tables(records, gains, exact_ms)
-    environment = cli.environment(device) | {"threads": args.threads}
+    environment = arguments.environment(device) | {"threads": args.threads}
     shown = [{k: v for k, v in r.items() if k != "per_image"} for r in records]
     found = {"environment": environment, "exact_ms": exact_ms, "records": shown, "gains": gains}
     write_json(path, {"trained_with": trained_with, **found, "runs": runs})
@@ -304,7 +308,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def runs_so_far(path: Path, trained_with: dict) -> list[dict]:
-    """What an earlier call has measured already. Raises UserError where it trained otherwise.
+    """What an earlier call has measured already. Raises InputError where it trained otherwise.
 
     Runs of an older version, which did not measure validation images, are left out: made again.
     """
@@ -316,4 +320,4 @@ def runs_so_far(path: Path, trained_with: dict) -> list[dict]:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    arguments.run(main, get_args_parser())

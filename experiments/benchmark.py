@@ -17,46 +17,43 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import cli, progress
-from common.errors import UserError
-from common.files import write_json
+from common import arguments
 from common.tables import print_columns
-from common.timing import Timing, matmul_rates, matrix_products, time_in_turn
 from experiments import benchmark_tokens
 from experiments.contenders import Contender, contenders_in_metric, references, trained_networks
+from experiments.timing import Timing, matmul_rates, matrix_products, time_in_turn
 from figures import error_against_time
-from qwenvl_dataloader import (
-    BatchLoader,
-    RealQwenVLDataset,
-    create_data_loaders_real,
-    normalise,
-    of_one_grid,
-)
-from svd_baseline import evaluate, summarise
-from task.metric import load_metric
+from heads.metric import load_metric
+from lowrank_tokens import progress
+from lowrank_tokens.errors import summarise
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import write_json
+from lowrank_tokens.linalg import normalise
+from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real, of_one_grid
+from svd_baseline import evaluate
 
 
-def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
     what = parser.flags("what is measured")
     what.switch("--quality", "only the error, on all test images (neither flag: both)")
     what.switch("--speed", "only the time (neither flag: both)")
-    what("--ranks", cli.count, [8, 16, 32, 64, 128], "ranks of A·B")
-    what("--tokens", cli.Number(int, 16, 65536), [])(
+    what("--ranks", arguments.count, [8, 16, 32, 64, 128], "ranks of A·B")
+    what("--tokens", arguments.Number(int, 16, 65536), [])(
         "instead: time against the number of tokens, at these squares (see benchmark_tokens.py)"
     )
     matrices = "matrices of a timed call; several are measured in turn"
     what("--batch_size", default=[8], dest="batch_sizes", help=matrices)
     what("--threads")
     what("--repeats")
-    cli.add_evaluation_flags(parser)
+    arguments.add_evaluation_flags(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     if args.tokens:
         return benchmark_tokens.main(args)
-    device = cli.pick_device(args.device)
+    device = arguments.pick_device(args.device)
     torch.set_num_threads(args.threads)
     results_dir = Path(args.results_dir)
     neither = not (args.quality or args.speed)
@@ -113,7 +110,7 @@ def checked_ranks(args: argparse.Namespace, limit: int) -> list[int]:
     if "ranks" not in args.typed:
         ranks = [r for r in ranks if r <= limit] or [limit]
     if ranks[-1] > limit:
-        raise UserError(
+        raise InputError(
             f"--ranks {ranks[-1]} is out of range: type 1 to {limit}, the smaller of T and D"
         )
     return ranks
@@ -123,7 +120,7 @@ def describe(
     args: argparse.Namespace, device: torch.device, dataset: RealQwenVLDataset, test_images: int
 ) -> dict:
     """What the numbers of this run depend on, for the JSON."""
-    return cli.environment(device) | {
+    return arguments.environment(device) | {
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "device_type": device.type,
         "dtype": "float32",  # of X, A and B; the records' own says in what a method computes
@@ -175,7 +172,7 @@ def measure_speed(
                 counts = map(matrix_products, calls)
                 found |= {(i, r, batch): tc for i, *tc in zip(active, timings, counts, strict=True)}
         except torch.cuda.OutOfMemoryError:
-            raise UserError(
+            raise InputError(
                 f"CUDA is out of memory: --batch_size {batch} is too large, type "
                 f"--batch_size {max(1, batch // 2)}"
             ) from None
@@ -238,4 +235,4 @@ def print_table(records: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    arguments.run(main, get_args_parser())

@@ -19,25 +19,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common import cli, progress
-from common.errors import UserError
-from common.files import write_json
+from common import arguments
 from common.tables import print_columns
-from common.timing import peak_tensor_mb, time_in_turn
+from encoders.towers import DemoEncoder, load_encoder
 from experiments.contenders import solvers
 from experiments.make_demo_data import PHOTOGRAPHS
-from features.encoders import DemoEncoder, load_encoder
+from experiments.timing import peak_tensor_mb, time_in_turn
 from figures import time_against_tokens
+from lowrank_tokens import progress
+from lowrank_tokens.errors import excess_pct, optimum, rel_error
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import write_json
+from lowrank_tokens.linalg import Factors, exact_singular_values, normalise, refine, start_shifts
 from model import LowRankFactorModel, get_model_by_name
-from qwenvl_dataloader import RealQwenVLDataset, normalise
-from subspace import refine, start_shifts
-from svd_baseline import (
-    Factors,
-    exact_singular_values,
-    excess_pct,
-    optimum,
-    rel_error,
-)
+from qwenvl_dataloader import RealQwenVLDataset
 from training.checkpoint import load_model
 
 PIXELS = 28  # along a side of a merged token
@@ -53,12 +48,12 @@ Method = Callable[[Tensor, int], Factors]
 
 def main(args: argparse.Namespace) -> None:
     """Measure all methods at each T of args.tokens; write benchmark_tokens.json and .png."""
-    cli.refuse_beside(
+    arguments.refuse_beside(
         args, "tokens", {"ranks", "threads", "repeats", "results_dir", "cache_dir", "device"}
     )
     sides = [grid_side(tokens) for tokens in sorted(set(args.tokens))]
     ranks = sorted(set(args.ranks)) if "ranks" in args.typed else RANKS
-    device = cli.pick_device(args.device)
+    device = arguments.pick_device(args.device)
     torch.set_num_threads(args.threads)
     repeats = args.repeats if "repeats" in args.typed else 3
     networks, name = networks_of(Path(args.results_dir), ranks, device)
@@ -72,7 +67,7 @@ def main(args: argparse.Namespace) -> None:
             found = measure(methods(networks[r], side, r), x, r, repeats)
             records += [{"tokens": side**2, "source": source, "rank": r, **f} for f in found]
     growth = exponents(records)
-    environment = cli.environment(device) | {"cores": torch.multiprocessing.cpu_count()}
+    environment = arguments.environment(device) | {"cores": torch.multiprocessing.cpu_count()}
     environment |= {"encoder": encoder.id, "feature_dim": encoder.feature_dim}
     environment |= {"network": name, "repeats": repeats}
     print_table(records, growth)
@@ -96,9 +91,9 @@ def main(args: argparse.Namespace) -> None:
 
 
 def grid_side(tokens: int) -> int:
-    """√T. Raises UserError where that is no whole number."""
+    """√T. Raises InputError where that is no whole number."""
     if (side := math.isqrt(tokens)) ** 2 != tokens:
-        raise UserError(
+        raise InputError(
             f"--tokens {tokens} is no square: type {side**2} or {(side + 1) ** 2}, tokens of a "
             "square picture"
         )

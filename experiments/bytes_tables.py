@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coding.rivals import Knob
 from common.tables import print_columns
+from experiments.rivals import Knob
 from svd_baseline import FEWEST_GROUPS, student_t_95
 
 TARGETS = {"raw_error": (0.24, 0.16, 0.10, 0.05), "task_error": (0.10, 0.05, 0.037, 0.03)}

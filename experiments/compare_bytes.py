@@ -22,9 +22,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from coding import rivals
-from coding.codec import Codec
-from coding.coded_rivals import (
+from common import arguments
+from encoders.image_sources import image_bytes, open_source, read_image
+from encoders.native_size import size_in
+from experiments import rivals
+from experiments.bytes_tables import Point, print_tables, tables
+from experiments.coded_rivals import (
     CodecStatistics,
     Coded,
     FactorsDeflateInMetric,
@@ -32,36 +35,36 @@ from coding.coded_rivals import (
     KltDct,
     has_metric,
 )
-from coding.fitted_rivals import PcaDeflate, Pictures, ProductQuantiser, fit_token_basis
-from coding.head_steps import CodedHeadSteps, FactorsHeadSteps
-from coding.rivals import Rival, Statistics, TokenImage
-from common import cli, progress
-from common.errors import UserError
-from common.files import write_json
-from common.grids import batches_of_one_grid
-from common.partial_results import PartialResults
-from experiments.bytes_tables import Point, print_tables, tables
-from features.image_sources import image_bytes, open_source, read_image
-from features.native_size import size_in
+from experiments.fitted_rivals import PcaDeflate, Pictures, ProductQuantiser, fit_token_basis
+from experiments.head_steps import CodedHeadSteps, FactorsHeadSteps
+from experiments.partial_results import PartialResults
+from experiments.rivals import Rival, Statistics, TokenImage
 from figures.bytes_against_error import bytes_against_error
-from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real, normalise
-from svd_baseline import interval_95, summarise
-from task.heads import TaskHead
-from task.load_head import HEADS, load_head
-from task.metric import cache_hashes
+from heads.load_head import HEADS, load_head
+from heads.metric import cache_hashes
+from heads.task_head import TaskHead
+from lowrank_tokens import progress
+from lowrank_tokens.codec import Codec
+from lowrank_tokens.errors import summarise
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import write_json
+from lowrank_tokens.grids import batches_of_one_grid
+from lowrank_tokens.linalg import normalise
+from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
+from svd_baseline import interval_95
 
 if TYPE_CHECKING:
-    from features.encoders import VisionEncoder
+    from encoders.towers import VisionEncoder
 
 QUICK_METHODS = ("factors_int8", "factors_deflate", "klt_dct", "coded")
 QUICK_KNOBS, QUICK_IMAGES = 5, 24
 DATA_SETS = {"demo": "demo_data", "real": "textVQA_groundingtask_bbox"}
 
 
-def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
     what = parser.flags("what is compared")
-    what("--codec", cli.file, nargs="+")(
+    what("--codec", arguments.file, nargs="+")(
         "of experiments.fit_codec, a plain one, one in a metric or both; without one only their "
         "rivals"
     )
@@ -71,7 +74,7 @@ def get_args_parser() -> cli.Parser:
     what.switch("--quick", f"{few}: a minute and a half")
     where = parser.flags("files and device")
     where("--cache_dir")
-    where("--dataset_dir", cli.folder)(
+    where("--dataset_dir", arguments.folder)(
         f"the cache's pictures, for JPEG and WebP; default {' or '.join(DATA_SETS.values())}"
     )
     where("--results_dir", help="where bytes.json and bytes.png go")
@@ -81,7 +84,7 @@ def get_args_parser() -> cli.Parser:
 
 def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    device = cli.pick_device(args.device)
+    device = arguments.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
     if not args.quick:  # missing packages are named before anything takes time
         for package in ("faiss", "zstandard"):
@@ -147,16 +150,16 @@ def test_rows(dataset: RealQwenVLDataset, most: int | None) -> list[int]:
 
 
 def load_codecs(paths: list[str], dataset: RealQwenVLDataset) -> list[Codec]:
-    """The codecs of --codec; UserError for two of one kind, or one of another width."""
+    """The codecs of --codec; InputError for two of one kind, or one of another width."""
     codecs = [Codec.load(path) for path in paths]
     for path, codec in zip(paths, codecs, strict=True):
         if codec.feature_dim != dataset.feature_dim:
-            raise UserError(
+            raise InputError(
                 f"--codec {path} codes {codec.feature_dim} features, {dataset.cache_dir} has "
                 f"{dataset.feature_dim}: fit one with experiments.fit_codec"
             )
     if len({has_metric(codec) for codec in codecs}) < len(codecs):
-        raise UserError("--codec: type one file without a metric, one with a metric, or both")
+        raise InputError("--codec: type one file without a metric, one with a metric, or both")
     return codecs
 
 
@@ -244,13 +247,13 @@ def picture_rivals(
         return []
     manifest = dataset.manifest
     name = "demo" if dataset.is_demo else manifest["encoder"]["id"]
-    from features.encoders import load_encoder  # an encoder's libraries take seconds to load
+    from encoders.towers import load_encoder
 
     encoder = load_encoder(
         name, device=device, image_size=size_in(manifest), resize=manifest["resize"]
     )
     if encoder.weights_sha256 != manifest["encoder"]["weights_sha256"]:
-        raise UserError(f"{name} has other weights than the encoder of {dataset.cache_dir}")
+        raise InputError(f"{name} has other weights than the encoder of {dataset.cache_dir}")
     pictures = read_pictures(dataset, rows, folder, encoder)
     shape = (dataset.num_tokens, dataset.feature_dim)
     return [Pictures(form, shape, pictures, encoder) for form in ("jpeg", "webp")]
@@ -259,7 +262,7 @@ def picture_rivals(
 def read_pictures(
     dataset: RealQwenVLDataset, rows: list[int], folder: Path, encoder: VisionEncoder
 ) -> dict[int, Image.Image]:
-    """Row of the cache → picture as the encoder saw it; UserError where it is another one."""
+    """Row of the cache → picture as the encoder saw it; InputError where it is another one."""
     records = {r: dataset.image_record(r) for r in rows}
     wanted = {record["row_id"]: (row, record) for row, record in records.items()}
     found = {}
@@ -270,13 +273,13 @@ def read_pictures(
             row, record = wanted[row_id]
             cell = entry["image"]
             if hashlib.sha256(image_bytes(cell)).hexdigest() != record["image_sha256"]:
-                raise UserError(
+                raise InputError(
                     f"--dataset_dir {folder}: the picture of row {row_id} is not the one that "
                     f"{dataset.cache_dir} was made from: name that data set's folder"
                 )
             found[row] = encoder.seen(read_image(cell))
     if len(found) < len(rows):
-        raise UserError(
+        raise InputError(
             f"--dataset_dir {folder} lacks {len(rows) - len(found)} pictures of "
             f"{dataset.cache_dir}: name the folder that it was made from"
         )
@@ -381,4 +384,4 @@ def print_retrieval(methods: dict[str, list[dict]]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    arguments.run(main, get_args_parser())

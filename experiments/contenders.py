@@ -13,19 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model import ARCHITECTURES, LowRankFactorModel
+from heads.metric import InMetric, TaskMetric, factors_in, metric_svd
+from lowrank_tokens.linalg import Factors, exact_factors
+from model import ARCHITECTURES, LowRankFactorModel, columns_for
 from qwenvl_dataloader import Loaders, RealQwenVLDataset
-from subspace import columns_for
-from svd_baseline import (
-    Factors,
-    fit_pca,
-    gram_eigh,
-    pca,
-    random_sketch,
-    randomized_svd,
-    truncated_svd,
-)
-from task.metric import InMetric, TaskMetric, factors_in, metric_svd
+from svd_baseline import fit_pca, pca, random_sketch, randomized_svd, truncated_svd
 from training.checkpoint import load_model
 
 DEFAULT_STEPS, DEFAULT_OVERSAMPLE = 1, 32  # of the random sketch where no network sets them
@@ -92,8 +84,10 @@ def references(
 def solvers(limit: int, device: torch.device) -> list[Contender]:
     """What factors a matrix up to the rank `limit` and knows no other, the slow ones last."""
     exact = [
-        Contender("gram_eigh_f32", lambda x, r: gram_eigh(x, r, torch.float32), "float32", limit),
-        Contender("gram_eigh_f64", gram_eigh, "float64", limit),
+        Contender(
+            "gram_eigh_f32", lambda x, r: exact_factors(x, r, torch.float32), "float32", limit
+        ),
+        Contender("gram_eigh_f64", exact_factors, "float64", limit),
     ]
     if device.type == "cuda":  # cuSOLVER's batched approximate driver
         gesvda = partial(truncated_svd, driver="gesvda")

@@ -3,7 +3,7 @@
     python -m experiments.estimate_metric --head saliency --probes 3
     python -m experiments.estimate_metric --head qwen-answer
 
-Writes metrics/<head>.safetensors, for --metric of the other scripts (format: task/metric.py). The
+Writes metrics/<head>.safetensors, for --metric of the other scripts (format: heads/metric.py). The
 gradients are those of training images; the shrinkage is the one with the least task error on
 validation images. Test images are not looked at. What is done is written every minute to
 <out>.partial: cut off, the same command goes on from it.
@@ -22,14 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from common import cli
-from common.errors import UserError
-from common.files import check_same_header, save_tensors
-from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real
-from svd_baseline import gram_eigh
-from task.heads import TaskHead
-from task.load_head import HEADS, load_head
-from task.metric import (
+from common import arguments
+from heads.load_head import HEADS, load_head
+from heads.metric import (
     CONTENT_HASH,
     MomentSum,
     TaskMetric,
@@ -38,25 +33,35 @@ from task.metric import (
     save_metric,
     shrunk,
 )
-from task.task_error import closed_form, cut_at_ranks, task_errors
+from heads.task_error import closed_form, cut_at_ranks, task_errors
+from heads.task_head import TaskHead
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import check_same_header, save_tensors
+from lowrank_tokens.linalg import exact_factors
+from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real
 
 JUDGED_AT = (8, 32)  # ranks at which a shrinkage is judged
 SAVE_EVERY = 60  # seconds between writes of the sums so far, D² float64 each
 
 
-def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
     task = parser.flags("head, metric and what is measured")
     task("--head", HEADS, "saliency", "whose output counts")
     task("--head_model")
-    task("--probes", cli.count, 3, "random projections an image: noise of M against time")
+    task("--probes", arguments.count, 3, "random projections an image: noise of M against time")
     task("--images")(
         "training images (and validation images) to use at most, drawn by --seed: noise of M "
         "against time; default all"
     )
     shares = [1e-3, 1e-2, 1e-1]
-    task("--shrinkage", cli.positive, shares, "of the mean diagonal, to try on validation images")
-    task("--out", cli.file, None, "file; default metrics/<head>.safetensors")
+    task(
+        "--shrinkage",
+        arguments.positive,
+        shares,
+        "of the mean diagonal, to try on validation images",
+    )
+    task("--out", arguments.file, None, "file; default metrics/<head>.safetensors")
     task("--cache_dir")
     task("--batch_size")
     task("--seed", help="of probes")
@@ -65,11 +70,11 @@ def get_args_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    cli.check_head_model(args.head_model, args.head)
+    arguments.check_head_model(args.head_model, args.head)
     path = Path(args.out or Path("metrics") / f"{args.head}.safetensors")
     if path.is_dir() or any(p.is_file() for p in path.parents):
-        raise UserError(f"--out {path} cannot be a file there: name another")
-    device = cli.pick_device(args.device)
+        raise InputError(f"--out {path} cannot be a file there: name another")
+    device = arguments.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
     head = load_head(args.head, dataset, device=device, model=args.head_model)
     train, val = loaders_of(dataset, args, device)
@@ -109,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
     }
     save_metric(path, TaskMetric(shrunk(moment, best), info))
     work.path.unlink(missing_ok=True)
-    again = cli.flags_again(args, "head_model", "cache_dir", "device")
+    again = arguments.flags_again(args, "head_model", "cache_dir", "device")
     print(
         f"wrote {path}; next: "
         f"python -m experiments.evaluate_task --head {head.name} --metric {path}{again}"
@@ -170,7 +175,7 @@ class PartialWork:
 
     @classmethod
     def open(cls, path: Path, header: dict) -> PartialWork:
-        """What `path` holds, or nothing yet. UserError where it is damaged or of another header."""
+        """What `path` holds, or nothing yet. InputError where damaged or of another header."""
         work, remedy = cls(path, header), f"remove {path} to begin anew"
         if not path.exists():
             return work
@@ -178,9 +183,9 @@ class PartialWork:
             with safe_open(path, framework="pt") as file:
                 said, total = file.metadata() or {}, file.get_tensor("total")
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}): {remedy}") from None
+            raise InputError(f"{path} is damaged ({error}): {remedy}") from None
         if said.get(CONTENT_HASH) != content_sha256(total, said):
-            raise UserError(f"{path} is damaged (its content hash is another): {remedy}")
+            raise InputError(f"{path} is damaged (its content hash is another): {remedy}")
         check_same_header(str(path), json.loads(said["header"]), header, remedy)
         images, tokens = json.loads(said["done"])
         work.sum, work.validation = MomentSum(total, images, tokens), json.loads(said["validation"])
@@ -211,7 +216,7 @@ def validation_errors(
     head: TaskHead, loader: BatchLoader, metric: TaskMetric | None, label: str
 ) -> list[float]:
     """Mean task error at the ranks JUDGED_AT, of the metric's SVD or (None) of the plain one."""
-    plain = cut_at_ranks(lambda batch, rank: gram_eigh(batch.x, rank))
+    plain = cut_at_ranks(lambda batch, rank: exact_factors(batch.x, rank))
     methods = {"svd": closed_form(metric) if metric else plain}
     ranks = [min(r, loader.dataset.num_tokens, loader.dataset.feature_dim) for r in JUDGED_AT]
     batches = loader.with_progress(f"{label}, validation")
@@ -220,4 +225,4 @@ def validation_errors(
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    arguments.run(main, get_args_parser())

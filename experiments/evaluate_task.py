@@ -23,13 +23,10 @@ from pathlib import Path
 
 import torch
 
-from common import cli
-from common.errors import UserError
-from common.files import sha256_file, write_json
-from common.locks import sole_writer
-from common.partial_results import PartialResults
+from common import arguments
 from common.tables import print_columns
 from experiments.benchmark import checked_ranks
+from experiments.partial_results import PartialResults
 from experiments.task_measures import (
     FULL,
     Found,
@@ -43,43 +40,40 @@ from experiments.task_measures import (
     summarise_methods,
 )
 from figures import task_sweep
+from heads.load_head import HEADS, load_head
+from heads.metric import TaskMetric, check_head, load_metric, metric_svd, network_in_metric
+from heads.refinement import refine_factors
+from heads.task_head import Score, TaskHead
+from lowrank_tokens.errors import summarise
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import sha256_file, sole_writer, write_json
+from lowrank_tokens.linalg import exact_factors
 from model import LowRankFactorModel, canonical_arch
-from qwenvl_dataloader import (
-    Batch,
-    Loaders,
-    RealQwenVLDataset,
-    create_data_loaders_real,
-)
-from svd_baseline import gain_text, gram_eigh, summarise
-from task.heads import Score, TaskHead
-from task.load_head import HEADS, load_head
-from task.metric import (
-    TaskMetric,
-    check_head,
-    load_metric,
-    metric_svd,
-    network_in_metric,
-)
-from task.refinement import refine_factors
+from qwenvl_dataloader import Batch, Loaders, RealQwenVLDataset, create_data_loaders_real
+from svd_baseline import gain_text
 from training.checkpoint import load_model
 
 
-def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
     task = parser.flags("head, metric and what is measured")
     task("--head", HEADS, "saliency", "whose output counts")
     task("--head_model")
     task("--metric", required=True)
     task("--arch")
-    task("--task_results_dir", cli.folder)("results folder of the network trained with --task_head")
-    task("--ranks", cli.count, [2, 4, 8, 16, 32, 64, 128], "ranks to evaluate")
-    task("--head_steps", cli.whole, 0)(
+    task("--task_results_dir", arguments.folder)(
+        "results folder of the network trained with --task_head"
+    )
+    task("--ranks", arguments.count, [2, 4, 8, 16, 32, 64, 128], "ranks to evaluate")
+    task("--head_steps", arguments.whole, 0)(
         "also: A and B refined by K gradient steps of the head on each image (K + 1 forward, K "
         "backward passes), the plain SVD's too"
     )
     bounds = [0.2, 0.1, 0.05]
-    task("--bound", cli.fraction, bounds, "task errors whose rank is predicted for each image")
-    task("--confidence", cli.fraction, 0.9)(
+    task(
+        "--bound", arguments.fraction, bounds, "task errors whose rank is predicted for each image"
+    )
+    task("--confidence", arguments.fraction, 0.9)(
         "share of validation images and ranks whose error the prediction must cover"
     )
     task.switch("--answers", "also generate the answers and score them (qwen-answer)")
@@ -90,15 +84,15 @@ def get_args_parser() -> cli.Parser:
         "only so many test images, and at most as many for validation, spread over their groups"
     )
     task("--batch_size")
-    cli.add_evaluation_flags(parser, metric=False)
+    arguments.add_evaluation_flags(parser, metric=False)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
-    cli.check_head_model(args.head_model, args.head)
+    arguments.check_head_model(args.head_model, args.head)
     arch = canonical_arch(args.arch)
-    device = cli.pick_device(args.device)
+    device = arguments.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
     ranks = checked_ranks(args, min(dataset.num_tokens, dataset.feature_dim))
     metric = load_metric(args.metric, dataset).to(device)
@@ -151,12 +145,12 @@ def network_paths(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def wanted_scores(args: argparse.Namespace, head: TaskHead) -> dict[str, Score]:
-    """What --answers and --boxes score. Raises UserError for a head that generates nothing."""
+    """What --answers and --boxes score. Raises InputError for a head that generates nothing."""
     wanted = {"--answers": "vqa_accuracy"} if args.answers else {}
     wanted |= {"--boxes": "box_overlap"} if args.boxes else {}
     for flag, name in wanted.items():
         if name not in head.scores:
-            raise UserError(f"{flag}: --head {head.name} generates none, omit it")
+            raise InputError(f"{flag}: --head {head.name} generates none, omit it")
     return {name: head.scores[name] for name in wanted.values()}
 
 
@@ -179,7 +173,7 @@ def factor_methods(
 ) -> dict[str, TaskMethod]:
     """The methods by name; with `steps` also those that the head refines."""
     methods = {
-        "svd": TaskMethod(lambda batch, r, full: gram_eigh(batch.x, r)),
+        "svd": TaskMethod(lambda batch, r, full: exact_factors(batch.x, r)),
         "svd_in_metric": TaskMethod(lambda batch, r, full: metric_svd(batch.x, r, metric)),
     }
     for name, model in networks.items():
@@ -300,4 +294,4 @@ def print_tables(results: dict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    arguments.run(main, get_args_parser())

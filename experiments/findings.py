@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from common.files import read_json
-from svd_baseline import gain_text, percent_text
+from lowrank_tokens.errors import percent_text
+from lowrank_tokens.files import read_json
+from svd_baseline import gain_text
 
 AGAIN = "make it again, or remove it"
 RAW_TARGETS, TASK_TARGETS = ("0.16", "0.24", "0.1", "0.05"), ("0.05", "0.1", "0.03")
@@ -50,7 +51,7 @@ def kilobytes(number: float) -> str:
 
 
 def read_if_there(path: Path) -> dict | list:
-    """A JSON file, {} where there is none. Raises UserError where it is damaged."""
+    """A JSON file, {} where there is none. Raises InputError where it is damaged."""
     return read_json(path, AGAIN) if path.exists() else {}
 
 

@@ -16,22 +16,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from coding.codec import fit
-from common import cli, progress
-from common.errors import UserError
-from common.grids import Grid, batches_of_one_grid, most_frequent
+from common import arguments
+from heads.metric import cache_hashes, load_metric
+from lowrank_tokens import progress
+from lowrank_tokens.codec import fit
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.grids import Grid, batches_of_one_grid, most_frequent
 from qwenvl_dataloader import RealQwenVLDataset
-from task.metric import cache_hashes, load_metric
 
 GOLDEN = 0.6180339887
 
 
-def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
     codec = parser.flags("codec")
     codec("--cache_dir")
     codec("--metric", help="of experiments.estimate_metric: code X M^½")
-    codec("--out", cli.file)(
+    codec("--out", arguments.file)(
         "file; default codecs/<cache's kind>.safetensors, with the head's name where there is a "
         "metric"
     )
@@ -45,13 +46,13 @@ def get_args_parser() -> cli.Parser:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = cli.pick_device(args.device)
+    device = arguments.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
     metric = load_metric(args.metric, dataset) if args.metric else None
     head = f"-{metric.head}" if metric else ""
     path = Path(args.out or f"codecs/{dataset.manifest['kind']}{head}.safetensors")
     if path.is_dir() or any(p.is_file() for p in path.parents):
-        raise UserError(f"--out {path} cannot be a file there: name another")
+        raise InputError(f"--out {path} cannot be a file there: name another")
     rows = dataset.split.train
     if args.images and args.images < len(rows):
         # one from each of N stretches of the split, at another place in each: a photograph's
@@ -85,9 +86,9 @@ def main(args: argparse.Namespace) -> None:
         f"wrote {path}: {codec.nbytes / 1e6:.1f} MB, {codec.num_directions} directions, "
         f"{time.perf_counter() - start:.0f} s; sha256 {codec.sha256}"
     )
-    again = cli.flags_again(args, "cache_dir", "device")
+    again = arguments.flags_again(args, "cache_dir", "device")
     print(f"next: python factorize.py --exact --codec {path} --target_error 0.16{again}")
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    arguments.run(main, get_args_parser())

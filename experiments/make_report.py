@@ -16,15 +16,15 @@ import shlex
 import statistics
 from pathlib import Path
 
-from common import cli
-from common.errors import UserError
-from common.files import atomic_path, content_hash_fits, read_json, write_json
+from common import arguments
 from common.tables import print_columns
 from experiments import report_page
 from experiments.findings import findings
 from figures.overview import overview
+from lowrank_tokens.errors import percent_text
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import atomic_path, content_hash_fits, read_json, write_json
 from model import ARCHITECTURES
-from svd_baseline import percent_text
 from training.checkpoint import load_checkpoint
 
 MADE_BY = {  # what of an architecture is read, and the script that writes it
@@ -34,8 +34,8 @@ MADE_BY = {  # what of an architecture is read, and the script that writes it
 }
 
 
-def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
     where = parser.flags("files")
     where("--results_dir", help="where the folders <arch>/ are")
     where("--log_dir")
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     results_dir = Path(args.results_dir)
     folders = [f for arch in ARCHITECTURES if report_page.has_results(f := results_dir / arch)]
     if not folders:
-        raise UserError(
+        raise InputError(
             f"{results_dir} has no architecture that is trained: type python train_real_data.py "
             f"--results_dir {results_dir}, then python compare_svd_nn.py --results_dir "
             f"{results_dir}"
@@ -91,7 +91,7 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
     missing.
 
     Also None where the comparison was made at another rank than the trained one, since the SVD's
-    error at the trained rank is then not in it. Raises UserError where a file is damaged.
+    error at the trained rank is then not in it. Raises InputError where a file is damaged.
     """
     arch = folder.name
     for name, script in MADE_BY.items():
@@ -105,10 +105,10 @@ def read_results(folder: Path) -> tuple[list, dict, dict] | None:
     # a flipped digit is no result
     for name, found in (("test_results.json", test), ("svd_nn_comparison.json", comparison)):
         if not isinstance(found, dict) or not content_hash_fits(found):
-            raise UserError(f"{folder / name} is not as it was written: {again[name]}")
+            raise InputError(f"{folder / name} is not as it was written: {again[name]}")
     last = folder / "last_model.pt"
     if last.exists() and load_checkpoint(last)["progress"]["history"] != history:
-        raise UserError(
+        raise InputError(
             f"{folder}/history.json is not that of last_model.pt: go on with python "
             f"train_real_data.py {flags} --resume last"
         )
@@ -195,4 +195,4 @@ def print_table(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    arguments.run(main, get_args_parser())

@@ -20,37 +20,40 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common import cli, progress
-from common.errors import UserError
-from common.files import write_json
+from common import arguments
 from common.tables import print_columns
+from encoders.native_size import PixelRange, native_size
+from encoders.towers import DemoEncoder, load_encoder
 from experiments.make_demo_data import PHOTOGRAPHS, Photograph
-from features.encoders import DemoEncoder, load_encoder
-from features.native_size import PixelRange, native_size
 from figures import rank_against_tokens as figure
-from qwenvl_dataloader import RealQwenVLDataset, normalise
-from svd_baseline import exact_singular_values, interval_95, optimum
+from lowrank_tokens import progress
+from lowrank_tokens.errors import optimum
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import write_json
+from lowrank_tokens.linalg import exact_singular_values, normalise
+from qwenvl_dataloader import RealQwenVLDataset
+from svd_baseline import interval_95
 
 TOKENS = [64, 121, 196, 256, 324, 484, 784, 1369]
 NEAR = 0.8  # of its pixels a photograph has to have at a T, or is left out there
 SPAN = 1.5  # largest T by smallest, of photographs whose growth is fitted
 
 
-def get_args_parser() -> cli.Parser:
-    parser = cli.Parser(__doc__)
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
     what = parser.flags("what is measured")
-    what("--tokens", cli.Number(int, 16, 4096), TOKENS, "of a photograph, about, scaled down")
+    what("--tokens", arguments.Number(int, 16, 4096), TOKENS, "of a photograph, about, scaled down")
     what("--target_error", default=0.1, help="rel_error that the rank has to meet")
-    cli.add_evaluation_flags(parser, metric=False)
+    arguments.add_evaluation_flags(parser, metric=False)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    device = cli.pick_device(args.device)
+    device = arguments.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
     photographs = known_photographs(dataset)
     if not photographs:
-        raise UserError(
+        raise InputError(
             f"--cache_dir {args.cache_dir} holds no photograph of the demo: name a cache that "
             "extract_features.py --demo made"
         )
@@ -70,7 +73,7 @@ def main(args: argparse.Namespace) -> None:
     found = {
         "target_error": args.target_error,
         "feature_dim": encoder.feature_dim,
-        "environment": cli.environment(device),
+        "environment": arguments.environment(device),
         "growth": growth(records),
         "means": means(records),
         "records": records,
@@ -178,4 +181,4 @@ def print_table(found: dict) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, get_args_parser())
+    arguments.run(main, get_args_parser())

@@ -14,7 +14,8 @@ from pathlib import Path
 import jinja2
 
 from experiments.findings import best_figure, read_if_there, task_line
-from svd_baseline import gain_text, percent_text
+from lowrank_tokens.errors import percent_text
+from svd_baseline import gain_text
 from training.checkpoint import load_checkpoint
 
 LOG_LINES = 40
@@ -59,7 +60,7 @@ PIXELS = 1.6  # of a figure for one of the page, where it has room: letters like
 
 
 def run_page(folder: Path, log_dir: Path) -> str:
-    """The page of results/<arch>/. Raises UserError where a file in it is damaged."""
+    """The page of results/<arch>/. Raises InputError where a file in it is damaged."""
     test = read_if_there(folder / "test_results.json")
     comparison = read_if_there(folder / "svd_nn_comparison.json")
     best = folder / "best_model.pt"

@@ -16,14 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.grids import Grid
-from common.partial_results import PartialResults
-from qwenvl_dataloader import Batch, BatchLoader, RealQwenVLDataset, denormalise
-from svd_baseline import Factors, gain, interval_95, rel_error, summarise
-from task.box_error import part_errors, tokens_in_boxes
-from task.heads import Score, TaskHead
-from task.metric import TaskMetric, metric_svd, predicted_error
-from task.token_reduction import average_tokens, drop_tokens, tokens_kept
+from experiments.partial_results import PartialResults
+from experiments.token_reduction import average_tokens, drop_tokens, tokens_kept
+from heads.box_error import part_errors, tokens_in_boxes
+from heads.metric import TaskMetric, metric_svd, predicted_error
+from heads.task_head import Score, TaskHead
+from lowrank_tokens.errors import rel_error, summarise
+from lowrank_tokens.grids import Grid
+from lowrank_tokens.linalg import Factors, denormalise
+from qwenvl_dataloader import Batch, BatchLoader, RealQwenVLDataset
+from svd_baseline import gain, interval_95
 
 BYTES = 2  # of a stored number, bf16
 POOLED = (2, 4, 8)  # sides of the blocks that token averaging is shown at

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
-from common.files import atomic_path
+from lowrank_tokens.files import atomic_path
 
 # label and colour of each method in every figure (Okabe & Ito's colours, safe for the colour-blind)
 METHODS: dict[str, tuple[str, str]] = {

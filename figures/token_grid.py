@@ -21,8 +21,6 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import ArrayLike
 from PIL.Image import Image
 
-from common.boxes import Box, tokens_in_box
-from common.grids import Grid
 from figures.style import (
     BLACK,
     METHODS,
@@ -38,6 +36,7 @@ from figures.style import (
     spread,
     tick_label,
 )
+from lowrank_tokens.grids import Box, Grid, tokens_in_box
 
 CHANNELS_A_ROW = 5
 CHANNEL_ROWS = [("X", BLACK), METHODS["network"], ("network − X", NETWORK), ("SVD − X", SVD)]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = "common features task training coding figures experiments".split()
+FOLDERS = "lowrank_tokens common encoders heads training figures experiments".split()
 MODULES = sorted(path for folder in (".", *FOLDERS) for path in (ROOT / folder).glob("*.py"))
 
 

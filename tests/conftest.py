@@ -24,7 +24,7 @@ from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import extract_features
-from common import cli
+from common import arguments
 from experiments import make_demo_data
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 
@@ -59,7 +59,7 @@ def tokens():
 def extract(tmp: Path, data: Path, cache: Path, *flags: str) -> None:
     """Encode `data` with the demo's DINOv2 at 112 pixels: T = 16, D = 1536."""
     argv = ["--demo", "--dataset_dir", str(data), "--cache_dir", str(cache), "--image_size", "112"]
-    extract_features.main(cli.parse(extract_features.get_args_parser(), argv + list(flags)))
+    extract_features.main(arguments.parse(extract_features.get_args_parser(), argv + list(flags)))
 
 
 @pytest.fixture(scope="session")
@@ -159,7 +159,7 @@ def script(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         capsys.readouterr()
         with pytest.raises(SystemExit) as status:
-            cli.run(module.main, module.get_args_parser(), [str(flag) for flag in flags])
+            arguments.run(module.main, module.get_args_parser(), [str(flag) for flag in flags])
         return Finished(status.value.code, *capsys.readouterr())
 
     return run
@@ -202,7 +202,7 @@ def dataset(tiny_cache):
 
 @pytest.fixture(scope="session")
 def saliency(dataset):
-    from task.load_head import load_head  # its libraries take a second to load
+    from heads.load_head import load_head
 
     return load_head("saliency", dataset, device="cpu")
 
@@ -214,13 +214,13 @@ def metric_file(tiny_cache, tmp_path_factory):
 
     path = tmp_path_factory.mktemp("metric") / "saliency.safetensors"
     argv = ["--cache_dir", str(tiny_cache), "--probes", "2", "--out", str(path)]
-    estimate_metric.main(cli.parse(estimate_metric.get_args_parser(), argv))
+    estimate_metric.main(arguments.parse(estimate_metric.get_args_parser(), argv))
     return path
 
 
 @pytest.fixture(scope="session")
 def metric(metric_file, dataset):
-    from task.metric import load_metric
+    from heads.metric import load_metric
 
     return load_metric(metric_file, dataset)
 

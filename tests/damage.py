@@ -21,11 +21,12 @@ import torch
 import compare_svd_nn
 import factorize
 import train_real_data
-from coding import factor_files
-from common import cli, shard_folder
-from common.errors import UserError
+from common import arguments
+from encoders.image_sources import open_source
 from experiments import fit_codec, make_report
-from features.image_sources import open_source
+from lowrank_tokens import factor_files
+from lowrank_tokens import shards as shard_folder
+from lowrank_tokens.exceptions import InputError
 from qwenvl_dataloader import RealQwenVLDataset
 from training import checkpoint
 
@@ -38,12 +39,12 @@ class Kind(NamedTuple):
     folder: Path
     file: str
     read: Callable[[Path], object]  # digest of all that a user gets from it
-    verify: Callable[[Path], object] | None = None  # something true, or UserError: it is damaged
+    verify: Callable[[Path], object] | None = None  # something true, or InputError: it is damaged
 
 
 def run(script: object, *argv: object) -> None:
     """A script's main, in this process."""
-    script.main(cli.parse(script.get_args_parser(), [str(a) for a in argv]))
+    script.main(arguments.parse(script.get_args_parser(), [str(a) for a in argv]))
 
 
 def digest(*values: object) -> str:
@@ -95,7 +96,7 @@ def read_checkpoint(folder: Path) -> str:
 def read_results(folder: Path) -> str:
     found = make_report.read_results(folder)
     if found is None:
-        raise UserError("left out with a note")
+        raise InputError("left out with a note")
     return digest(make_report.report_row(folder.name, *found), found)
 
 
@@ -122,7 +123,7 @@ def finish_cache(folder: Path) -> str:
     write_begun(folder)
     dataset = RealQwenVLDataset(folder)
     if damaged := dataset.verify():
-        raise UserError(f"--verify finds {damaged}")
+        raise InputError(f"--verify finds {damaged}")
     return read_cache(folder)
 
 
@@ -206,14 +207,14 @@ def one_case(kind: Kind, clean: object, copy: Path, rng: random.Random) -> tuple
     try:
         found = kind.read(folder)
         outcome = "harmless" if found == clean else "other"
-    except UserError as error:
-        outcome = "refused" if "\n" not in cli.one_line(str(error)) else "TRACEBACK"
+    except InputError as error:
+        outcome = "refused" if "\n" not in arguments.one_line(str(error)) else "TRACEBACK"
     except Exception as error:
         return "TRACEBACK", f"{how}: {type(error).__name__}: {error}"
     if outcome == "other":
         try:
             found = kind.verify and kind.verify(folder)
-        except UserError:
+        except InputError:
             found = True
         outcome = "found by --verify" if found else "SILENT"
     return outcome, how

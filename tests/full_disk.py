@@ -26,7 +26,7 @@ import extract_features
 import factorize
 import train_real_data
 import visualize_svd_nn
-from common import cli
+from common import arguments
 from experiments import benchmark, make_report
 
 NOBODY = 65534
@@ -104,7 +104,7 @@ def prepare(work: Path) -> tuple[Path, Path]:
 
 
 def command(script: object, argv: list[object]) -> Callable[[], None]:
-    return lambda: cli.run(script.main, script.get_args_parser(), [str(a) for a in argv])
+    return lambda: arguments.run(script.main, script.get_args_parser(), [str(a) for a in argv])
 
 
 def limited(run: Callable[[], None], size: int) -> Callable[[], None]:

@@ -19,10 +19,10 @@ from PIL import Image
 import extract_features
 import factorize
 import train_real_data
-from coding import factor_files
-from common import shard_folder
-from common.errors import UserError
 from experiments import fit_codec
+from lowrank_tokens import factor_files
+from lowrank_tokens import shards as shard_folder
+from lowrank_tokens.exceptions import InputError
 from qwenvl_dataloader import RealQwenVLDataset
 from training import checkpoint
 
@@ -191,7 +191,7 @@ def cache_torn(folder: Path) -> list[str]:
     """A cache folder opens and matches its hashes, or says in words that it is not finished."""
     try:
         return list(RealQwenVLDataset(folder).verify())
-    except UserError as error:
+    except InputError as error:
         said = "interrupted" in str(error) or "does not exist" in str(error)
         return [] if said and not (folder / "manifest.json").exists() else [str(error)]
 
@@ -268,7 +268,7 @@ def factors_torn(folder: Path) -> list[str]:
     try:
         factor_files.read_factors(folder)
         return []
-    except UserError as error:
+    except InputError as error:
         return [] if not (folder / "manifest.json").exists() else [str(error)]
 
 

@@ -30,11 +30,11 @@ import tiny
 import extract_features
 import factorize
 import train_real_data
-from coding import coded_files
-from common import cli, files
-from common.locks import LOCK_NAME
-from features import cache_writer
+from common import arguments
 from figures import style
+from lowrank_tokens import cache_writer, files
+from lowrank_tokens import factor_files as coded_files
+from lowrank_tokens.files import LOCK_NAME
 from training import checkpoint
 
 POINTS = ("half written", "before rename", "renamed")  # moments of one atomic write
@@ -193,7 +193,7 @@ def in_child(function: Callable, *args: object) -> object:
 
 def command(script: object, *argv: object) -> Callable[[], None]:
     """A script's command line as something to run."""
-    return lambda: cli.run(script.main, script.get_args_parser(), [str(a) for a in argv])
+    return lambda: arguments.run(script.main, script.get_args_parser(), [str(a) for a in argv])
 
 
 # ------------------------------------------------------------------------------ what must hold

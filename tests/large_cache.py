@@ -25,13 +25,14 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import save_file
 
-from common import spectra
-from common.cache_manifest import FORMAT
-from common.files import sha256_file
-from common.grids import most_frequent
-from common.shard_folder import ROWS_PER_SHARD
-from features.cache_writer import ROW_SCHEMA
-from qwenvl_dataloader import RealQwenVLDataset, normalise
+from lowrank_tokens import cache as spectra
+from lowrank_tokens.cache import FORMAT
+from lowrank_tokens.cache_writer import ROW_SCHEMA
+from lowrank_tokens.files import sha256_file
+from lowrank_tokens.grids import most_frequent
+from lowrank_tokens.linalg import normalise
+from lowrank_tokens.shards import ROWS_PER_SHARD
+from qwenvl_dataloader import RealQwenVLDataset
 
 COUNT, WIDTH = 4370, 2048
 SIDES = {"256 tokens": (16, 16), "256 to 4096 tokens": (16, 64)}  # least and most of a grid
@@ -105,7 +106,7 @@ def write_cache(folder: Path, least: int, most: int) -> None:
     if not sigma:
         dataset = RealQwenVLDataset(folder)
         values = torch.rand(sum(dataset._spectrum_sizes), dtype=torch.float64)
-        spectra._write(folder / spectra.FILE, dataset._content, values)
+        spectra._write(folder / spectra.SPECTRA_FILE, dataset._content, values)
 
 
 def peak_mib() -> float:

@@ -12,17 +12,17 @@ from test_distributed import finished, torchrun
 from test_training import equal, interrupt_after
 
 import visualize_svd_nn
-from coding.codec import Codec, fit
-from coding.coded_rivals import Coded, KltDct
-from coding.fitted_rivals import PcaDeflate, ProductQuantiser
-from coding.rate_control import image_for_target
-from coding.rivals import decompose
-from coding.vision_tokens import VisionTokens
-from common import cli
-from common.grids import batches_of_one_grid, resampled
-from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real, normalise
-from svd_baseline import optimum, rel_error
-from task.heads import SaliencyHead, split_neighbours
+from common import arguments
+from experiments.coded_rivals import Coded, KltDct
+from experiments.fitted_rivals import PcaDeflate, ProductQuantiser
+from experiments.rivals import decompose
+from heads.saliency import SaliencyHead, split_neighbours
+from lowrank_tokens.codec import Codec, fit, image_for_target
+from lowrank_tokens.errors import optimum, rel_error
+from lowrank_tokens.factor_files import VisionTokens
+from lowrank_tokens.grids import batches_of_one_grid, resampled
+from lowrank_tokens.linalg import normalise
+from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 from training.checkpoint import load_checkpoint, load_model
 
 RANK = 24  # more than the 20 tokens of the smallest images
@@ -37,7 +37,7 @@ def training(cache, folder, *flags):
 def train(argv):
     import train_real_data
 
-    return train_real_data.main(cli.parse(train_real_data.get_args_parser(), argv))
+    return train_real_data.main(arguments.parse(train_real_data.get_args_parser(), argv))
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_figures_draw_photograph_and_tokens_in_the_image_s_own_grid(
     wide, tall = dataset.grids.index((6, 8)), dataset.grids.index((8, 6))
     for row in (wide, tall):
         argv = ["--cache_dir", ragged_cache, "--results_dir", folder, "--image_idx", row]
-        args = cli.parse(visualize_svd_nn.get_args_parser(), list(map(str, argv)))
+        args = arguments.parse(visualize_svd_nn.get_args_parser(), list(map(str, argv)))
         visualize_svd_nn.main(args)
     assert len(drawn) == 6
     for row in (wide, tall):

@@ -10,9 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import svd_baseline
 import train_real_data
-from common import cli, timing
-from experiments import benchmark, contenders
+from common import arguments
+from experiments import benchmark, contenders, timing
 from figures import error_against_time
+from lowrank_tokens.errors import rel_error
+from lowrank_tokens.linalg import exact_factors
 from model import get_model_by_name
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 
@@ -54,7 +56,7 @@ def results(tiny_cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark") / "results"
     flags = f"--cache_dir {tiny_cache} --results_dir {folder} --log_dir {folder.parent} --epochs 1"
     flags += " --rank 4 --oversample 2 --refine_steps 1 --hidden_dim 16 --device cpu"
-    args = cli.parse(train_real_data.get_args_parser(), flags.split())
+    args = arguments.parse(train_real_data.get_args_parser(), flags.split())
     assert train_real_data.main(args) == 0
     return folder
 
@@ -144,7 +146,7 @@ def test_every_timed_call_forms_a_and_b_of_the_same_first_test_images(
     measured(script, tiny_cache, results, "--speed", "--ranks", 15, "--batch_size", 2)
     assert len(products) == len(METHODS) - 1  # the network ends at rank 4
     # nearly all of X is in 15 of 16 components, unless the basis is another image's
-    errors = [svd_baseline.rel_error(x, product, torch.eye(1536)) for product in products]
+    errors = [rel_error(x, product, torch.eye(1536)) for product in products]
     assert sum(bool((error < 0.2).all()) for error in errors) >= len(METHODS) - 2
 
 
@@ -186,7 +188,7 @@ def test_methods_take_turns_and_every_other_repeat_is_in_reverse():
 
 def test_products_are_counted_by_data_type_as_many_as_torch_counts_and_nothing_else():
     x = torch.randn(2, 24, 40)
-    counted = timing.matrix_products(lambda: svd_baseline.gram_eigh(x, 3))
+    counted = timing.matrix_products(lambda: exact_factors(x, 3))
     # X Xᵀ in float64; UᵀX in float32
     assert counted == {"float64": 2 * 24 * 24 * 40, "float32": 2 * 3 * 24 * 40}
     assert timing.matrix_products(lambda: torch.linalg.svd(x)) == {}

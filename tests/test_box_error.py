@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from common.boxes import tokens_in_box
-from svd_baseline import rel_error, truncated_svd
-from task.box_error import box_report, part_errors
+from heads.box_error import box_report, part_errors
+from lowrank_tokens.errors import rel_error
+from lowrank_tokens.grids import tokens_in_box
+from svd_baseline import truncated_svd
 
 
 def covered(box, grid=(4, 4)):

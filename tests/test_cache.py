@@ -11,22 +11,20 @@ from conftest import edit_manifest, extract
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import shard_folder
-from common.boxes import box_in_view
-from common.epoch_order import EpochSampler
-from common.errors import UserError
-from common.files import file_entry
-from common.split import split_by_group
-from features import cache_writer
-from features.cache_writer import FeatureCacheWriter
-from features.encoders import DemoEncoder
+from encoders.towers import DemoEncoder
+from lowrank_tokens import cache_writer
+from lowrank_tokens import shards as shard_folder
+from lowrank_tokens.cache_writer import FeatureCacheWriter
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import file_entry
+from lowrank_tokens.grids import box_in_view
+from lowrank_tokens.linalg import denormalise, exact_singular_values, normalise
 from qwenvl_dataloader import (
+    EpochSampler,
     RealQwenVLDataset,
     create_data_loaders_real,
-    denormalise,
-    normalise,
+    split_by_group,
 )
-from svd_baseline import exact_singular_values
 from training.checkpoint import cache_identity
 
 
@@ -60,7 +58,7 @@ def test_the_split_is_80_10_10_where_there_are_enough_groups_and_does_not_depend
 
 
 def test_too_few_groups_are_refused():
-    with pytest.raises(UserError, match="at least 3"):
+    with pytest.raises(InputError, match="at least 3"):
         split_by_group(["a", "b", "a"])
 
 
@@ -154,7 +152,7 @@ def test_an_interrupted_cache_goes_on_and_ends_byte_identical(tmp_path, monkeypa
     write(tmp_path / "whole", features)
     for shards in ([], [2], [0, 1]):  # as processes that work side by side leave it
         write(tmp_path / "parts", features, shards)
-        with pytest.raises(UserError, match="interrupted"):
+        with pytest.raises(InputError, match="interrupted"):
             RealQwenVLDataset(tmp_path / "parts")
     (tmp_path / "parts" / ".features-00003.safetensors.99.tmp").write_bytes(b"torn")
     write(tmp_path / "parts", features)
@@ -168,13 +166,13 @@ def test_an_interrupted_cache_goes_on_and_ends_byte_identical(tmp_path, monkeypa
 
 def test_another_encoder_cannot_go_on_with_a_cache_that_was_begun(tmp_path):
     FeatureCacheWriter(tmp_path, header(), 3)
-    with pytest.raises(UserError, match="resize = stretch, now it is pad"):
+    with pytest.raises(InputError, match="resize = stretch, now it is pad"):
         FeatureCacheWriter(tmp_path, header(resize="pad"), 3)
 
 
 def test_a_finished_cache_is_only_replaced_when_asked(tmp_path):
     write(tmp_path, torch.randn(3, 4, 6))
-    with pytest.raises(UserError, match="--overwrite"):
+    with pytest.raises(InputError, match="--overwrite"):
         FeatureCacheWriter(tmp_path, header(), 3)
     FeatureCacheWriter(tmp_path, header(resize="pad"), 3, overwrite=True)
     assert not (tmp_path / "manifest.json").exists()
@@ -183,7 +181,7 @@ def test_a_finished_cache_is_only_replaced_when_asked(tmp_path):
 def test_non_finite_features_are_refused_with_their_row(tmp_path):
     features = torch.randn(2, 4, 6)
     features[1, 0, 0] = torch.inf
-    with pytest.raises(UserError, match="row 1 are not finite"):
+    with pytest.raises(InputError, match="row 1 are not finite"):
         write(tmp_path, features)
 
 
@@ -230,7 +228,7 @@ def test_extraction_lists_unreadable_images_and_encodes_repeated_ones_once(
 )
 def test_a_broken_cache_is_refused_in_words(cache_copy, damage, message):
     damage(cache_copy)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(InputError, match=message):
         RealQwenVLDataset(cache_copy)
 
 

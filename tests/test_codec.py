@@ -12,9 +12,10 @@ from tiny import steep_tokens
 from torch.utils.data import DataLoader
 
 import factorize
-from coding import transform
-from coding.codec import HEADER, Codec, fit
-from coding.entropy import (
+from lowrank_tokens import shards as shard_folder
+from lowrank_tokens import transform
+from lowrank_tokens.codec import HEADER, Codec, coded_image, fit, image_for_target
+from lowrank_tokens.entropy import (
     HIGHEST,
     LOWEST,
     TOTAL,
@@ -23,13 +24,11 @@ from coding.entropy import (
     encode_symbols,
     table,
 )
-from coding.factor_files import load_factors, read_factors
-from coding.rate_control import coded_image, image_for_target
-from coding.transform import OFFSETS, dct, inverse_dct, level_offsets, off_grid, on_grid
-from coding.vision_tokens import VisionTokens
-from common import shard_folder
-from common.errors import UserError
-from qwenvl_dataloader import RealQwenVLDataset, normalise
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.factor_files import VisionTokens, load_factors, read_factors
+from lowrank_tokens.linalg import normalise
+from lowrank_tokens.transform import OFFSETS, dct, inverse_dct, level_offsets, off_grid, on_grid
+from qwenvl_dataloader import RealQwenVLDataset
 
 GRID = (4, 6)
 SYMBOLS = np.array([0, 1, -1, 5, -300, 0, 2, 70000, -3, 0, 0, 12])
@@ -181,9 +180,9 @@ def test_any_flipped_byte_and_any_shorter_stream_is_refused(codec):
     for i in range(len(data)):
         flipped = bytearray(data)
         flipped[i] ^= 1 << i % 8
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(InputError, match="damaged"):
             codec.decode(bytes(flipped))
-        with pytest.raises(UserError, match="damaged"):
+        with pytest.raises(InputError, match="damaged"):
             codec.decode(data[:i])
 
 
@@ -198,9 +197,9 @@ def test_a_codec_is_read_as_it_was_saved_and_a_flipped_byte_of_it_is_found(codec
     content = bytearray(path.read_bytes())
     content[-100] ^= 4
     path.write_bytes(content)
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(InputError, match="damaged"):
         Codec.load(path)
-    with pytest.raises(UserError, match="fit a codec"):
+    with pytest.raises(InputError, match="fit a codec"):
         codec.encode(raw, (5, 5), 0.5)
 
 
@@ -212,9 +211,9 @@ def test_a_target_is_met_and_one_out_of_reach_is_refused(codec):
     assert coarser.errors["rel_error_original"] > 0.1
     by_size = image_for_target(codec, raw, GRID, target_kb=0.3)
     assert len(by_size.data) <= 300
-    with pytest.raises(UserError, match="--target_error 1e-09 is out of reach"):
+    with pytest.raises(InputError, match="--target_error 1e-09 is out of reach"):
         image_for_target(codec, raw, GRID, target_error=1e-9)
-    with pytest.raises(UserError, match="--target_kb 0.01 is out of reach"):
+    with pytest.raises(InputError, match="--target_kb 0.01 is out of reach"):
         image_for_target(codec, raw, GRID, target_kb=0.01)
 
 
@@ -296,12 +295,12 @@ def test_images_too_small_for_a_bucket_of_components_leave_it_to_the_others():
 
 @pytest.fixture(scope="module")
 def codec_file(tiny_cache, tmp_path_factory):
-    from common import cli
+    from common import arguments
     from experiments import fit_codec
 
     path = tmp_path_factory.mktemp("codec") / "tiny.safetensors"
     argv = ["--cache_dir", str(tiny_cache), "--out", str(path)]
-    fit_codec.main(cli.parse(fit_codec.get_args_parser(), argv))
+    fit_codec.main(arguments.parse(fit_codec.get_args_parser(), argv))
     return path
 
 
@@ -396,14 +395,14 @@ def test_another_codec_and_damage_are_refused(write, tiny_cache, codec_file, tmp
     content[-50] ^= 16  # of the streams, which come last
     kept = shard.read_bytes()
     shard.write_bytes(content)
-    with pytest.raises(UserError, match="row 35: .*checksum"):
+    with pytest.raises(InputError, match="row 35: .*checksum"):
         load_factors(folder)
     shard.write_bytes(kept)
     load_factors(folder, [35])
     other = Codec.load(codec_file)
     other.info["log_std"] += 1e-3
     other.save(folder / "codec.safetensors")
-    with pytest.raises(UserError, match="another codec"):
+    with pytest.raises(InputError, match="another codec"):
         VisionTokens(folder)
 
 

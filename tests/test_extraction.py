@@ -16,9 +16,9 @@ from PIL import Image
 from small_checkpoints import save_checkpoint
 from transformers import Qwen2Config, Qwen3VLMoeConfig, Siglip2Config
 
-from features.checkpoints import FAMILIES
-from features.encoders import load_encoder
-from features.image_sources import ImageCell, UnreadableImage, open_source, read_image
+from encoders.checkpoints import FAMILIES
+from encoders.image_sources import ImageCell, UnreadableImage, open_source, read_image
+from encoders.towers import load_encoder
 from qwenvl_dataloader import RealQwenVLDataset
 
 # ------------------------------------------------------------------------------ folders of images

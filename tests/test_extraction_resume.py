@@ -11,8 +11,10 @@ from conftest import hashes, manifest_of, picture, write_parquet
 from safetensors.torch import load_file, save_file
 
 import extract_features
-from common import shard_folder
-from features import cache_writer, checkpoints, encoders
+from encoders import checkpoints
+from encoders import towers as encoders
+from lowrank_tokens import cache_writer
+from lowrank_tokens import shards as shard_folder
 
 
 @pytest.fixture

@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from coding.coded_files import CodedShards
-from coding.factor_files import (
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.factor_files import (
     DTYPES,
     ERRORS,
+    CodedShards,
     FactorWriter,
     StoredImage,
+    VisionTokens,
     damaged_files,
     load_factors,
     read_factors,
@@ -21,9 +23,7 @@ from coding.factor_files import (
     restore,
     store,
 )
-from coding.vision_tokens import VisionTokens
-from common.errors import UserError
-from common.files import file_entry, read_json, write_json
+from lowrank_tokens.files import file_entry, read_json, write_json
 
 GRIDS = [(4, 4), (2, 3), (2, 3), (3, 2), (1, 7), (4, 4)]
 RANKS = [5, 2, 6, 0, 1, 5]
@@ -73,7 +73,7 @@ def test_rows_of_one_grid_stack_padded_to_the_largest_rank_and_others_are_refuse
     assert load_factors(tmp_path, [5, 0]).shape == (2, 16, D)
     for rows in (None, [1, 3]):  # 2 x 3 and 3 x 2 have as many tokens and do not stack either
         for reader in (read_factors, load_factors):
-            with pytest.raises(UserError, match="do not stack.*VisionTokens"):
+            with pytest.raises(InputError, match="do not stack.*VisionTokens"):
                 reader(tmp_path, rows)
 
 
@@ -90,7 +90,7 @@ def test_a_shard_whose_tables_do_not_fit_its_numbers_is_refused(name, tmp_path):
         manifest = read_json(tmp_path / "manifest.json", "")
         manifest["shards"][0] |= file_entry(path)
         write_json(tmp_path / "manifest.json", manifest)
-        with pytest.raises(UserError, match="its manifest says|below 0"):
+        with pytest.raises(InputError, match="its manifest says|below 0"):
             VisionTokens(tmp_path)[0]
 
 
@@ -118,7 +118,7 @@ def test_a_flipped_byte_of_any_stream_refuses_its_image_and_no_other(coded):
         flipped[first + at] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
         shards, row = CodedShards(coded, clean.manifest), owners[at]
-        with pytest.raises(UserError, match=rf"row {row}: a coded image is damaged"):
+        with pytest.raises(InputError, match=rf"row {row}: a coded image is damaged"):
             shards.tokens(row)
         other = (row + rng.randrange(1, 40)) % 40
         assert torch.equal(shards.tokens(other), tokens[other])
@@ -136,7 +136,7 @@ def test_a_missing_or_changed_codec_and_a_shorter_shard_are_refused(coded):
         kept = path.read_bytes()
         path.unlink() if changed is None else path.write_bytes(changed)
         for read in (VisionTokens, load_factors, read_factors):
-            with pytest.raises(UserError, match=says):
+            with pytest.raises(InputError, match=says):
                 read(coded)
         path.write_bytes(kept)
     assert damaged_files(coded) == [] and len(VisionTokens(coded)) == 40

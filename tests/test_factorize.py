@@ -10,13 +10,13 @@ import torch
 from conftest import hashes
 
 import factorize
-from coding import rank_budget
-from coding.factor_files import load_factors, read_factors, restore, store
-from common import shard_folder
-from common.errors import UserError
-from qwenvl_dataloader import RealQwenVLDataset, normalise
-from svd_baseline import rel_error
-from training import checkpoint
+from lowrank_tokens import shards as shard_folder
+from lowrank_tokens.errors import rel_error
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.factor_files import load_factors, read_factors, restore, store
+from lowrank_tokens.linalg import normalise
+from qwenvl_dataloader import RealQwenVLDataset
+from training import checkpoint, rank_budget
 from training.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,12 +27,12 @@ TARGET = 0.25
 def results(tiny_cache, tmp_path_factory):
     """A results folder with a ResMLP of rank 12, trained for one epoch."""
     import train_real_data
-    from common import cli
+    from common import arguments
 
     folder = tmp_path_factory.mktemp("factorize") / "results"
     flags = "--epochs 1 --rank 12 --refine_steps 2 --oversample 4 --hidden_dim 16".split()
     argv = ["--cache_dir", tiny_cache, "--results_dir", folder, "--log_dir", folder.parent, *flags]
-    args = cli.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
+    args = arguments.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
     assert train_real_data.main(args) == 0
     return folder
 
@@ -124,7 +124,7 @@ def test_rows_are_read_in_the_order_asked_for(write, tmp_path):
     assert few.ranks.tolist() == every.ranks[rows].tolist()
     assert torch.equal(few.a, every.a[rows][..., : few.ranks.max()])
     for row in (-1, 36):
-        with pytest.raises(UserError, match=f"row {row} .* type 0 to 35"):
+        with pytest.raises(InputError, match=f"row {row} .* type 0 to 35"):
             load_factors(tmp_path / "out", [row])
 
 
@@ -177,7 +177,7 @@ def test_an_interrupted_run_goes_on_and_its_folder_is_byte_identical(
         patched.setattr(factorize, "factorise", interrupted)
         write(*flags, "--overwrite", status=130)
     assert not (tmp_path / "out" / "manifest.json").exists()
-    with pytest.raises(UserError, match="interrupted, run the same command to finish it"):
+    with pytest.raises(InputError, match="interrupted, run the same command to finish it"):
         load_factors(tmp_path / "out")
     (tmp_path / "out" / ".factors-00002.safetensors.1.tmp").write_bytes(b"half a shard")
     other = write("--rank", 3, fails=True).stderr
@@ -253,7 +253,7 @@ def test_a_manifest_cannot_name_a_file_outside_its_folder(write, tmp_path):
     shard.rename(tmp_path / shard.name)
     manifest["shards"][0]["file"] = f"../{shard.name}"
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="names a file outside its folder"):
+    with pytest.raises(InputError, match="names a file outside its folder"):
         load_factors(tmp_path / "out")
 
 
@@ -267,15 +267,15 @@ def test_a_damaged_shard_is_refused_with_its_name(flags, write, tmp_path):
         (b"\xff" * 64 + whole[64:], "is damaged"),
     ):
         shard.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"{shard.name} {reason}"):
+        with pytest.raises(InputError, match=f"{shard.name} {reason}"):
             load_factors(tmp_path / "out")
     shard.write_bytes(whole)
     manifest = manifest_of(tmp_path / "out")
     manifest["feature_dim"] = 1535
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="its manifest says"):
+    with pytest.raises(InputError, match="its manifest says"):
         load_factors(tmp_path / "out")
-    with pytest.raises(UserError, match="name a folder that factorize.py wrote"):
+    with pytest.raises(InputError, match="name a folder that factorize.py wrote"):
         load_factors(tmp_path)
 
 

@@ -9,14 +9,14 @@ import torch
 from conftest import TRAIN, hashes
 
 import factorize
-from coding.factor_files import load_factors, read_factors
-from coding.vision_tokens import VisionTokens
-from common import shard_folder
-from common.errors import UserError
-from features.cache_writer import FeatureCacheWriter
+from lowrank_tokens import shards as shard_folder
+from lowrank_tokens.cache_writer import FeatureCacheWriter
+from lowrank_tokens.errors import rel_error
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.factor_files import VisionTokens, load_factors, read_factors
+from lowrank_tokens.linalg import normalise
 from model import get_model_by_name
-from qwenvl_dataloader import RealQwenVLDataset, normalise
-from svd_baseline import rel_error
+from qwenvl_dataloader import RealQwenVLDataset
 from training.checkpoint import load_model
 
 RANK = 24  # more than the 20 tokens of the smallest images
@@ -26,7 +26,7 @@ RANK = 24  # more than the 20 tokens of the smallest images
 def results(ragged_cache, tmp_path_factory):
     """A ResMLP of rank 24, trained on the 8 x 8 parts of the same photographs."""
     import train_real_data
-    from common import cli
+    from common import arguments
 
     folder = tmp_path_factory.mktemp("of_one_grid")
     ragged = RealQwenVLDataset(ragged_cache)
@@ -41,7 +41,7 @@ def results(ragged_cache, tmp_path_factory):
     writer.finish()
     where = ["--cache_dir", folder / "cache", "--results_dir", folder, "--log_dir", folder / "log"]
     argv = [str(a) for a in (*where, *TRAIN, "--rank", RANK)]
-    assert train_real_data.main(cli.parse(train_real_data.get_args_parser(), argv)) == 0
+    assert train_real_data.main(arguments.parse(train_real_data.get_args_parser(), argv)) == 0
     return folder
 
 
@@ -87,7 +87,7 @@ def test_each_image_has_the_factors_of_its_own_grid_and_at_most_its_own_rank(
     assert sum(errors) / 36 == pytest.approx(mean, rel=1e-4)
     same = [row for row, grid in enumerate(dataset.grids) if grid == (6, 8)]
     assert load_factors(tmp_path / "out", same).shape == (7, 48, 1536)
-    with pytest.raises(UserError, match="do not stack.*VisionTokens"):
+    with pytest.raises(InputError, match="do not stack.*VisionTokens"):
         load_factors(tmp_path / "out")
 
 
@@ -147,5 +147,5 @@ def test_direct_factors_are_refused_on_another_grid_and_nothing_is_written(ragge
     dataset = RealQwenVLDataset(ragged_cache)
     shape = {"input_dim": 1536, "num_tokens": 64, "rank": 4, "grid": (8, 8)}
     model = get_model_by_name("ResMLP", **shape, hidden_dim=8, factors="direct")
-    with pytest.raises(UserError, match="direct factors are tied to the grid"):
+    with pytest.raises(InputError, match="direct factors are tied to the grid"):
         factorize.factorise(model, dataset[[1]], (6, 8), 4, None, "bf16")

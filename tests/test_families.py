@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from small_checkpoints import roughened, save_checkpoint, with_preprocessor
 from test_encoders import photograph, random_image
 
-from common.errors import UserError
-from features import checkpoints, encoders
-from features.checkpoints import FAMILIES
+from encoders import checkpoints
+from encoders import towers as encoders
+from encoders.checkpoints import FAMILIES
+from lowrank_tokens.exceptions import InputError
 
 WHOLE = {
     "qwen2_vl": tf.Qwen2VLForConditionalGeneration,
@@ -261,7 +262,7 @@ def test_a_vision_tensor_that_is_missing_or_changed_is_noticed(saved, family, tm
     assert load(folder, image_size=224).weights_sha256 != encoder.weights_sha256
     del index["weight_map"][key]
     (folder / checkpoints.SHARD_INDEX).write_text(json.dumps(index))
-    with pytest.raises(UserError, match="Missing key.*type the folder of a downloaded checkpoint"):
+    with pytest.raises(InputError, match="Missing key.*type the folder of a downloaded checkpoint"):
         load(folder, image_size=224)
 
 
@@ -281,7 +282,7 @@ def test_another_family_is_one_line_with_all_that_are_supported(
 ):
     monkeypatch.setattr(checkpoints, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(UserError, match=f"model_type {model_type!r} is not supported") as refused:
+    with pytest.raises(InputError, match=f"model_type {model_type!r} is not supported") as refused:
         load(tmp_path)
     for key, family in FAMILIES.items():
         assert f"{key!r} (such as {family.example})" in str(refused.value)
@@ -300,7 +301,7 @@ def test_another_family_is_one_line_with_all_that_are_supported(
 )
 def test_a_config_that_makes_no_tower_is_named_in_one_line(config, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="config.json: |model_type .* is not supp") as refused:
+    with pytest.raises(InputError, match="config.json: |model_type .* is not supp") as refused:
         load(tmp_path)
     assert str(tmp_path) in str(refused.value) and "\n" not in str(refused.value)
 
@@ -310,7 +311,7 @@ def test_an_id_that_cannot_be_reached_is_one_line_with_all_families(monkeypatch)
         raise OSError("offline")
 
     monkeypatch.setattr(checkpoints, "snapshot_download", offline)
-    with pytest.raises(UserError, match="^--model openai/clip: no such folder") as refused:
+    with pytest.raises(InputError, match="^--model openai/clip: no such folder") as refused:
         load("openai/clip")
     assert "offline" in str(refused.value) and "\n" not in str(refused.value)
     assert all(family.name in str(refused.value) for family in FAMILIES.values())

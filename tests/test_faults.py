@@ -20,13 +20,16 @@ from hypothesis import strategies as st
 
 import extract_features
 import train_real_data
-from coding.factor_files import load_factors, read_manifest
-from common import cli, files, shard_folder
-from common.errors import UserError
-from common.locks import LOCK_NAME, sole_writer
+from common import arguments
+from lowrank_tokens import files
+from lowrank_tokens import shards as shard_folder
+from lowrank_tokens.errors import image_metrics
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.factor_files import load_factors, read_manifest
+from lowrank_tokens.files import LOCK_NAME, sole_writer
+from lowrank_tokens.linalg import exact_singular_values, normalise
 from model import ARCHITECTURES, get_model_by_name
-from qwenvl_dataloader import RealQwenVLDataset, normalise
-from svd_baseline import exact_singular_values, image_metrics
+from qwenvl_dataloader import RealQwenVLDataset
 from training import final_results
 from training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -66,7 +69,7 @@ def test_a_flipped_bit_of_a_weight_is_found_when_the_checkpoint_is_opened(made, 
     data[data.index(weight.numpy().tobytes()) + 2] ^= 1
     path = tmp_path / "best_model.pt"
     path.write_bytes(data)
-    with pytest.raises(UserError, match="damaged .checksum of"):
+    with pytest.raises(InputError, match="damaged .checksum of"):
         load_checkpoint(path)
 
 
@@ -105,7 +108,7 @@ def test_any_entry_of_a_manifest_may_be_anything_and_is_opened_or_refused_in_wor
     try:
         path.write_text(json.dumps(changed))
         read(kind.folder)
-    except UserError:
+    except InputError:
         pass
     finally:
         path.write_text(whole)
@@ -117,7 +120,7 @@ def test_any_entry_of_a_manifest_may_be_anything_and_is_opened_or_refused_in_wor
 def test_json_that_is_none_is_damage_and_not_a_traceback(text, tmp_path, made):
     cache = Path(shutil.copytree(made["manifest.json"].folder, tmp_path / "cache"))
     (cache / "manifest.json").write_text(text, encoding="latin-1")
-    with pytest.raises(UserError, match="manifest.json is damaged"):
+    with pytest.raises(InputError, match="manifest.json is damaged"):
         RealQwenVLDataset(cache)
 
 
@@ -131,7 +134,7 @@ def test_features_that_became_nan_infinite_or_huge_are_refused_with_their_row(va
     dataset = RealQwenVLDataset(cache)
     assert dataset[[2, 4]].isfinite().all()
     for read in (lambda: dataset[[0, 3]], lambda: dataset.keep_resident(torch.device("cpu"))):
-        with pytest.raises(UserError, match="row 3 are not finite.*--verify"):
+        with pytest.raises(InputError, match="row 3 are not finite.*--verify"):
             read()
     assert list(dataset.verify()) == ["features-00000.safetensors"]
 
@@ -160,7 +163,7 @@ def test_a_second_writer_is_refused_with_process_and_host_until_the_first_has_en
     holder, tmp_path
 ):
     folder = tmp_path / "folder"
-    with pytest.raises(UserError, match=f"--out: .*process {holder} on {os.uname().nodename}"):
+    with pytest.raises(InputError, match=f"--out: .*process {holder} on {os.uname().nodename}"):
         with sole_writer(folder, "--out"):
             pass
     os.kill(holder, signal.SIGKILL)  # no chance to clean up
@@ -217,7 +220,7 @@ def test_a_run_killed_while_it_writes_its_figures_is_not_taken_for_a_finished_on
     done = run_train(where)
     assert done == 0 and (folder / "error_heatmap.png").exists()
     assert len(json.loads((folder / "history.json").read_text())) == 2
-    with pytest.raises(UserError, match="finished run"):
+    with pytest.raises(InputError, match="finished run"):
         run_train(where)
     # added epochs take the test numbers away until they are made again
     with monkeypatch.context() as patch:
@@ -228,7 +231,7 @@ def test_a_run_killed_while_it_writes_its_figures_is_not_taken_for_a_finished_on
 
 
 def run_train(argv):
-    args = cli.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
+    args = arguments.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
     return train_real_data.main(args)
 
 
@@ -282,7 +285,7 @@ def test_an_overwrite_that_was_cut_off_leaves_no_part_without_its_shard(tmp_path
             writer.finish()
             assert RealQwenVLDataset(tmp_path).verify() == {}
             assert torch.equal(RealQwenVLDataset(tmp_path)[range(10)], tokens.bfloat16())
-        except UserError as error:
+        except InputError as error:
             assert "start again with --overwrite" in str(error)
 
 

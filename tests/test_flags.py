@@ -14,7 +14,7 @@ from commands import SCRIPTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import cli
+from common import arguments
 
 # what is refused of a flag whose value is a name that only the script can judge
 WRONG_NAMES = {
@@ -49,7 +49,7 @@ def flags_of(script):
 
 
 def numbers_outside(number):
-    """Texts that a cli.Number must refuse: of another type, not finite, and out of its bounds."""
+    """Texts that a Number must refuse: of another type, not finite, and out of its bounds."""
     values = ["x", "", "nan", "inf", "-inf", "1e999", "0x10", "1,5", "--"]
     if number.kind is int:
         values += ["1.5", "1e3", str(10**40)]
@@ -71,13 +71,13 @@ def wrong_values(flag, action):
         wrong.append([])
     if action.choices:
         wrong.append(["no such choice"])
-    elif isinstance(action.type, cli.Number):
+    elif isinstance(action.type, arguments.Number):
         wrong += [[value] for value in numbers_outside(action.type)]
         wrong += [[str(TOO_MUCH[flag])]] if flag in TOO_MUCH else []
-    elif action.type is cli.folder:
+    elif action.type is arguments.folder:
         wrong += [["a_file"], ["a_file/below"]]
     else:
-        assert action.type in (cli.name, cli.file), (
+        assert action.type in (arguments.name, arguments.file), (
             f"{flag}: give it a type that refuses what is wrong"
         )
         assert flag in WRONG_NAMES, f"{flag}: say in WRONG_NAMES what is refused"
@@ -95,7 +95,9 @@ def base(tmp_path_factory):
     data = tiny.write_data_set(work / "images", [tiny.jpeg(i) for i in range(4)])
     where = ["--cache_dir", str(cache), "--results_dir", str(work / "results"), "--device", "cpu"]
     train = [*where, "--rank", "4", "--epochs", "1", "--hidden_dim", "8"]
-    args = cli.parse(train_real_data.get_args_parser(), [*train, "--log_dir", str(work / "log")])
+    args = arguments.parse(
+        train_real_data.get_args_parser(), [*train, "--log_dir", str(work / "log")]
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         train_real_data.main(args)
     known = {
@@ -118,7 +120,7 @@ def base(tmp_path_factory):
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
     """Run a command line that must be refused; returns the line. Nothing on disk may change."""
-    from features import checkpoints
+    from encoders import checkpoints
 
     def offline(*_, **__):
         raise OSError("offline")
@@ -131,7 +133,7 @@ def refused(tmp_path, monkeypatch, capsys):
         module = importlib.import_module(script)
         capsys.readouterr()
         with pytest.raises(SystemExit) as status:
-            cli.run(module.main, module.get_args_parser(), argv)
+            arguments.run(module.main, module.get_args_parser(), argv)
         error = capsys.readouterr().err
         assert status.value.code == 2, (argv, status.value.code, error)
         assert error.startswith("error: ") and error.count("\n") == 1, (argv, error)
@@ -156,7 +158,7 @@ def test_a_wrong_value_of_any_flag_is_one_line_with_the_flag_and_what_is_accepte
             assert flag in error, (argv, error)
             if words == ["=1"] or (flag in TOO_MUCH and words == [str(10**6)]):
                 continue
-            if isinstance(action.type, cli.Number):
+            if isinstance(action.type, arguments.Number):
                 assert action.type.accepted in error, (argv, error)
             for choice in (action.choices or ()) if words else ():
                 assert choice in error, (argv, error)
@@ -175,8 +177,8 @@ def test_a_flag_that_does_not_exist_is_refused_and_no_flag_can_be_shortened(scri
 def test_a_flag_of_several_scripts_means_the_same_kind_of_value_in_all_of_them():
     for script in SCRIPTS:
         for flag, action in flags_of(script):
-            if flag in cli.SHARED:
-                assert action.type is cli.SHARED[flag][0], (script, flag)
+            if flag in arguments.SHARED:
+                assert action.type is arguments.SHARED[flag][0], (script, flag)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -235,11 +237,11 @@ def test_the_ends_of_every_range_are_accepted(script):
     parser = parser_of(script)
     for flag, action in flags_of(script):
         number = action.type
-        if isinstance(number, cli.Number):
+        if isinstance(number, arguments.Number):
             for end in (number.at_least, number.at_most):
                 if end is not None:
                     needed = [w for f, a in flags_of(script) if a.required for w in (f, "x")]
-                    args = cli.parse(parser, [*needed, flag, str(end)])
+                    args = arguments.parse(parser, [*needed, flag, str(end)])
                     assert getattr(args, action.dest) in (end, [end])
 
 
@@ -256,7 +258,7 @@ def test_a_number_is_within_its_range_or_refused_whatever_is_typed(
     kind, at_least, at_most, above, below, text
 ):
     try:
-        value = cli.Number(kind, at_least, at_most, above, below)(text)
+        value = arguments.Number(kind, at_least, at_most, above, below)(text)
     except argparse.ArgumentTypeError as error:
         assert "is not a" in str(error)
         return
@@ -277,7 +279,7 @@ def test_any_words_are_parsed_or_refused_in_one_line(script, argv):
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         try:
-            args = cli.parse(parser_of(script), argv)
+            args = arguments.parse(parser_of(script), argv)
         except SystemExit as status:
             assert status.code == 2
             assert errors.getvalue().startswith("error: ") and errors.getvalue().count("\n") == 1

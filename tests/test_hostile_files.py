@@ -20,10 +20,10 @@ from commands import MODULES
 from PIL import Image
 
 import extract_features
-from coding.factor_files import load_factors
-from common.errors import UserError
-from features import extraction
-from features.image_sources import ImageCell
+from encoders import extraction
+from encoders.image_sources import ImageCell
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.factor_files import load_factors
 from qwenvl_dataloader import RealQwenVLDataset
 from training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -79,7 +79,7 @@ def test_no_name_in_a_manifest_leads_outside_its_folder(which, name, made, tmp_p
                 continue
             entry["file"] = name
             (folder / "manifest.json").write_text(json.dumps(changed))
-            with pytest.raises(UserError):
+            with pytest.raises(InputError):
                 (RealQwenVLDataset if which == "manifest.json" else load_factors)(folder)
 
 

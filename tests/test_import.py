@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import TRAIN, hashes, manifest_of
 
-from common import shard_folder
-from features import cache_writer, pt_import
+from encoders import pt_import
+from lowrank_tokens import cache_writer
+from lowrank_tokens import shards as shard_folder
 from qwenvl_dataloader import RealQwenVLDataset
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import train_real_data
-from common import cli, locks
+from common import arguments
+from lowrank_tokens import files as locks
 
 
 def out_of_memory(**flags):
     typed = flags.pop("typed", set())
     args = argparse.Namespace(**flags, typed=typed)
-    return cli.mistake(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to"), args)
+    return arguments.mistake(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to"), args)
 
 
 def test_out_of_memory_advises_half_the_batch_and_never_one_that_is_as_large():

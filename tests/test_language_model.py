@@ -22,13 +22,14 @@ from transformers import (
 )
 
 import extract_features
-from common import cli
-from common.errors import UserError
-from features import checkpoints, encoders
+from common import arguments
+from encoders import checkpoints
+from encoders import towers as encoders
+from heads import qwen_answer as language_model
+from heads.load_head import load_head
+from heads.metric import probe_gradients
+from lowrank_tokens.exceptions import InputError
 from qwenvl_dataloader import BatchLoader, RealQwenVLDataset
-from task import language_model
-from task.load_head import load_head
-from task.metric import probe_gradients
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,9 @@ def qwen_cache(small_qwen, tiny_data, tmp_path_factory):
     cache = tmp_path_factory.mktemp("qwen_cache") / "cache"
     argv = ["--model", small_qwen, "--dataset_dir", tiny_data, "--cache_dir", cache]
     argv += ["--image_size", "112"]
-    extract_features.main(cli.parse(extract_features.get_args_parser(), [str(a) for a in argv]))
+    extract_features.main(
+        arguments.parse(extract_features.get_args_parser(), [str(a) for a in argv])
+    )
     return cache
 
 
@@ -108,7 +111,9 @@ def test_with_unchanged_tokens_the_answers_logits_are_the_whole_qwens_bit_for_bi
 def test_an_image_of_any_grid_is_read_as_the_whole_qwen_reads_it(small_qwen, tiny_data, tmp_path):
     argv = ["--model", small_qwen, "--dataset_dir", tiny_data, "--cache_dir", tmp_path / "cache"]
     argv += ["--resize", "native", "--max_pixels", 24 * 28**2]
-    extract_features.main(cli.parse(extract_features.get_args_parser(), [str(a) for a in argv]))
+    extract_features.main(
+        arguments.parse(extract_features.get_args_parser(), [str(a) for a in argv])
+    )
     dataset = RealQwenVLDataset(tmp_path / "cache")
     head = load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
     rows = [dataset.grids.index(grid) for grid in sorted(set(dataset.grids))]
@@ -211,7 +216,7 @@ def test_gradients_reach_the_tokens_through_the_frozen_language_model(qwen_head,
 
 def test_the_language_model_refuses_tokens_of_another_width(small_qwen, tiny_cache):
     dataset = RealQwenVLDataset(tiny_cache)
-    with pytest.raises(UserError, match="reads tokens of 64 features.*tokens of 1536"):
+    with pytest.raises(InputError, match="reads tokens of 64 features.*tokens of 1536"):
         load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
 
 
@@ -223,10 +228,10 @@ def test_a_cache_made_from_a_folder_finds_its_language_model_again(
     found = load_head("qwen-answer", dataset, device="cpu")
     assert found.sha256 == checkpoints.checkpoint_weights_sha256(small_qwen)
     del dataset.manifest["encoder_folder"]  # a cache of an older version
-    with pytest.raises(UserError, match="does not say where.*small-qwen.*--head_model"):
+    with pytest.raises(InputError, match="does not say where.*small-qwen.*--head_model"):
         load_head("qwen-answer", dataset, device="cpu")
     dataset.manifest["encoder_folder"] = str(tmp_path / "moved")
-    with pytest.raises(UserError, match="moved, which is not there: type --head_model"):
+    with pytest.raises(InputError, match="moved, which is not there: type --head_model"):
         load_head("qwen-answer", dataset, device="cpu")
 
 
@@ -236,7 +241,7 @@ def test_a_language_model_beside_another_vision_tower_is_refused(small_qwen, qwe
     tensors = load_file(path)
     next(t for key, t in tensors.items() if "visual." in key).view(-1)[0] += 1
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="other has another vision tower .*name the checkpoint"):
+    with pytest.raises(InputError, match="other has another vision tower .*name the checkpoint"):
         load_head("qwen-answer", RealQwenVLDataset(qwen_cache), device="cpu", model=str(other))
 
 
@@ -260,12 +265,12 @@ def test_a_hubs_language_model_is_that_of_the_recorded_revision(
 def test_a_language_model_of_another_family_is_refused_by_its_type(qwen_cache, tmp_path):
     dataset = RealQwenVLDataset(qwen_cache)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
-    with pytest.raises(UserError, match="'qwen3_vl' is not supported by the head .*'qwen2_5_vl'"):
+    with pytest.raises(InputError, match="'qwen3_vl' is not supported by the head .*'qwen2_5_vl'"):
         load_head("qwen-answer", dataset, device="cpu", model=str(tmp_path))
 
 
 def test_a_checkpoint_without_its_language_model_is_refused_in_one_line(qwen_cache, tmp_path):
-    with pytest.raises(UserError, match="no-such-model") as refused:
+    with pytest.raises(InputError, match="no-such-model") as refused:
         dataset = RealQwenVLDataset(qwen_cache)
         load_head("qwen-answer", dataset, device="cpu", model="/no-such-model")
     assert "\n" not in str(refused.value)
@@ -289,7 +294,7 @@ def test_rows_without_question_or_answer_are_found_when_the_head_is_loaded(
     index = dataset.rows.column_names.index(column)
     kind = dataset.rows.schema.field(column)
     dataset.rows = dataset.rows.set_column(index, kind, pa.array(values, kind.type))
-    with pytest.raises(UserError, match=f"row 3, 7 without {column}") as refused:
+    with pytest.raises(InputError, match=f"row 3, 7 without {column}") as refused:
         load_head("qwen-answer", dataset, device="cpu", model=str(small_qwen))
     assert "\n" not in str(refused.value)
 

@@ -7,12 +7,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.errors import UserError
 from experiments import estimate_metric
-from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real, denormalise
-from svd_baseline import gram_eigh, truncated_svd
-from task import heads
-from task import metric as task_metric
+from heads import metric as task_metric
+from heads import saliency as heads
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.linalg import denormalise, exact_factors
+from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
+from svd_baseline import truncated_svd
 
 
 def random_metric(d: int, seed: int = 0) -> task_metric.TaskMetric:
@@ -52,7 +53,7 @@ def test_no_matrix_of_its_rank_is_nearer_in_the_metric_than_the_metrics_svd(toke
     values, vectors = torch.linalg.eigh(metric.matrix)
     sigma = torch.linalg.svdvals(tokens.double() @ (vectors * values.sqrt()) @ vectors.mT)
     assert torch.allclose(distance(a @ b), sigma[:, 5:].square().sum(-1), rtol=1e-4)
-    for other in (gram_eigh(tokens, 5), task_metric.InMetric(truncated_svd, metric)(tokens, 5)):
+    for other in (exact_factors(tokens, 5), task_metric.InMetric(truncated_svd, metric)(tokens, 5)):
         assert (distance(torch.matmul(*other)) >= distance(a @ b) * (1 - 1e-4)).all()
 
 
@@ -109,7 +110,7 @@ def test_the_estimated_metric_lowers_the_task_error_of_held_out_images(
 
     x = test_batch.x
     for rank in (2, 4):
-        assert error(task_metric.metric_svd(x, rank, metric)) < 0.95 * error(gram_eigh(x, rank))
+        assert error(task_metric.metric_svd(x, rank, metric)) < 0.95 * error(exact_factors(x, rank))
 
 
 def test_a_metric_is_stored_whole_and_refused_with_another_cache_or_head(
@@ -123,13 +124,13 @@ def test_a_metric_is_stored_whole_and_refused_with_another_cache_or_head(
     assert torch.equal(task_metric.load_metric(again, dataset).matrix, metric.matrix)
     manifest = cache_copy / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"stretch"', '"pad"'))
-    with pytest.raises(UserError, match="made from another cache.*manifest_sha256"):
+    with pytest.raises(InputError, match="made from another cache.*manifest_sha256"):
         task_metric.load_metric(metric_file, RealQwenVLDataset(cache_copy))
     other = LinearHead(torch.eye(2))
-    with pytest.raises(UserError, match="that of the head saliency, not of --head linear"):
+    with pytest.raises(InputError, match="that of the head saliency, not of --head linear"):
         task_metric.check_head(metric, other)
     other.name = "saliency"
-    with pytest.raises(UserError, match="other weights of the head saliency"):
+    with pytest.raises(InputError, match="other weights of the head saliency"):
         task_metric.check_head(metric, other)
 
 
@@ -139,7 +140,7 @@ def test_a_missing_or_damaged_metric_is_refused(content, dataset, tmp_path):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(
-        UserError, match="--metric .*m.safetensors .*make it with experiments.estimate_metric"
+        InputError, match="--metric .*m.safetensors .*make it with experiments.estimate_metric"
     ):
         task_metric.load_metric(path, dataset)
 
@@ -173,7 +174,7 @@ def test_a_metric_that_was_changed_is_found_by_its_hash(
     matrix, info = stored(metric_file)
     change(matrix, info)
     save_file({"metric": matrix}, tmp_path / "m.safetensors", info)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(InputError, match=message):
         task_metric.load_metric(tmp_path / "m.safetensors", dataset)
 
 
@@ -203,7 +204,7 @@ def test_a_metric_of_an_older_version_is_read_after_every_other_check(
     path = tmp_path / "m.safetensors"
     save_file({"metric": own if matrix is None else matrix}, path, info)
     if message:
-        with pytest.raises(UserError, match=message) as refused:
+        with pytest.raises(InputError, match=message) as refused:
             task_metric.load_metric(path, dataset)
         assert "make it with experiments.estimate_metric" in str(refused.value)
     else:

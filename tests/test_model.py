@@ -4,18 +4,21 @@ import pytest
 import torch
 from PIL import Image
 
-from common.errors import UserError
-from common.files import locate
+from encoders.towers import load_encoder
 from experiments.make_demo_data import PHOTOGRAPHS
-from features.encoders import load_encoder
+from lowrank_tokens.errors import excess_pct, optimum, rel_error
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import locate
+from lowrank_tokens.linalg import exact_singular_values, truncate_product
 from model import (
     ARCHITECTURES,
     SVDLinear,
+    activation_orth_regu_A,
     canonical_arch,
     get_model_by_name,
+    pivoted_features,
 )
-from subspace import activation_orth_regu_A, pivoted_features, truncate_product
-from svd_baseline import exact_singular_values, excess_pct, optimum, random_sketch, rel_error
+from svd_baseline import random_sketch
 
 ALL = [(arch, factors) for arch in ARCHITECTURES for factors in ("projected", "direct")]
 
@@ -175,7 +178,7 @@ def test_every_alias_in_any_case_is_its_architecture_and_other_names_are_refused
         "Adaptive": "AdaLoRA",
     }.items():
         assert canonical_arch(alias) == name
-    with pytest.raises(UserError, match="ResMLP, MLP, AdaLoRA"):
+    with pytest.raises(InputError, match="ResMLP, MLP, AdaLoRA"):
         canonical_arch("transformer")
 
 
@@ -195,7 +198,7 @@ def test_tokens_of_another_shape_are_refused():
     ],
 )
 def test_impossible_shapes_are_refused(options, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(InputError, match=message):
         build(**options)
 
 
@@ -360,7 +363,7 @@ def test_an_image_of_fewer_tokens_than_the_rank_is_factored_at_its_own_limit():
 
 
 def test_direct_factors_are_tied_to_their_grid_and_say_so_in_one_line():
-    with pytest.raises(UserError, match="4 × 6, not 3 × 4: train with --factors projected") as e:
+    with pytest.raises(InputError, match="4 × 6, not 3 × 4: train with --factors projected") as e:
         build(factors="direct", grid=GRID)(smooth_tokens((3, 4)), grid=(3, 4))
     assert "\n" not in str(e.value)
 

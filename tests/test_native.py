@@ -11,14 +11,15 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import extract_features
-from common import shard_folder
-from common.boxes import box_in_view
+from encoders.image_sources import UnreadableImage
+from encoders.native_size import PixelRange, native_size, size_in
+from encoders.towers import load_encoder
 from experiments import compare_bytes
-from features import cache_writer
-from features.encoders import load_encoder
-from features.image_sources import UnreadableImage
-from features.native_size import PixelRange, native_size, size_in
-from qwenvl_dataloader import RealQwenVLDataset, normalise
+from lowrank_tokens import cache_writer
+from lowrank_tokens import shards as shard_folder
+from lowrank_tokens.grids import box_in_view
+from lowrank_tokens.linalg import normalise
+from qwenvl_dataloader import RealQwenVLDataset
 
 LIMITS = PixelRange(4 * 28**2, 30 * 28**2)
 NATIVE = ["--resize", "native", "--max_pixels", str(LIMITS.most)]
@@ -127,9 +128,9 @@ def extract_native(folder, name, *flags, patch=pytest.MonkeyPatch):
         change.setattr(shard_folder, "ROWS_PER_SHARD", 6)
         square = ["--demo", "--dataset_dir", str(folder / "set"), *NATIVE]
         args = [*square, "--cache_dir", str(folder / name), *flags]
-        from common import cli
+        from common import arguments
 
-        extract_features.main(cli.parse(extract_features.get_args_parser(), args))
+        extract_features.main(arguments.parse(extract_features.get_args_parser(), args))
 
 
 def test_each_image_has_its_own_grid_and_its_tokens_alone(photographs, demo):
@@ -191,7 +192,7 @@ def test_an_interrupted_native_cache_ends_byte_identical(photographs, monkeypatc
 
 
 def test_tokens_at_once_are_bounded_and_images_at_once_alike(photographs, monkeypatch):
-    from features.encoders import DemoEncoder
+    from encoders.towers import DemoEncoder
 
     encoded, encode = [], DemoEncoder.encode
     monkeypatch.setattr(

@@ -9,7 +9,7 @@ import torch
 from conftest import TRAIN, extract
 
 import train_real_data
-from common import cli
+from common import arguments
 from experiments import make_demo_data
 from qwenvl_dataloader import RealQwenVLDataset
 from training.checkpoint import load_checkpoint, save_checkpoint
@@ -33,7 +33,7 @@ def other_cache(tmp_path_factory):
 def results(tiny_cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("results") / "results"
     argv = ["--cache_dir", tiny_cache, "--results_dir", folder, "--log_dir", folder.parent, *TRAIN]
-    args = cli.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
+    args = arguments.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
     assert train_real_data.main(args) == 0
     return folder
 

@@ -13,15 +13,8 @@ from matplotlib.text import Annotation, Text
 from PIL import Image
 
 import svd_baseline
-from common import files
-from figures import (
-    comparison,
-    components,
-    overview,
-    style,
-    token_grid,
-    training_curves,
-)
+from figures import comparison, components, overview, style, token_grid, training_curves
+from lowrank_tokens import files
 
 INFO = {"title": "Image 3 (test) at rank 4", "footer": f"{FOOTER}; question: is it $5 or $6?"}
 GRID = (4, 4)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from common import progress
+from lowrank_tokens import progress
 
 
 class Terminal(io.StringIO):

@@ -13,16 +13,12 @@ from conftest import edit_manifest, manifest_of
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common import spectra
-from common.epoch_order import EpochSampler
-from common.errors import UserError
-from common.files import file_entry
-from qwenvl_dataloader import (
-    RealQwenVLDataset,
-    create_data_loaders_real,
-    normalise,
-)
-from svd_baseline import exact_singular_values, optimum
+from lowrank_tokens import cache as spectra
+from lowrank_tokens.errors import optimum
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import file_entry
+from lowrank_tokens.linalg import exact_singular_values, normalise
+from qwenvl_dataloader import EpochSampler, RealQwenVLDataset, create_data_loaders_real
 
 
 def test_an_image_of_any_grid_is_read_as_it_was_written_mapped_and_resident(ragged_cache):
@@ -89,7 +85,7 @@ def test_spectra_are_computed_at_first_need_and_go_on_where_they_were_cut(
     ragged_cache, tmp_path, monkeypatch
 ):
     cache = Path(shutil.copytree(ragged_cache, tmp_path / "cache"))
-    (cache / spectra.FILE).unlink(missing_ok=True)
+    (cache / spectra.SPECTRA_FILE).unlink(missing_ok=True)
     monkeypatch.setattr(spectra, "IMAGES_PER_PART", 7)
     assert not RealQwenVLDataset(cache).spectra_are_known
     write = spectra._write
@@ -110,8 +106,10 @@ def test_spectra_are_computed_at_first_need_and_go_on_where_they_were_cut(
     monkeypatch.setattr(spectra, "_write", lambda p, *a: computed.append(p.name) or write(p, *a))
     dataset = RealQwenVLDataset(cache)
     sigma = dataset.singular_values
-    assert computed == [f"spectra-0000{i}.safetensors" for i in (1, 3, 4, 5)] + [spectra.FILE]
-    assert sorted(path.name for path in cache.glob("spectra*")) == [spectra.FILE]
+    assert computed == [f"spectra-0000{i}.safetensors" for i in (1, 3, 4, 5)] + [
+        spectra.SPECTRA_FILE
+    ]
+    assert sorted(path.name for path in cache.glob("spectra*")) == [spectra.SPECTRA_FILE]
     assert sigma.shape == (36, 64) and RealQwenVLDataset(cache).spectra_are_known
     for row, grid in enumerate(dataset.grids):
         m = grid[0] * grid[1]
@@ -124,29 +122,29 @@ def test_spectra_are_computed_at_first_need_and_go_on_where_they_were_cut(
 
 def test_of_several_that_ask_for_spectra_at_once_one_computes(ragged_cache, tmp_path, monkeypatch):
     cache = Path(shutil.copytree(ragged_cache, tmp_path / "cache"))
-    (cache / spectra.FILE).unlink(missing_ok=True)
+    (cache / spectra.SPECTRA_FILE).unlink(missing_ok=True)
     (cache / ".spectra-00000.safetensors.7.tmp").write_bytes(b"torn")  # another run was killed
     write, written = spectra._write, []
     monkeypatch.setattr(spectra, "_write", lambda p, *a: written.append(p.name) or write(p, *a))
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(lambda: RealQwenVLDataset(cache).singular_values) for _ in range(3)]
         found = [future.result() for future in asked]
-    assert written == [f"spectra-0000{i}.safetensors" for i in range(3)] + [spectra.FILE]
+    assert written == [f"spectra-0000{i}.safetensors" for i in range(3)] + [spectra.SPECTRA_FILE]
     assert all(torch.equal(sigma, found[0]) for sigma in found)
     assert [path.name for path in cache.glob(".spectra*")] == [".spectra.lock"]
 
 
 def test_spectra_of_damaged_features_are_refused_with_the_row(ragged_cache, tmp_path):
     cache = Path(shutil.copytree(ragged_cache, tmp_path / "cache"))
-    (cache / spectra.FILE).unlink(missing_ok=True)
+    (cache / spectra.SPECTRA_FILE).unlink(missing_ok=True)
     with safe_open(cache / "features-00000.safetensors", framework="pt") as shard:
         features = shard.get_tensor("features")
     features[64 + 48 + 5] = torch.nan  # of the third image
     save_file({"features": features}, cache / "features-00000.safetensors")
     dataset = RealQwenVLDataset(cache)
-    with pytest.raises(UserError, match="row 2 are not finite"):
+    with pytest.raises(InputError, match="row 2 are not finite"):
         dataset.singular_values  # noqa: B018
-    with pytest.raises(UserError, match="row 2 are not finite"):
+    with pytest.raises(InputError, match="row 2 are not finite"):
         dataset.keep_resident(torch.device("cpu"))
     assert dataset[[1, 6]].isfinite().all()
     assert list(dataset.verify()) == ["features-00000.safetensors"]
@@ -175,7 +173,7 @@ def test_grids_that_do_not_fit_the_features_are_refused(ragged_cache, tmp_path, 
     rows = cache / "rows.parquet"
     pq.write_table(change(pq.read_table(rows)), rows)
     edit_manifest(cache, rows=file_entry(rows))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(InputError, match=message):
         RealQwenVLDataset(cache)[[0]]
 
 

@@ -7,8 +7,8 @@ import tiny
 import torch
 from PIL import Image
 
+from encoders.towers import load_encoder
 from experiments import rank_against_tokens
-from features.encoders import load_encoder
 from qwenvl_dataloader import RealQwenVLDataset
 from svd_baseline import truncated_svd
 

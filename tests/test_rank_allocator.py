@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from common.errors import UserError
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.linalg import exact_singular_values
 from model import get_model_by_name
-from svd_baseline import exact_singular_values
 from training.rank_allocator import RankAllocator
 
 
@@ -126,11 +126,11 @@ def test_a_budget_of_the_full_rank_prunes_nothing(tokens):
 
 def test_a_schedule_that_cannot_finish_is_refused_with_numbers_that_fit():
     _, allocator = build(init_warmup=1000, final_warmup=1000)
-    with pytest.raises(UserError, match="--epochs 80 or more"):
+    with pytest.raises(InputError, match="--epochs 80 or more"):
         allocator.check_fits(steps=500, steps_per_epoch=25)
     allocator.check_fits(steps=2000, steps_per_epoch=25)
 
 
 def test_sensitivity_is_refused_for_projected_factors():
-    with pytest.raises(UserError, match="--factors direct"):
+    with pytest.raises(InputError, match="--factors direct"):
         build("projected", importance="sensitivity")

@@ -5,7 +5,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from coding.rank_budget import (
+from figures import comparison
+from lowrank_tokens.errors import optimum, rel_error
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.linalg import exact_singular_values
+from model import get_model_by_name
+from svd_baseline import truncated_svd
+from training.rank_budget import (
     against_fixed_rank,
     error_curve,
     first_rank_within,
@@ -13,10 +19,6 @@ from coding.rank_budget import (
     optimum_curve,
     split_ranks,
 )
-from common.errors import UserError
-from figures import comparison
-from model import get_model_by_name
-from svd_baseline import exact_singular_values, optimum, rel_error, truncated_svd
 
 
 def falling(n, size, seed):
@@ -89,7 +91,7 @@ def test_a_split_is_never_worse_than_one_fixed_rank():
 
 @pytest.mark.parametrize("mean_rank", [0, 7])
 def test_a_budget_out_of_range_is_refused(mean_rank):
-    with pytest.raises(UserError, match=f"--mean_rank {mean_rank} .* type 1 to 6"):
+    with pytest.raises(InputError, match=f"--mean_rank {mean_rank} .* type 1 to 6"):
         split_ranks(torch.ones(2, 8), mean_rank, most=6)
 
 
@@ -127,7 +129,7 @@ def test_every_prefix_of_nested_factors_is_as_near_as_the_model_cut_there(option
 
 def test_an_unreachable_target_is_refused_with_one_that_can_be_reached():
     curve = optimum_curve(falling(6, 10, seed=5), highest=7)
-    with pytest.raises(UserError, match="6 of 6 images stay above it") as error:
+    with pytest.raises(InputError, match="6 of 6 images stay above it") as error:
         first_rank_within(curve, 1e-3)
     reachable = float(str(error.value).split("; type --target_error ")[1].split()[0])
     assert first_rank_within(curve, reachable).max() == 7

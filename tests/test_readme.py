@@ -15,7 +15,7 @@ import pytest
 from commands import FOLDERS, ROOT, SCRIPTS
 from conftest import save_qwen
 
-from common import cli
+from common import arguments
 
 READMES = [ROOT / "README.md", ROOT / "docs" / "README.zh-CN.md"]
 PAGES = [READMES[0], *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,7 +61,7 @@ def parsed(command):
         return None
     assert name in SCRIPTS, words
     parser = importlib.import_module(name).get_args_parser()
-    return name, cli.parse(parser, words[2:])
+    return name, arguments.parse(parser, words[2:])
 
 
 def test_both_readmes_have_the_same_commands():
@@ -119,7 +119,7 @@ def test_the_tagged_blocks_run_as_typed_one_after_another(tiny_data, tmp_path, m
             script = importlib.import_module(name)
             monkeypatch.setattr(sys, "argv", words[1:] + shorter)
             with pytest.raises(SystemExit) as status:
-                cli.run(script.main, script.get_args_parser())
+                arguments.run(script.main, script.get_args_parser())
             out, err = capsys.readouterr()
             assert status.value.code == 0, f"{words}: {err}"
             assert "wrote" in out or "--verify" in words

@@ -21,7 +21,7 @@ SMALL = "--epochs 1 --rank 4 --oversample 2 --refine_steps 1 --hidden_dim 16".sp
 def trained(tiny_cache, tmp_path_factory):
     """A results folder with one ResMLP, one direct MLP and one pruned AdaLoRA."""
     import train_real_data
-    from common import cli
+    from common import arguments
 
     results = tmp_path_factory.mktemp("trained") / "results"
     for more in (
@@ -32,7 +32,9 @@ def trained(tiny_cache, tmp_path_factory):
     ):
         argv = ["--cache_dir", tiny_cache, "--results_dir", results, "--log_dir", results.parent]
         small = SMALL if "direct" not in more else [*SMALL[:4], *SMALL[8:]]
-        args = cli.parse(train_real_data.get_args_parser(), [str(a) for a in argv] + small + more)
+        args = arguments.parse(
+            train_real_data.get_args_parser(), [str(a) for a in argv] + small + more
+        )
         assert train_real_data.main(args) == 0
     return results
 
@@ -125,12 +127,12 @@ def test_the_image_that_is_drawn_by_default_is_a_test_image_its_worst_and_best_c
 def compared(trained, tiny_cache, tmp_path_factory):
     """A copy of the results of training, each architecture compared at its effective rank."""
     import compare_svd_nn
-    from common import cli
+    from common import arguments
 
     results = shutil.copytree(trained, tmp_path_factory.mktemp("compared") / "results")
     for arch in ("ResMLP", "MLP", "AdaLoRA"):
         argv = ["--arch", arch, "--cache_dir", str(tiny_cache), "--results_dir", str(results)]
-        compare_svd_nn.main(cli.parse(compare_svd_nn.get_args_parser(), argv))
+        compare_svd_nn.main(arguments.parse(compare_svd_nn.get_args_parser(), argv))
     return results
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from features import demo_signs as signs
+from experiments import demo_signs as signs
 
 SIZES = ((640, 480), (448, 448), (300, 600))  # width, height of a scene
 

@@ -1,17 +1,18 @@
 import pytest
 import torch
 
-from subspace import (
-    default_grid,
+from lowrank_tokens.errors import excess_pct, optimum, rel_error
+from lowrank_tokens.grids import default_grid
+from lowrank_tokens.linalg import (
+    exact_singular_values,
     gram_is_cheaper,
     gram_operator,
     orth,
     refine,
-    resize_positions,
     smallest_ritz_estimate,
     start_shifts,
 )
-from svd_baseline import exact_singular_values, excess_pct, optimum, rel_error
+from model import resize_positions
 
 
 def degenerate_tokens():

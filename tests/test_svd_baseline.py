@@ -3,22 +3,23 @@ import pytest
 import torch
 
 import svd_baseline
-from svd_baseline import (
-    exact_singular_values,
+from lowrank_tokens.errors import (
     excess_pct,
+    image_metrics,
+    optimum,
+    rel_error,
+    summarise,
+    token_error,
+)
+from lowrank_tokens.linalg import exact_factors, exact_singular_values
+from svd_baseline import (
     fit_pca,
     gain,
-    gram_eigh,
-    image_metrics,
     interval_95,
-    optimum,
     pca,
     random_sketch,
     randomized_svd,
-    rel_error,
     student_t_95,
-    summarise,
-    token_error,
     truncated_svd,
 )
 
@@ -54,7 +55,7 @@ def test_singular_values_and_exact_references_equal_torch_linalg_svd(tokens):
     assert torch.allclose(exact_singular_values(tokens), sigma, rtol=1e-6)
     for rank in (1, 5, 23):
         best = optimum(sigma, rank)
-        for method in (truncated_svd, gram_eigh):
+        for method in (truncated_svd, exact_factors):
             a, b = method(tokens, rank)
             assert a.shape == (3, 24, rank) and b.shape == (3, rank, 40)
             assert torch.allclose(rel_error(tokens, a, b), best, rtol=1e-5), method
@@ -77,13 +78,13 @@ def test_the_smaller_side_decides_the_cost_of_exact_references_and_not_their_res
         exact_singular_values(x), sigma, rtol=1e-6, atol=1e-6 * float(sigma.max())
     )
     for rank in (1, 8, 30):
-        a, b = gram_eigh(x, rank)
+        a, b = exact_factors(x, rank)
         best = (u[..., :rank] * sigma[..., None, :rank]) @ vh[..., :rank, :]
         assert a.shape == (2, 200, rank) and b.shape == (2, rank, 64)
         assert torch.allclose((a @ b).double(), best, atol=1e-4)
         assert torch.allclose(rel_error(x, a, b), optimum(sigma, rank), rtol=1e-5)
     # beyond the rank of the second image A is orthonormal all the same
-    a, b = gram_eigh(x, 60)
+    a, b = exact_factors(x, 60)
     assert torch.allclose(a.mT @ a, torch.eye(60).expand(2, 60, 60), atol=1e-5)
     assert float(rel_error(x, a, b)[1]) < 1e-6
     assert sizes == {(64, 64)}
@@ -95,7 +96,7 @@ def test_nothing_beats_the_svd(tokens):
     for rank in (1, 4, 12):
         for a, b in (
             truncated_svd(tokens, rank),
-            gram_eigh(tokens, rank, torch.float32),
+            exact_factors(tokens, rank, torch.float32),
             randomized_svd(tokens, rank),
             random_sketch(tokens, rank, 2, 8),
             pca(tokens, rank, axes),

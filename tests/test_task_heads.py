@@ -11,11 +11,13 @@ import pytest
 import torch
 from test_encoders import photograph, random_image
 
-from common.errors import UserError
-from features import demo_weights, encoders
+from encoders import demo_weights
+from encoders import towers as encoders
+from heads import saliency as heads
+from heads import task_head
+from heads.load_head import load_head
+from lowrank_tokens.exceptions import InputError
 from qwenvl_dataloader import RealQwenVLDataset
-from task import heads
-from task.load_head import load_head
 
 
 def test_the_saliency_head_gives_the_logits_and_the_map_of_its_onnx_graph():
@@ -93,7 +95,7 @@ def test_a_head_reads_full_tokens_once_and_gives_the_same_in_another_order(
     head.loss(head.of_batch(test_batch, 0.9 * x), head.of_full(test_batch)).sum().backward()
     assert x.grad.abs().max() > 0
     # what does not fit is computed anew each time
-    monkeypatch.setattr(heads, "FULL_KEPT", 0)
+    monkeypatch.setattr(task_head, "FULL_KEPT", 0)
     del head._kept
     assert torch.equal(head.of_full(test_batch), head.of_full(test_batch))
     assert len(read) == 4
@@ -104,10 +106,10 @@ def test_the_saliency_head_refuses_tokens_of_another_encoder(cache_copy):
     manifest = json.loads(path.read_text())
     manifest["encoder"]["id"] = "Qwen/Qwen2.5-VL-3B-Instruct"
     path.write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="--head saliency reads tokens of demo-dinov2"):
+    with pytest.raises(InputError, match="--head saliency reads tokens of demo-dinov2"):
         load_head("saliency", RealQwenVLDataset(cache_copy), device="cpu")
 
 
 def test_an_unknown_head_is_refused_with_the_list(dataset):
-    with pytest.raises(UserError, match="--head depth is unknown: type one of saliency, qwen"):
+    with pytest.raises(InputError, match="--head depth is unknown: type one of saliency, qwen"):
         load_head("depth", dataset, device="cpu")

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import train_real_data
-from common import cli
-from qwenvl_dataloader import create_data_loaders_real, denormalise
+from common import arguments
+from heads import metric as task_metric
+from heads.task_error import head_of_norm
+from lowrank_tokens.linalg import denormalise
+from qwenvl_dataloader import create_data_loaders_real
 from svd_baseline import truncated_svd
-from task import metric as task_metric
-from task.task_error import head_of_norm
-from task.trained_norm import TaskFactorModel
 from training.checkpoint import load_model
 from training.state import TrainState
+from training.trained_norm import TaskFactorModel
 
 
 def test_a_run_of_the_earlier_kind_of_norm_goes_on_as_it_was(tiny_cache, script, tmp_path):
@@ -41,7 +42,7 @@ def task_trained(metric_file, tiny_cache, tmp_path_factory):
     argv = ["--cache_dir", tiny_cache, "--results_dir", results, "--log_dir", results.parent]
     argv += ["--task_head", "saliency", "--metric", metric_file, "--epochs", 3, "--rank", 4]
     argv += ["--oversample", 2, "--hidden_dim", 16, "--lr", 5e-5]
-    args = cli.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
+    args = arguments.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
     assert train_real_data.main(args) == 0
     return results
 
@@ -246,7 +247,7 @@ def metric_trained(metric_file, tiny_cache, tmp_path_factory):
 def trained(folder, cache, *flags):
     argv = ["--cache_dir", cache, "--results_dir", folder / "results", "--log_dir", folder]
     argv += ["--epochs", 1, "--rank", 4, "--oversample", 2, "--hidden_dim", 16, *flags]
-    args = cli.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
+    args = arguments.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
     assert train_real_data.main(args) == 0
     return folder / "results"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from task.token_reduction import average_tokens, drop_tokens, tokens_kept
+from experiments.token_reduction import average_tokens, drop_tokens, tokens_kept
 
 
 def test_dropped_tokens_are_filled_from_their_nearest_kept_neighbour():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from heads import metric as task_metric
+from lowrank_tokens.linalg import exact_singular_values
 from model import ARCHITECTURES, SVDLinear, get_model_by_name
-from svd_baseline import exact_singular_values, truncated_svd
-from task import metric as task_metric
-from task.trained_norm import TaskFactorModel, leading_projector, task_terms
+from svd_baseline import truncated_svd
+from training.trained_norm import TaskFactorModel, leading_projector, task_terms
 
 
 def test_the_leading_projectors_gradient_is_that_of_finite_differences():

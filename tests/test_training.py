@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import train_real_data
-from common import cli
-from common.errors import UserError
+from common import arguments
+from lowrank_tokens.errors import optimum
+from lowrank_tokens.exceptions import InputError
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
-from svd_baseline import evaluate, optimum
+from svd_baseline import evaluate
 from training.checkpoint import load_checkpoint, load_model
 from training.state import TrainState
 
@@ -40,7 +41,7 @@ def flags(tmp_path, cache, *more):
 
 
 def train(tmp_path, cache, *more):
-    args = cli.parse(train_real_data.get_args_parser(), flags(tmp_path, cache, *more))
+    args = arguments.parse(train_real_data.get_args_parser(), flags(tmp_path, cache, *more))
     return train_real_data.main(args)
 
 
@@ -104,7 +105,7 @@ def test_a_run_goes_on_with_another_batch_size_and_its_order_of_images(
         assert train(tmp_path, tiny_cache, *options) == 128 + signal.SIGTERM
     path = tmp_path / "results" / "ResMLP" / "last_model.pt"
     assert load_checkpoint(path)["progress"]["batches_done"] == 2
-    with pytest.raises(UserError, match="after 16 images, which is no multiple of 5"):
+    with pytest.raises(InputError, match="after 16 images, which is no multiple of 5"):
         train(tmp_path, tiny_cache, "--resume", "last", "--batch_size", "5")
     steps, original = [], train_real_data.train_step
 
@@ -175,9 +176,9 @@ def test_a_patience_typed_with_resume_is_the_schedulers_too(tiny_cache, tmp_path
 
 def test_a_finished_run_is_not_resumed_and_a_contradicting_flag_is_named(tiny_cache, tmp_path):
     train(tmp_path, tiny_cache, "--epochs", "1")
-    with pytest.raises(UserError, match="finished run"):
+    with pytest.raises(InputError, match="finished run"):
         train(tmp_path, tiny_cache, "--resume", "last")
-    with pytest.raises(UserError, match="--weight_decay 0.5 differs from the 1e-05"):
+    with pytest.raises(InputError, match="--weight_decay 0.5 differs from the 1e-05"):
         train(tmp_path, tiny_cache, "--resume", "--weight_decay", "0.5")
 
 
@@ -205,7 +206,7 @@ def test_a_twice_interrupted_run_still_knows_its_epochs(tiny_cache, tmp_path, mo
         with monkeypatch.context() as patch:
             interrupt_after(patch, step)
             train(tmp_path, tiny_cache, *more)
-    with pytest.raises(UserError, match="begun with 3"):
+    with pytest.raises(InputError, match="begun with 3"):
         train(tmp_path, tiny_cache, "--resume", "last", "--epochs", "20")
     assert train(tmp_path, tiny_cache, "--resume", "last", "--epochs", "3") == 0
     history = json.loads((tmp_path / "results" / "ResMLP" / "history.json").read_text())
@@ -240,7 +241,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_the_old_results(
 
 
 def test_a_run_whose_validation_is_not_finite_stops_in_words(tiny_cache, tmp_path):
-    with pytest.raises(UserError, match="not finite.*lower --lr"):
+    with pytest.raises(InputError, match="not finite.*lower --lr"):
         train(tmp_path, tiny_cache, "--epochs", "3", "--lr", "1e38", "--factors", "direct")
 
 
@@ -363,7 +364,7 @@ def test_a_non_finite_step_changes_no_weight_and_stops_the_run(tiny_cache, tmp_p
         return result
 
     monkeypatch.setattr(train_real_data, "train_step", train_step)
-    with pytest.raises(UserError, match="not finite in 1 step.*best_model.pt is kept"):
+    with pytest.raises(InputError, match="not finite in 1 step.*best_model.pt is kept"):
         train(tmp_path, tiny_cache, "--resume", "--epochs", "2")
     assert [step for step, same in seen if same] == [5]
     after = load_checkpoint(tmp_path / "results" / "ResMLP" / "best_model.pt")
@@ -405,9 +406,9 @@ def test_a_checkpoint_runs_no_code_and_a_damaged_one_is_refused(tmp_path):
 
     path = tmp_path / "best_model.pt"
     path.write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(InputError, match="damaged"):
         load_checkpoint(path)
     torch.save({"payload": Payload()}, path)
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(InputError, match="damaged"):
         load_checkpoint(path)
     assert not (tmp_path / "owned").exists()

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from encoders.towers import VisionEncoder
 from experiments import make_demo_data
-from features.cache_writer import FeatureCacheWriter
-from features.encoders import VisionEncoder
+from lowrank_tokens.cache_writer import FeatureCacheWriter
 from qwenvl_dataloader import RealQwenVLDataset
 
 

@@ -21,17 +21,17 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from common import cli
-from common.errors import UserError
-from common.files import atomic_path, first_difference
+from common import arguments
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import atomic_path, first_difference
 from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import Loaders, RealQwenVLDataset
-from task.trained_norm import build_model
+from training.trained_norm import build_model
 
 FORMAT = 2
 CHECKPOINT_KEYS = """shift_estimator config model optimizer scheduler allocator rng progress args
     cache""".split()
-# The shifts were learned as fractions of this estimate (subspace.smallest_ritz_estimate).
+# The shifts were learned as fractions of this estimate (linalg.smallest_ritz_estimate).
 SHIFT_ESTIMATOR = "min_cholesky_pivot"
 
 
@@ -80,7 +80,7 @@ def unseen_test(state: dict, loaders: Loaders) -> tuple[Loaders, int | None, str
     """The loaders with test images that the checkpoint's run has not seen.
 
     Returns them, how many were left out (None: cannot be known) and that in words, "" for none.
-    Raises UserError where no test image is left.
+    Raises InputError where no test image is left.
     """
     test = loaders.test
     seen = rows_seen(state, test.dataset, test.sampler.rows)
@@ -91,7 +91,7 @@ def unseen_test(state: dict, loaders: Loaders) -> tuple[Loaders, int | None, str
         return loaders, 0, ""
     rows = test.sampler.rows[~seen]
     if not len(rows):
-        raise UserError(
+        raise InputError(
             f"--cache_dir {test.dataset.cache_dir}: the network was trained or validated on every "
             "test image of this cache: name the cache it was trained on, or one of other images"
         )
@@ -125,8 +125,8 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path, dataset: RealQwenVLDataset | None = None) -> dict:
-    """Read a checkpoint onto the CPU. Raises UserError where it is missing, damaged, or was trained
-    on another cache or split than `dataset`, the one to go on with."""
+    """Read a checkpoint onto the CPU. Raises InputError where it is missing, damaged, or was
+    trained on another cache or split than `dataset`, the one to go on with."""
     arch = path.parent.name
     try:
         # torch does not look at the checksums of the zip file that it reads
@@ -135,20 +135,20 @@ def load_checkpoint(path: Path, dataset: RealQwenVLDataset | None = None) -> dic
                 raise ValueError(f"checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(
+        raise InputError(
             f"{path} does not exist: train it with train_real_data.py --arch {arch}, or name "
             "another --results_dir"
         ) from None
     except Exception as error:
         # damaged bytes make zip, pickle and torch raise nearly anything; all of it means one thing
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged ({reason}): train again") from None
+        raise InputError(f"{path} is damaged ({reason}): train again") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is not a checkpoint of format {FORMAT}: train again")
+        raise InputError(f"{path} is not a checkpoint of format {FORMAT}: train again")
     if missing := [key for key in CHECKPOINT_KEYS if key not in state]:
-        raise UserError(f"{path} lacks {', '.join(missing)}: train again")
+        raise InputError(f"{path} lacks {', '.join(missing)}: train again")
     if state["shift_estimator"] != SHIFT_ESTIMATOR:
-        raise UserError(
+        raise InputError(
             f"{path} learned its shifts with {state['shift_estimator']}, this version uses "
             f"{SHIFT_ESTIMATOR}: train again"
         )
@@ -175,9 +175,9 @@ def load_model(
     try:
         model = build_model(state["config"])
         model.load_state_dict(state["model"])
-    except (TypeError, RuntimeError, UserError) as error:
+    except (TypeError, RuntimeError, InputError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
+        raise InputError(
             f"{path} describes another model than it holds ({reason}): train again"
         ) from None
     return model.to(device).eval(), state
@@ -194,8 +194,8 @@ class Trained(NamedTuple):
 
 
 def open_trained(args: argparse.Namespace) -> Trained:
-    """What --arch, --results_dir, --cache_dir and --device name. Raises UserError."""
-    device = cli.pick_device(args.device)
+    """What --arch, --results_dir, --cache_dir and --device name. Raises InputError."""
+    device = arguments.pick_device(args.device)
     folder = Path(args.results_dir) / canonical_arch(args.arch)
     dataset = RealQwenVLDataset(args.cache_dir)
     path = folder / "best_model.pt"
@@ -207,7 +207,7 @@ def evaluated_rank(model: LowRankFactorModel, requested: int | None) -> int:
     effective = model.current_effective_rank()
     limit = min(model.num_tokens, model.input_dim)
     if requested is not None and requested > limit:
-        raise UserError(f"--rank {requested} is out of range: type 1 to {effective}")
+        raise InputError(f"--rank {requested} is out of range: type 1 to {effective}")
     if requested is not None and requested > effective:
         print(f"note: the model's effective rank is {effective}, which replaces {requested}")
     return min(requested or effective, effective)
@@ -216,7 +216,7 @@ def evaluated_rank(model: LowRankFactorModel, requested: int | None) -> int:
 def _check_cache(path: Path, trained: dict, now: dict, cache_dir: Path, remedy: str) -> None:
     if different := first_difference(trained, now):
         key, before, here = different
-        raise UserError(
+        raise InputError(
             f"{path} was trained on a cache with {key} = {before}, --cache_dir {cache_dir} has "
             f"{here}: {remedy}"
         )

@@ -9,25 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.files import with_content_hash, write_json
-from common.grids import resampled
 from figures import components, task_training, token_grid, training_curves
+from heads.task_error import closed_form, cut_at_ranks, metric_at_hand, task_errors
+from lowrank_tokens.errors import summarise, token_error
+from lowrank_tokens.files import with_content_hash, write_json
+from lowrank_tokens.grids import resampled
+from lowrank_tokens.linalg import exact_factors, exact_singular_values
 from model import LowRankFactorModel
 from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset
-from svd_baseline import (
-    evaluate_batches,
-    exact_singular_values,
-    gram_eigh,
-    report_ranks,
-    summarise,
-    token_error,
-)
-from task.task_error import closed_form, cut_at_ranks, metric_at_hand, task_errors
-from task.trained_norm import TaskFactorModel, trained_ranks
+from svd_baseline import evaluate_batches, report_ranks
 from training.checkpoint import load_model, unseen_test
+from training.trained_norm import TaskFactorModel, trained_ranks
 
 if TYPE_CHECKING:
-    from task.heads import TaskHead
+    from heads.task_head import TaskHead
 
 
 def test_and_draw(
@@ -88,7 +83,7 @@ def untrained_references(
 ) -> dict[str, float]:
     """Validation task error of what needs no training, as `task_record` means it: of the plain SVD,
     and of the SVD in the task's metric where its default file is at hand."""
-    methods = {"svd": cut_at_ranks(lambda batch, r: gram_eigh(batch.x, r))}
+    methods = {"svd": cut_at_ranks(lambda batch, r: exact_factors(batch.x, r))}
     if metric := metric_at_hand(head, dataset):
         methods["svd_in_metric"] = closed_form(metric.to(loaders.val.device))
     batches = loaders.val.with_progress("references")
@@ -116,7 +111,7 @@ def test_statistics(model: LowRankFactorModel, loader: BatchLoader) -> dict[str,
     }
     for batch in loader.with_progress("error of tokens"):
         a, b = model(batch.x, rank, grid=batch.grid)
-        for name, factors in (("network", (a, b)), ("svd", gram_eigh(batch.x, rank))):
+        for name, factors in (("network", (a, b)), ("svd", exact_factors(batch.x, rank))):
             errors = token_error(batch.x, *factors)
             parts[name].append(resampled(errors, batch.grid, loader.dataset.grid))
         x_hat = a.double() @ b.double()

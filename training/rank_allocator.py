@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from lowrank_tokens.exceptions import InputError
 from model import AdaptiveLowRankProjAdaLoRA
 
 BETA = 0.85  # of both moving averages, AdaLoRA's β1 = β2
@@ -41,7 +41,7 @@ class RankAllocator:
         importance: str = "energy",
     ) -> None:
         if importance == "sensitivity" and model.factors != "direct":
-            raise UserError(
+            raise InputError(
                 "--allocator_importance sensitivity needs --factors direct: projected factors give "
                 "the gate no gradient; leave it at energy"
             )
@@ -64,11 +64,11 @@ class RankAllocator:
         return self.init_warmup + self.final_warmup
 
     def check_fits(self, steps: int, steps_per_epoch: int) -> None:
-        """Raises UserError, with numbers that fit, where `steps` cannot reach the final rank."""
+        """Raises InputError, with numbers that fit, where `steps` cannot reach the final rank."""
         if steps < self.steps_needed:
             epochs = -(-self.steps_needed // steps_per_epoch)
             half = max(1, steps // 3)
-            raise UserError(
+            raise InputError(
                 f"the rank allocator needs {self.steps_needed} steps, this run has {steps}: type "
                 f"--epochs {epochs} or more, or --allocator_init_warmup {half} "
                 f"--allocator_final_warmup {half}"

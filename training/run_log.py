@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from common import cli, processes
-from common.files import new_folder, write_json
-from svd_baseline import optimum, percent_text
+from common import arguments, processes
+from lowrank_tokens.errors import optimum, percent_text
+from lowrank_tokens.files import new_folder, write_json
 
 if TYPE_CHECKING:
     from qwenvl_dataloader import Loaders, RealQwenVLDataset
@@ -37,7 +37,7 @@ class RunLog:
         self.folder = new_folder(Path(args.log_dir) / time.strftime("logs_%Y%m%d_%H%M%S"))
         self.file = open(self.folder / "training.log", "a", encoding="utf-8")
         config = {k: v for k, v in vars(args).items() if k != "typed"}
-        versions = cli.environment(cli.pick_device(args.device))
+        versions = arguments.environment(arguments.pick_device(args.device))
         config |= {"processes": processes.world(), "environment": versions}
         write_json(self.folder / "config.json", config)
         if args.tensorboard:
@@ -76,7 +76,7 @@ def print_header(
     parameters = sum(p.numel() for p in run.model.parameters())
     config = run.model.config
     log(dataset.label)
-    log("  ".join(f"{k} {v}" for k, v in cli.environment(run.sums.device).items()))
+    log("  ".join(f"{k} {v}" for k, v in arguments.environment(run.sums.device).items()))
     log("  ".join(f"{k} {v}" for k, v in config.items()) + f"  parameters {parameters:,}")
     if (world := processes.world()) > 1:
         log(f"{world} processes, {run.args.batch_size} images a step each")
@@ -119,10 +119,10 @@ def report(run: TrainState, results: dict, folder: Path, log: RunLog, seconds: f
         **results,
         "wall_seconds": round(seconds, 1),
         "samples_per_s": statistics.median(speeds),
-        "environment": cli.environment(run.sums.device),
+        "environment": arguments.environment(run.sums.device),
     }
     write_json(log.folder / "final_summary.json", summary)
     written = f"{folder}/best_model.pt, history.json, test_results.json and figures"
     log(f"wrote {written}: look at {folder}/train_val_loss_comparison.png")
-    again = cli.flags_again(run.args, "results_dir", "cache_dir", "device")
+    again = arguments.flags_again(run.args, "results_dir", "cache_dir", "device")
     log(f"next: python compare_svd_nn.py --arch {run.args.arch}{again}")

@@ -13,15 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import cli, processes
-from common.errors import UserError
-from common.files import read_json
-from model import LowRankFactorModel, get_model_by_name
+from common import arguments, processes
+from heads.metric import check_head, load_metric
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import read_json
+from model import LowRankFactorModel, get_model_by_name, pivoted_features
 from qwenvl_dataloader import BatchLoader, RealQwenVLDataset
-from subspace import pivoted_features
 from svd_baseline import second_moment
-from task.metric import check_head, load_metric
-from task.trained_norm import TaskFactorModel
 from training.checkpoint import (
     cache_identity,
     load_checkpoint,
@@ -30,9 +28,10 @@ from training.checkpoint import (
     set_rng_state,
 )
 from training.rank_allocator import RankAllocator
+from training.trained_norm import TaskFactorModel
 
 if TYPE_CHECKING:
-    from task.heads import TaskHead
+    from heads.task_head import TaskHead
 
 SHIFT_LR_FACTOR = 20  # a shift must move by tenths while weights move by thousandths
 # terms of the loss that are summed over an epoch (model.LossTerms)
@@ -201,11 +200,11 @@ def in_learned_norm(
     """
     if args.use_rank_allocator:
         flag = "task_head" if args.task_head else "metric"
-        raise UserError(f"--{flag} keeps every rank: omit --use_rank_allocator")
+        raise InputError(f"--{flag} keeps every rank: omit --use_rank_allocator")
     metric = load_metric(args.metric, dataset) if args.metric else None
     head = None
     if args.task_head:
-        from task.load_head import load_head  # a head's libraries take seconds to load
+        from heads.load_head import load_head
 
         head = load_head(
             args.task_head, dataset, device=device, model=args.head_model, flag="--task_head"
@@ -223,8 +222,8 @@ def in_learned_norm(
 
 
 def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset) -> TrainState:
-    """A new run, or the one that --resume names. Raises UserError where flags contradict it."""
-    device = cli.pick_device(args.device)
+    """A new run, or the one that --resume names. Raises InputError where flags contradict it."""
+    device = arguments.pick_device(args.device)
     if not args.resume:
         return build_run(args, dataset, device)
     path = folder / f"{args.resume}_model.pt"
@@ -234,12 +233,12 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
     before = earlier | state["config"]
     for name in sorted(args.typed - FREE_ON_RESUME):
         if getattr(args, name) != before[name]:
-            raise UserError(
+            raise InputError(
                 f"--{name} {getattr(args, name)} differs from the {before[name]} that {path} was "
                 f"trained with: omit --{name} to go on, or --resume to start anew"
             )
     if args.resume == "last" and "epochs" in args.typed and args.epochs != before["epochs"]:
-        raise UserError(
+        raise InputError(
             f"--epochs {args.epochs}: --resume last goes on to the end of its run, which was begun "
             f"with {before['epochs']}: omit --epochs, or add epochs with --resume"
         )
@@ -261,7 +260,7 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
         if run.finished and results.exists():
             test = read_json(results, "remove it and type --resume last again")
             if test.get("epochs") == run.epoch - 1:  # and not of an earlier run
-                raise UserError(
+                raise InputError(
                     f"{path} is of a finished run: add epochs with --resume --epochs N instead"
                 )
     else:
@@ -304,7 +303,7 @@ def batch_size_on_resume(state: dict, path: Path, typed: int | None) -> tuple[in
         return own_batch_size(state, path), ""
     done = state["progress"]["batches_done"] * before
     if done % now:
-        raise UserError(
+        raise InputError(
             f"--batch_size {typed}: the epoch that was cut off stands after {done} images, which "
             f"is no multiple of {now} a step: halve the {before} it was begun with, or omit "
             "--batch_size"
@@ -326,7 +325,7 @@ def own_batch_size(state: dict, path: Path) -> int:
     world = processes.world()
     if images % world:
         counts = ", ".join(str(n) for n in range(1, images + 1) if images % n == 0)
-        raise UserError(
+        raise InputError(
             f"{path} was trained with {images} images a step, which {world} processes cannot "
             f"share evenly: start one of {counts} processes"
         )

@@ -1,0 +1,225 @@
+"""Images into tokens into a cache, shard by shard: decoded ahead by threads, encoded in batches.
+
+Images with the same bytes are encoded once, where they come first. Batches hold images of one grid
+and begin anew with each shard: the bits of features do not depend on where a run was interrupted,
+nor on the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import dropwhile, islice
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+
+from common import processes
+from encoders.image_sources import (
+    ImageCell,
+    ImageSource,
+    UnreadableImage,
+    image_bytes,
+    image_size,
+    read_image,
+)
+from encoders.towers import VisionEncoder, resize_image
+from lowrank_tokens import progress
+from lowrank_tokens.cache_writer import FeatureCacheWriter
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.grids import Grid
+from lowrank_tokens.shards import ROWS_PER_SHARD
+
+THUMBNAIL_SIZE = 224  # pixels, of the longer side
+# Threads and not a DataLoader's processes: decoders leave Python's lock to each other, and pixels
+# would have to pass through /dev/shm, which containers keep small.
+DECODERS = 8  # threads at most: so many keep an H100's tower fed
+BATCHES_AHEAD = 1
+
+Row = tuple[int, dict]  # row number in the data set, row
+
+
+class Look(NamedTuple):
+    """What is known of a row's image before it is decoded."""
+
+    sha256: str | None  # of its file; None where there is none
+    grid: Grid  # of its tokens; (1, 1) where it cannot be read
+
+
+class Sample(NamedTuple):
+    """One row on its way to the encoder; `reason` says why it cannot be read."""
+
+    row_id: int
+    first: int | None  # the first row with the same image: itself where it has to be encoded
+    record: dict | None
+    pixels: torch.Tensor | None  # where it has to be encoded
+    reason: str | None
+
+
+class RowBatch(NamedTuple):
+    """Rows of one shard whose images have one grid."""
+
+    shard: int
+    rows: list[Row]
+
+
+def look_at(rows: ImageSource, encoder: VisionEncoder) -> list[Look]:
+    """Hash and grid of each row's image; no image is decoded."""
+    found = (row for batch in rows.batches(ROWS_PER_SHARD) for _, row in batch)
+    show = processes.is_main()
+    found = progress.over(found, "hash", "images", total=len(rows), show=show)
+    return [Look(_sha256(row["image"]), _grid(row["image"], encoder)) for row in found]
+
+
+def _sha256(cell: ImageCell) -> str | None:
+    try:
+        return hashlib.sha256(image_bytes(cell)).hexdigest()
+    except (OSError, ValueError):  # read_image finds words for it
+        return None
+
+
+def _grid(cell: ImageCell, encoder: VisionEncoder) -> Grid:
+    if encoder.grid:
+        return encoder.grid
+    try:
+        width, height = encoder.size_of(*image_size(cell))
+    except UnreadableImage:  # found again where it is decoded, and listed there
+        return 1, 1
+    return height // encoder.step, width // encoder.step
+
+
+def extract(
+    rows: ImageSource,
+    encoder: VisionEncoder,
+    writer: FeatureCacheWriter,
+    looks: list[Look],
+    batch_tokens: int,
+) -> None:
+    """Encode and write the shards that are missing, each of them in one of the processes.
+
+    At most `batch_tokens` tokens are encoded at once, or one image that has more. While the encoder
+    works on a batch, threads decode and preprocess the next.
+    """
+    samples: list[Sample] = []  # of the shard that is being made
+    encoded: dict[int, torch.Tensor] = {}  # row → its features [T, D]
+    to_do = batches_to_do(rows, writer, looks, batch_tokens)
+    with processes.Progress(len(rows), "encode", writer.rows_done) as bar:
+        for shard, batch in prepared(to_do, encoder, looks):
+            samples += batch
+            if fresh := [s for s in batch if s.pixels is not None]:
+                features = encoder.encode(torch.stack([s.pixels for s in fresh]))
+                features = features.to("cpu", torch.bfloat16)
+                encoded |= zip((s.row_id for s in fresh), features, strict=True)
+            # their pixels are not needed any more
+            samples[-len(batch) :] = [s._replace(pixels=None) for s in batch]
+            if len(samples) == len(writer.rows_of(shard)):
+                write_samples(writer, shard, samples, encoded)
+                samples, encoded = [], {}
+            bar.update(len(batch))
+
+
+def batches_to_do(
+    rows: ImageSource, writer: FeatureCacheWriter, looks: list[Look], batch_tokens: int
+) -> Iterator[RowBatch]:
+    """Batches of the shards that this process has to make; no batch is of two shards or grids."""
+    every = (row for batch in rows.batches(ROWS_PER_SHARD) for row in batch)
+    for shard in processes.deal(writer.shards_to_do()):
+        wanted = writer.rows_of(shard)
+        here = dropwhile(lambda row, first=wanted.start: row[0] < first, every)
+        by_grid: dict[Grid, list[Row]] = {}
+        for row in islice(here, len(wanted)):
+            by_grid.setdefault(looks[row[0]].grid, []).append(row)
+        for grid, alike in by_grid.items():
+            size = max(1, batch_tokens // math.prod(grid))
+            for first in range(0, len(alike), size):
+                yield RowBatch(shard, alike[first : first + size])
+
+
+def write_samples(
+    writer: FeatureCacheWriter, shard: int, samples: list[Sample], encoded: dict[int, torch.Tensor]
+) -> None:
+    """Write a shard; an image that came in an earlier shard gets its features from there."""
+    samples = sorted(samples, key=lambda sample: sample.row_id)
+    readable = [s for s in samples if s.reason is None]
+    features = [
+        encoded[s.first] if s.first in encoded else writer.features_of(s.first) for s in readable
+    ]
+    skipped = [{"row_id": s.row_id, "reason": s.reason} for s in samples if s.reason]
+    writer.write_shard(shard, features, [s.record for s in readable], skipped)
+
+
+def prepared(
+    batches: Iterator[RowBatch], encoder: VisionEncoder, looks: list[Look]
+) -> Iterator[tuple[int, list[Sample]]]:
+    """Shard and samples of batches, made by threads some batches ahead of who asks for them."""
+    first_of: dict[str | None, int] = {}
+    for row_id, look in enumerate(looks):
+        first_of.setdefault(look.sha256, row_id)
+    pending: deque[tuple[int, list[Future[Sample]]]] = deque()
+
+    def oldest() -> tuple[int, list[Sample]]:
+        shard, samples = pending.popleft()
+        return shard, [sample.result() for sample in samples]
+
+    with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1)) as pool:
+        for shard, rows in batches:
+            samples = []
+            for row_id, row in rows:
+                look = looks[row_id]
+                first = first_of[look.sha256]
+                samples.append(pool.submit(prepare_row, row_id, row, encoder, look, first))
+            pending.append((shard, samples))
+            if len(pending) > BATCHES_AHEAD:
+                yield oldest()
+        while pending:
+            yield oldest()
+
+
+def prepare_row(row_id: int, row: dict, encoder: VisionEncoder, look: Look, first: int) -> Sample:
+    """Decode and preprocess one row.
+
+    look: at its file, before; first: the first row with these bytes.
+    """
+    # rows with the same bytes rely on the first one
+    if (sha := _sha256(row["image"])) != look.sha256:
+        raise InputError(f"the image of row {row_id} has changed: type the same command again")
+    try:
+        image = read_image(row["image"])
+        thumbnail = thumbnail_of(image, encoder)
+    except UnreadableImage as error:
+        return Sample(row_id, None, None, None, f"unreadable image: {error}")
+    record = {
+        "row_id": row_id,
+        "group": row.get("group") or sha,
+        "image_sha256": sha,
+        "path": row["image"].path,
+        "question": row.get("question"),
+        "answers": row.get("answer"),
+        "bbox": row.get("bbox"),
+        "width": image.width,
+        "height": image.height,
+        "grid_rows": look.grid[0],
+        "grid_columns": look.grid[1],
+        "thumbnail": thumbnail,
+    }
+    pixels = encoder.preprocess(image) if first == row_id else None
+    return Sample(row_id, first, record, pixels, None)
+
+
+def thumbnail_of(image: Image.Image, encoder: VisionEncoder) -> bytes:
+    """A small JPEG of what the encoder sees, in its aspect ratio."""
+    if encoder.limits:
+        sides = encoder.size_of(*image.size)
+        size = [max(1, round(side * THUMBNAIL_SIZE / max(sides))) for side in sides]
+        small = image.resize(size, Image.Resampling.BICUBIC)
+    else:
+        small = resize_image(image, THUMBNAIL_SIZE, encoder.resize)
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=85)
+    return file.getvalue()

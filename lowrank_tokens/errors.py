@@ -1,0 +1,87 @@
+"""How far a factorisation is from X: relative errors, the optimum, and summaries over images.
+
+Shapes: X [..., T, D] normalised tokens, A [..., T, r], B [..., r, D], σ [..., min(T, D)] float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Below this relative error the optimum is rounding, and a ratio to it says nothing.
+NO_EXCESS_BELOW = 1e-6
+
+
+def optimum(singular_values: Tensor, rank: int) -> Tensor:
+    """Least rel_error of any rank-r matrix (Eckart–Young): (Σ_{i>r} σ_i²)^½ / ‖X‖_F.
+
+    Args: singular_values [..., S] float64, rank r ≥ 0. Returns: [...] float64; 0 for X = 0.
+    """
+    energy = singular_values.square()
+    tail = energy[..., rank:].sum(-1)
+    return (tail / energy.sum(-1).clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
+
+
+# ---------------------------------------------------------------------------------------- metrics
+
+
+def rel_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """‖X − A·B‖_F / ‖X‖_F of each whole matrix, [...] float64.
+
+    Where X = 0 (an image of constant tokens) ‖A·B‖_F / (T D)^½: (T D)^½ is the norm of every other
+    normalised X.
+    """
+    # float32 norms alone would be wrong by 1e-6, a visible part of a small excess
+    residual = torch.linalg.matrix_norm((x - a @ b).double())
+    norm = torch.linalg.matrix_norm(x.double())
+    return residual / torch.where(norm > 0, norm, math.sqrt(x.shape[-2] * x.shape[-1]))
+
+
+def excess_pct(error: Tensor, best: Tensor) -> Tensor:
+    """(rel_error / optimum − 1) in per cent, [...] float64; NaN where optimum ≤ 1e-6."""
+    return torch.where(best > NO_EXCESS_BELOW, 100 * (error / best - 1), torch.nan)
+
+
+def token_cosine(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Mean over the T tokens of the cosine between a token and its reconstruction, [...]."""
+    return torch.nn.functional.cosine_similarity(x, a @ b, dim=-1).mean(-1).double()
+
+
+def token_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """‖x_t − x̂_t‖ / ‖x_t‖ of each token, [..., T] float32: where on the grid the error sits."""
+    norm = torch.linalg.vector_norm(x, dim=-1)
+    return torch.linalg.vector_norm(x - a @ b, dim=-1) / norm.clamp_min(1e-12)
+
+
+def image_metrics(
+    x: Tensor, a: Tensor, b: Tensor, singular_values: Tensor, rank: int | None = None
+) -> dict[str, Tensor]:
+    """rel_error, excess_pct and cosine of each image, each [...].
+
+    rank: what the excess refers to, by default the number of columns of A; less where some of them
+    are masked.
+    """
+    error = rel_error(x, a, b)
+    best = optimum(singular_values, a.shape[-1] if rank is None else rank)
+    return {
+        "rel_error": error,
+        "excess_pct": excess_pct(error, best),
+        "cosine": token_cosine(x, a, b),
+    }
+
+
+def summarise(values: Tensor) -> dict[str, float | None]:
+    """Mean and 90th percentile over images; null where a value is undefined (NaN) for all."""
+    values = values[~values.isnan()].cpu().numpy()
+    if values.size == 0:
+        return {"mean": None, "p90": None}
+    return {"mean": float(values.mean()), "p90": float(np.percentile(values, 90))}
+
+
+def percent_text(value: float | None) -> str:
+    """An excess as tables and logs print it; a dash where it is undefined."""
+    # + 0.0: rounding below the optimum is 0.0000 and not -0.0000
+    return "-" if value is None else f"{round(value, 4) + 0.0:.4f} %"

@@ -1,0 +1,196 @@
+"""The parts of the codec: transform of a grid, integer levels on it, and rounding.
+
+Whatever decides a level is integers or decimals; floats decide symbols only where they are encoded.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowrank_tokens.entropy import (
+    HIGHEST,
+    LARGEST_TABLE,
+    LOWEST,
+    STEPS_AN_OCTAVE,
+    Table,
+    bits_table,
+    table,
+)
+from lowrank_tokens.grids import Grid
+
+LAMBDA = 0.12  # rounding minimises (z / Δ − q)² + λ bits(q)
+OFFSETS = sorted(range(-8, 9), key=abs)  # of a component's levels, in an image; 0 if nothing is won
+DEPENDENT = 0.05  # a rounded column of which less than this is new is dropped
+UNITS = 16  # of a level, in which the codec's file keeps variances
+
+
+@lru_cache(64)
+def cosines(side: int) -> Tensor:
+    """Orthonormal DCT of one side of a grid: [side, side] float32, a row each frequency."""
+    k = torch.arange(side, dtype=torch.float64)
+    matrix = torch.cos(torch.pi / side * (k + 0.5) * k[:, None]) * (2 / side) ** 0.5
+    matrix[0] *= 0.5**0.5
+    return matrix.float()
+
+
+def dct(maps: Tensor, grid: Grid) -> Tensor:
+    """C maps: the orthonormal 2-D DCT of maps [..., T, n] over a grid's tokens, row by row.
+
+    Cost: O(T n (H + W)), one side after the other.
+    """
+    return _of_sides(cosines(grid[0]), cosines(grid[1]), maps)
+
+
+def inverse_dct(maps: Tensor, grid: Grid) -> Tensor:
+    """Cᵀ maps: undo `dct`."""
+    return _of_sides(cosines(grid[0]).mT, cosines(grid[1]).mT, maps)
+
+
+def _of_sides(down: Tensor, across: Tensor, maps: Tensor) -> Tensor:
+    """kron(down, across) maps, of maps [..., H W, n]."""
+    *images, _, n = maps.shape
+    height, width = len(down), len(across)
+    maps = down @ maps.reshape(*images, height, width * n)
+    return (across @ maps.reshape(*images, height, width, n)).reshape(*images, height * width, n)
+
+
+def leading(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors [T, r] and singular values [r] of z [T, d], largest first."""
+    wide = z.double()
+    if z.shape[0] <= z.shape[1]:
+        values, u = torch.linalg.eigh(wide @ wide.mT)
+        return u.flip(-1).float(), values.flip(-1).clamp_min(0).sqrt().float()
+    values, v = torch.linalg.eigh(wide.mT @ wide)
+    s = values.flip(-1).clamp_min(0).sqrt()
+    return (wide @ v.flip(-1) / s.clamp_min(1e-12)).float(), s.float()
+
+
+def sigma_levels(s: Tensor, step: float) -> np.ndarray:
+    """i_σ [r] int64, never rising: σ_k / Δ on the grid of levels."""
+    levels = (STEPS_AN_OCTAVE * (s.double() / step).log2()).round().to(torch.int64).numpy()
+    return np.minimum.accumulate(levels) if len(levels) else levels
+
+
+def to_levels(units: np.ndarray) -> np.ndarray:
+    """The nearest whole level of what is counted in UNITS a level."""
+    return (units + UNITS // 2) // UNITS
+
+
+def tokens_shift(fitted: tuple[int, int], grid: tuple[int, int]) -> int:
+    """What a unit vector's entries are smaller by on a grid with more tokens, in UNITS."""
+    ratio = Decimal(fitted[0] * fitted[1]) / Decimal(grid[0] * grid[1])
+    octaves = ratio.ln() / Decimal(2).ln() / 2
+    return int((octaves * STEPS_AN_OCTAVE * UNITS).to_integral_value())
+
+
+def on_grid(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """maps [n, H, W] int64 over frequency, read at the same frequencies of another grid, bilinear,
+    in integers: [n, *grid]."""
+    for axis, side in ((1, grid[0]), (2, grid[1])):
+        fitted = maps.shape[axis]
+        if fitted == side:
+            continue
+        at = np.arange(side) * fitted * 256 // side
+        low = np.minimum(at >> 8, fitted - 1)
+        high = np.minimum(low + 1, fitted - 1)
+        shape = [1, 1, 1]
+        shape[axis] = side
+        weight = (at & 255).reshape(shape)
+        maps = (maps.take(low, axis) * (256 - weight) + maps.take(high, axis) * weight) >> 8
+    return maps
+
+
+def off_grid(squares: Tensor, grid: Grid, fitted: Grid) -> Tensor:
+    """squares [n, T] over the frequencies of `grid` as their means about those of `fitted`: what
+    `on_grid` reads is put back, in floats."""
+    if grid == fitted:
+        return squares
+    down, across = (_about(*sides) for sides in zip(grid, fitted, strict=True))
+    return (down @ squares.unflatten(-1, grid) @ across.mT).flatten(-2)
+
+
+def _about(side: int, fitted: int) -> Tensor:
+    """Shares [fitted, side] of frequencies k / side in that of each k / fitted: a triangle over
+    the distance of neighbours on the coarser side."""
+    at = torch.arange(fitted)[:, None] * side / fitted
+    weights = (1 - (at - torch.arange(side)).abs() / max(1, side / fitted)).clamp_min(0)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def rate_rounded(
+    values: np.ndarray, levels: np.ndarray, of_level: Table = table, weight: float = LAMBDA
+) -> np.ndarray:
+    """Integers q of values [n, m]: of the nearest, one nearer to 0, and 0 the one with the least
+    (value − q)² + weight · bits(q)."""
+    size = np.abs(values)
+    nearest = np.rint(size).astype(np.int64)
+    # a flat view: one gather a candidate
+    bits, width = bits_table(of_level).ravel(), LARGEST_TABLE + 2
+    base = (np.clip(levels, LOWEST, HIGHEST) - LOWEST) * width
+    best = np.zeros_like(nearest)
+    todo = nearest > 0
+    size, nearest, base = size[todo], nearest[todo], base[todo]
+    cost = size**2 + weight * bits[base]
+    chosen = np.zeros_like(nearest)
+    for q in (nearest, np.maximum(nearest - 1, 0)):
+        own = (size - q) ** 2 + weight * bits[base + np.minimum(q, LARGEST_TABLE + 1)]
+        better = own < cost
+        chosen, cost = np.where(better, q, chosen), np.where(better, own, cost)
+    best[todo] = chosen
+    return np.where(values < 0, -best, best)
+
+
+def level_offsets(q: np.ndarray, levels: np.ndarray, of_level: Table = table) -> np.ndarray:
+    """What to add to the levels of each column of symbols q [n, r]: that of OFFSETS with which the
+    column and the offset itself take the fewest bits, [r] int64."""
+    bits, r, most = bits_table(of_level), q.shape[1], max(OFFSETS)
+    lowest, count = LOWEST - most, HIGHEST - LOWEST + 2 * most + 1
+    at = np.clip(levels, lowest, HIGHEST + most) - lowest  # [n, r]
+    # most symbols are 0: those are counted by level, the others looked up one by one
+    seen = np.bincount((at * r + np.arange(r)).ravel(), minlength=count * r).reshape(count, r)
+    rows, columns = np.nonzero(q)
+    at, size = at[rows, columns], np.minimum(np.abs(q[rows, columns]), LARGEST_TABLE + 1)
+    costs = []
+    for offset in OFFSETS:
+        level = np.clip(np.arange(count) + lowest + offset, LOWEST, HIGHEST) - LOWEST
+        zeros, own = bits[level, 0], level[at]
+        more = np.bincount(columns, bits[own, size] - bits[own, 0], minlength=r)
+        costs.append(zeros @ seen + more + abs(offset))
+    return np.array(OFFSETS)[np.argmin(costs, axis=0)]
+
+
+def adapted(
+    values: np.ndarray, levels: np.ndarray, of_level: Table = table
+) -> tuple[np.ndarray, np.ndarray]:
+    """Symbols of values [n, r], rounded by the rates of the levels that suit each column, and what
+    those differ by from `levels`: [n, r], [r] int64."""
+    offsets = level_offsets(rate_rounded(values, levels, of_level), levels, of_level)
+    q = rate_rounded(values, levels + offsets, of_level)
+    return q, level_offsets(q, levels, of_level)
+
+
+def independent(q: np.ndarray) -> np.ndarray:
+    """Indices of the columns of q [T, r] that are not all but a combination of those before."""
+    norms = np.linalg.norm(q.astype(np.float64), axis=0)
+    keep = np.flatnonzero(norms > 0)
+    while len(keep):
+        unit = torch.from_numpy(q[:, keep] / norms[keep])
+        pivots = torch.linalg.qr(unit, mode="r").R.diagonal().abs().numpy()
+        bad = np.flatnonzero(pivots < DEPENDENT)
+        if not len(bad):
+            break
+        keep = np.delete(keep, bad[0])
+    return keep
+
+
+def orthonormal(q: np.ndarray) -> Tensor:
+    """Orthonormal basis of the columns of q [T, r], in their order and direction: float32."""
+    unit = torch.from_numpy(q.astype(np.float64))
+    unit = unit / unit.norm(dim=0).clamp_min(1e-30)
+    basis, upper = torch.linalg.qr(unit)
+    return (basis * upper.diagonal().sign()).float()
