@@ -1,5 +1,6 @@
 # Sourced by train.sh and run_tests.sh: makes .venv where it is missing and installs the pinned
 # requirements where they changed. Sets $python. Usage: setup_env requirements.txt [more files]
+# Takes the first Python of 3.11 to 3.14 that it finds, or the one named by $PYTHON.
 
 # Threads that spin while they wait make a shared machine many times slower (measured on two cores:
 # training beside other work 15.6 images/s instead of 9, beside more of it 6.5 instead of under 1.6;
@@ -10,12 +11,22 @@ setup_env() {
     local stamp=.venv/installed.sha256 wanted
     python=.venv/bin/python
     if ! "$python" -c "" 2>/dev/null; then
-        local base=${PYTHON:-$(command -v python3.11 || command -v python3)}
-        if ! "$base" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
-            echo "error: Python 3.11 is needed: install it, or name it with PYTHON=/path/to/python3.11" >&2
+        local base='' names=(python3.11 python3.12 python3.13 python3.14 python3)
+        if [[ ${PYTHON-} ]]; then names=("$PYTHON"); fi
+        for name in "${names[@]}"; do
+            # a name may be found and not run: pyenv's shims of versions that are not selected
+            if "$name" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' \
+                2>/dev/null; then
+                base=$name
+                break
+            fi
+        done
+        if [[ ! $base ]]; then
+            echo "error: Python 3.11 to 3.14 is needed${PYTHON:+, and $PYTHON is none}: install one," \
+                "or name it with PYTHON=/path/to/python3.11" >&2
             return 2
         fi
-        echo "making .venv"
+        echo "making .venv with $("$base" --version)"
         rm -rf .venv
         "$base" -m venv .venv || return
     fi
