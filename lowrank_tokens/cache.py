@@ -266,14 +266,16 @@ class FeatureCache(Dataset):
 
         Of caches without a singular_values.safetensors they are computed here, at first need.
         """
-        return compute_spectra(self.cache_dir, self._content, self._spectrum_sizes, self._spectrum)
+        return compute_spectra(
+            self.cache_dir, self.content_sha256, self._spectrum_sizes, self._spectrum
+        )
 
     @property
     def spectra_are_known(self) -> bool:
         """Whether `singular_values` takes no computation."""
         if "singular_values" in self.__dict__:
             return True
-        stored = stored_spectra(self.cache_dir, self._content, self._spectrum_sizes)
+        stored = stored_spectra(self.cache_dir, self.content_sha256, self._spectrum_sizes)
         return stored is not None
 
     @property
@@ -281,8 +283,8 @@ class FeatureCache(Dataset):
         return [min(math.prod(grid), self.feature_dim) for grid in self.grids]
 
     @property
-    def _content(self) -> str:
-        """Hash of what the features are: shards and grids."""
+    def content_sha256(self) -> str:
+        """SHA-256 of the features and rows: results of one cache are told from another's by it."""
         files = [*self.manifest["shards"], self.manifest["rows"]]
         return hashlib.sha256(" ".join(f["sha256"] for f in files).encode()).hexdigest()
 

@@ -106,7 +106,7 @@ def write_cache(folder: Path, least: int, most: int) -> None:
     if not sigma:
         dataset = RealQwenVLDataset(folder)
         values = torch.rand(sum(dataset._spectrum_sizes), dtype=torch.float64)
-        spectra._write(folder / spectra.SPECTRA_FILE, dataset._content, values)
+        spectra._write(folder / spectra.SPECTRA_FILE, dataset.content_sha256, values)
 
 
 def peak_mib() -> float:
