@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -288,6 +287,8 @@ def sole_writer(folder: str | Path, flag: str) -> Iterator[None]:
     hosts where the server has a lock service; a file system without locks gets a note and no lock.
     Under torchrun only the first process may ask for it.
     """
+    from filelock import FileLock, Timeout  # readers do without it
+
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{flag} {folder} is a file: name a folder")
@@ -321,6 +322,8 @@ def one_at_a_time(path: Path) -> Iterator[None]:
 
     path: the lock's file, which stays; on a file system without locks nobody waits.
     """
+    from filelock import FileLock  # readers do without it
+
     lock = FileLock(path, fallback_to_soft=False)
     try:
         lock.acquire()
