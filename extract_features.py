@@ -183,8 +183,8 @@ def write_cache(
         f"{demo}{len(rows)} rows, encoder {encoder.id} on {device}: "
         f"{token_range(grids)} tokens × {encoder.feature_dim} an image"
     )
-    if rows.note:
-        print(f"note: {rows.note}")
+    for note in rows.notes:
+        print(f"note: {note}")
     if writer.rows_done:
         print(f"going on after {writer.rows_done} images that {args.cache_dir} already holds")
     tokens = args.batch_size * encoder.num_tokens if encoder.grid else args.batch_tokens
@@ -290,6 +290,13 @@ def print_skipped(skipped: list[dict]) -> None:
         print(f"and {len(skipped) - NAMES_SHOWN} more, all of them in manifest.json")
 
 
+def count_rows(entry: dict) -> str:
+    """Say how many rows a note of the manifest is about, and which is the first."""
+    if entry["rows"] == 1:
+        return f"row {entry['first_row_id']}"
+    return f"{entry['rows']} rows, the first is row {entry['first_row_id']}"
+
+
 def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
     """One screen: what the cache holds and how well rank r could do on it."""
     if verify and (damaged := dataset.verify()):
@@ -304,6 +311,8 @@ def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
     images = "images not known" if None in hashes else f"of {len(hashes)} different images"
     skipped = sum(entry.get("count", 1) for entry in manifest["skipped"])
     print(f"  rows       {len(dataset)}, {images}; {skipped} skipped as unreadable or missing")
+    for entry in manifest.get("notes", []):
+        print(f"  note       {entry['note']}: {count_rows(entry)}")
     megabytes = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
     many = f"{len(set(dataset.grids))} grids, most often " if dataset.ragged else "grid "
     shape = f"{token_range(dataset.grids)} × {dataset.feature_dim}, {manifest['dtype']}"

@@ -27,8 +27,10 @@ from encoders.image_sources import (
     UnreadableImage,
     image_bytes,
     image_size,
+    printable,
     read_image,
 )
+from encoders.row_values import check_answers, check_box
 from encoders.towers import VisionEncoder, resize_image
 from lowrank_tokens import progress
 from lowrank_tokens.cache_writer import FeatureCacheWriter
@@ -53,13 +55,17 @@ class Look(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One row on its way to the encoder; `reason` says why it cannot be read."""
+    """One row on its way to the encoder; `reason` says why it cannot be read.
+
+    notes: what was wrong with its values (`encoders.row_values`).
+    """
 
     row_id: int
     first: int | None  # the first row with the same image: itself where it has to be encoded
     record: dict | None
     pixels: torch.Tensor | None  # where it has to be encoded
     reason: str | None
+    notes: tuple[str, ...] = ()
 
 
 class RowBatch(NamedTuple):
@@ -151,7 +157,8 @@ def write_samples(
         encoded[s.first] if s.first in encoded else writer.features_of(s.first) for s in readable
     ]
     skipped = [{"row_id": s.row_id, "reason": s.reason} for s in samples if s.reason]
-    writer.write_shard(shard, features, [s.record for s in readable], skipped)
+    notes = [{"row_id": s.row_id, "note": note} for s in samples for note in s.notes]
+    writer.write_shard(shard, features, [s.record for s in readable], skipped, notes)
 
 
 def prepared(
@@ -194,14 +201,16 @@ def prepare_row(row_id: int, row: dict, encoder: VisionEncoder, look: Look, firs
         thumbnail = thumbnail_of(image, encoder)
     except UnreadableImage as error:
         return Sample(row_id, None, None, None, f"unreadable image: {error}")
+    box = check_box(row.get("bbox"), *image.size)
+    answers = check_answers(row.get("answers"))
     record = {
         "row_id": row_id,
         "group": row.get("group") or sha,
         "image_sha256": sha,
-        "path": row["image"].path,
+        "path": printable(row["image"].path) if row["image"].path else row["image"].path,
         "question": row.get("question"),
-        "answers": row.get("answer"),
-        "bbox": row.get("bbox"),
+        "answers": answers.answers,
+        "bbox": box.box,
         "width": image.width,
         "height": image.height,
         "grid_rows": look.grid[0],
@@ -209,7 +218,9 @@ def prepare_row(row_id: int, row: dict, encoder: VisionEncoder, look: Look, firs
         "thumbnail": thumbnail,
     }
     pixels = encoder.preprocess(image) if first == row_id else None
-    return Sample(row_id, first, record, pixels, None)
+    return Sample(
+        row_id, first, record, pixels, None, tuple(filter(None, (box.note, answers.note)))
+    )
 
 
 def thumbnail_of(image: Image.Image, encoder: VisionEncoder) -> bytes:

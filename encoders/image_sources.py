@@ -2,7 +2,7 @@
 
     source = open_source("textVQA_groundingtask_bbox")
     for batch in source.batches(16):
-        for row_id, row in batch:                # row: image, question, answer, bbox, group
+        for row_id, row in batch:                # row: image, question, answers, bbox, group
             picture = read_image(row["image"])
 
 A row's `image` is an `ImageCell`: bytes that the data set holds, or a file that it names; the
@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +25,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
+from encoders.pixels import upright_rgb, upright_size
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import sha256_file
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# formats of which Pillow knows the names alone, or that need another program
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+LEFT_OUT_SHOWN = 5  # suffixes
+READ_AT_ONCE = 2**20  # bytes of a parquet file
 
 
 class ImageCell(NamedTuple):
@@ -43,24 +48,29 @@ class UnreadableImage(Exception):
 
 
 def read_image(cell: ImageCell) -> Image.Image:
-    """The decoded image, RGB, in its own size.
+    """Return the decoded image, upright, RGB, in its own size (`encoders.pixels`).
 
-    Raises UnreadableImage: no bytes and no path, no such file, damaged, or more pixels than
-    Pillow takes for honest (twice `Image.MAX_IMAGE_PIXELS`), which is found before decoding.
+    Raises UnreadableImage: no bytes and no path, no such file, damaged, pixels of an unknown scale,
+    or more pixels than Pillow takes for honest (twice `Image.MAX_IMAGE_PIXELS`), which is found
+    before decoding.
     """
     with _readable(cell):
-        return Image.open(io.BytesIO(image_bytes(cell))).convert("RGB")
+        return upright_rgb(Image.open(io.BytesIO(image_bytes(cell))))
 
 
 def image_size(cell: ImageCell) -> tuple[int, int]:
-    """Width and height as the file's head says, nothing decoded. Raises UnreadableImage."""
+    """Return width and height of `read_image`'s result from the file's header, without decoding it.
+
+    Raises UnreadableImage where there is no header to read.
+    """
     with _readable(cell):
-        return Image.open(io.BytesIO(image_bytes(cell))).size
+        data = image_bytes(cell)
+        return upright_size(Image.open(io.BytesIO(data)), data)
 
 
 @contextmanager
 def _readable(cell: ImageCell) -> Iterator[None]:
-    name = f"{cell.path}: " if cell.path else ""
+    name = f"{printable(cell.path)}: " if cell.path else ""
     try:
         yield
     except MemoryError:
@@ -94,12 +104,12 @@ class ImageSource(ABC):
 
     kind: "real" or "demo"; split_by: "group" where rows name their group, else "image";
     sha256: of everything in the files, in order: another value is another data set
-    note: what a user may not expect about the choice of rows, or None
+    notes: what a user may not expect about what is read, one line each
     """
 
     kind = "real"
     split_by = "image"
-    note: str | None = None
+    notes: list[str]
     sha256: str
 
     @abstractmethod
@@ -120,43 +130,103 @@ def open_source(folder: str | Path) -> ImageSource:
     if not folder.is_dir():
         raise InputError(f"--dataset_dir {folder} is not a folder: name the data set's folder")
     files = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
-    images = _images_below(folder)
+    below = find_images(folder)
     if files:
         source = ParquetSource(folder, files)
-        if images:
-            source.note = (
-                f"{folder} holds parquet files and {len(images)} image files: the rows are the "
-                "parquet's, a file is read only where a row names it"
+        if below.images:
+            source.notes.append(
+                f"{folder} holds parquet files and {len(below.images)} image files: the rows are "
+                "the parquet's, a file is read only where a row names it"
             )
         return source
-    if images:
-        return FolderSource(folder, images)
+    if below.images:
+        return FolderSource(folder, below)
     raise InputError(
-        f"--dataset_dir {folder} has no *.parquet, no data/*.parquet and no image "
-        f"({' '.join(IMAGE_SUFFIXES)}): name the data set's folder"
+        f"--dataset_dir {folder} has no *.parquet, no data/*.parquet and no image (.jpg, .png, "
+        f".webp, .avif or another format that Pillow reads)"
+        f"{'; ' + below.left_out_note if below.left_out_note else ''}: name the data set's folder"
     )
 
 
-def _images_below(folder: Path) -> list[str]:
-    """Paths of images relative to `folder`, sorted; hidden files and folders are left out."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+def image_suffixes() -> set[str]:
+    """Return the lower-case suffixes, with their dot, of the formats that Pillow decodes."""
+    registered = Image.registered_extensions()
+    return {
+        suffix
+        for suffix, form in registered.items()
+        if form in Image.OPEN and form not in NOT_DECODED
+    }
+
+
+class FoundFiles(NamedTuple):
+    """Files below a folder; hidden files and folders are not looked at.
+
+    images: paths of images relative to the folder, sorted, as the file system spells them
+    left_out: suffix → number of files that are no images
+    closed: folders that cannot be read
+    """
+
+    images: list[str]
+    left_out: Counter[str]
+    closed: list[str]
+
+    @property
+    def left_out_note(self) -> str | None:
+        """One line about what is not read, or None where everything is."""
+        parts = []
+        if self.left_out:
+            kinds = [f"{n} {suffix}" for suffix, n in self.left_out.most_common(LEFT_OUT_SHOWN)]
+            kinds += ["…"] * (len(self.left_out) > LEFT_OUT_SHOWN)
+            parts.append(f"{self.left_out.total()} files are no images ({', '.join(kinds)})")
+        if self.closed:
+            parts.append(f"{len(self.closed)} folders cannot be read ({self.closed[0]} is one)")
+        return " and ".join(parts) or None
+
+
+def find_images(folder: Path) -> FoundFiles:
+    """Find the images in a folder and in all folders below it, those that links lead to included.
+
+    A folder that several links lead to is read once.
+    """
+    suffixes, images, left_out, closed = image_suffixes(), [], Counter(), []
+    visited = set()
+
+    def note_closed(error: OSError) -> None:
+        closed.append(printable(os.path.relpath(error.filename, folder)))
+
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=note_closed):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
-                found.append(Path(parent, name).relative_to(folder).as_posix())
-    return sorted(found)
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                continue
+            if suffix in suffixes:
+                images.append(Path(parent, name).relative_to(folder).as_posix())
+            else:
+                left_out[printable(suffix) or "without a suffix"] += 1
+    return FoundFiles(sorted(images), left_out, closed)
+
+
+def printable(path: str) -> str:
+    """Return a path whose bytes are not UTF-8 as text that prints: such bytes are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 class FolderSource(ImageSource):
     """A folder of plain images: a row for each file, without question, answers and box."""
 
-    def __init__(self, folder: Path, paths: list[str]) -> None:
-        self.folder, self.paths = folder, paths
+    def __init__(self, folder: Path, found: FoundFiles) -> None:
+        self.folder, self.paths = folder, found.images
+        self.notes = [found.left_out_note] if found.left_out_note else []
         digest = hashlib.sha256()
-        for path in paths:
+        for path in self.paths:
             content = sha256_file(folder / path) if (folder / path).is_file() else "no file"
-            digest.update(f"{path}\n{content}\n".encode())
+            digest.update(os.fsencode(path) + f"\n{content}\n".encode())
         self.sha256 = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -175,8 +245,8 @@ class ParquetSource(ImageSource):
     """Rows of parquet files, one file after the other.
 
     Column image is struct(bytes, path), raw bytes or file paths (relative to the parquet files'
-    folder or to the data set's); question (text), answer (text or a list of texts), bbox (x, y,
-    w, h in pixels) and group (text) may be missing, and other columns are not read.
+    folder or to the data set's); question (text), answer or answers (text or a list of texts), bbox
+    (x, y, w, h in pixels) and group (text) may be missing, and other columns are not read.
     """
 
     def __init__(self, folder: Path, files: list[Path]) -> None:
@@ -193,6 +263,8 @@ class ParquetSource(ImageSource):
                     f"{', '.join(first)}: keep files of one data set in a folder"
                 )
         self.columns = _columns(schema)
+        unread = [name for name in schema.names if name not in self.columns]
+        self.notes = [f"columns that are not read: {', '.join(unread)}"] if unread else []
         kind = (schema.metadata or {}).get(b"kind", b"real")
         if kind not in (b"real", b"demo"):
             raise InputError(f"{files[0]} is damaged (its kind is {kind!r}): download it again")
@@ -220,19 +292,21 @@ class ParquetSource(ImageSource):
                 row_id += len(rows)
 
     def _row(self, row: dict) -> dict:
-        image, answer = row["image"], row.get("answer")
+        image, answer = row.pop("image"), row.pop("answer", row.pop("answers", None))
         if isinstance(image, dict):
             cell = ImageCell(image.get("bytes"), image.get("path"), self.folders)
         elif isinstance(image, str):
             cell = ImageCell(None, image, self.folders)
         else:
             cell = ImageCell(image, None)
-        return {**row, "image": cell, "answer": [answer] if isinstance(answer, str) else answer}
+        return {**row, "image": cell, "answers": [answer] if isinstance(answer, str) else answer}
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
     with _undamaged(path):
-        file = pq.ParquetFile(path, page_checksum_verification=True)
+        # read page by page: a row group of large images may be far larger than a batch
+        reading = {"pre_buffer": False, "buffer_size": READ_AT_ONCE}
+        file = pq.ParquetFile(path, page_checksum_verification=True, **reading)
         _ = file.schema_arrow  # read here, where damage is looked for
         return file
 
@@ -272,23 +346,31 @@ def _is_box(kind: pa.DataType) -> bool:
     return bool(numbers) or _NULL in (kind, value)
 
 
+def _is_answer(kind: pa.DataType) -> bool:
+    return kind in _TEXT or _value_type(kind) in _TEXT
+
+
 _COLUMNS = {
     "image": (_is_image, "struct(bytes, path), bytes or a file's path"),
     "question": (_TEXT.__contains__, "text"),
-    "answer": (lambda kind: kind in _TEXT or _value_type(kind) in _TEXT, "text or a list of texts"),
+    "answer": (_is_answer, "text or a list of texts"),
+    "answers": (_is_answer, "text or a list of texts"),
     "bbox": (_is_box, "a list of the numbers x, y, w, h"),
     "group": (_TEXT.__contains__, "text"),
 }
 
 
 def _columns(schema: pa.Schema) -> list[str]:
-    return [name for name in _COLUMNS if name in schema.names]
+    names = [name for name in _COLUMNS if name in schema.names]
+    return [name for name in names if name != "answers" or "answer" not in names]
 
 
 def _check_columns(path: Path, schema: pa.Schema) -> None:
     if "image" not in schema.names:
         raise InputError(f"{path} has no column image, only {', '.join(schema.names) or 'none'}")
     for name in _columns(schema):
+        if schema.names.count(name) > 1:
+            raise InputError(f"{path} has several columns named {name}: rename all but one")
         fits, words = _COLUMNS[name]
         kind = schema.field(name).type
         if not fits(kind):

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -56,6 +57,7 @@ ROW_SCHEMA = pa.schema(
 # keys of a part's metadata, JSON
 SHARD_ENTRY = b"shard"  # `file_entry` of its shard, null where no image is readable
 SKIPPED = b"skipped"  # {"row_id", "reason"} of the rows that are not
+NOTES = b"notes"  # {"row_id", "note"} of rows whose values were changed or left out
 _PART_SCHEMA = ROW_SCHEMA.append(pa.field("singular_values", pa.list_(pa.float64())))
 
 
@@ -116,13 +118,19 @@ class FeatureCacheWriter(ShardWriter):
         super().remove_leftovers()
 
     def write_shard(
-        self, shard: int, features: Iterable[Tensor], rows: list[dict], skipped: list[dict]
+        self,
+        shard: int,
+        features: Iterable[Tensor],
+        rows: list[dict],
+        skipped: list[dict],
+        notes: Sequence[dict] = (),
     ) -> None:
         """Write one shard: its readable images and the rest of its rows.
 
         features: [T_i, D] of each image, of any float dtype; rows: a dict (ROW_SCHEMA) each, in
-        rising order of row_id; skipped: {"row_id", "reason"} of the others. Raises InputError on
-        NaN or Inf, naming the data set's row.
+        rising order of row_id; skipped: {"row_id", "reason"} of the others; notes: {"row_id",
+        "note"} of rows whose values were changed or left out. Raises InputError on NaN or Inf,
+        naming the data set's row.
         """
         if len(rows) + len(skipped) != len(self.rows_of(shard)):
             raise ValueError(f"shard {shard} has {len(rows)} images and {len(skipped)} skipped")
@@ -141,7 +149,8 @@ class FeatureCacheWriter(ShardWriter):
                 columns["singular_values"] = list(torch.cat(sigma).numpy())
         # the hash of what was written: damage until the manifest is made must not be sealed by it
         entry = file_entry(self._shard_path(shard)) if rows else None
-        metadata = {SHARD_ENTRY: json.dumps(entry), SKIPPED: json.dumps(skipped)}
+        said = {SHARD_ENTRY: entry, SKIPPED: skipped, NOTES: list(notes)}
+        metadata = {key: json.dumps(value) for key, value in said.items()}
         part = pa.table(columns, schema=_PART_SCHEMA.with_metadata(metadata))
         with atomic_path(self.commit_path(shard)) as temporary:
             pq.write_table(part, temporary, write_page_checksum=True)
@@ -171,12 +180,14 @@ class FeatureCacheWriter(ShardWriter):
         the encoder's checkpoint lies, for who needs the rest of it; it identifies nothing. Returns
         all that was skipped, these first.
         """
-        read = [_read_part(self.commit_path(shard)) for shard in self.shards]
-        parts, entries, unreadable = zip(*read, strict=True)
-        skipped = sum(unreadable, list(missing))
-        if not any(entries):
-            raise InputError("the data set has no readable image: no cache was made of it")
-        table = pa.concat_tables(parts)
+        parts = [_read_part(self.commit_path(shard)) for shard in self.shards]
+        skipped = sum((part.skipped for part in parts), list(missing))
+        if not any(part.entry for part in parts):
+            raise InputError(
+                f"the data set has no readable image (row {skipped[0]['row_id']}: "
+                f"{skipped[0]['reason']}): no cache was made of it"
+            )
+        table = pa.concat_tables(part.rows for part in parts)
         grid = most_frequent(grids_of(table))
         sigma_path = self.folder / "singular_values.safetensors"
         if "grid" in self.header:
@@ -193,14 +204,11 @@ class FeatureCacheWriter(ShardWriter):
             "dtype": "bfloat16",
             "count": table.num_rows,
             "groups": len(set(table["group"].to_pylist())),
-            "shards": [
-                {**entry, "rows": part.num_rows}
-                for part, entry in zip(parts, entries, strict=True)
-                if entry
-            ],
+            "shards": [{**part.entry, "rows": part.rows.num_rows} for part in parts if part.entry],
             "rows": file_entry(rows_path),
             "singular_values": file_entry(sigma_path) if "grid" in self.header else None,
             "skipped": skipped,
+            "notes": _count_notes(note for part in parts for note in part.notes),
         }
         self.seal(manifest)
         return skipped
@@ -226,9 +234,17 @@ def _check_images(images: list[Tensor], rows: list[dict]) -> None:
             )
 
 
-def _read_part(path: Path) -> tuple[pa.Table, dict | None, list[dict]]:
-    """The rows that commit a shard, its `file_entry` (None without readable images), and its
-    skipped rows. Raises InputError where the part or the shard is damaged."""
+class _Part(NamedTuple):
+    """What commits a shard; entry: the `file_entry` of its shard, None without readable images."""
+
+    rows: pa.Table
+    entry: dict | None
+    skipped: list[dict]
+    notes: list[dict]
+
+
+def _read_part(path: Path) -> _Part:
+    """Read what commits a shard. Raises InputError where it, or the shard, is damaged."""
     remedy = "start again with --overwrite"
     try:
         part = pq.read_table(path, page_checksum_verification=True)
@@ -236,12 +252,17 @@ def _read_part(path: Path) -> tuple[pa.Table, dict | None, list[dict]]:
             raise ValueError("other columns")
         part.validate(full=True)
         found = part.schema.metadata or {}
-        entry = json.loads(found.get(SHARD_ENTRY, b"null"))
-        skipped = json.loads(found.get(SKIPPED, b"null"))
-    except (pa.ArrowException, OSError, ValueError) as error:
+        entry, skipped, notes = (json.loads(found[key]) for key in (SHARD_ENTRY, SKIPPED, NOTES))
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise InputError(f"{path} is damaged ({error}): {remedy}") from None
-    # an older version's shards end at other rows
-    if skipped is None or (entry is None and part.num_rows):
-        raise InputError(f"{path} is of an older version: {remedy}")
     check_files(path, [entry] if entry else [], remedy)
-    return part.replace_schema_metadata(None), entry, skipped
+    return _Part(part.replace_schema_metadata(None), entry, skipped, notes)
+
+
+def _count_notes(notes: Iterable[dict]) -> list[dict]:
+    """Count notes that are alike: {"note", "rows", "first_row_id"} each."""
+    counted: dict[str, dict] = {}
+    for entry in notes:
+        kind = {"note": entry["note"], "rows": 0, "first_row_id": entry["row_id"]}
+        counted.setdefault(entry["note"], kind)["rows"] += 1
+    return list(counted.values())

@@ -181,7 +181,7 @@ def test_rows_of_several_files_stand_in_file_order_with_what_each_says(encode, t
 def test_rows_need_no_column_but_image_and_an_answer_may_be_one_text(tmp_path):
     write_parquet(tmp_path / "a.parquet", {"image": [picture(0)], "answer": ["yes"]})
     ((row_id, row),) = next(open_source(tmp_path).batches(4))
-    assert row_id == 0 and row["answer"] == ["yes"] and row.keys() == {"image", "answer"}
+    assert row_id == 0 and row["answers"] == ["yes"] and row.keys() == {"image", "answers"}
 
 
 @pytest.mark.parametrize(
