@@ -400,8 +400,6 @@ class LowRankFactorModel(nn.Module):
         self.dropout, self.precision = dropout, precision
         self.row_net = self.make_branch(len(self.seen), self.sketch_columns())
         self.col_net = self.make_branch(num_tokens, self.sketch_columns())
-        # branch → its tables of the grid that was last, and what they were made from
-        self._resized: dict[nn.Module, tuple[list, dict[str, Tensor]]] = {}
         self.row_gain = nn.Parameter(torch.tensor(ROW_GAIN))
         # sigmoid keeps a shift in (0, 1)
         self.shift_logits = nn.Parameter(start_shifts(self.refine_steps).logit().float())
@@ -494,7 +492,8 @@ class LowRankFactorModel(nn.Module):
 
     def tables_on(self, grid: Grid, branch: nn.Module, detail: bool = True) -> dict[str, Tensor]:
         """The tensors over positions of col_net, or of a branch like it, on `grid`: none on the
-        model's own; kept until a weight or the grid changes. detail: a sketch's, `add_detail`."""
+        model's own. detail: a sketch's, `add_detail`. They are made anew for every batch: what is
+        kept has to be told of each change of a weight, and a fused optimiser tells of none."""
         if grid == self.grid:
             return {}
         if not self.way.any_grid:
@@ -503,20 +502,15 @@ class LowRankFactorModel(nn.Module):
                 f"{self.grid[1]}, not {grid[0]} × {grid[1]}: train with --factors projected"
             )
         own = dict(branch.named_parameters())
-        key = [grid, *((p.device, p.dtype, p.is_inference() or p._version) for p in own.values())]
-        if torch.is_grad_enabled() or self._resized.get(branch, ([],))[0] != key:
-            share = self.num_tokens / math.prod(grid)  # T₀/T
-            read, held = self.over_positions()
-            found = {n: resize_positions(own[n], self.grid, grid, 0) for n in held}
-            for name in read:
-                table = resize_positions(own[name], self.grid, grid, 1)
-                if detail and name == "skip.weight":
-                    table = add_detail(table, max(0.0, 1 - share))
-                found[name] = share * table
-            if torch.is_grad_enabled():
-                return found
-            self._resized[branch] = key, found
-        return self._resized[branch][1]
+        share = self.num_tokens / math.prod(grid)  # T₀/T
+        read, held = self.over_positions()
+        found = {n: resize_positions(own[n], self.grid, grid, 0) for n in held}
+        for name in read:
+            table = resize_positions(own[name], self.grid, grid, 1)
+            if detail and name == "skip.weight":
+                table = add_detail(table, max(0.0, 1 - share))
+            found[name] = share * table
+        return found
 
     def see_features(self, seen: Tensor) -> None:
         """Let the branches of projected factors look at these features [n] int64 instead of evenly

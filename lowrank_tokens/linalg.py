@@ -9,6 +9,7 @@ order of the components matters.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -197,6 +198,7 @@ def refine(sketch: Tensor, x: Tensor, shifts: Tensor, columns: int, ordered: boo
 # ------------------------------------------------------------------------- a product's rank
 
 
+@lru_cache(maxsize=8)
 def gaussian(rows: int, columns: int) -> Tensor:
     """[rows, columns] float32 from N(0, 1) on the CPU, always the same draw."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))

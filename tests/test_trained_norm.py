@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from heads import metric as task_metric
+from heads.saliency import SaliencyHead
 from lowrank_tokens.linalg import exact_singular_values
 from model import ARCHITECTURES, SVDLinear, get_model_by_name
 from svd_baseline import truncated_svd
-from training.trained_norm import TaskFactorModel, leading_projector, task_terms
+from training.trained_norm import TaskFactorModel, leading_projector, task_record, task_terms
 
 
 def test_the_leading_projectors_gradient_is_that_of_finite_differences():
@@ -77,6 +80,58 @@ def test_each_architectures_branches_learn_a_norm_of_each_image_on_any_grid(
         assert model.in_norm(other, (2, 2))[0].shape == (len(x), 4, 1536)
         a, b = model(other, 3, grid=(2, 2))
         assert a.shape == (len(x), 4, 3) and b.shape == (len(x), 3, 1536)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_after_a_step_of_the_fused_optimiser_the_gains_on_another_grid_are_the_new_ones(
+    arch, saliency, test_batch
+):
+    def build():
+        core = get_model_by_name(arch, input_dim=1536, num_tokens=16, rank=3, hidden_dim=16)
+        return TaskFactorModel(core, {"head": "saliency", "metric_sha256": None})
+
+    model = build()
+    optimizer = torch.optim.AdamW(model.weighting.parameters(), 1e-2, fused=True)
+    other = test_batch.x.unflatten(1, (4, 4))[:, ::2, ::2].flatten(1, 2)
+    for step in range(2):
+        with torch.inference_mode():
+            model.in_norm(other, (2, 2))
+        task_terms(model, saliency, test_batch, step)["task"].backward()
+        optimizer.step()
+    fresh = build()
+    fresh.load_state_dict(model.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(model.in_norm(other, (2, 2))[0], fresh.in_norm(other, (2, 2))[0])
+
+
+@pytest.mark.parametrize("kind", ["fewer tokens than the rank", "equal tokens", "two tokens"])
+def test_an_image_whose_loss_is_only_rounding_gives_the_task_no_step(kind, saliency, test_batch):
+    core = get_model_by_name("ResMLP", input_dim=1536, num_tokens=64, rank=32, hidden_dim=16)
+    model = TaskFactorModel(core, {"head": "saliency", "metric_sha256": None})
+    x = test_batch.x
+    if kind == "equal tokens":
+        x = x[:, :1].expand_as(x)
+    elif kind == "two tokens":
+        x = torch.cat([x[:, :1].expand_as(x)[:, :8], x[:, 1:2].expand_as(x)[:, :8]], dim=1)
+    batch = test_batch._replace(x=x.contiguous())
+    # every output is that of this batch: none that the head has kept from another
+    head = SaliencyHead(saliency.dataset, "cpu")
+    for parameter in model.weighting.parameters():  # none stays at zero
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    for step, rank in reversed(list(enumerate((4, 8, 16, 32)))):
+        model.zero_grad()
+        terms = task_terms(model, head, batch, step)
+        terms["task"].backward()
+        task = terms["task"].item()
+        assert math.isfinite(task)
+        gradients = [p.grad for p in model.weighting.parameters() if p.grad is not None]
+        norm = torch.stack([g.norm() for g in gradients]).norm()
+        if rank >= 16 or kind != "fewer tokens than the rank":
+            assert norm < 1e-2 and task == pytest.approx(math.log(1e-8) / 2)
+        else:
+            assert norm.isfinite() and task > math.log(1e-8) / 2
+    record = task_record(model, head, [batch])
+    assert all(math.isfinite(value) for value in record.values())
 
 
 def test_in_a_metric_that_stays_as_it_is_the_sketch_is_trained_on_tokens_in_that_metric(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 TRAINED_RANKS = (4, 8, 16, 32)  # of the task's loss, one a step in turn
 LEADING = 128  # directions of the metric that `TokenWeighting` looks at
+LOSS_FLOOR = 1e-8  # of squared relative errors: well above the rounding of a float32 head
 GAP_FLOOR = 1e-3  # relative to the smallest kept eigenvalue: nearer ones count as this far apart
 
 
@@ -241,7 +242,7 @@ class TaskFactorModel(nn.Module):
         """A·B [b, T, D] as a perfect sketch would give it, with the gradient by w and S; and
         without one Z [b, T, D] and its σ [b, min(T, D)] float64."""
         z, w = self.in_norm(x, grid)
-        wide = z.double()
+        wide, rank = z.double(), min(rank, *x.shape[-2:])
         projector, squares = leading_projector(wide @ wide.mT, rank)
         sigma = squares.flip(-1)[..., : min(x.shape[-2:])].clamp_min(0).sqrt()
         return projector.to(x.dtype) @ (w * x) / w, z.detach(), sigma
@@ -286,7 +287,12 @@ def task_terms(
 
 
 def _log_loss(loss: Tensor) -> Tensor:
-    return loss.clamp_min(torch.finfo(loss.dtype).eps ** 2).log()
+    """Return the logarithms of losses, which count as LOSS_FLOOR at least.
+
+    Where A·B is X up to rounding, the loss is rounding too: it gets no gradient, whose step would
+    be the largest of all.
+    """
+    return loss.clamp_min(LOSS_FLOOR).log()
 
 
 @torch.inference_mode()
