@@ -296,11 +296,9 @@ SHARED = {
     "--log_dir": (folder, "log", "where the logs_<timestamp>/ are"),
     "--metric": (file, None, "of experiments.estimate_metric"),
     "--rank": (count, None, "of A·B; default the trained (effective) rank"),
-    "--repeats": (count, 7, "timed calls of each method, after a warm-up"),
     "--results_dir": (folder, "results", "where <arch>/best_model.pt is"),
     "--seed": (random_seed, 42, "of all that is random"),
     "--target_error": (fraction, None, "rel_error that each image has to meet"),
-    "--threads": (Number(int, 1, 1024), 1, "CPU threads when timing"),
 }
 
 
