@@ -1,31 +1,37 @@
 """Compare a trained network with the truncated SVD and other references on held-out images.
 
-    python compare_svd_nn.py --arch ResMLP   # at every rank up to the trained one
-    python compare_svd_nn.py --arch ResMLP --rank 64   # figures at 64
-    python compare_svd_nn.py --target_error 0.06   # a rank for each image
+    python compare_svd_nn.py --arch ResMLP                # at every rank up to the trained one
+    python compare_svd_nn.py --arch ResMLP --rank 64      # figures at 64
+    python compare_svd_nn.py --head saliency              # also what a head makes of the factors
+    python compare_svd_nn.py --target_error 0.06          # also a rank for each image
 
 Writes results/<arch>/svd_nn_comparison.json, svd_nn_comparison.png and rank_sweep.png; with
---target_error or --mean_rank also rank_per_image.png, what ranks that differ gain over one fixed
-rank that stores as much. Every method sees the same normalised X of the same test images and is
-judged by the same whole-matrix error; a network of a task's norm also by its head's output, beside
-the SVD in the task's metric where --metric or metrics/<head>.safetensors is at hand.
+--target_error also rank_per_image.png. Every method sees the same normalised X of the same test
+images and is judged by the same whole-matrix error. Below it stand what readers with labels see
+(boxes, matching) and, of a network that was trained for a head or with --head, the error of the
+head's output, beside the SVD in the task's metric where that is at hand.
+
+Legend: n images, T tokens, D features, r rank.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from common import arguments
+from common.results import keep_other_caches_results
 from common.tables import print_columns
 from figures import comparison
-from heads.box_error import PARTS, box_report, part_errors, tokens_in_boxes
+from heads.load_head import HEADS, load_head
 from heads.metric import TaskMetric, load_metric, network_in_metric
+from heads.readers import fit_readers
 from heads.task_error import (
     Factorise,
     closed_form,
@@ -38,8 +44,9 @@ from heads.task_error import (
 from lowrank_tokens.errors import image_metrics, percent_text, summarise
 from lowrank_tokens.factor_files import restore, store
 from lowrank_tokens.files import sole_writer, with_content_hash, write_json
+from lowrank_tokens.linalg import denormalise
 from model import LowRankFactorModel
-from qwenvl_dataloader import Batch, Loaders, create_data_loaders_real
+from qwenvl_dataloader import Batch, BatchLoader, Loaders, create_data_loaders_real
 from svd_baseline import (
     fit_pca,
     gain_text,
@@ -50,7 +57,7 @@ from svd_baseline import (
     report_ranks,
     truncated_svd,
 )
-from training.checkpoint import Trained, evaluated_rank, open_trained, unseen_test
+from training.checkpoint import Trained, evaluated_rank, open_trained
 from training.rank_budget import (
     against_fixed_rank,
     error_curve,
@@ -58,122 +65,165 @@ from training.rank_budget import (
     first_rank_within,
     nested_factors,
     optimum_curve,
-    split_ranks,
 )
+from training.unseen import unseen_test
 
 if TYPE_CHECKING:
     from heads.task_head import TaskHead
     from training.trained_norm import TaskFactorModel
 
 STORED_AS = "bf16"  # factorize.py's default: its ranks for a target are those that are reported
+READ = ("svd", "svd_in_metric", "network")  # methods that heads and readers with labels judge
+LABEL_RANKS = (8, 16, 32)  # at which readers with labels judge: from there on little is lost
+FIGURES = ["svd_nn_comparison.png", "rank_sweep.png", "rank_per_image.png"]
 
 
 def get_args_parser() -> arguments.Parser:
     parser = arguments.Parser(__doc__)
-    what = parser.flags("what is compared")
-    what("--arch")
-    ranks = what.one_of()
-    ranks("--rank")
-    ranks("--target_error", help="also: each image at the least rank with this rel_error")
-    ranks("--mean_rank", arguments.count)(
-        "also: this rank on average, split over images for the least total squared error"
+    group = parser.add_argument_group("what is compared")
+    group.add_argument(
+        "--arch", type=arguments.name, default="ResMLP", help="architecture of the network"
     )
-    what("--batch_size")
-    arguments.add_evaluation_flags(parser)
+    group.add_argument(
+        "--rank",
+        type=arguments.positive_int,
+        metavar="R",
+        help="largest rank that is compared, and that of the figures (default: the trained one)",
+    )
+    group.add_argument(
+        "--head",
+        choices=HEADS,
+        help="also judge by the output of this head (default: the one that the network was "
+        "trained for, if any); a pass of the head for each rank and method",
+    )
+    arguments.add_head_model(group)
+    group.add_argument(
+        "--target_error",
+        type=arguments.fraction,
+        metavar="X",
+        help="also take each image at the least rank with this rel_error",
+    )
+    group.add_argument(
+        "--batch_size",
+        type=arguments.batch_size,
+        default=8,
+        metavar="N",
+        help="images at once: more are faster and take more memory",
+    )
+    arguments.add_data_arguments(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    arguments.check_head_model(args.head_model, args.head)
     trained = open_trained(args)
     with sole_writer(trained.folder, "--results_dir"):
         compare(args, trained)
 
 
 def compare(args: argparse.Namespace, trained: Trained) -> None:
-    """All numbers and figures of the trained model, into its folder."""
+    """Write all numbers and figures of the trained model into its folder."""
     folder, device, dataset, model, state = trained
     rank = evaluated_rank(model, args.rank)
-    metric = load_metric(args.metric, dataset).to(device) if args.metric else None
-    in_metric = network_in_metric(model, metric) if metric else None
+    ranks = report_ranks(rank)
+
+    # test images that neither network nor metric has seen
+    head = chosen_head(args, trained)
+    metric = chosen_metric(args, trained, head)
+    fitted = {"network": state.get("images")}
+    if metric:
+        fitted["metric"] = metric.info.get("seen")
     loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
-    loaders, left_out, overlap = unseen_test(state, loaders)
+    judged = unseen_test(loaders, fitted)
+    loaders = judged.loaders
+    rows = loaders.test.sampler.rows.tolist()
+    groups = dataset.rows["group"].take(rows).to_pylist()
     footer = (
-        f"{dataset.label}; {loaders.test.num_images} test images, {state['config']['arch']}, "
-        f"rank {rank}, seed {state['args']['seed']}"
-    ) + (f"; {overlap}" if overlap else "")
+        f"{dataset.label}; {len(rows)} test images, {state['config']['arch']}, rank {rank}, "
+        f"seed {state['args']['seed']}"
+    ) + (f"; {judged.words}" if judged.words else "")
     print(footer)
 
-    if per_image_rank := args.target_error is not None or args.mean_rank is not None:
-        budget, budget_arrays = rank_per_image(model, loaders, rank, args)
-    methods = reference_methods(model, loaders)
-    if metric:
-        methods["svd_in_metric"] = closed_form(metric)
-        methods["network_in_metric"] = lambda batch, r: in_metric(batch.x, r, grid=batch.grid)
-        if in_metric is model:
-            methods["network_in_metric"] = methods["network"]
-            print("note: the network has a norm for this head: network_in_metric is network")
-    ranks = report_ranks(rank)
-    groups = dataset.rows["group"].take(loaders.test.sampler.rows.tolist()).to_pylist()
-    reader = head_and_its_methods(trained, methods, metric)
+    # every method at every rank
+    methods = comparison_methods(args, model, metric, loaders)
     batches = loaders.test.with_progress("every method")
-    per_image, task_of = errors_at_ranks(methods, reader, batches, ranks)
+    measured = measure(methods, head, batches, ranks)
     results = {
         "arch": state["config"]["arch"],
         "factors": model.factors,
+        "trained_for": model.norm["head"] if model.norm else None,
         "rank": rank,
         "requested_rank": args.rank or rank,
         "split": "test",
-        "n_images": loaders.test.num_images,
+        "n_images": len(rows),
         "n_groups": len(set(groups)),
-        "n_seen_left_out": left_out,  # null: overlap unknown
+        "n_seen_left_out": judged.left_out,  # null: overlap unknown
         "data": dataset.label,
-        "num_tokens": dataset.mean_tokens(loaders.test.sampler.rows.tolist()),
+        "cache_sha256": dataset.content_sha256,
+        "num_tokens": dataset.mean_tokens(rows),
         "feature_dim": dataset.feature_dim,
-        "ranks": {
-            str(r): {
-                name: {key: summarise(values) for key, values in metrics.items()}
-                for name, metrics in methods_at_r.items()
-            }
-            for r, methods_at_r in per_image.items()
+        "ranks": summaries(measured.errors),
+        "network_excess_pct_95": {
+            str(r): interval_95(measured.errors[r]["network"]["excess_pct"], groups) for r in ranks
         },
+        "task": None,
     }
-    results["network_excess_pct_95"] = {
-        str(r): interval_95(per_image[r]["network"]["excess_pct"], groups) for r in ranks
-    }
-    in_task = reader and task_report(task_of, reader.head, reader.metric, groups)
-    if in_task:  # None: begun at the plain norm
-        in_task["network_metric_sha256"] = model.norm["metric_sha256"]
-    results["task"] = in_task
-    results["box"] = error_by_box(methods, loaders, rank)
     print_table(results)
-    if in_task:
-        print_both_norms(results)
-    print_box(results["box"])
-    written = "svd_nn_comparison.json, svd_nn_comparison.png and rank_sweep.png"
-    if per_image_rank:
-        results["rank_per_image"] = budget
-        print_budget(budget)
-        comparison.rank_per_image(folder / "rank_per_image.png", budget_arrays, footer)
-        written = written.replace(" and", ",") + " and rank_per_image.png"
-    write_json(folder / "svd_nn_comparison.json", with_content_hash(results))
-    comparison.comparison(
-        folder / "svd_nn_comparison.png", per_image[rank], rank, footer, task_of.get(rank)
-    )
-    sweep = folder / "rank_sweep.png", results["ranks"]
-    if in_task:
-        comparison.both_norms(*sweep, in_task, footer)
-    else:
-        comparison.rank_sweep(*sweep, results["num_tokens"], dataset.feature_dim, footer)
-    print(f"wrote {folder}/{written}: look at rank_sweep.png")
+    if head:
+        results["task"] = task_report(measured.task_errors, head, metric, groups)
+        if model.norm:  # None: begun at the plain norm
+            results["task"]["network_metric_sha256"] = model.norm["metric_sha256"]
+        print_task(results)
+    results["readers"] = read_labels(methods, loaders, ranks, groups)
+    print_readers(results["readers"])
+    budget_arrays = None
+    if args.target_error is not None:
+        entry, budget_arrays = rank_per_image(model, loaders, rank, args.target_error)
+        results["rank_per_image"] = entry
+        print_rank_per_image(entry)
+
+    # files
+    path = folder / "svd_nn_comparison.json"
+    keep_other_caches_results(path, FIGURES, dataset.content_sha256)
+    write_json(path, with_content_hash(results))
+    draw(folder, results, measured, budget_arrays, footer)
+    print(f"wrote {path} and figures: look at {folder}/rank_sweep.png")
     again = arguments.flags_again(args, "rank", "metric", "results_dir", "cache_dir", "device")
-    excess = per_image[rank]["network"]["excess_pct"].nan_to_num(nan=-1.0)
-    worst = int(loaders.test.sampler.rows[excess.argmax()])
-    again = f"--arch {results['arch']} --image_idx {worst}{again}"
+    excess = measured.errors[rank]["network"]["excess_pct"].nan_to_num(nan=-1.0)
+    again = f"--arch {results['arch']} --image_idx {rows[int(excess.argmax())]}{again}"
     print(f"next, the test image with the largest excess: python visualize_svd_nn.py {again}")
 
 
-def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, Factorise]:
-    """The network and what it is held against, each a function of (batch, rank)."""
+# ---------------------------------------------------------------------------------------- methods
+
+
+def chosen_head(args: argparse.Namespace, trained: Trained) -> TaskHead | None:
+    """Return the head of --head, else the one that the network was trained for, if at hand."""
+    _, device, dataset, model, state = trained
+    if args.head:
+        return load_head(args.head, dataset, device=device, model=args.head_model)
+    if model.norm is None:
+        return None
+    return head_of_norm(model.norm, dataset, device, state["args"].get("head_model"))
+
+
+def chosen_metric(
+    args: argparse.Namespace, trained: Trained, head: TaskHead | None
+) -> TaskMetric | None:
+    """Return the metric of --metric, else the head's own where its file is at hand."""
+    if args.metric:
+        return load_metric(args.metric, trained.dataset).to(trained.device)
+    metric = metric_at_hand(head, trained.dataset) if head else None
+    return metric.to(trained.device) if metric else None
+
+
+def comparison_methods(
+    args: argparse.Namespace,
+    model: LowRankFactorModel,
+    metric: TaskMetric | None,
+    loaders: Loaders,
+) -> dict[str, Factorise]:
+    """Return the network and what it is held against, each a function of (batch, rank)."""
     axes = fit_pca(batch.x for batch in loaders.train.with_progress("PCA"))
     methods: dict[str, Factorise] = {
         "network": network_at_ranks(model),
@@ -186,139 +236,173 @@ def reference_methods(model: LowRankFactorModel, loaders: Loaders) -> dict[str, 
         methods["random_sketch"] = lambda batch, r: random_sketch(
             batch.x, r, model.refine_steps, min(model.sketch_columns(r), *batch.x.shape[-2:])
         )
+    if metric:
+        methods["svd_in_metric"] = closed_form(metric)
+    if args.metric:
+        mapped = network_in_metric(model, metric)
+        methods["network_in_metric"] = lambda batch, r: mapped(batch.x, r, grid=batch.grid)
+        if mapped is model:
+            methods["network_in_metric"] = methods["network"]
+            print("note: the network has a norm for this head: network_in_metric is network")
     return methods
 
 
 def network_at_ranks(model: LowRankFactorModel | TaskFactorModel) -> Factorise:
-    """The network, its norm of a batch made once for all ranks."""
+    """Return the network as a method; its norm of a batch is computed once for all ranks."""
     if model.norm is None:
         return lambda batch, r: model(batch.x, r, grid=batch.grid)
     in_norm = once_a_batch(lambda batch: model.in_norm(batch.x, batch.grid))
     return lambda batch, r: model.factors_of(batch.x, *in_norm(batch), r, batch.grid)
 
 
-class Reader(NamedTuple):
-    """A head, and the methods whose error is also taken of its output."""
-
-    head: TaskHead
-    metric: TaskMetric | None  # of its closed form, where there is one at hand
-    methods: dict[str, Factorise]
+# --------------------------------------------------------------------------------------- measures
 
 
-def head_and_its_methods(
-    trained: Trained, methods: dict[str, Factorise], metric: TaskMetric | None
-) -> Reader | None:
-    """The head that the network was trained for, which judges SVD and network, and the closed form,
-    the SVD in the task's metric, where --metric or the default file is at hand; None for a network
-    of the Frobenius norm, or where its head is not at hand."""
-    _, device, dataset, model, state = trained
-    if model.norm is None:
-        return None
-    head = head_of_norm(model.norm, dataset, device, state["args"].get("head_model"))
-    if head is None:
-        return None
-    judged = {name: methods[name] for name in ("svd", "network")}
-    if metric := metric or metric_at_hand(head, dataset):
-        metric = metric.to(device)
-        judged["svd_in_metric"] = closed_form(metric)
-    return Reader(head, metric, judged)
+class Measured(NamedTuple):
+    """Errors of every method at every rank, one number an image, on the CPU."""
+
+    errors: dict[int, dict[str, dict[str, Tensor]]]  # rank → method → `image_metrics`, [n] each
+    task_errors: dict[int, dict[str, Tensor]]  # rank → method → error of the head's output [n]
 
 
 @torch.inference_mode()
-def errors_at_ranks(
+def measure(
     methods: dict[str, Factorise],
-    reader: Reader | None,
+    head: TaskHead | None,
     batches: Iterable[Batch],
     ranks: list[int],
-) -> tuple[dict[int, dict[str, dict[str, Tensor]]], dict[int, dict[str, Tensor]]]:
-    """Of each image, in one pass over the batches: rank → method → `image_metrics`, and rank →
-    method of the reader → task error; all [n] on the CPU."""
-    of_head = reader.methods if reader else {}
-    found = {r: {name: [] for name in methods} for r in ranks}
-    task = {r: {name: [] for name in of_head} for r in ranks}
+) -> Measured:
+    """Measure all methods at all ranks in one pass over the images.
+
+    The head judges the methods of READ: one pass of it for each of them and each rank.
+    """
+    errors = {r: {name: [] for name in methods} for r in ranks}
+    task = {r: {name: [] for name in READ if name in methods and head} for r in ranks}
     for batch in batches:
-        full = reader.head.of_full(batch) if reader else None
-        for name, factorise in (methods | of_head).items():
+        full = head.of_full(batch) if head else None
+        for name, factorise in methods.items():
             for r in ranks:
                 a, b = factorise(batch, r)
-                if name in methods:
-                    errors = image_metrics(batch.x, a, b, batch.singular_values)
-                    found[r][name].append({key: values.cpu() for key, values in errors.items()})
-                if name in of_head:
-                    error = reader.head.error(reader.head.of_batch(batch, a @ b), full)
+                found = image_metrics(batch.x, a, b, batch.singular_values)
+                errors[r][name].append({key: values.cpu() for key, values in found.items()})
+                if name in task[r]:
+                    error = head.error(head.of_batch(batch, a @ b), full)
                     task[r][name].append(error.cpu())
     joined = {
         r: {
             name: {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
             for name, parts in of_rank.items()
         }
-        for r, of_rank in found.items()
+        for r, of_rank in errors.items()
     }
-    return joined, {
-        r: {name: torch.cat(errors) for name, errors in of_rank.items()}
-        for r, of_rank in task.items()
+    of_head = {r: {n: torch.cat(parts) for n, parts in of.items()} for r, of in task.items()}
+    return Measured(joined, of_head)
+
+
+def summaries(errors: dict[int, dict[str, dict[str, Tensor]]]) -> dict[str, dict]:
+    """Return the JSON's entry: rank → method → measure → mean and 90th percentile."""
+    return {
+        str(r): {
+            name: {key: summarise(values) for key, values in measures.items()}
+            for name, measures in of_rank.items()
+        }
+        for r, of_rank in errors.items()
     }
 
 
 @torch.inference_mode()
-def error_by_box(methods: dict[str, Factorise], loaders: Loaders, rank: int) -> dict:
-    """The JSON's entry: error of network and SVD inside and outside the answer's box, of test
-    images that have one."""
-    dataset, rows = loaders.test.dataset, loaders.test.sampler.rows.tolist()
-    inside = tokens_in_boxes(dataset, rows)
-    kept = torch.tensor([bool(mask.any() and not mask.all()) for mask in inside])
-    groups = dataset.rows["group"].take(rows).to_pylist()
-    groups = [group for group, keep in zip(groups, kept.tolist(), strict=True) if keep]
-    left_out = len(rows) - len(groups)
-    if not groups:
-        return box_report({}, torch.empty(0), groups, rank, left_out)
-    errors = {}
-    for name in ("network", "svd"):
-        parts, first = [], 0
-        for batch in loaders.test.with_progress(f"box, {name}"):
-            masks = torch.stack(inside[first : first + len(batch.rows)])
-            parts.append(part_errors(batch.x, *methods[name](batch, rank), masks))
-            first += len(batch.rows)
-        errors[name] = {key: torch.cat([part[key] for part in parts])[kept] for key in PARTS}
-    masks = [mask for mask, keep in zip(inside, kept.tolist(), strict=True) if keep]
-    return box_report(errors, torch.cat(masks), groups, rank, left_out)
+def decoded(factorise: Factorise, test: BatchLoader, rank: int) -> Iterator[Tensor]:
+    """Yield the raw tokens [T, D] that a method leaves of each test image."""
+    for batch in test:
+        a, b = factorise(batch, rank)
+        yield from denormalise(a @ b, batch.mean, batch.std).cpu()
+
+
+def read_labels(
+    methods: dict[str, Factorise], loaders: Loaders, ranks: list[int], groups: list[str]
+) -> dict:
+    """Return what readers with labels see of full tokens and of each method at each rank.
+
+    {"ranks": rank → method → reader → {"mean", "interval_95"}, "full": reader → …, "chance",
+    "notes"}. The probe of the boxes is fitted on full tokens of training images.
+    """
+    split = loaders.test.dataset.split
+    rows = loaders.test.sampler.rows.tolist()
+    dataset = loaders.test.dataset
+    readers = fit_readers(dataset, split.train.tolist(), split.val.tolist(), rows)
+
+    def scores(tokens: Iterable[Tensor]) -> dict[str, dict]:
+        return {
+            name: {"mean": float(values.nanmean()), "interval_95": interval_95(values, groups)}
+            for name, values in readers.scores(tokens).items()
+            if not values.isnan().all()
+        }
+
+    return {
+        "full": scores(dataset[[row]][0].float() for row in rows),
+        "chance": readers.chance(),
+        "notes": readers.notes(),
+        "ranks": {
+            str(r): {n: scores(decoded(methods[n], loaders.test, r)) for n in READ if n in methods}
+            for r in [r for r in ranks if r in LABEL_RANKS] or ranks[-1:]
+        },
+    }
 
 
 @torch.inference_mode()
 def rank_per_image(
-    model: LowRankFactorModel, loaders: Loaders, rank: int, args: argparse.Namespace
+    model: LowRankFactorModel, loaders: Loaders, rank: int, target_error: float
 ) -> tuple[dict, dict]:
-    """Ranks up to `rank` for each test image, as --target_error or --mean_rank asks.
+    """Take each test image at its least rank, up to `rank`, within the target.
 
-    Returns: the JSON's entry, and for the figure method → arrays of `against_fixed_rank`. A target
-    is met by the measured error of each method; a budget is split by σ of X, alike for both. The
+    Returns: the JSON's entry, and for the figure method → arrays of `against_fixed_rank`. The
     network's errors are of factors rounded as factorize.py stores them, the SVD's are the optimum.
     """
     dataset, rows = loaders.test.dataset, loaders.test.sampler.rows
-    sigma = dataset.singular_values[rows]
     network = []
     for batch in loaders.test.with_progress("error over rank"):
         stored = store(*nested_factors(model, batch.x, rank, batch.grid), STORED_AS)
         curve = error_curve(batch.x, *restore(stored)).cpu()
         # an image of few tokens has no more components than its own limit
         network.append(torch.cat([curve, curve[:, -1:].expand(-1, rank + 1 - curve.shape[1])], -1))
-    curves = {"network": torch.cat(network), "svd": optimum_curve(sigma, rank)}
-    if args.target_error is None:
-        entry = {"mode": "mean_rank", "mean_rank": args.mean_rank}
-        ranks = dict.fromkeys(curves, split_ranks(sigma, args.mean_rank, most=rank))
-    else:
-        entry = {"mode": "target_error", "target_error": args.target_error}
-        # the SVD first: where even the optimum is out of reach, no network is to blame
-        ranks = {"svd": first_rank_within(curves["svd"], args.target_error)}
-        ranks["network"] = first_rank_as_stored(curves["network"], args.target_error)
-    entry["network_stored_as"] = STORED_AS
+    curves = {"network": torch.cat(network)}
+    curves["svd"] = optimum_curve(dataset.singular_values[rows], rank)
+    # the SVD first: where even the optimum is out of reach, no network is to blame
+    ranks = {"svd": first_rank_within(curves["svd"], target_error)}
+    ranks["network"] = first_rank_as_stored(curves["network"], target_error)
+    entry = {"target_error": target_error, "network_stored_as": STORED_AS}
     tokens = torch.tensor([math.prod(dataset.grids[row]) for row in rows.tolist()])
     arrays = {}
     for name, curve in curves.items():
         entry[name], arrays[name] = against_fixed_rank(
-            curve, ranks[name], tokens, model.input_dim, args.target_error
+            curve, ranks[name], tokens, model.input_dim, target_error
         )
-    return entry, arrays | {"target_error": args.target_error}
+    return entry, arrays | {"target_error": target_error}
+
+
+# ---------------------------------------------------------------------------------------- results
+
+
+def draw(
+    folder: Path, results: dict, measured: Measured, budget_arrays: dict | None, footer: str
+) -> None:
+    """Draw the figures of the comparison."""
+    rank, task = results["rank"], results["task"]
+    comparison.comparison(
+        folder / "svd_nn_comparison.png",
+        measured.errors[rank],
+        rank,
+        footer,
+        measured.task_errors[rank],
+    )
+    path = folder / "rank_sweep.png"
+    if task:
+        comparison.both_norms(path, results["ranks"], task, footer)
+    else:
+        sizes = results["num_tokens"], results["feature_dim"]
+        comparison.rank_sweep(path, results["ranks"], *sizes, footer)
+    if budget_arrays:
+        comparison.rank_per_image(folder / "rank_per_image.png", budget_arrays, footer)
 
 
 def print_table(results: dict) -> None:
@@ -333,8 +417,8 @@ def print_table(results: dict) -> None:
     print_columns(rows)
 
 
-def print_both_norms(results: dict) -> None:
-    """Network and SVD in the Frobenius norm and in the head's, side by side."""
+def print_task(results: dict) -> None:
+    """Print network and SVD in the Frobenius norm and by the head, side by side."""
     task = results["task"]
     closed = any("svd_in_metric" in methods for methods in task["ranks"].values())
     print(
@@ -353,37 +437,30 @@ def print_both_norms(results: dict) -> None:
     print_columns(rows)
 
 
-def print_box(box: dict) -> None:
-    if not box["n_images"]:
-        print("no test image has a box that covers some of its tokens: no error inside and outside")
-        return
-    print(
-        f"error at the tokens of the answer's box ({box['tokens_inside_pct']:.1f} % of them) and "
-        f"at the others, rank {box['rank']}, {box['n_images']} test images of {box['n_groups']} "
-        f"groups, {box['n_left_out']} left out without such a box"
-    )
-    words = "inside − outside"
-    if box["svd"]["inside_minus_outside"]["interval_95"]:
-        words += ", approximate 95 % interval"
-    print(f"{'':14}{'inside':>10}{'outside':>10}    {words}")
-    for name in ("network", "svd"):
-        inside, outside = (box[name][part]["mean"] for part in PARTS)
-        apart = difference_text(box[name]["inside_minus_outside"])
-        print(f"{name:14}{inside:>10.5f}{outside:>10.5f}    {apart}")
-    apart = [f"{part} {difference_text(box['network_minus_svd'][part])}" for part in PARTS]
-    print(f"{'network − svd':14}{', '.join(apart)}")
+def print_readers(readers: dict) -> None:
+    """Print what readers with labels see, a line for each method and reader."""
+    names = list(readers["full"])
+    if names:
+        print(
+            "what readers with labels see: boxes (average precision, overlap), matching, retrieval"
+        )
+    rows = [["reader, method", *(f"rank {rank}" for rank in readers["ranks"]), "full tokens"]]
+    for reader in names:
+        for method in next(iter(readers["ranks"].values())):
+            means = [of[method].get(reader, {}).get("mean") for of in readers["ranks"].values()]
+            means.append(readers["full"][reader]["mean"])
+            cells = ["-" if mean is None else f"{mean:.3f}" for mean in means]
+            rows.append([f"{reader}, {method}", *cells])
+    if names:
+        print_columns(rows)
+    for line in readers["notes"]:
+        print(f"  {line}")
 
 
-def difference_text(difference: dict) -> str:
-    interval = difference["interval_95"]
-    bounds = "" if interval is None else f" [{interval[0]:+.2g}, {interval[1]:+.2g}]"
-    return f"{difference['mean']:+.2g}{bounds}"
-
-
-def print_budget(budget: dict) -> None:
-    mode = budget["mode"]
+def print_rank_per_image(budget: dict) -> None:
     stored = f"that stores as much (network as stored in {budget['network_stored_as']})"
-    print(f"ranks per image, --{mode} {budget[mode]:g}, against one fixed rank {stored}")
+    target = budget["target_error"]
+    print(f"ranks per image, --target_error {target:g}, against one fixed rank {stored}")
     keys = ("mean", "p90", "max", "rms")
     print(f"{'':9}{'ranks':>24}{'values stored':>15}" + "".join(f"{key:>11}" for key in keys))
     for name in ("network", "svd"):
@@ -395,9 +472,8 @@ def print_budget(budget: dict) -> None:
         gains = [own["gain_pct"][key] for key in keys]
         cells = "".join(f"{'-' if g is None else f'{-g:+.1f} %':>11}" for g in gains)
         print(f"{'':9}{'error against that':>24}{'':15}{cells}")
-        if mode == "target_error":
-            within = fixed["images_within_target"]
-            print(f"{'':9}rank {fixed['rank']} for all meets the target for {within} images only")
+        within = fixed["images_within_target"]
+        print(f"{'':9}rank {fixed['rank']} for all meets the target for {within} images only")
         for key, words in (("fixed_for_mean", "on average"), ("fixed_for_all", "for every image")):
             if key in own:
                 less = own[key]["stored_less_pct"]

@@ -37,14 +37,14 @@ fi
 # flags that the comparison and the figures share with the training; where there is no other, the
 # whole path is walked
 shared=() whole_path=yes
-results_dir=results cache_dir=feature_cache_real log_dir=log
+results_dir=results cache_dir=feature_cache_real
 arguments=("$@")
 for ((i = 0; i < $#; i++)); do
     flag=${arguments[i]%%=*}
     case $flag in
     --results_dir | --cache_dir | --device | --log_dir)
         if [[ ${arguments[i]} == *=* ]]; then value=${arguments[i]#*=}; else value=${arguments[i + 1]:-}; fi
-        [[ $flag == --log_dir ]] && log_dir=$value || shared+=("$flag" "$value")
+        [[ $flag == --log_dir ]] || shared+=("$flag" "$value")
         [[ $flag == --results_dir ]] && results_dir=$value
         [[ $flag == --cache_dir ]] && cache_dir=$value
         [[ ${arguments[i]} == *=* ]] || i=$((i + 1))
@@ -112,4 +112,4 @@ if [[ -d $results_dir ]]; then
     find "$results_dir" -maxdepth 2 -name '*.png' | sort # an earlier run's previous-* lie deeper
 fi
 # says last what was found
-"$python" -m experiments.make_report --results_dir "$results_dir" --log_dir "$log_dir"
+"$python" -m experiments.report --results_dir "$results_dir"

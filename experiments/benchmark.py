@@ -47,7 +47,8 @@ from qwenvl_dataloader import (
     of_one_grid,
 )
 from svd_baseline import fit_pca, pca, random_sketch, randomized_svd, truncated_svd
-from training.checkpoint import load_model, unseen_test
+from training.checkpoint import load_model
+from training.unseen import unseen_test
 
 STEPS, OVERSAMPLE = 1, 32  # K and p of random_sketch where no trained network sets them
 SVD_LOWRANK_STEPS, SVD_LOWRANK_EXTRA = 2, 10  # as svd_baseline.randomized_svd calls it
@@ -134,9 +135,10 @@ def network_methods(
     methods = []
     for path in filter(Path.exists, paths):
         model, state = load_model(path, device, dataset)
-        loaders, _, overlap = unseen_test(state, loaders)
-        if overlap:
-            print(f"note: {path}: {overlap}")
+        judged = unseen_test(loaders, {"network": state.get("images")})
+        loaders = judged.loaders
+        if judged.words:
+            print(f"note: {path}: {judged.words}")
         methods.append(network_method(model, "trained"))
     if methods:
         return methods, loaders

@@ -5,8 +5,9 @@
 
 Writes metrics/<head>.safetensors, for --metric of the other scripts (format: heads/metric.py). The
 gradients are those of training images; the shrinkage is the one with the least task error on
-validation images. Test images are not looked at. What is done is written every minute to
-<out>.partial: cut off, the same command goes on from it.
+validation images. Test images are not looked at. The file stores the hashes and groups of its
+images, which judges leave out of their test images. Work is saved every minute to <out>.partial:
+after a cut the same command goes on from it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import check_same_header, save_tensors
 from lowrank_tokens.linalg import exact_factors
 from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real
+from training.unseen import images_of
 
 JUDGED_AT = (8, 32)  # ranks at which a shrinkage is judged
 SAVE_EVERY = 60  # seconds between writes of the sums so far, D² float64 each
@@ -46,26 +48,55 @@ SAVE_EVERY = 60  # seconds between writes of the sums so far, D² float64 each
 
 def get_args_parser() -> arguments.Parser:
     parser = arguments.Parser(__doc__)
-    task = parser.flags("head, metric and what is measured")
-    task("--head", HEADS, "saliency", "whose output counts")
-    task("--head_model")
-    task("--probes", arguments.count, 3, "random projections an image: noise of M against time")
-    task("--images")(
-        "training images (and validation images) to use at most, drawn by --seed: noise of M "
-        "against time; default all"
+    group = parser.add_argument_group("head and estimate")
+    group.add_argument("--head", choices=HEADS, default="saliency", help="head whose output counts")
+    arguments.add_head_model(group)
+    group.add_argument(
+        "--probes",
+        type=arguments.positive_int,
+        default=3,
+        metavar="N",
+        help="random projections of the head's output for each image: more give a steadier "
+        "estimate and take as many times longer",
     )
-    shares = [1e-3, 1e-2, 1e-1]
-    task(
+    group.add_argument(
+        "--images",
+        type=arguments.positive_int,
+        metavar="N",
+        help="use at most so many training images, and as many validation images, drawn by --seed "
+        "(default: all): fewer are faster and give a noisier estimate",
+    )
+    group.add_argument(
         "--shrinkage",
-        arguments.positive,
-        shares,
-        "of the mean diagonal, to try on validation images",
+        type=arguments.positive_float,
+        nargs="+",
+        default=[1e-3, 1e-2, 1e-1],
+        metavar="X",
+        help="shares of the mean diagonal that are added to it; validation images choose one",
     )
-    task("--out", arguments.file, None, "file; default metrics/<head>.safetensors")
-    task("--cache_dir")
-    task("--batch_size")
-    task("--seed", help="of probes")
-    task("--device")
+    group.add_argument(
+        "--seed",
+        type=arguments.random_seed,
+        default=42,
+        metavar="N",
+        help="of the probes and of the choice of --images",
+    )
+    group = parser.add_argument_group("files and device")
+    group.add_argument(
+        "--out",
+        type=arguments.file,
+        metavar="FILE",
+        help="file to write (default: metrics/<head>.safetensors)",
+    )
+    arguments.add_cache_dir(group)
+    group.add_argument(
+        "--batch_size",
+        type=arguments.batch_size,
+        default=8,
+        metavar="N",
+        help="images at once: more are faster and take more memory",
+    )
+    arguments.add_device(group)
     return parser
 
 
@@ -111,20 +142,21 @@ def main(args: argparse.Namespace) -> None:
         "shrinkage": best,
         "scale": float(moment.diagonal().mean() * (1 + best)),
         "validation": {str(a): errors for a, errors in tried.items()},
+        "seen": images_of(dataset, torch.cat([train.sampler.rows, val.sampler.rows])),
     }
     save_metric(path, TaskMetric(shrunk(moment, best), info))
     work.path.unlink(missing_ok=True)
     again = arguments.flags_again(args, "head_model", "cache_dir", "device")
     print(
-        f"wrote {path}; next: "
-        f"python -m experiments.evaluate_task --head {head.name} --metric {path}{again}"
+        f"wrote {path}; next, for a network that is trained: "
+        f"python compare_svd_nn.py --head {head.name} --metric {path}{again}"
     )
 
 
 def loaders_of(
     dataset: RealQwenVLDataset, args: argparse.Namespace, device: torch.device
 ) -> tuple[BatchLoader, BatchLoader]:
-    """Loaders of training and validation images, of at most --images each, drawn by --seed."""
+    """Return loaders of training and validation images, at most --images each."""
     loaders = create_data_loaders_real(dataset, args.batch_size, seed=args.seed, device=device)
     if args.images is None:
         return loaders.train, loaders.val
@@ -138,7 +170,7 @@ def loaders_of(
 def sum_gradients(
     head: TaskHead, train: BatchLoader, work: PartialWork, args: argparse.Namespace
 ) -> None:
-    """Add the images that `work` lacks, and write it as it goes."""
+    """Add the gradients of the images that `work` lacks, and save it every minute."""
     if work.sum.images:
         print(f"going on after {work.sum.images} images that {work.path} already holds")
     # batches that are done: of a ragged cache not all are full
@@ -161,10 +193,10 @@ def print_tried(tried: dict[float, list[float]], plain: list[float], best: float
 
 @dataclass
 class PartialWork:
-    """What is done of an estimate, in a file beside --out that goes when the metric is written.
+    """Finished part of an estimate, in a file beside --out that goes when the metric is written.
 
-    header: what the sums depend on; validation: label → task errors found so far. One sum in the
-    order of the batches: an estimate that was cut off ends in the same bits.
+    header: settings that the sums depend on; validation: label → task errors so far. Batches are
+    summed in one order: an estimate that was cut off ends in the same bits.
     """
 
     path: Path
@@ -175,7 +207,7 @@ class PartialWork:
 
     @classmethod
     def open(cls, path: Path, header: dict) -> PartialWork:
-        """What `path` holds, or nothing yet. InputError where damaged or of another header."""
+        """Read the work at `path`, or begin. InputError where damaged or of other settings."""
         work, remedy = cls(path, header), f"remove {path} to begin anew"
         if not path.exists():
             return work
@@ -204,7 +236,7 @@ class PartialWork:
     def errors(
         self, label: str, head: TaskHead, val: BatchLoader, matrix: Tensor | None
     ) -> list[float]:
-        """`validation_errors` in the metric of `matrix`, unless they were found before."""
+        """Return `validation_errors` in the metric of `matrix`; each is computed once."""
         if label not in self.validation:
             metric = None if matrix is None else TaskMetric(matrix, {})
             self.validation[label] = validation_errors(head, val, metric, label)
@@ -215,7 +247,7 @@ class PartialWork:
 def validation_errors(
     head: TaskHead, loader: BatchLoader, metric: TaskMetric | None, label: str
 ) -> list[float]:
-    """Mean task error at the ranks JUDGED_AT, of the metric's SVD or (None) of the plain one."""
+    """Return the mean task error at JUDGED_AT of the metric's SVD; of the plain one for None."""
     plain = cut_at_ranks(lambda batch, rank: exact_factors(batch.x, rank))
     methods = {"svd": closed_form(metric) if metric else plain}
     ranks = [min(r, loader.dataset.num_tokens, loader.dataset.feature_dim) for r in JUDGED_AT]

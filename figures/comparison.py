@@ -55,21 +55,10 @@ def comparison(
     figure = new_figure(10, 1.7 + sum(heights))
     top, *below = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     _excess_strips(top, excess)
-    means = {name: percent(values.mean()) for name, values in excess.items() if values.size}
-    found = means.get("network", "undefined")
+    top.set_title("Frobenius norm; a dot is a test image, spread in height")
     if task_error:
-        top.set_title("in the Frobenius norm the SVD wins, by theorem; a dot is a test image")
-        change = _task_strips(below[0], {name: as_array(v) for name, v in task_error.items()})
-        title = f"At rank {rank} the network's error is {found} above the SVD's in the Frobenius "
-        title += f"norm, and {abs(change):.0f} % {'below' if change < 0 else 'above'} it for the "
-        title += "head that it was trained for"
-    else:
-        top.set_title("a dot is a test image; of one method they are spread in height")
-        shown = [name for name in ("random_sketch", "randomized_svd") if name in means]
-        others = [f"{METHODS[name][0]} {means[name]}" for name in shown]
-        title = f"At rank {rank} the network's error is {found} above the SVD's"
-        title += f" ({', '.join(others)})" if others else ""
-    save(figure, path, title, footer)
+        _task_strips(below[0], {name: as_array(v) for name, v in task_error.items()})
+    save(figure, path, f"Error against the SVD's, rank {rank}", footer)
 
 
 def _excess_strips(ax: Axes, excess: dict[str, np.ndarray]) -> None:
@@ -82,11 +71,8 @@ def _excess_strips(ax: Axes, excess: dict[str, np.ndarray]) -> None:
     log_scale(ax, "x")
 
 
-def _task_strips(ax: Axes, errors: dict[str, np.ndarray]) -> float:
-    """Task error of each image beside the SVD's of the same image, in per cent.
-
-    Returns by how much the network's mean error is above the SVD's mean error.
-    """
+def _task_strips(ax: Axes, errors: dict[str, np.ndarray]) -> None:
+    """Draw the task error of each image against the SVD's of the same image, in per cent."""
     svd = errors["svd"]
     others = [name for name in in_order(errors) if name != "svd"]
     kept = svd > 0
@@ -95,8 +81,7 @@ def _task_strips(ax: Axes, errors: dict[str, np.ndarray]) -> float:
     _strips(ax, change, {name: f"mean {mean[name]:+.0f} %".replace("-", "−") for name in others})
     ax.axvline(0, color=SVD, lw=1.8)
     ax.set_xlabel("task error against the SVD's of the same image (%); line: the SVD")
-    ax.set_title("for the head, left of the line is better than the SVD")
-    return mean["network"]
+    ax.set_title("head")
 
 
 def _strips(ax: Axes, values: dict[str, np.ndarray], words: dict[str, str]) -> None:
@@ -137,36 +122,13 @@ def both_norms(path: str | Path, ranks: dict[str, dict], task: dict, footer: str
         low, high = as_array([e["interval_95"] or (None, None) for e in of_task]).T
         bottom.fill_between(x, low, high, color=colour, alpha=0.1, lw=0)
     top.set_ylabel("rel_error ‖X − A·B‖ / ‖X‖")
-    top.set_title("Frobenius norm: no matrix of this rank is nearer than the SVD's")
+    top.set_title("Frobenius norm")
     bottom.set_ylabel(f"task error: relative error\nof the {task['output']}")
     bottom.set_title(f"the head {task['head']}; bands: approximate 95 % intervals")
     for ax in (top, bottom):
         log_scale(ax)
     rank_axis(bottom, x)
-    gains = {
-        name: [task["ranks"][str(r)][name]["gain_pct"]["mean"] for r in x]
-        for name in ("network", "svd_in_metric")
-        if name in task["ranks"][str(x[0])]
-    }
-    of_rank = [ranks[str(r)] for r in x]
-    error = {n: column([e[n]["rel_error"] for e in of_rank], "mean") for n in ("network", "svd")}
-    above = 100 * (error["network"] / np.maximum(error["svd"], 1e-12) - 1)
-    reach = f"Rank {x[0]}" if len(x) == 1 else f"Ranks {x[0]} to {x[-1]}"
-    title = f"{reach}: the network's error is {_span(above)} above the SVD's in the Frobenius "
-    title += f"norm, {_span(gains['network'])} below it for its head"
-    if "svd_in_metric" in gains:
-        title += f" (closed form: {_span(gains['svd_in_metric'])})"
-    save(figure, path, title, footer, ends)
-
-
-def _span(values: ArrayLike) -> str:
-    """The least and the largest of percentages, in words."""
-    values = as_array(values)
-    values = values[np.isfinite(values)]
-    if not values.size:
-        return "an undefined share"
-    low, high = f"{values.min():.3g}", f"{values.max():.3g}"
-    return f"{low} %" if low == high else f"{low} to {high} %"
+    save(figure, path, "Error over the rank: Frobenius norm and head", footer, ends)
 
 
 @rc_context(STYLE)
@@ -210,10 +172,7 @@ def rank_sweep(
     excess = column([ranks[str(r)]["network"]["excess_pct"] for r in x], "mean")
     if np.isnan(excess).all():
         note_undefined(bottom)
-    worst = percent(np.fmax.reduce(excess))  # fmax ignores NaN
-    reach = f"Rank {x[0]}" if len(x) == 1 else f"Ranks {x[0]} to {x[-1]}"
-    title = f"{reach}: the network's mean error is at most {worst} above the SVD's"
-    save(figure, path, title, footer, ends)
+    save(figure, path, "Error over the rank", footer, ends)
 
 
 @rc_context(STYLE)
@@ -222,7 +181,7 @@ def rank_per_image(path: str | Path, data: dict, footer: str) -> None:
 
     data: "network" and "svd", each {"ranks": [n], "rel_error": [n], "fixed_rank": the one that
     stores as much, "fixed_rel_error": [n], "rank_for_all": the one that meets the target for every
-    image, or None}, and "target_error", or None where a budget was split.
+    image, or None}, and "target_error".
     """
     figure = new_figure(13, 5.6)
     left, right = figure.subplots(1, 2)
@@ -265,23 +224,7 @@ def rank_per_image(path: str | Path, data: dict, footer: str) -> None:
     right.set(xlim=(0, 100), ylim=(0, None), xlabel="images, sorted by their error (%)")
     right.set_ylabel("rel_error ‖X − A·B‖ / ‖X‖")
     right.set_title("error: network (thin) on the SVD (wide, pale)")
-    if target is not None:
-        right.axhline(target, color=GREY, lw=1)
-        style = {"textcoords": "offset points", "color": GREY, "fontsize": 10.5}
-        right.annotate(f"target {target:g}", (1, target), (0, 3), **style)
-    save(figure, path, _rank_gain(network, target), footer, {right: ends})
-
-
-def _rank_gain(network: dict, target: float | None) -> str:
-    """The finding of `rank_per_image` in words."""
-    mean = as_array(network["ranks"]).mean()
-    if target is not None:
-        text = f"Every image is within {target:g} at {mean:.1f} components on average; one rank "
-        return text + f"for all would have to be {network['rank_for_all']}"
-    pairs = [as_array(network[key]) for key in ("rel_error", "fixed_rel_error")]
-    change = {}
-    for name, of in (("rms", lambda e: np.sqrt(np.mean(e**2))), ("largest", np.max)):
-        own, fixed = map(of, pairs)
-        change[name] = f"{100 * (own / fixed - 1) if fixed else 0:+.1f} %"
-    text = f"Ranks by need, {mean:.0f} on average, against rank {network['fixed_rank']} for all: "
-    return text + f"rms error {change['rms']}, largest error {change['largest']}"
+    right.axhline(target, color=GREY, lw=1)
+    style = {"textcoords": "offset points", "color": GREY, "fontsize": 10.5}
+    right.annotate(f"target {target:g}", (1, target), (0, 3), **style)
+    save(figure, path, f"Least rank of each image for rel_error {target:g}", footer, {right: ends})

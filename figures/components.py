@@ -23,7 +23,6 @@ from figures.style import (
     log_scale,
     new_figure,
     note,
-    percent,
     save,
 )
 
@@ -52,28 +51,10 @@ def component_energy(
     apart = np.where(
         on & (sigma > 0), 100 * (found**2 / np.maximum(sigma, 1e-150) ** 2 - 1), np.nan
     )
-    known = ~np.isnan(apart).all(0)
-    middle = np.full(apart.shape[1], np.nan)
-    middle[known] = np.nanmedian(apart[:, known], axis=0)
     band(bottom, np.where(np.isnan(apart), 0, np.maximum(np.abs(apart), ROUNDING_PCT)), NETWORK)
     words = f"difference of that energy from\nthe SVD's (%, either sign; {ROUNDING} is rounding)"
     bottom.set(xlabel="component i", ylabel=words)
     log_scale(bottom)
     off = int((~on).all(0).sum())
-    save(figure, path, _finding(middle) + (f"; {off} components are off" if off else ""), footer)
-
-
-def _finding(apart: np.ndarray) -> str:
-    """apart: median difference of each component in per cent, NaN where undefined."""
-    known = np.flatnonzero(~np.isnan(apart))
-    if not known.size:
-        return "No component holds anything: all tokens are constant"
-    beyond = known[np.abs(apart[known]) > 1]
-    if not beyond.size:
-        worst = known[np.argmax(np.abs(apart[known]))]
-        most = percent(abs(apart[worst]))
-        return f"All {known.size} components hold the SVD's energy to within {most} (median)"
-    first, last = beyond[0], known[-1]
-    kept = f"Components 1 to {first} hold the SVD's energy to within 1 %; " if first else ""
-    word = "more" if apart[last] > 0 else "less"
-    return f"{kept}component {last + 1} holds {percent(abs(apart[last]))} {word} (median)"
+    words = f", {off} of {on.shape[1]} switched off" if off else ""
+    save(figure, path, f"Energy of each component{words}", footer)

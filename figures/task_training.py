@@ -62,22 +62,4 @@ def task_curve(
     last = below[-1] if below else top
     last.set_xlabel("epoch (0: untrained)")
     last.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
-    save(
-        figure, path, _finding(error[best], best_epoch, epochs[-1], references), footer, {top: ends}
-    )
-
-
-def _finding(error: float, best_epoch: int, epochs: int, references: dict[str, float]) -> str:
-    """The network's best error against the plain SVD's, and the closed form's beside it."""
-
-    def below(value: float) -> str:
-        gain = 100 * (1 - value / references["svd"])
-        return f"{abs(gain):.0f} % {'below' if gain >= 0 else 'above'} the SVD's"
-
-    if best_epoch == 0:
-        return f"No epoch of {epochs} lowers the task error of the start, {below(error)}"
-    title = f"Trained through the head: task error {below(error)}"
-    if "svd_in_metric" in references:
-        closed = below(references["svd_in_metric"]).removesuffix(" the SVD's")
-        title += f" (closed form, the SVD in the task's metric: {closed})"
-    return title
+    save(figure, path, "Validation task error over epochs", footer, {top: ends})

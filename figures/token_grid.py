@@ -26,20 +26,18 @@ from figures.style import (
     METHODS,
     NETWORK,
     STYLE,
-    SVD,
     as_array,
     common_limits,
     new_figure,
     note,
-    percent,
     save,
     spread,
     tick_label,
 )
 from lowrank_tokens.grids import Box, Grid, tokens_in_box
 
-CHANNELS_A_ROW = 5
-CHANNEL_ROWS = [("X", BLACK), METHODS["network"], ("network − X", NETWORK), ("SVD − X", SVD)]
+CHANNELS_A_ROW = 4
+CHANNEL_ROWS = [("X", BLACK), METHODS["network"], ("network − X", NETWORK)]
 
 
 def _tall(grid: Grid) -> float:
@@ -119,9 +117,7 @@ def error_heatmap(
         ax.set_xlabel(across)
     _colour_bar(figure, image, list(axes[:2]), "relative error of a token")
     _colour_bar(figure, signed, axes[2], "difference of relative error")
-    worst = 100 * np.max(np.abs(apart) / np.maximum(errors["svd"], 1e-12))
-    title = f"At every token the network's mean error is within {percent(worst)} of the SVD's"
-    save(figure, path, title, footer)
+    save(figure, path, "Relative error of each token, mean over test images", footer)
 
 
 @rc_context(STYLE)
@@ -130,39 +126,38 @@ def channel_comparison(
     photo: Image | None,
     box: Box | None,
     maps: dict[str, ArrayLike],
-    channels: dict[int, str],
+    channels: list[int],
     grid: Grid,
     info: dict[str, str],
 ) -> None:
-    """C channels of one image: X and network on one scale each; what network and SVD lose, on one.
+    """Draw C channels of one image beside its photograph: X, the network, and their difference.
 
-    maps: original, network, svd → [T, C]; channels: number → words below it, in that order; info:
-    title and footer.
+    X and network of a channel share a scale, and all differences share one. maps: original and
+    network → [T, C]; channels: their numbers; info: title and footer.
     """
-    original, network, svd = (as_array(maps[name]) for name in ("original", "network", "svd"))
-    reach = common_limits(network - original, svd - original, symmetric=True)
+    original, network = (as_array(maps[name]) for name in ("original", "network"))
+    reach = common_limits(network - original, symmetric=True)
     blocks = -(-len(channels) // CHANNELS_A_ROW)
-    figure = new_figure(10.5, 1.5 + (0.9 + 6 * _tall(grid)) * blocks)
-    rows = figure.add_gridspec(blocks * 4, CHANNELS_A_ROW + 1)
+    figure = new_figure(12, 1.5 + (0.6 + 6.6 * _tall(grid)) * blocks)
+    rows = figure.add_gridspec(blocks * 3, CHANNELS_A_ROW + 1)
     picture = figure.add_subplot(rows[0, 0])
     caption = _caption(box).replace(" and box", "\nand box")
     _photograph(picture, photo, box, grid, title=caption)
     signed = []
-    for j, (channel, words) in enumerate(channels.items()):
+    for j, channel in enumerate(channels):
         block, place = divmod(j, CHANNELS_A_ROW)
-        x, found, of_svd = (values[:, j] for values in (original, network, svd))
-        axes = [figure.add_subplot(rows[4 * block + row, place + 1]) for row in range(4)]
+        x, found = original[:, j], network[:, j]
+        axes = [figure.add_subplot(rows[3 * block + row, place + 1]) for row in range(3)]
         for ax, values in zip(axes[:2], (x, found), strict=True):
             _token_map(ax, values, grid, common_limits(x, found))
-        for ax, values in zip(axes[2:], (found - x, of_svd - x), strict=True):
-            image = _token_map(ax, values, grid, reach, cmap="RdBu_r")
-            signed.append(ax)
-        axes[0].set_title(f"channel {channel}\n{words}", loc="center")
+        image = _token_map(axes[2], found - x, grid, reach, cmap="RdBu_r")
+        signed.append(axes[2])
+        axes[0].set_title(f"channel {channel}", loc="center")
         for ax, (label, colour) in zip(axes, CHANNEL_ROWS, strict=True):
             ax.set(xticks=[], yticks=[])
             if place == 0:
                 ax.set_ylabel(label, color=colour)
-    _colour_bar(figure, image, signed, "network − X and SVD − X, units of X", aspect=40)
+    _colour_bar(figure, image, signed, "network − X, units of X", aspect=40)
     save(figure, path, info["title"], info["footer"])
 
 

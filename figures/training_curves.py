@@ -68,30 +68,34 @@ def _epoch_axis(ax: Axes, epochs: list[int]) -> None:
 
 @rc_context(STYLE)
 def training_curves(path: str | Path, history: list[dict], best_epoch: int, footer: str) -> None:
-    """Validation excess over epochs, the best one marked; below it only what changes: the mse where
-    it leaves its floor, the learning rate, the effective rank.
+    """Draw the validation excess over epochs; below it only what changes.
+
+    That is the mse where it leaves its floor or the rank falls, the learning rate, the effective
+    rank and, where the history holds them, the components that the allocator keeps.
 
     history: the entries of history.json; a first one without `train_mse` is the untrained model.
-    best_epoch: the epoch of best_model.pt.
+    best_epoch: the epoch of best_model.pt. While the rank falls each epoch has another optimum, so
+    that its excess does not compare: those epochs are grey.
     """
     epochs = [record["epoch"] for record in history]
     excess = column(history, "val_excess_pct")
     ranks, rates = column(history, "effective_rank"), column(history, "lr")
+    falls = bool(np.ptp(ranks))
     panels = {"excess": 3.2}
-    if np.isnan(excess).any() or excess.max() > ON_THE_OPTIMUM:
+    if falls or np.isnan(excess).any() or excess.max() > ON_THE_OPTIMUM:
         panels["mse"] = 3.2
     panels |= {"lr": 1.3} if np.ptp(rates[np.isfinite(rates)] if len(epochs) > 1 else [0]) else {}
-    panels |= {"rank": 1.3} if np.ptp(ranks) else {}
+    panels |= {"rank": 1.3} if falls else {}
+    panels |= {"kept": 2.0} if "kept_components" in history[-1] else {}
     figure = new_figure(10, 1.9 + sum(panels.values()))
     axes = rows_of_axes(figure, list(panels.values()))
     on = dict(zip(panels, axes, strict=True))
     untrained = "train_mse" not in history[0]
     best = epochs.index(best_epoch)
-    # at other ranks the optimum is another one: the best epoch is not the lowest point there
-    mark = "best" if np.ptp(ranks) == 0 else f"best at rank {ranks[best]:.0f}:"
+    mark = f"best at rank {ranks[best]:.0f}:" if falls else "best"
     if untrained and best == 0:
         mark = f"untrained, {mark}"
-    _excess_panel(on["excess"], epochs, excess, best, untrained, mark)
+    _excess_panel(on["excess"], epochs, excess, ranks, best, untrained, mark)
     ends = {}
     if "mse" in on:
         ends[on["mse"]] = _mse_panel(on["mse"], epochs, history)
@@ -103,11 +107,21 @@ def training_curves(path: str | Path, history: list[dict], best_epoch: int, foot
         curve(on["rank"], epochs, ranks, BLACK, drawstyle="steps-mid")
         on["rank"].set_ylabel("effective\nrank")
         on["rank"].yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    if "kept" in on:
+        _kept_panel(on["kept"], history)
     _epoch_axis(axes[-1], epochs)
     for ax in axes:
-        if ax.lines:
+        if ax.lines or ax.collections:
             ax.axvline(best_epoch, color=GREY, lw=1, ls=":", zorder=1)
-    save(figure, path, _training_title(history, excess, best), footer, ends)
+    save(figure, path, "Validation error over epochs", footer, ends)
+
+
+def _kept_panel(ax: Axes, history: list[dict]) -> None:
+    """Draw the components that the allocator's mask keeps at the end of each epoch."""
+    for record in history:
+        kept = record.get("kept_components") or []
+        ax.eventplot(kept, orientation="vertical", lineoffsets=record["epoch"], colors=[BLACK])
+    ax.set_ylabel("components\nthat are kept")
 
 
 def _mse_panel(ax: Axes, epochs: list[int], history: list[dict]) -> list[tuple[float, str, str]]:
@@ -120,37 +134,28 @@ def _mse_panel(ax: Axes, epochs: list[int], history: list[dict]) -> list[tuple[f
     return [(columns[key][-1], label, colour) for key, (label, colour, _) in CURVES.items()]
 
 
-def _training_title(history: list[dict], excess: np.ndarray, best: int) -> str:
-    """What the run found. best: index of the best entry."""
-    last, untrained = history[-1]["epoch"], "train_mse" not in history[0]
-    if np.isnan(excess[best]):
-        mse = history[best]["val_mse"]
-        return f"Validation mse {mse:.3g}; the optimum is too small for a ratio"
-    if untrained and best == 0 and excess[0] <= ON_THE_OPTIMUM:
-        text = f"The network sits on the optimum, {percent(excess[0])} above the SVD's error "
-        return text + f"untrained: training cannot lower it (no epoch of {last} did)"
-    if untrained and best == 0:
-        text = f"No epoch of {last} is better than the untrained network, {percent(excess[0])} "
-        return text + "above the SVD's error"
-    epoch = history[best]["epoch"]
-    title = f"Validation error is {percent(excess[best])} above the SVD's at epoch {epoch}"
-    if untrained and history[0]["effective_rank"] == history[best]["effective_rank"]:
-        title += f" of {last}; untrained {percent(excess[0])}"
-    return title
-
-
 def _excess_panel(
-    ax: Axes, epochs: list[int], excess: np.ndarray, best: int, untrained: bool, mark: str
+    ax: Axes,
+    epochs: list[int],
+    excess: np.ndarray,
+    ranks: np.ndarray,
+    best: int,
+    untrained: bool,
+    mark: str,
 ) -> None:
-    """Validation excess over epochs; the untrained start is an open circle, the best a full one.
+    """Draw the excess over epochs; the untrained start is an open circle, the best a full one.
 
-    mark: the words before the best one's value.
+    Epochs of another rank than the last one's are grey. mark: the words before the best's value.
     """
     ax.set_ylabel("validation error\nabove the optimum (%)")
     if np.isnan(excess).all():
         note_undefined(ax)
         return
-    curve(ax, epochs, excess, NETWORK)
+    final = ranks == ranks[-1]
+    if not final.all():
+        curve(ax, epochs, excess, GREY)
+        note(ax, 0.01, 0.93, "grey: at higher ranks, whose optimum is another", GREY, va="top")
+    curve(ax, epochs, np.where(final, excess, np.nan), NETWORK)
     ax.margins(y=0.25)
     if np.nanmin(excess) > 0 and np.nanmax(excess) > 20 * np.nanmin(excess):
         log_scale(ax)
@@ -161,7 +166,7 @@ def _excess_panel(
         note(ax, 0.99, 0.1, words, SVD, ha="right")
     paper = {"fc": "white", "ec": "none", "alpha": 0.85, "pad": 1}  # readable on a curve
     style = {"textcoords": "offset points", "color": NETWORK, "bbox": paper}
-    if untrained and best > 0:
+    if untrained and best > 0 and final[0]:
         ax.plot(epochs[0], excess[0], "o", ms=9, mfc="white", mec=NETWORK, mew=1.8)
         ax.annotate(f"untrained {percent(excess[0])}", (epochs[0], excess[0]), (10, 8), **style)
     ax.plot(epochs[best], excess[best], "o", ms=8, color=NETWORK)
@@ -209,10 +214,4 @@ def loss_terms(path: str | Path, history: list[dict], footer: str) -> None:
         ends[on["shifts"]] = [(s, f"step {k}", BLACK) for k, s in enumerate(shifts[-1], 1)]
     for name in set(on) - {"words"}:
         _epoch_axis(on[name], epochs)
-    first, last = (f"{history[i]['loss_reconstruction']:#.5g}" for i in (0, -1))
-    title = f"Training: squared error over its optimum {first} in epoch {epochs[0]}"
-    if "task" in on:
-        first, last = (f"{history[i]['loss_task']:.3f}" for i in (0, -1))
-        title = f"Training: log of the task error {first} in epoch {epochs[0]}"
-    title += f", {last} in epoch {epochs[-1]}" if len(epochs) > 1 else ""
-    save(figure, path, title, footer, ends)
+    save(figure, path, "Terms of the training loss", footer, ends)

@@ -23,7 +23,7 @@ import factorize
 import train_real_data
 from common import arguments
 from encoders.image_sources import open_source
-from experiments import fit_codec, make_report
+from experiments import fit_codec, report
 from lowrank_tokens import factor_files
 from lowrank_tokens import shards as shard_folder
 from lowrank_tokens.exceptions import InputError
@@ -94,10 +94,7 @@ def read_checkpoint(folder: Path) -> str:
 
 
 def read_results(folder: Path) -> str:
-    found = make_report.read_results(folder)
-    if found is None:
-        raise InputError("left out with a note")
-    return digest(make_report.report_row(folder.name, *found), found)
+    return digest(report.read_runs([folder.parent]))
 
 
 def read_rows(folder: Path) -> str:

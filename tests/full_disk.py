@@ -27,7 +27,7 @@ import factorize
 import train_real_data
 import visualize_svd_nn
 from common import arguments
-from experiments import benchmark, make_report
+from experiments import benchmark, report
 
 NOBODY = 65534
 
@@ -82,7 +82,7 @@ def scripts(place: Path, data: Path) -> dict[str, tuple[object, list[object]]]:
             ["--dataset_dir", data, "--cache_dir", place / "new_cache", "--device", "cpu"],
         ),
         "benchmark": (benchmark, [*where, "--ranks", 2, "--repeats", 1]),
-        "report": (make_report, ["--results_dir", results]),
+        "report": (report, ["--results_dir", results]),
     }
 
 

@@ -385,7 +385,7 @@ def test_odd_tokens_go_through_every_script(name, tmp_path, script, train):
             script("visualize_svd_nn.py", *where),
             script("factorize.py", *where, "--target_error", 0.99, "--dtype", "int8"),
             script("experiments.benchmark", *where, "--ranks", rank, "--repeats", 1),
-            script("experiments.make_report", "--results_dir", "results"),
+            script("experiments.report", "--results_dir", "results"),
         ]
     assert [d.returncode for d in done] == [0] * 6, done
     text = (tmp_path / "results" / "ResMLP" / "svd_nn_comparison.json").read_text()

@@ -102,7 +102,7 @@ def base(tmp_path_factory):
         train_real_data.main(args)
     known = {
         "experiments.make_demo_data": [],
-        "experiments.make_report": where[2:4],
+        "experiments.report": where[2:4],
         "train_real_data": train,
         "experiments.evaluate_task": [*where, "--metric", str(work / "metric.safetensors")],
         "extract_features": ["--dataset_dir", str(data), "--device", "cpu"],

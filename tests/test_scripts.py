@@ -1,15 +1,15 @@
 """The commands as users type them, on the small real cache; and their mistakes."""
 
+import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from experiments import make_report
 from qwenvl_dataloader import RealQwenVLDataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,10 +78,9 @@ def test_compare_holds_network_and_references_against_the_svd(arch, trained, tin
     best = methods["svd"]["rel_error"]["mean"]
     assert all(m["rel_error"]["mean"] >= best * (1 - 1e-6) for m in methods.values())
     assert abs(methods["svd"]["excess_pct"]["mean"]) < 1e-3
-    box = results["box"]
-    assert box["n_images"] + box["n_left_out"] == 6 and box["n_images"] and box["rank"] == rank
-    parts = [box["svd"][part]["mean"] for part in ("inside", "outside")]
-    assert min(parts) <= best * 1.2 and max(parts) >= best * 0.8  # of the same size as the whole
+    seen = results["readers"]["ranks"][str(rank)]
+    assert set(seen) == {"svd", "network"} and "retrieval" in seen["svd"]
+    assert set(seen["svd"]) <= set(results["readers"]["full"])
     for figure in ("svd_nn_comparison.png", "rank_sweep.png"):
         assert is_png(trained / name / figure)
 
@@ -112,97 +111,67 @@ def test_visualize_draws_one_image_and_says_which_part_it_is_in(trained, tiny_ca
         assert is_png(stem.parent / f"image_3_{kind}_comparison.png")
 
 
-def test_the_image_that_is_drawn_by_default_is_a_test_image_its_worst_and_best_channels_too(
-    trained, tiny_cache, script
-):
+def test_the_image_that_is_drawn_by_default_is_a_test_image(trained, tiny_cache, script):
     done = script("visualize_svd_nn.py", "--rank", 2, *files(tiny_cache, trained))
     assert done.returncode == 0, done.stderr
     row = int(RealQwenVLDataset(tiny_cache).split.test[0])
     results = json.loads((trained / "ResMLP" / f"image_{row}_comparison_results.json").read_text())
     assert (results["image_idx"], results["split"]) == (row, "test")
-    assert results["channels"][:8] == list(range(8)) and 8 <= len(results["channels"]) <= 10
+    assert results["channels"] == list(range(8))
 
 
-@pytest.fixture(scope="module")
-def compared(trained, tiny_cache, tmp_path_factory):
-    """A copy of the results of training, each architecture compared at its effective rank."""
-    import compare_svd_nn
-    from common import arguments
-
-    results = shutil.copytree(trained, tmp_path_factory.mktemp("compared") / "results")
-    for arch in ("ResMLP", "MLP", "AdaLoRA"):
-        argv = ["--arch", arch, "--cache_dir", str(tiny_cache), "--results_dir", str(results)]
-        compare_svd_nn.main(arguments.parse(compare_svd_nn.get_args_parser(), argv))
-    return results
-
-
-@pytest.fixture
-def compared_copy(compared, tmp_path):
-    return Path(shutil.copytree(compared, tmp_path / "results"))
-
-
-def test_report_sets_every_architecture_beside_the_svd_in_one_table_and_one_figure(
-    compared_copy, script
+def test_a_head_judges_a_network_of_the_frobenius_norm_where_it_is_named(
+    trained, tiny_cache, metric_file, script, tmp_path
 ):
-    done = script("experiments.make_report", "--results_dir", compared_copy)
+    results = shutil.copytree(trained, tmp_path / "results")
+    where = files(tiny_cache, results)
+    done = script("compare_svd_nn.py", "--head", "saliency", "--metric", metric_file, *where)
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("DEMO data") and lines[0].endswith("6 test images")
-    assert done.stdout.count("architecture ") == 1 and "note:" not in done.stdout
-    assert [line.split()[:3] for line in lines[2:5]] == [
-        ["ResMLP", "projected", "4"],
-        ["MLP", "direct", "4"],
-        ["AdaLoRA", "projected", "2"],
-    ]
-    assert is_png(compared_copy / "overview.png")
-    overview = json.loads((compared_copy / "overview.json").read_text())
-    assert overview["n_images"] == 6 and overview["split"] == "test"
-    assert [row["arch"] for row in overview["architectures"]] == ["ResMLP", "MLP", "AdaLoRA"]
-    for row, line in zip(overview["architectures"], lines[2:5], strict=True):
-        folder = compared_copy / row["arch"]
-        # the network's numbers were measured twice, by the training and by the comparison
-        test = json.loads((folder / "test_results.json").read_text())
-        best = test["ranks"][str(test["effective_rank"])]
-        assert row["effective_rank"] == test["effective_rank"]
-        assert row["rel_error"] == pytest.approx(best["rel_error"]["mean"], rel=1e-6)
-        assert row["excess_mean"] == pytest.approx(best["excess_pct"]["mean"], rel=1e-3)
-        assert row["excess_p90"] == pytest.approx(best["excess_pct"]["p90"], rel=1e-3)
-        assert row["rel_error"] >= row["optimum"] * (1 - 1e-6) > 0
-        epochs = json.loads((folder / "history.json").read_text())[1:]
-        speeds = [epoch["samples_per_s"] for epoch in epochs]
-        assert row["samples_per_s"] == pytest.approx(np.median(speeds))
-        assert (row["best_epoch"], row["epochs"]) == (test["best_epoch"], len(epochs))
-        assert f"{row['rel_error']:.5f}" in line and f"{row['excess_mean']:.4f} %" in line
+    found = json.loads((results / "ResMLP" / "svd_nn_comparison.json").read_text())
+    assert found["trained_for"] is None and found["n_seen_left_out"] == {"network": 0, "metric": 0}
+    task = found["task"]["ranks"]["4"]
+    assert task["svd_in_metric"]["mean"] < task["svd"]["mean"]
+    assert task["network"]["mean"] >= 0 and "saliency" in done.stdout
 
 
-def test_report_leaves_out_with_a_note_what_is_missing_or_does_not_compare(compared_copy, script):
-    (compared_copy / "ResMLP" / "history.json").unlink()
-    path = compared_copy / "AdaLoRA" / "svd_nn_comparison.json"
-    comparison = json.loads(path.read_text())
-    del comparison["content_sha256"]  # of other numbers
-    for change, note in (({"rank": 1}, "at rank 1"), ({"data": "other images"}, "other images")):
-        path.write_text(json.dumps(comparison | change))
-        os.utime(path, (0, 0))  # MLP's is the newest
-        done = script("experiments.make_report", "--results_dir", compared_copy)
+def test_numbers_and_figures_of_another_cache_are_moved_aside(
+    trained, tiny_cache, cache_copy, script, tmp_path
+):
+    results = shutil.copytree(trained, tmp_path / "results")
+    folder = results / "ResMLP"
+    assert script("compare_svd_nn.py", *files(tiny_cache, results)).returncode == 0
+    first = (folder / "svd_nn_comparison.json").read_text()
+    damage_rows(cache_copy)
+    done = script("compare_svd_nn.py", *files(cache_copy, results))
+    assert done.returncode == 0 and "made from another cache" in done.stdout, done.stderr
+    (previous,) = folder.glob("previous-*")
+    assert (previous / "svd_nn_comparison.json").read_text() == first
+    assert (previous / "rank_sweep.png").exists() and (folder / "rank_sweep.png").exists()
+
+
+def damage_rows(cache):
+    """Give the cache another table of rows, whose content hash is another's."""
+    path = cache / "rows.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(0, "row_id", pa.array(range(100, 136))), path)
+    manifest = json.loads((cache / "manifest.json").read_text())
+    manifest["rows"]["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    manifest["rows"] |= {"bytes": path.stat().st_size} if "bytes" in manifest["rows"] else {}
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_the_report_sets_every_architecture_beside_the_svd(trained, tiny_cache, script, tmp_path):
+    results = shutil.copytree(trained, tmp_path / "results")
+    for arch in ("ResMLP", "MLP", "AdaLoRA"):
+        done = script("compare_svd_nn.py", "--arch", arch, *files(tiny_cache, results))
         assert done.returncode == 0, done.stderr
-        notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
-        assert len(notes) == 2
-        assert "ResMLP" in notes[0] and "history.json" in notes[0]
-        assert "AdaLoRA" in notes[1] and note in notes[1]
-        overview = json.loads((compared_copy / "overview.json").read_text())
-        assert [row["arch"] for row in overview["architectures"]] == ["MLP"]
-
-
-def test_report_without_any_results_or_with_damaged_ones_is_one_line(compared_copy, script):
-    done = script("experiments.make_report", "--results_dir", "nowhere")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    for words in ("error: ", "nowhere", "train_real_data.py", "compare_svd_nn.py"):
-        assert words in done.stderr
-    (compared_copy / "MLP" / "test_results.json").write_text("{")
-    done = script("experiments.make_report", "--results_dir", compared_copy)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "MLP/test_results.json is damaged" in done.stderr
-    assert not (compared_copy / "overview.png").exists()
+    done = script("experiments.report", "--results_dir", results)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("DEMO data") and "found:" in done.stdout
+    for name in ("ResMLP", "MLP, direct", "AdaLoRA"):
+        assert f"\n{name} " in done.stdout
+    assert is_png(results / "architectures.png")
+    assert (results / "report.html").stat().st_size > 100_000
 
 
 MISTAKES = [
@@ -270,21 +239,3 @@ def test_a_checkpoint_of_another_encoder_is_refused(trained, cache_copy, script)
     done = script("compare_svd_nn.py", *files(cache_copy, trained))
     assert done.returncode == 2
     assert "was trained on a cache with encoder" in done.stderr
-
-
-def test_the_overview_compares_architectures_at_one_rank():
-    def comparison(ranks):
-        error = {"mean": 0.1, "p90": 0.2}
-        method = {"rel_error": error, "excess_pct": error}
-        return {
-            "factors": "projected",
-            "rank": ranks[-1],
-            "ranks": {str(r): {"network": method, "svd": method} for r in ranks},
-        }
-
-    two = [comparison([8, 32, 128]), comparison([8, 32])]
-    assert make_report.common_rank(two) == 32
-    assert make_report.common_rank([comparison([4]), comparison([2])]) is None
-    history = [{"epoch": 1, "samples_per_s": 1.0}]
-    rows = [make_report.report_row("MLP", history, {"best_epoch": 1}, c, 32) for c in two]
-    assert [(row["rank"], row["effective_rank"]) for row in rows] == [(32, 128), (32, 32)]

@@ -1,0 +1,257 @@
+"""Set all trained networks side by side, and say in five lines what was found.
+
+    python -m experiments.report
+    python -m experiments.report --results_dir results results_direct results_task
+
+Reads what train_real_data.py, compare_svd_nn.py and experiments.compare_bytes wrote, and computes
+nothing. Writes report.html (whole in itself: no script, no network) and architectures.png into the
+first results folder. Results of another cache than the newest comparison's are left out with a
+note: their numbers do not compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+
+from common import arguments
+from common.tables import print_columns
+from figures.architectures import architectures
+from lowrank_tokens.errors import percent_text
+from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import atomic_path, content_hash_fits, read_json
+from model import ARCHITECTURES
+from svd_baseline import gain_text
+from training.checkpoint import load_model
+
+TARGET, SHOWN_RANK = 0.16, "16"  # raw_error and rank of the closing lines, where they were measured
+FIGURES = {  # of a results folder, then of an architecture's: pattern → caption
+    "architectures.png": "Every network over the rank, beside the SVD.",
+    "bytes.png": "Bytes of an image against the error of its tokens, and what readers see.",
+    "benchmark.png": "Error above the SVD's against time, every method.",
+    "*/rank_sweep.png": "Error over the rank: mean, and a band to the 90th percentile.",
+    "*/svd_nn_comparison.png": "Every test image: how far each method's error is above the SVD's.",
+    "*/train_val_loss_comparison.png": "Training: validation error over epochs.",
+    "*/loss_curves.png": "Training: each term of the loss.",
+    "*/error_heatmap.png": "Mean error of each token of the grid.",
+    "*/B_row_norm_hist.png": "Energy of each component, beside the SVD's.",
+    "*/rank_per_image.png": "A rank for each image, against one rank for all.",
+    "*/image_*_comparison.png": "One image: channels, errors of tokens, and ranks.",
+}
+
+
+def get_args_parser() -> arguments.Parser:
+    parser = arguments.Parser(__doc__)
+    group = parser.add_argument_group("files")
+    group.add_argument(
+        "--results_dir",
+        type=arguments.folder,
+        nargs="+",
+        default=["results"],
+        metavar="DIR",
+        help="folders that hold <arch>/, one for each way of training; the first gets the report",
+    )
+    return parser
+
+
+class Run(NamedTuple):
+    """One trained and compared network."""
+
+    name: str  # architecture and way of training
+    folder: Path
+    comparison: dict  # svd_nn_comparison.json
+    test: dict  # test_results.json
+    history: list[dict]
+
+
+def read(path: Path) -> dict:
+    """Read a JSON file that ends in its own hash; InputError where it was changed."""
+    found = read_json(path, "make it again, or remove it")
+    if not isinstance(found, dict) or not content_hash_fits(found):
+        raise InputError(f"{path} is not as it was written: make it again, or remove it")
+    return found
+
+
+def read_runs(results_dirs: list[Path]) -> list[Run]:
+    """Return the runs of the newest comparison's cache; note what is left out."""
+    runs = []
+    for folder in (d / arch for d in results_dirs for arch in ARCHITECTURES):
+        if not (folder / "best_model.pt").exists():
+            continue
+        missing = [n for n in ("test_results", "svd_nn_comparison") if not exists(folder, n)]
+        if missing:
+            print(f"note: {folder} is left out: it has no {missing[0]}.json")
+            continue
+        comparison = read(folder / "svd_nn_comparison.json")
+        test = read(folder / "test_results.json")
+        history = read_json(folder / "history.json", "train again")
+        runs.append(Run(run_name(comparison), folder, comparison, test, history))
+    if not runs:
+        where = f" --results_dir {results_dirs[0]}"
+        raise InputError(
+            f"{results_dirs[0]} has no network that is trained and compared: type python "
+            f"train_real_data.py{where}, then python compare_svd_nn.py{where}"
+        )
+    newest = max(runs, key=lambda r: (r.folder / "svd_nn_comparison.json").stat().st_mtime)
+    wanted = newest.comparison["cache_sha256"]
+    for run in runs:
+        if run.comparison["cache_sha256"] != wanted:
+            print(f"note: {run.folder} is left out: another cache, {run.comparison['data']}")
+    return [run for run in runs if run.comparison["cache_sha256"] == wanted]
+
+
+def exists(folder: Path, name: str) -> bool:
+    return (folder / f"{name}.json").exists()
+
+
+def run_name(comparison: dict) -> str:
+    """Return the architecture, and how it was trained where that is not the default."""
+    name = comparison["arch"]
+    if comparison["factors"] != "projected":
+        name += f", {comparison['factors']}"
+    return name + (f", for {comparison['trained_for']}" if comparison["trained_for"] else "")
+
+
+def table(runs: list[Run]) -> list[list[str]]:
+    """Return the cells of the table of runs; the first row is the header."""
+    header = "network|parameters|rank|rel_error|SVD|above SVD|task error below SVD (%)|images/s"
+    rows = [[*header.split("|"), "best epoch"]]
+    for name, folder, comparison, test, history in runs:
+        rank = str(comparison["rank"])
+        methods = comparison["ranks"][rank]
+        model, _ = load_model(folder / "best_model.pt", "cpu")
+        speeds = [record["samples_per_s"] for record in history if "samples_per_s" in record]
+        gain = task_gain(comparison, rank, "network")
+        rows.append(
+            [
+                name,
+                f"{sum(p.numel() for p in model.parameters()):,}",
+                rank,
+                f"{methods['network']['rel_error']['mean']:.5f}",
+                f"{methods['svd']['rel_error']['mean']:.5f}",
+                percent_text(methods["network"]["excess_pct"]["mean"]),
+                gain_text(gain),
+                f"{statistics.median(speeds):.1f}",
+                f"{test['best_epoch']} of {test['epochs']}",
+            ]
+        )
+    return rows
+
+
+def task_gain(comparison: dict, rank: str, method: str) -> dict | None:
+    """Return by how much a method's task error is below the SVD's; None where not measured."""
+    ranks = comparison["task"]["ranks"] if comparison["task"] else {}
+    return ranks.get(rank, {}).get(method, {}).get("gain_pct")
+
+
+# ---------------------------------------------------------------------------------- closing lines
+
+
+def closing_lines(runs: list[Run], coded: dict) -> list[str]:
+    """Return what was found, in at most five lines. coded: bytes.json, {} where there is none."""
+    run = next((r for r in runs if r.comparison["task"]), runs[0])
+    comparison, ranks = run.comparison, run.comparison["ranks"]
+    rank = SHOWN_RANK if SHOWN_RANK in ranks else max(ranks, key=int)
+    above = percent_text(ranks[rank]["network"]["excess_pct"]["mean"])
+    lines = bytes_lines(comparison, coded)
+    if gain := task_gain(comparison, rank, "network"):
+        closed = task_gain(comparison, rank, "svd_in_metric")
+        lines.append(
+            f"task: at rank {rank} the error of the head {comparison['task']['head']} is "
+            f"{gain_text(gain)} % below the SVD's by the network {run.name}, "
+            + (f"{gain_text(closed)} % by the closed form" if closed else "no closed form measured")
+        )
+    lines.append(
+        f"reconstruction: at rank {rank} the network's error is {above} above the SVD's, which no "
+        "matrix of this rank can beat"
+    )
+    groups = f"{comparison['n_images']} test images of {comparison['n_groups']} groups"
+    epochs = f"epoch {run.test['best_epoch']} of {run.test['epochs']} is the best (0: untrained)"
+    return [*lines, f"training: {epochs}; measured on {groups}; {comparison['data']}"][:5]
+
+
+def bytes_lines(comparison: dict, coded: dict) -> list[str]:
+    """Return the size of a coded image, beside quantised SVD factors, and what a reader sees."""
+    methods = coded.get("methods", {})
+    if "coded" not in methods:
+        return []
+
+    def nearest(name: str) -> dict:
+        return min(methods[name], key=lambda point: abs(point["raw_error"]["mean"] - TARGET))
+
+    own = nearest("coded")
+    size, error = own["bytes"]["mean"], own["raw_error"]["mean"]
+    full = 2 * comparison["num_tokens"] * comparison["feature_dim"]
+    line = f"bytes: {full / 1e3:.0f} kB of tokens become {size / 1e3:.1f} kB an image, raw_error "
+    line += f"{error:.3f}"
+    if "factors_quantised" in methods:
+        other = nearest("factors_quantised")
+        line += f"; quantised SVD factors take {other['bytes']['mean'] / 1e3:.1f} kB at "
+        line += f"{other['raw_error']['mean']:.3f}"
+    box = own.get("box_precision", {}).get("mean")
+    full_box = coded.get("full_tokens", {}).get("box_precision", {}).get("mean")
+    if box is None or full_box is None:
+        return [line]
+    reader = "readers: a probe that looks for the answer's box has average precision "
+    return [line, f"{reader}{box:.3f} on those tokens, {full_box:.3f} on full ones"]
+
+
+# ------------------------------------------------------------------------------------------- page
+
+
+def embedded_figures(results_dirs: list[Path], runs: list[Run]) -> list[dict]:
+    """Return caption, path and PNG in base64 of every figure of the runs that are shown."""
+    shown = {run.folder for run in runs} | set(results_dirs)
+    found = []
+    for pattern, caption in FIGURES.items():
+        for folder in results_dirs:
+            for path in sorted(folder.glob(pattern)):
+                if path.parent in shown:
+                    png = base64.b64encode(path.read_bytes()).decode()
+                    found.append({"caption": caption, "path": str(path), "png": png})
+    return found
+
+
+def of_this_cache(path: Path, cache_sha256: str) -> dict:
+    """Return a JSON file's content; {}, with a note, where it was made from another cache."""
+    found = read_json(path, "make it again, or remove it") if path.exists() else {}
+    if found and found.get("cache_sha256") != cache_sha256:
+        print(f"note: {path} is left out: it was made from another cache")
+        return {}
+    return found
+
+
+def main(args: argparse.Namespace) -> None:
+    results_dirs = [Path(folder) for folder in args.results_dir]
+    runs = read_runs(results_dirs)
+    comparison = runs[0].comparison
+    footer = f"{comparison['data']}; {comparison['n_images']} test images"
+    print(footer)
+    rows = table(runs)
+    print_columns(rows)
+    first = results_dirs[0]
+    architectures(first / "architectures.png", {run.name: run.comparison for run in runs}, footer)
+    coded = of_this_cache(first / "bytes.json", comparison["cache_sha256"])
+    benchmark = of_this_cache(first / "benchmark.json", comparison["cache_sha256"])
+    lines = closing_lines(runs, coded)
+    figures = embedded_figures(results_dirs, runs)
+    others = {"bytes.png": coded, "benchmark.png": benchmark}
+    figures = [figure for figure in figures if others.get(Path(figure["path"]).name, True)]
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    page = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html.j2")
+    with atomic_path(first / "report.html") as temporary:
+        text = page.render(title=footer, lines=lines, rows=rows, figures=figures)
+        temporary.write_text(text, encoding="utf-8")
+    print(f"wrote {first}/architectures.png and {first}/report.html: open that one in a browser")
+    print("found:")
+    for line in lines:
+        print(f"  {line}")
+
+
+if __name__ == "__main__":
+    arguments.run(main, get_args_parser())
