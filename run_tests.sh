@@ -10,7 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 . common/setup_env.sh
 # dev first: pip would complain of the demo packages, which come without what they ask for
-setup_env requirements.txt tests/requirements.txt experiments/requirements.txt \
+setup_env requirements.txt tests/requirements.txt \
     encoders/demo_requirements.txt
 
 markers="not slow and not gpu"

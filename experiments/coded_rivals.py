@@ -1,5 +1,4 @@
-"""The codec among its rivals: coded factors, the transform code with the same coder, and factors
-in the metric that a codec was fitted in.
+"""The codec among its rivals: coded factors, and the transform code with the same coder.
 
 Legend: T tokens on a grid, D features, d directions of the codec's KLT P [D, d], Z = C X P with the
 DCT C of the grid. A codec in a metric M has P = M^½ V and maps back by M^-½ V.
@@ -13,15 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.rivals import (
-    FactorsDeflate,
-    FactorsInt8,
-    Knob,
-    Rival,
-    Statistics,
-    TokenImage,
-    decompose,
-)
+from experiments.rivals import Knob, Rival, Statistics, TokenImage
 from lowrank_tokens.codec import OFFSET_LEVEL, Codec, Prepared
 from lowrank_tokens.entropy import (
     HIGHEST,
@@ -166,7 +157,7 @@ class KltDct(OfCodec):
     reads the levels at its frequencies, as the codec does. The knob is the step Δ.
     """
 
-    plain_name, knobs = "klt_dct", (*STEPS, 0.13)
+    plain_name, knobs = "transform", (*STEPS, 0.13)
     SAMPLED = 16  # images at least, where there are as many, whose symbols are counted
 
     def __init__(
@@ -237,48 +228,3 @@ class KltDct(OfCodec):
         symbols = decode_symbols(body, levels.ravel(), self.tables(knob)).reshape(levels.shape)
         z = torch.from_numpy(symbols.T.astype(np.float32)) * knob
         return denormalise(inverse_dct(z, grid) @ back(self.codec).mT, mean, std)
-
-
-def in_metric_of(codec: Codec, image: TokenImage) -> tuple[Tensor, Tensor, Tensor]:
-    """u [T, S], σ [S], v [S, d] of X P, once an image: there are two rivals that need it."""
-    key = f"in the metric of {codec.sha256}"
-    if key not in image.__dict__:
-        image.__dict__[key] = decompose(image.x @ codec.tensors["klt"].float())
-    return image.__dict__[key]
-
-
-class FactorsInt8InMetric(FactorsInt8):
-    """int8 factors U Uᵀ X with U those of X M^½: read without the metric."""
-
-    name = "factors_int8_in_metric"
-
-    def __init__(self, codec: Codec, shape: tuple[int, int], statistics: Statistics) -> None:
-        super().__init__(shape, statistics)
-        self.codec = codec
-
-    def factors(self, image: TokenImage, rank: int) -> tuple[Tensor, Tensor]:
-        u = in_metric_of(self.codec, image)[0][:, :rank]
-        return u, u.mT @ image.x
-
-
-class FactorsDeflateInMetric(FactorsDeflate):
-    """One step and DEFLATE of the factors of X P: read with the codec's matrix alone."""
-
-    name = "factors_deflate_in_metric"
-
-    def __init__(self, codec: Codec, shape: tuple[int, int], statistics: Statistics) -> None:
-        super().__init__(shape, statistics)
-        self.codec = codec
-
-    @property
-    def width(self) -> int:
-        return self.codec.tensors["klt"].shape[1]
-
-    def shared_bytes(self, knob: Knob) -> int:
-        return 2 * self.codec.tensors["inverse"].numel()
-
-    def components(self, image: TokenImage) -> tuple[Tensor, Tensor, Tensor]:
-        return in_metric_of(self.codec, image)
-
-    def mapped_back(self, x: Tensor) -> Tensor:
-        return x @ back(self.codec).mT

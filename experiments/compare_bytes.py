@@ -30,15 +30,20 @@ from experiments.bytes_tables import Point, print_tables, tables
 from experiments.coded_rivals import (
     CodecStatistics,
     Coded,
-    FactorsDeflateInMetric,
-    FactorsInt8InMetric,
     KltDct,
     has_metric,
 )
-from experiments.fitted_rivals import PcaDeflate, Pictures, ProductQuantiser, fit_token_basis
 from experiments.head_steps import CodedHeadSteps, FactorsHeadSteps
 from experiments.partial_results import PartialResults
-from experiments.rivals import Rival, Statistics, TokenImage
+from experiments.rivals import (
+    PICTURE_FORMS,
+    PcaDeflate,
+    Pictures,
+    Rival,
+    Statistics,
+    TokenImage,
+    fit_token_basis,
+)
 from figures.bytes_against_error import bytes_against_error
 from heads.load_head import HEADS, load_head
 from heads.metric import cache_hashes
@@ -56,7 +61,7 @@ from svd_baseline import interval_95
 if TYPE_CHECKING:
     from encoders.towers import VisionEncoder
 
-QUICK_METHODS = ("factors_int8", "factors_deflate", "klt_dct", "coded")
+QUICK_METHODS = ("factors_quantised", "factors_deflate", "transform", "coded")
 QUICK_KNOBS, QUICK_IMAGES = 5, 24
 DATA_SETS = {"demo": "demo_data", "real": "textVQA_groundingtask_bbox"}
 
@@ -86,9 +91,6 @@ def main(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     device = arguments.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
-    if not args.quick:  # missing packages are named before anything takes time
-        for package in ("faiss", "zstandard"):
-            rivals.needed(package)
     head_name = args.head or ("saliency" if dataset.is_demo else None)
     head = load_head(head_name, dataset, device=device) if head_name else None
     rows = test_rows(dataset, args.images or (QUICK_IMAGES if args.quick else None))
@@ -186,9 +188,7 @@ def every_rival(
     shape = (max(map(math.prod, grids)), dataset.feature_dim)
     found: list[Rival] = [
         rivals.Bf16(shape),
-        rivals.Bf16Zstd(shape),
-        rivals.FactorsBf16(shape, statistics),
-        rivals.FactorsInt8(shape, statistics),
+        rivals.FactorsQuantised(shape, statistics),
         rivals.FactorsDeflate(shape, statistics),
         rivals.TokensAveraged(shape, max(map(max, grids))),
         rivals.TokensDropped(shape),
@@ -201,11 +201,6 @@ def every_rival(
             Coded(codec, shape, statistics),
             KltDct(codec, shape, statistics, dataset.grid, batches),
         ]
-        if has_metric(codec):
-            found += [
-                FactorsInt8InMetric(codec, shape, statistics),
-                FactorsDeflateInMetric(codec, shape, statistics),
-            ]
         if has_metric(codec) and head is not None:
             found.append(CodedHeadSteps(codec, shape, statistics, head, device))
     if head is not None:
@@ -214,7 +209,8 @@ def every_rival(
         # of a codec in a metric, its four methods in the metric
         found = [rival for rival in found if rival.name.removesuffix("_in_metric") in QUICK_METHODS]
         if any(has_metric(codec) for codec in codecs) and len(codecs) == 1:
-            found = [rival for rival in found if rival.name.endswith("_in_metric")]
+            plain = ("factors_quantised", "factors_deflate")
+            found = [r for r in found if r.name.endswith("_in_metric") or r.name in plain]
         for rival in found:
             # the coarse quarter of a sweep is seldom looked at, and the finest knob takes longest
             rival.knobs = thinned(rival.knobs[len(rival.knobs) // 4 : -1], QUICK_KNOBS)
@@ -222,7 +218,7 @@ def every_rival(
     loader = create_data_loaders_real(dataset, device=device).train
     tokens = sum(math.prod(dataset.grids[row]) for row in dataset.split.train.tolist())
     basis = fit_token_basis(loader.with_progress("basis of training tokens"), tokens)
-    found += [PcaDeflate(shape, basis, statistics), ProductQuantiser(shape, basis, statistics)]
+    found.append(PcaDeflate(shape, basis, statistics))
     return found + picture_rivals(args, dataset, rows, device)
 
 
@@ -256,7 +252,7 @@ def picture_rivals(
         raise InputError(f"{name} has other weights than the encoder of {dataset.cache_dir}")
     pictures = read_pictures(dataset, rows, folder, encoder)
     shape = (dataset.num_tokens, dataset.feature_dim)
-    return [Pictures(form, shape, pictures, encoder) for form in ("jpeg", "webp")]
+    return [Pictures(form, shape, pictures.__getitem__, encoder) for form in PICTURE_FORMS]
 
 
 def read_pictures(
@@ -320,9 +316,6 @@ def measure(
             for name in parts[0]
         }
         values["retrieval"] = nearest_is_kin(torch.stack(means), groups)
-        if isinstance(method, Pictures):
-            seconds = torch.tensor(method.seconds[-len(images) :], dtype=torch.float64)
-            values["encode_again_seconds"] = seconds
         point = Point(knob, method.shared_bytes(knob), values)
         found[method.name].append(point)
         kept = {name: value.tolist() for name, value in values.items()}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from experiments.coded_rivals import STEPS, Coded
-from experiments.rivals import FactorsInt8, Knob, Statistics, TokenImage
+from experiments.rivals import FactorsQuantised, Knob, Statistics, TokenImage
 from heads.refinement import refine_factors
 from heads.task_head import TaskHead
 from lowrank_tokens.codec import Codec, Prepared
@@ -92,8 +92,8 @@ class CodedHeadSteps(Coded):
         return encode_with_head_steps(self.codec, self.prepared(image), knob, reader)
 
 
-class FactorsHeadSteps(FactorsInt8):
-    """int8 factors refined by the head, in the plain norm: what head steps bring by themselves."""
+class FactorsHeadSteps(FactorsQuantised):
+    """Quantised factors refined by the head in the plain norm: what head steps bring alone."""
 
     name = "factors_head_steps"
 

@@ -15,8 +15,8 @@ CODES: dict[str, tuple[str, str, str]] = {
     "coded_in_metric_head_steps": ("coded, head steps", "#661100", "--"),
     "coded_in_metric": ("coded, metric", "#AA4466", "-"),
     "coded": ("coded factors", "#D55E00", "-"),
-    "klt_dct_in_metric": ("KLT × DCT, metric", "#56B4E9", "--"),
-    "klt_dct": ("KLT × DCT", "#0072B2", "-"),
+    "transform_in_metric": ("KLT × DCT, metric", "#56B4E9", "--"),
+    "transform": ("KLT × DCT", "#0072B2", "-"),
     "factors_deflate_in_metric": ("DEFLATE, metric", "#66AA77", "--"),
     "factors_deflate": ("one step, DEFLATE", "#009E73", "-"),
     "factors_int8_in_metric": ("int8, metric", "#999999", "--"),
@@ -118,7 +118,7 @@ def _finding(results: dict) -> str:
         found = results["tables"].get(key, {}).get(target, {})
         sizes = {name: entry["alone"] for name, entry in found.items() if entry["alone"]}
         best = "coded" if "coded" in sizes else min(sizes, key=sizes.get, default=None)
-        rivals = "factors_int8", "factors_deflate", "klt_dct", "webp"
+        rivals = "factors_int8", "factors_deflate", "transform", "webp"
         others = [name for name in rivals if name in sizes and name != best]
         if best and others:
             times = ", ".join(
