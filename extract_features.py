@@ -3,13 +3,14 @@
     python -m experiments.make_demo_data && python extract_features.py --demo
     python extract_features.py --dataset_dir textVQA_groundingtask_bbox
     python extract_features.py --dataset_dir folder_of_jpegs   # plain images
+    python extract_features.py --import_features tensors --encoder_id my-vit   # your own encoder's
     python extract_features.py --import_pt old_cache   # features_<i>.pt files
     torchrun --nproc_per_node 2 extract_features.py --demo   # two processes
 
 Writes --cache_dir (feature_cache_real/): bfloat16 features [T, D] an image in safetensors shards,
 a table of rows (question, answers, box, thumbnail), the singular values of every normalised X, and
 last of all manifest.json. Interrupted, the same command goes on with the first missing image.
-Several processes write the same bytes as one.
+Several processes write the same features as one.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from PIL import Image
 
 from common import arguments, processes
 from encoders import checkpoints
-from encoders.extraction import extract, look_at
+from encoders.extraction import Look, extract, look_at
+from encoders.feature_import import FeatureFiles
 from encoders.image_sources import ImageSource, open_source
 from encoders.native_size import PixelRange
 from encoders.pt_import import PtFeatures
 from encoders.towers import VisionEncoder, load_encoder
-from lowrank_tokens.cache_writer import FeatureCacheWriter, refuse_finished
-from lowrank_tokens.errors import optimum
+from lowrank_tokens.cache_writer import FeatureCacheWriter, refuse_finished, write_cache
+from lowrank_tokens.errors import energy_note, optimum
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.grids import token_range
 from qwenvl_dataloader import RealQwenVLDataset
@@ -42,51 +44,137 @@ DEMO_ENCODER = "demo"
 # images of 256 tokens that are encoded at once: of more, a CPU's activations are so large that the
 # C library asks the system for pages at every call (the demo's tower: 2 0.37 s an image, 8 0.43 s)
 GPU_BATCH, CPU_BATCH = 16, 2
+TOKEN_PIXELS = 28**2  # a token of Qwen2.5-VL's tower and of the demo's
+# tokens of the largest image with --resize native: the published processor's, and as many as the
+# demo's position table has entries, beyond which its CPU would take minutes an image
+MOST_TOKENS, DEMO_MOST_TOKENS = 16384, 37**2
+LEAST_GROUPS = 3  # training, validation and test
 NAMES_SHOWN = 5
+ENERGY_IMAGES = 64  # that the summary looks at
 
 
 def get_args_parser() -> arguments.Parser:
     parser = arguments.Parser(__doc__)
-    data = parser.flags("data")
-    data("--dataset_dir", arguments.folder)(
-        "folder with *.parquet, with data/*.parquet in it, or with images in it and below"
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset_dir",
+        type=arguments.folder,
+        metavar="DIR",
+        help="images to encode: a folder with *.parquet or data/*.parquet (columns image, "
+        "question, answer, bbox, group), or with image files in it and below",
     )
-    data("--import_pt", arguments.folder)(
-        "take the features of an older cache, features_<i>.pt files, instead of encoding images"
+    group.add_argument(
+        "--demo",
+        action="store_true",
+        help=f"encode {DEMO_DATA}/ (or --dataset_dir) with a small pretrained DINOv2 that the "
+        "package index has; nothing is downloaded from a model hub",
     )
-    data.switch("--demo")(
-        f"encode {DEMO_DATA}/ (or --dataset_dir) with a small pretrained DINOv2 that the package "
-        "index has"
+    group.add_argument(
+        "--import_features",
+        type=arguments.folder,
+        metavar="DIR",
+        help="take tokens that your own encoder made, from .pt, .npy and .safetensors files of one "
+        "image [T, D] or many [n, T, D]; needs --encoder_id",
     )
-    data("--cache_dir", help="folder to write")
-    data.switch("--overwrite", "replace a cache that is there")
-    data.switch(
-        "--verify", "only check the cache that is there against its hashes, and describe it"
+    group.add_argument(
+        "--import_pt",
+        type=arguments.folder,
+        metavar="DIR",
+        help="take the features of an older cache, one file features_<i>.pt an image",
     )
-    encoder = parser.flags("encoder")
-    encoder("--model", arguments.name, "Qwen/Qwen2.5-VL-3B-Instruct")(
-        f"hub id or folder of a checkpoint of {checkpoints.names()}"
+    arguments.add_cache_dir(group, "folder to write, or to check with --verify")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the cache in --cache_dir; without it the same command goes on where an "
+        "earlier one stopped",
     )
-    pixels = arguments.Number(int, 28, 4096)
-    encoder("--image_size", pixels, 448, "side of the square the encoder sees, pixels")
-    encoder("--resize", ("stretch", "pad", "native"), "stretch")(
-        "stretch to the square, keep the aspect and pad, or keep aspect and size: larger images "
-        "have more tokens"
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="check every file of the cache against its hash, describe it, and write nothing",
     )
-    area = arguments.Number(int, 28**2, 2**28)
-    encoder("--min_pixels", area, 4 * 28**2)(
-        "--resize native enlarges smaller images; 784 pixels are a token of Qwen2.5-VL's tower and "
-        "of the demo's"
+
+    group = parser.add_argument_group("imported tokens")
+    group.add_argument(
+        "--encoder_id",
+        type=arguments.name,
+        metavar="NAME",
+        help="name of the encoder that made them; a network or codec trained on one cache serves "
+        "every other of the same name and width",
     )
-    encoder("--max_pixels", area, 16384 * 28**2, "--resize native shrinks larger images")
-    encoder("--batch_size", arguments.size, None)(
-        f"images encoded at once, memory against speed: default {GPU_BATCH}, on a CPU {CPU_BATCH}"
+    group.add_argument(
+        "--grid",
+        type=arguments.positive_int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="rows and columns of every image's tokens, in raster order; default a square where T "
+        "is one",
     )
-    encoder("--batch_tokens", arguments.Number(int, 1, 2**28))(
-        "with --resize native in place of --batch_size: tokens encoded at once, or one image that "
-        f"has more; default {256 * GPU_BATCH}, on a CPU {256 * CPU_BATCH}"
+    group.add_argument(
+        "--drop_tokens",
+        type=arguments.non_negative_int,
+        default=0,
+        metavar="N",
+        help="leave out the first N tokens of each image: class and register tokens, which have "
+        "no place on the grid",
     )
-    encoder("--device")
+
+    group = parser.add_argument_group("encoder")
+    group.add_argument(
+        "--model",
+        type=arguments.name,
+        default="Qwen/Qwen2.5-VL-3B-Instruct",
+        metavar="NAME",
+        help=f"hub id or folder of a checkpoint of {checkpoints.names()}; only its vision tower is "
+        "fetched and loaded",
+    )
+    group.add_argument(
+        "--image_size",
+        type=arguments.Number(int, 28, 4096),
+        default=448,
+        metavar="N",
+        help="side, in pixels, of the square that the encoder sees: T grows with its square",
+    )
+    group.add_argument(
+        "--resize",
+        choices=("stretch", "pad", "native"),
+        default="stretch",
+        help="stretch to the square, keep the aspect ratio and pad, or keep aspect ratio and size: "
+        "then larger images have more tokens, and each image its own grid",
+    )
+    area = arguments.Number(int, TOKEN_PIXELS, 2**28)
+    group.add_argument(
+        "--min_pixels",
+        type=area,
+        default=4 * TOKEN_PIXELS,
+        metavar="N",
+        help=f"with --resize native: enlarge images of fewer pixels; {TOKEN_PIXELS} pixels are one "
+        "token of Qwen2.5-VL's tower and of the demo's",
+    )
+    group.add_argument(
+        "--max_pixels",
+        type=area,
+        metavar="N",
+        help="with --resize native: shrink images of more pixels; memory and time grow with the "
+        f"tokens, attention with their square; default {MOST_TOKENS} tokens, with --demo "
+        f"{DEMO_MOST_TOKENS}",
+    )
+    group.add_argument(
+        "--batch_size",
+        type=arguments.batch_size,
+        metavar="N",
+        help=f"images encoded at once, memory against speed; default {GPU_BATCH}, on a CPU "
+        f"{CPU_BATCH}",
+    )
+    group.add_argument(
+        "--batch_tokens",
+        type=arguments.Number(int, 1, 2**28),
+        metavar="N",
+        help="with --resize native in place of --batch_size: tokens encoded at once, or one image "
+        f"that has more; default {256 * GPU_BATCH}, on a CPU {256 * CPU_BATCH}",
+    )
+    arguments.add_device(group)
     return parser
 
 
@@ -96,7 +184,12 @@ def main(args: argparse.Namespace) -> None:
         if processes.is_main():
             print_summary(RealQwenVLDataset(args.cache_dir), verify=True)
         return
-    skipped = import_features(args) if args.import_pt else encode_images(args)
+    if args.import_features:
+        skipped = import_tokens(args)
+    elif args.import_pt:
+        skipped = import_pt(args)
+    else:
+        skipped = encode_images(args)
     if not processes.is_main():
         return
     print_skipped(skipped)
@@ -106,33 +199,44 @@ def main(args: argparse.Namespace) -> None:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuse flags that contradict each other, by name."""
-    if args.verify:
-        arguments.refuse_beside(args, "verify", {"cache_dir"})
-    if args.import_pt:
-        arguments.refuse_beside(args, "import_pt", {"cache_dir", "overwrite"})
-    if args.demo and "model" in args.typed:
-        raise InputError("--demo brings its own encoder: omit --model")
-    square, native = {"image_size", "batch_size"}, {"min_pixels", "max_pixels", "batch_tokens"}
-    if args.resize == "native":
-        if others := sorted(args.typed & square):
-            raise InputError(
-                f"--{others[0]} does nothing beside --resize native: type --min_pixels, "
-                "--max_pixels and --batch_tokens"
-            )
-        if args.min_pixels > args.max_pixels:
-            raise InputError(
-                f"--min_pixels {args.min_pixels} is above --max_pixels {args.max_pixels}: type a "
-                "smaller one"
-            )
-    elif others := sorted(args.typed & native):
+    """Refuse flags that do nothing beside, or without, another one."""
+    imported = {"encoder_id", "grid", "drop_tokens"}
+    modes = {
+        "verify": {"cache_dir"},
+        "import_pt": {"cache_dir", "overwrite"},
+        "import_features": {"cache_dir", "overwrite"} | imported,
+    }
+    for mode, used in modes.items():
+        if mode in args.typed:
+            arguments.refuse_beside(args, mode, used)
+    native = args.resize == "native"
+    of_native = {"min_pixels", "max_pixels", "batch_tokens"}
+    useless = {
+        "beside --demo, which brings its own encoder": {"model"} if args.demo else set(),
+        "beside --resize native: type --min_pixels, --max_pixels and --batch_tokens": (
+            {"image_size", "batch_size"} if native else set()
+        ),
+        "without --resize native: add that, or omit it": set() if native else of_native,
+        "without --import_features: add that, or omit it": (
+            set() if args.import_features else imported
+        ),
+    }
+    for words, flags in useless.items():
+        if typed := sorted(args.typed & flags):
+            raise InputError(f"--{typed[0]} does nothing {words}")
+    if args.import_features and not args.encoder_id:
+        raise InputError("--import_features needs --encoder_id: name the encoder of the tokens")
+    if args.max_pixels is None:
+        args.max_pixels = TOKEN_PIXELS * (DEMO_MOST_TOKENS if args.demo else MOST_TOKENS)
+    if native and args.min_pixels > args.max_pixels:
         raise InputError(
-            f"--{others[0]} does nothing without --resize native: add that, or omit it"
+            f"--min_pixels {args.min_pixels} is above --max_pixels {args.max_pixels}: type a "
+            "smaller one"
         )
 
 
 def encode_images(args: argparse.Namespace) -> list[dict]:
-    """Make the cache from images; returns the rows that cannot be read."""
+    """Make the cache from images. Returns the rows that were skipped, with their reasons."""
     rows = find_rows(args)
     check_enough("--dataset_dir", len(rows))
     device = arguments.pick_device(args.device)
@@ -149,24 +253,25 @@ def encode_images(args: argparse.Namespace) -> list[dict]:
         image_size=PixelRange(args.min_pixels, args.max_pixels) if native else args.image_size,
         resize=args.resize,
     )
+    looks = look_at(rows, encoder)
+    check_enough("--dataset_dir", len({look.group for look in looks} - {None}))
     with processes.sole_writer(args.cache_dir, "--cache_dir"):
-        return write_cache(args, rows, encoder, device)
+        return fill_cache(args, rows, encoder, looks)
 
 
 def check_enough(flag: str, images: int) -> None:
     """Refuse what cannot be split, before the work is done."""
-    if images < 3:
+    if images < LEAST_GROUPS:
         raise InputError(
-            f"{flag} has {images} image(s): training, validation and test need at least 3 "
-            "different ones"
+            f"{flag} has {images} different image(s), or groups of them: training, validation and "
+            f"test need at least {LEAST_GROUPS}"
         )
 
 
-def write_cache(
-    args: argparse.Namespace, rows: ImageSource, encoder: VisionEncoder, device: torch.device
+def fill_cache(
+    args: argparse.Namespace, rows: ImageSource, encoder: VisionEncoder, looks: list[Look]
 ) -> list[dict]:
-    """Fill --cache_dir, from where it was left; returns the rows that cannot be read."""
-    looks = look_at(rows, encoder)
+    """Fill --cache_dir from where it was left. Returns the rows that were skipped."""
     grids = [look.grid for look in looks]
     batch = "batch_size" if encoder.grid else "batch_tokens"
     with processes.main_first():
@@ -180,22 +285,57 @@ def write_cache(
         )
     demo = "DEMO data, " if rows.kind == "demo" else ""
     print(
-        f"{demo}{len(rows)} rows, encoder {encoder.id} on {device}: "
-        f"{token_range(grids)} tokens × {encoder.feature_dim} an image"
+        f"{demo}{len(rows)} rows, encoder {encoder.id} on {encoder.device}: "
+        f"{token_range(grids)} tokens × {encoder.feature_dim} an image, "
+        f"{sum(map(math.prod, grids))} tokens in all"
     )
     for note in rows.notes:
         print(f"note: {note}")
     if writer.rows_done:
         print(f"going on after {writer.rows_done} images that {args.cache_dir} already holds")
     tokens = args.batch_size * encoder.num_tokens if encoder.grid else args.batch_tokens
-    extract(rows, encoder, writer, looks, tokens)
-    return writer.finish(encoder_folder=encoder.folder) if processes.is_main() else []
+    try:
+        extract(rows, encoder, writer, looks, tokens)
+    except KeyboardInterrupt:
+        print_how_to_go_on(args, writer)
+        raise
+    if not processes.is_main():
+        return []
+    return writer.finish(encoder_folder=encoder.folder, least_groups=LEAST_GROUPS)
 
 
-def import_features(args: argparse.Namespace) -> list[dict]:
-    """Make the cache from --import_pt's files; returns what is missing or damaged."""
+def print_how_to_go_on(args: argparse.Namespace, writer: FeatureCacheWriter) -> None:
+    """Say what an interrupted run has kept, and what to type."""
+    kept = f"{writer.rows_done} of {writer.num_rows} images are in {args.cache_dir}"
+    command = "the same command without --overwrite" if args.overwrite else "the same command"
+    print(f"{kept}: go on with {command}")
+
+
+def import_tokens(args: argparse.Namespace) -> list[dict]:
+    """Make the cache from --import_features' files. Returns what was skipped."""
+    files = FeatureFiles(args.import_features, args.grid, args.drop_tokens)
+    check_enough("--import_features", len(files))
+    if processes.is_main():
+        print(f"{len(files)} images in {files.num_files} files, stored in bfloat16")
+        try:
+            write_cache(
+                args.cache_dir,
+                files,
+                encoder_id=args.encoder_id,
+                overwrite=args.overwrite,
+                least_groups=LEAST_GROUPS,
+            )
+        except KeyboardInterrupt:
+            print("go on with the same command, without --overwrite")
+            raise
+    processes.barrier()
+    return RealQwenVLDataset(args.cache_dir).manifest["skipped"]
+
+
+def import_pt(args: argparse.Namespace) -> list[dict]:
+    """Make the cache from --import_pt's files. Returns what is missing or damaged."""
     features = PtFeatures(args.import_pt)
-    check_enough("--import_pt", len(features))
+    check_enough("--import_pt", features.num_different)
     header = import_header(features)
     kinds = ", ".join(f"{count} in {name}" for name, count in features.dtypes.items())
     with processes.sole_writer(args.cache_dir, "--cache_dir"):
@@ -216,7 +356,7 @@ def import_features(args: argparse.Namespace) -> list[dict]:
 
 
 def find_rows(args: argparse.Namespace) -> ImageSource:
-    """The rows that --dataset_dir or --demo name. Raises InputError where there are none."""
+    """Return the rows that --dataset_dir or --demo name. Raises InputError where there are none."""
     if args.dataset_dir is None and not args.demo:
         raise InputError("--dataset_dir is missing: name the data set's folder, or type --demo")
     try:
@@ -228,7 +368,7 @@ def find_rows(args: argparse.Namespace) -> ImageSource:
 
 
 def cache_header(encoder: VisionEncoder, rows: ImageSource) -> dict:
-    """What identifies the features: another value of any of these is another cache.
+    """Return what identifies the features: another value of any of these is another cache.
 
     In the order in which a difference is reported: what a user typed before what follows from it.
     """
@@ -263,7 +403,7 @@ def cache_header(encoder: VisionEncoder, rows: ImageSource) -> dict:
 
 
 def import_header(features: PtFeatures) -> dict:
-    """What identifies imported features: their values, since nothing is known of their encoder."""
+    """Return what identifies imported features: their values, as their encoder is not known."""
     side = math.isqrt(features.num_tokens)
     square = side**2 == features.num_tokens
     return {
@@ -298,7 +438,7 @@ def count_rows(entry: dict) -> str:
 
 
 def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
-    """One screen: what the cache holds and how well rank r could do on it."""
+    """Print one screen: what the cache holds, and how well rank r could do on it."""
     if verify and (damaged := dataset.verify()):
         name, reason = next(iter(damaged.items()))
         others = f", and {len(damaged) - 1} more files are damaged" if len(damaged) > 1 else ""
@@ -318,6 +458,9 @@ def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
     shape = f"{token_range(dataset.grids)} × {dataset.feature_dim}, {manifest['dtype']}"
     files = f"{len(manifest['shards'])} shards, {megabytes:.0f} MB"
     print(f"  tokens     {shape}, {many}{dataset.grid[0]} × {dataset.grid[1]}; {files}")
+    some = torch.linspace(0, len(dataset) - 1, min(ENERGY_IMAGES, len(dataset))).round().long()
+    if note := energy_note(dataset[[row]][0] for row in some.tolist()):
+        print(f"  note       {note}")
     encoder = manifest["encoder"]
     print("  encoder    " + ", ".join(encoder[k] for k in ("id", "preprocessor") if k in encoder))
     groups = dataset.rows["group"].to_pylist()

@@ -36,7 +36,11 @@ from lowrank_tokens.files import sha256_file
 
 SHARD_INDEX = "model.safetensors.index.json"
 SINGLE_SHARD = "model.safetensors"
-CONFIG_FILES = ["config.json", "preprocessor_config.json", "processor_config.json", SHARD_INDEX]
+ADAPTER = "adapter_config.json"
+CONFIG_FILES = [
+    *("config.json", "preprocessor_config.json", "processor_config.json"),
+    *(SHARD_INDEX, ADAPTER),
+]
 READING_ERRORS = (
     OSError,
     ValueError,
@@ -136,6 +140,11 @@ def read_checkpoint(
     folder: Path, revision: str | None = None, accepted: Iterable[str] = FAMILIES, by: str = ""
 ) -> Checkpoint:
     """The checkpoint in a folder; InputError where its model_type is not `accepted` (`by` whom)."""
+    if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{folder} is a LoRA adapter, no whole model: merge it into its base model "
+            "(peft: merge_and_unload), save that, and type its folder"
+        )
     with reading(folder / "config.json", accepted):
         config = json.loads((folder / "config.json").read_text())
     model_type = config.get("model_type") if isinstance(config, dict) else None
@@ -199,15 +208,35 @@ def load_tower(
         tower = checkpoint.family.tower._from_config(
             checkpoint.vision, dtype=dtype, attn_implementation="sdpa"
         )
-    digest, state = hashlib.sha256(), {}
+    digest, state, dtypes = hashlib.sha256(), {}, {}
     for name, tensor in _vision_tensors(checkpoint):
         _digest_tensor(digest, name, tensor)
-        state[name] = tensor.to(device, dtype)
+        state[name], dtypes[name] = tensor.to(device, dtype), tensor.dtype
     if checkpoint.family.kind is DINOV2:
         state = dinov2_weights(state)
+    refuse_quantised(checkpoint.folder, dtypes, tower.state_dict())
     with reading(checkpoint.folder):
         tower.load_state_dict(state, strict=True, assign=True)
     return tower.to(device).eval().requires_grad_(False), digest.hexdigest()
+
+
+def refuse_quantised(
+    folder: Path, dtypes: Mapping[str, torch.dtype], needed: Mapping[str, Tensor]
+) -> None:
+    """Refuse vision weights that a quantisation has replaced by codes and scales.
+
+    dtypes: of the stored vision tensors; needed: the tower's own.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    quantisation = config.get("quantization_config")
+    floats = all(dtype.is_floating_point for dtype in dtypes.values())
+    plain = floats and len(dtypes) == len(needed)  # scales are tensors of their own
+    if quantisation and not plain:
+        method = quantisation.get("quant_method", "unknown method")
+        raise InputError(
+            f"{folder}: its vision weights are quantised ({method}): type the checkpoint that it "
+            "was made from"
+        )
 
 
 def dinov2_weights(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -247,6 +276,11 @@ def _vision_files(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
             files = json.loads((folder / SHARD_INDEX).read_text())["weight_map"]
     else:
         path = folder / SINGLE_SHARD
+        if not path.is_file() and (pickles := sorted(folder.glob("*.bin"))):
+            raise InputError(
+                f"{folder} holds {pickles[0].name}, a pickle, and no safetensors: save it again "
+                "with transformers' save_pretrained, and type that folder"
+            )
         with reading(path), safe_open(path, framework="pt") as shard:
             files = dict.fromkeys(shard.keys(), SINGLE_SHARD)
     prefix = next((p for p in prefixes if any(key.startswith(p) for key in files)), prefixes[0])

@@ -11,6 +11,7 @@ import hashlib
 import io
 import math
 import os
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from common import processes
 from encoders.image_sources import (
@@ -36,13 +38,16 @@ from lowrank_tokens import progress
 from lowrank_tokens.cache_writer import FeatureCacheWriter
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.grids import Grid
-from lowrank_tokens.shards import ROWS_PER_SHARD
+from lowrank_tokens.linalg import LARGEST_FEATURE, usable_features
 
 THUMBNAIL_SIZE = 224  # pixels, of the longer side
 # Threads and not a DataLoader's processes: decoders leave Python's lock to each other, and pixels
 # would have to pass through /dev/shm, which containers keep small.
 DECODERS = 8  # threads at most: so many keep an H100's tower fed
 BATCHES_AHEAD = 1
+READ_AT_ONCE = 16  # rows of the data set
+LEAST_ESTIMATE = 60  # seconds: of a shorter run no estimate is printed
+NOT_USABLE = f"its features are not finite, or above {LARGEST_FEATURE:.0e}"
 
 Row = tuple[int, dict]  # row number in the data set, row
 
@@ -52,6 +57,7 @@ class Look(NamedTuple):
 
     sha256: str | None  # of its file; None where there is none
     grid: Grid  # of its tokens; (1, 1) where it cannot be read
+    group: str | None  # what must stay on one side of the split
 
 
 class Sample(NamedTuple):
@@ -76,11 +82,16 @@ class RowBatch(NamedTuple):
 
 
 def look_at(rows: ImageSource, encoder: VisionEncoder) -> list[Look]:
-    """Hash and grid of each row's image; no image is decoded."""
-    found = (row for batch in rows.batches(ROWS_PER_SHARD) for _, row in batch)
+    """Return hash, grid and group of each row's image; no image is decoded."""
+    found = (row for batch in rows.batches(READ_AT_ONCE) for _, row in batch)
     show = processes.is_main()
     found = progress.over(found, "hash", "images", total=len(rows), show=show)
-    return [Look(_sha256(row["image"]), _grid(row["image"], encoder)) for row in found]
+    return [_look(row, encoder) for row in found]
+
+
+def _look(row: dict, encoder: VisionEncoder) -> Look:
+    sha = _sha256(row["image"])
+    return Look(sha, _grid(row["image"], encoder), sha and (row.get("group") or sha))
 
 
 def _sha256(cell: ImageCell) -> str | None:
@@ -112,6 +123,13 @@ def extract(
     At most `batch_tokens` tokens are encoded at once, or one image that has more. While the encoder
     works on a batch, threads decode and preprocess the next.
     """
+    begun = time.perf_counter()
+    tokens_to_do = sum(
+        math.prod(looks[row].grid)
+        for shard in writer.shards_to_do()
+        for row in writer.rows_of(shard)
+    )
+    is_first = True
     samples: list[Sample] = []  # of the shard that is being made
     encoded: dict[int, torch.Tensor] = {}  # row → its features [T, D]
     to_do = batches_to_do(rows, writer, looks, batch_tokens)
@@ -128,13 +146,27 @@ def extract(
                 write_samples(writer, shard, samples, encoded)
                 samples, encoded = [], {}
             bar.update(len(batch))
+            if is_first:
+                done = sum(math.prod(looks[s.row_id].grid) for s in batch) * processes.world()
+                print_estimate(time.perf_counter() - begun, done, tokens_to_do)
+                is_first = False
+
+
+def print_estimate(seconds: float, done: int, tokens: int) -> None:
+    """Print how long all tokens may take, by those that are done, where it is over a minute."""
+    estimate = seconds * tokens / done
+    if estimate > LEAST_ESTIMATE:
+        tqdm.write(
+            f"the first {done} of {tokens} tokens took {seconds:.1f} s: about "
+            f"{estimate / 60:.0f} minutes for all"
+        )
 
 
 def batches_to_do(
     rows: ImageSource, writer: FeatureCacheWriter, looks: list[Look], batch_tokens: int
 ) -> Iterator[RowBatch]:
     """Batches of the shards that this process has to make; no batch is of two shards or grids."""
-    every = (row for batch in rows.batches(ROWS_PER_SHARD) for row in batch)
+    every = (row for batch in rows.batches(READ_AT_ONCE) for row in batch)
     for shard in processes.deal(writer.shards_to_do()):
         wanted = writer.rows_of(shard)
         here = dropwhile(lambda row, first=wanted.start: row[0] < first, every)
@@ -150,15 +182,24 @@ def batches_to_do(
 def write_samples(
     writer: FeatureCacheWriter, shard: int, samples: list[Sample], encoded: dict[int, torch.Tensor]
 ) -> None:
-    """Write a shard; an image that came in an earlier shard gets its features from there."""
+    """Write a shard. An image that came in an earlier shard gets its features from there.
+
+    Images whose features are not usable are skipped with their reason, as unreadable ones are.
+    """
     samples = sorted(samples, key=lambda sample: sample.row_id)
+    features: dict[int, torch.Tensor] = {}
+    for i, s in enumerate(samples):
+        if s.reason is None:
+            found = encoded[s.first] if s.first in encoded else writer.features_of(s.first)
+            if found is None or not usable_features(found[None]):
+                samples[i] = s._replace(reason=NOT_USABLE)
+            else:
+                features[s.row_id] = found
     readable = [s for s in samples if s.reason is None]
-    features = [
-        encoded[s.first] if s.first in encoded else writer.features_of(s.first) for s in readable
-    ]
     skipped = [{"row_id": s.row_id, "reason": s.reason} for s in samples if s.reason]
-    notes = [{"row_id": s.row_id, "note": note} for s in samples for note in s.notes]
-    writer.write_shard(shard, features, [s.record for s in readable], skipped, notes)
+    notes = [{"row_id": s.row_id, "note": note} for s in readable for note in s.notes]
+    tokens = [features[s.row_id] for s in readable]
+    writer.write_shard(shard, tokens, [s.record for s in readable], skipped, notes)
 
 
 def prepared(
@@ -215,6 +256,9 @@ def prepare_row(row_id: int, row: dict, encoder: VisionEncoder, look: Look, firs
         "height": image.height,
         "grid_rows": look.grid[0],
         "grid_columns": look.grid[1],
+        "photograph": row.get("photograph"),
+        "view": row.get("view"),
+        "mirrored": row.get("mirrored"),
         "thumbnail": thumbnail,
     }
     pixels = encoder.preprocess(image) if first == row_id else None

@@ -25,9 +25,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from encoders.pixels import upright_rgb, upright_size
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import sha256_file
+from lowrank_tokens.pixels import upright_rgb, upright_size
 
 # formats of which Pillow knows the names alone, or that need another program
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
@@ -48,7 +48,7 @@ class UnreadableImage(Exception):
 
 
 def read_image(cell: ImageCell) -> Image.Image:
-    """Return the decoded image, upright, RGB, in its own size (`encoders.pixels`).
+    """Return the decoded image, upright, RGB, in its own size (`lowrank_tokens.pixels`).
 
     Raises UnreadableImage: no bytes and no path, no such file, damaged, pixels of an unknown scale,
     or more pixels than Pillow takes for honest (twice `Image.MAX_IMAGE_PIXELS`), which is found
@@ -246,7 +246,8 @@ class ParquetSource(ImageSource):
 
     Column image is struct(bytes, path), raw bytes or file paths (relative to the parquet files'
     folder or to the data set's); question (text), answer or answers (text or a list of texts), bbox
-    (x, y, w, h in pixels) and group (text) may be missing, and other columns are not read.
+    (x, y, w, h in pixels), group (text), and, for matching between views, photograph (text), view
+    (x, y, w, h in its pixels) and mirrored (bool) may be missing; other columns are not read.
     """
 
     def __init__(self, folder: Path, files: list[Path]) -> None:
@@ -357,6 +358,9 @@ _COLUMNS = {
     "answers": (_is_answer, "text or a list of texts"),
     "bbox": (_is_box, "a list of the numbers x, y, w, h"),
     "group": (_TEXT.__contains__, "text"),
+    "photograph": (_TEXT.__contains__, "text"),
+    "view": (_is_box, "a list of the numbers x, y, w, h"),
+    "mirrored": (lambda kind: kind in (pa.bool_(), _NULL), "true or false"),
 }
 
 

@@ -80,6 +80,11 @@ class PtFeatures:
     def __len__(self) -> int:
         return len(self.row_ids)
 
+    @property
+    def num_different(self) -> int:
+        """Number of files whose values differ."""
+        return len(set(self._hashes.values()))
+
     def __getitem__(self, row_id: int) -> Tensor:
         """Values [T, D] of a file as stored. Raises InputError where it changed or went away."""
         path = self._paths[row_id]
@@ -110,22 +115,11 @@ class PtFeatures:
 
 
 def read_pt(path: Path) -> Tensor:
-    """The tensor [T, D] of a file that holds [1, T, D] or [T, D], in its own float type.
+    """Return the tensor [T, D] of a file that holds [1, T, D] or [T, D], in its own float type.
 
     Raises DamagedFile for anything else; no code of the file runs.
     """
-    try:
-        # files of torch before 1.6 are no archives, which alone can be mapped
-        mapped = zipfile.is_zipfile(path)
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except MemoryError:
-        raise
-    except UnpicklingError:
-        raise DamagedFile("is damaged, or holds objects beside tensors") from None
-    except Exception as error:
-        # damaged bytes make zip, pickle and torch raise nearly anything; all of it means one thing
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise DamagedFile(f"is damaged ({reason})") from None
+    value = load_pt(path)
     if not isinstance(value, Tensor):
         raise DamagedFile(f"holds a {type(value).__name__}, not a tensor")
     if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
@@ -136,6 +130,25 @@ def read_pt(path: Path) -> Tensor:
     if tokens.dim() != 2 or 0 in tokens.shape:
         raise DamagedFile(f"is of shape {tuple(value.shape)}, not [1, T, D] or [T, D]")
     return tokens
+
+
+def load_pt(path: Path) -> object:
+    """Return what a file of torch.save holds, memory-mapped where its format allows.
+
+    Raises DamagedFile where it is damaged or holds more than tensors and plain containers.
+    """
+    try:
+        # files of torch before 1.6 are no archives, which alone can be mapped
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except MemoryError:
+        raise
+    except UnpicklingError:
+        raise DamagedFile("is damaged, or holds objects beside tensors") from None
+    except Exception as error:
+        # damaged bytes make zip, pickle and torch raise nearly anything; all of it means one thing
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise DamagedFile(f"is damaged ({reason})") from None
 
 
 def _examine(tokens: Tensor) -> _Seen:

@@ -46,6 +46,9 @@ SCHEMA = pa.schema(
         ("bbox", pa.list_(pa.float64())),  # x, y, w, h in pixels
         ("dataset_id", pa.string()),
         ("group", pa.string()),
+        ("photograph", pa.string()),
+        ("view", pa.list_(pa.float64())),  # x, y, w, h in pixels of the photograph
+        ("mirrored", pa.bool_()),
     ]
 )
 
@@ -131,8 +134,17 @@ def plan_rows(photographs: Iterable[Photograph] = PHOTOGRAPHS) -> list[tuple[Pho
     ]
 
 
-def cut_scene(photograph: Image.Image, crop: int, rng: np.random.Generator) -> Image.Image:
-    """The stored image before its sign: RGB, longer side within LONGER_SIDE.
+@dataclass(frozen=True)
+class Scene:
+    """One crop of a photograph, without a sign."""
+
+    image: Image.Image  # RGB
+    view: tuple[float, float, float, float]  # x, y, w, h in pixels of the photograph
+    mirrored: bool  # left to right
+
+
+def cut_scene(photograph: Image.Image, crop: int, rng: np.random.Generator) -> Scene:
+    """Cut the stored image before its sign: RGB, longer side within LONGER_SIDE.
 
     Crop 0 is the whole photograph; others have 0.5 to 0.95 of its shorter side, an aspect ratio
     of 0.8 to 1.25, any position, and are mirrored three times in ten.
@@ -149,7 +161,9 @@ def cut_scene(photograph: Image.Image, crop: int, rng: np.random.Generator) -> I
     size = (round((box[2] - box[0]) * scale), round((box[3] - box[1]) * scale))
     scene = photograph.resize(size, Image.Resampling.LANCZOS, box=box)
     mirrored = crop > 0 and rng.random() < 0.3
-    return scene.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else scene
+    if mirrored:
+        scene = scene.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return Scene(scene, (box[0], box[1], box[2] - box[0], box[3] - box[1]), mirrored)
 
 
 # --- rows -----------------------------------------------------------------------------------
@@ -159,7 +173,7 @@ def cut_scene(photograph: Image.Image, crop: int, rng: np.random.Generator) -> I
 class Sample:
     """One row before it is encoded; `scene` is the same crop as `image`, without the sign."""
 
-    scene: Image.Image
+    scene: Scene
     image: Image.Image
     text: str
     question: str
@@ -172,7 +186,7 @@ def render_row(seed: int, row: int) -> Sample:
     rng = np.random.default_rng(np.random.SeedSequence([seed, row]))
     scene = cut_scene(photograph.open(), crop, rng)
     wording = choose_wording(rng)
-    image, bbox = place_sign(scene, wording, rng)
+    image, bbox = place_sign(scene.image, wording, rng)
     return Sample(scene, image, wording.text, wording.question, bbox)
 
 
@@ -198,6 +212,9 @@ def build_table(seed: int, rows: Iterable[int] | None = None) -> pa.Table:
                 "bbox": [float(n) for n in sample.bbox],
                 "dataset_id": "demo",
                 "group": photograph.group,
+                "photograph": f"{photograph.package}/{photograph.path}",
+                "view": [float(n) for n in sample.scene.view],
+                "mirrored": sample.scene.mirrored,
             }
         )
     marked = SCHEMA.with_metadata({"kind": "demo", "seed": str(seed)})
@@ -267,9 +284,17 @@ def check_target(out: Path) -> Path:
 
 def get_args_parser() -> arguments.Parser:
     parser = arguments.Parser(__doc__)
-    what = parser.flags("data set")
-    what("--out", arguments.folder, "demo_data", "folder to write to")
-    what("--seed", help="crops, texts and signs follow from it")
+    group = parser.add_argument_group("data set")
+    group.add_argument(
+        "--out", type=arguments.folder, default="demo_data", metavar="DIR", help="folder to write"
+    )
+    group.add_argument(
+        "--seed",
+        type=arguments.random_seed,
+        default=42,
+        metavar="N",
+        help="of all that is drawn: crops, texts and signs; another one is another data set",
+    )
     return parser
 
 

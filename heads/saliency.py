@@ -96,7 +96,9 @@ class SaliencyHead(TaskHead):
     def __init__(self, dataset: RealQwenVLDataset, device: torch.device | str) -> None:
         encoder = dataset.manifest["encoder"]
         self.sha256 = demo_onnx_sha256()
-        if (encoder["id"], encoder["weights_sha256"]) != (DEMO_ENCODER_ID, self.sha256):
+        # imported features have no hash of their encoder's weights
+        weights_sha256 = encoder.get("weights_sha256", self.sha256)
+        if (encoder["id"], weights_sha256) != (DEMO_ENCODER_ID, self.sha256):
             raise InputError(
                 f"--head saliency reads tokens of {DEMO_ENCODER_ID}, {dataset.cache_dir} holds "
                 f"those of {encoder['id']}: name a cache made with extract_features.py --demo"

@@ -16,6 +16,7 @@ _HOMES = {
     "exact_factors": "linalg",
     "load_factors": "factor_files",
     "read_factors": "factor_files",
+    "write_cache": "cache_writer",
 }
 __all__ = sorted(_HOMES)
 

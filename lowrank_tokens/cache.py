@@ -7,7 +7,7 @@ A cache is a folder:
 
     manifest.json                 written last: a folder without it is not a cache
     features-00000.safetensors    tensor `features` [Σ T_i, D] bfloat16: tokens of its images end
-                                  to end (format 1: [n, T, D])
+                                  to end
     rows.parquet                  one row per image: question, answers, box, thumbnail, hashes, grid
     singular_values.safetensors   `singular_values` [N, min(T, D)] float64 of the normalised X
     spectra.safetensors           the same of a native-resolution cache, once they are asked for
@@ -26,7 +26,7 @@ import math
 import os
 import statistics
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -57,7 +57,7 @@ from lowrank_tokens.grids import Grid, most_frequent, token_range
 from lowrank_tokens.linalg import LARGEST_FEATURE, exact_singular_values, normalise, usable_features
 from lowrank_tokens.shards import check_shards, read_finished
 
-FORMAT = 2  # of format 1 are caches of one grid, features [n, T, D]
+FORMAT = 2
 BUILD_CACHE = "build the cache again with extract_features.py --overwrite"
 MANIFEST_KEYS = {
     **{"format": int, "kind": str, "encoder": dict, "resize": (str, type(None)), "grid": list},
@@ -77,7 +77,7 @@ def read_manifest(cache_dir: Path) -> dict:
     again = "the extraction was interrupted, run the same extract_features.py command to finish it"
     path, manifest = read_finished(cache_dir, again, BUILD_CACHE)
     check_keys(path, manifest, MANIFEST_KEYS, BUILD_CACHE)
-    if manifest["format"] not in (1, FORMAT):
+    if manifest["format"] != FORMAT:
         raise InputError(f"{path} has format {manifest['format']}, not {FORMAT}: {BUILD_CACHE}")
     check_shards(path, manifest, BUILD_CACHE, tables_of(manifest))
     check_keys(path, manifest["encoder"], {"id": str}, BUILD_CACHE)
@@ -90,7 +90,7 @@ def read_manifest(cache_dir: Path) -> dict:
         "feature_dim": manifest["feature_dim"] < 1,
         "rows": manifest["rows"]["file"] != "rows.parquet",
         "singular_values": [f["file"] for f in tables_of(manifest)[1:]]
-        != ["singular_values.safetensors"] * (manifest["resize"] != "native"),
+        not in ([], ["singular_values.safetensors"]),
     }
     for key in [key for key, is_wrong in wrong.items() if is_wrong]:
         value = json.dumps(manifest[key])[:60]
@@ -142,10 +142,16 @@ def compute_spectra(
 
     content: hash of what the values are of; sizes: m_i of each image; spectrum: i → σ of image i,
     [m_i] float64. An interrupted computation goes on after its last whole part. Of several
-    processes one computes, with all cores, and the others wait for it.
+    processes one computes, with all cores, and the others wait for it. In a folder that cannot be
+    written nothing is kept, and each process computes for itself.
     """
     if (values := stored_spectra(folder, content, sizes)) is not None:
         return values
+    if not os.access(folder, os.W_OK):  # a read-only mount, or another user's cache
+        print(f"note: {folder} is read-only: singular values are computed and not kept")
+        values = _in_parallel(range(len(sizes)), spectrum)
+        values = list(progress.over(values, "singular values", "images", total=len(sizes)))
+        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
     with one_at_a_time(folder / ".spectra.lock"):
         if (values := stored_spectra(folder, content, sizes)) is not None:  # another's work
             return values
@@ -178,14 +184,21 @@ def _compute_missing(
     ]
     images = [i for part, _ in to_do for i in part]
     done = len(sizes) - len(images)
-    # workers compute with one thread each: the values' bits do not depend on how many there are
-    workers = max(1, min(len(os.sched_getaffinity(0)), len(images)))
-    kind = {"batch_size": None, "num_workers": workers, "generator": torch.Generator()}
-    values = iter(DataLoader(_Each(spectrum), sampler=images, **kind))
+    values = _in_parallel(images, spectrum)
     with progress.bar(len(sizes), "singular values", initial=done) as bar:
         for part, path in to_do:
             _write(path, content, torch.cat(list(itertools.islice(values, len(part)))))
             bar.update(len(part))
+
+
+def _in_parallel(images: Sequence[int], spectrum: Callable[[int], Tensor]) -> Iterator[Tensor]:
+    """Yield `spectrum(i)` of each image, computed by one worker process a core.
+
+    Workers compute with one thread each, so the values' bits do not depend on how many there are.
+    """
+    workers = max(1, min(len(os.sched_getaffinity(0)), len(images)))
+    kind = {"batch_size": None, "num_workers": workers, "generator": torch.Generator()}
+    return iter(DataLoader(_Each(spectrum), sampler=images, **kind))
 
 
 def _write(path: Path, content: str, values: Tensor) -> None:
@@ -382,16 +395,14 @@ class FeatureCache(Dataset):
             )
 
     def _shard(self, index: int) -> Tensor:
-        """All tokens of a shard of either format, [Σ T_i, D], memory-mapped."""
+        """Return all tokens of a shard, [Σ T_i, D], memory-mapped."""
         if index not in self._shards:
             path = self.cache_dir / self.manifest["shards"][index]["file"]
             rows, end = self.manifest["shards"][index]["rows"], int(self._shard_ends[index])
             shape = self._tokens[end] - self._tokens[end - rows], self.feature_dim
-            if self.manifest["format"] == 1:
-                shape = rows, self.num_tokens, self.feature_dim
             tensors = load_tensors(path, BUILD_CACHE)
             check_tensors(path, tensors, {"features": (*shape, torch.bfloat16)}, BUILD_CACHE)
-            self._shards[index] = tensors["features"].flatten(0, -2)
+            self._shards[index] = tensors["features"]
         return self._shards[index]
 
     def _read_singular_values(self) -> Tensor:
@@ -419,8 +430,6 @@ class FeatureCache(Dataset):
         return rows
 
     def _read_grids(self) -> list[Grid]:
-        if self.manifest["format"] == 1:
-            return [self.grid] * len(self)
         path, names = self.cache_dir / "rows.parquet", ("grid_rows", "grid_columns")
         if missing := [name for name in names if name not in self.rows.column_names]:
             raise InputError(f"{path} has no column {missing[0]}: {BUILD_CACHE}")

@@ -1,18 +1,24 @@
-"""Writes feature caches (the format of qwenvl_dataloader): shard by shard, resumable, atomic.
+"""Writes feature caches (the format of `lowrank_tokens.cache`): shard by shard, resumable, atomic.
+
+    cache = write_cache("feature_cache_vit", items, encoder_id="my-vit")     # tokens of any encoder
 
 A shard holds the readable images of 128 consecutive rows of the data set (fewer where images have
-many tokens), so that shards do not depend on each other and several processes may each write some.
-A shard is committed by its row fragment (`part-00000.parquet`), which is written after it; the
-cache is committed by `manifest.json`, written last. An interrupted writer goes on with the shards
-that are missing, and the finished cache is byte-identical to an uninterrupted one.
+many tokens, and at the start: 16, 16, 32, 64). Shards do not depend on each other, so that several
+processes may each write some. A shard is committed by its row fragment (`part-00000.parquet`),
+which is written after it; the cache is committed by `manifest.json`, written last. An interrupted
+writer goes on with the shards that are missing, and the finished cache is byte-identical to an
+uninterrupted one.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import itertools
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -21,9 +27,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch import Tensor
 
-from lowrank_tokens.cache import FORMAT
+from lowrank_tokens.cache import FORMAT, FeatureCache
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import (
     atomic_path,
@@ -33,9 +40,11 @@ from lowrank_tokens.files import (
     load_tensors,
     read_json,
     save_tensors,
+    sole_writer,
 )
 from lowrank_tokens.grids import Grid, most_frequent
 from lowrank_tokens.linalg import LARGEST_FEATURE, exact_singular_values, normalise, usable_features
+from lowrank_tokens.pixels import upright_rgb
 from lowrank_tokens.shards import ShardWriter, finished_words
 
 ROW_SCHEMA = pa.schema(
@@ -51,9 +60,15 @@ ROW_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("grid_rows", pa.int32()),  # of its tokens, which are their product
         ("grid_columns", pa.int32()),
+        # for matching between views of one photograph
+        ("photograph", pa.string()),  # its name
+        ("view", pa.list_(pa.float64())),  # x, y, w, h of the image in pixels of the photograph
+        ("mirrored", pa.bool_()),  # whether the view was mirrored left to right
         ("thumbnail", pa.binary()),  # JPEG of what the encoder saw
     ]
 )
+FIRST_SHARD_ROWS = 16
+OPEN_END = 2**62  # rows of a writer until their number is known
 # keys of a part's metadata, JSON
 SHARD_ENTRY = b"shard"  # `file_entry` of its shard, null where no image is readable
 SKIPPED = b"skipped"  # {"row_id", "reason"} of the rows that are not
@@ -61,13 +76,38 @@ NOTES = b"notes"  # {"row_id", "note"} of rows whose values were changed or left
 _PART_SCHEMA = ROW_SCHEMA.append(pa.field("singular_values", pa.list_(pa.float64())))
 
 
+def first_row(shard: int, size: int) -> int:
+    """Return the first row of a shard, where full shards have `size` rows.
+
+    The first shards are small, so that little is lost where a run is interrupted early: of 16, 16,
+    32 and 64 rows, then 128.
+    """
+    row = 0
+    while shard and row < size:
+        row += min(size, max(FIRST_SHARD_ROWS, row))
+        shard -= 1
+    return row + shard * size
+
+
+def shard_of(row: int, size: int) -> int:
+    """Return the shard that a row belongs to, where full shards have `size` rows; −1 of row −1."""
+    if row < 0:
+        return -1
+    shard, first = 0, 0
+    while first < size:
+        shard, first = shard + 1, first_row(shard + 1, size)
+        if row < first:
+            return shard - 1
+    return shard + (row - first) // size
+
+
 def refuse_finished(cache_dir: Path, but_of: str | None = None) -> None:
     """Refuse a `cache_dir` that holds a finished cache; but_of: unless of that encoder."""
     path = cache_dir / "manifest.json"
     if path.exists():
-        remedy = "replace it with --overwrite"
+        remedy = "type another --cache_dir"
         finished = read_json(path, remedy)
-        check_keys(path, finished, {"encoder": dict}, remedy)
+        check_keys(path, finished, {"kind": str, "encoder": dict}, remedy)
         if finished["encoder"].get("id") != but_of:
             raise InputError(finished_words("--cache_dir", cache_dir, _what(finished)))
 
@@ -107,6 +147,14 @@ class FeatureCacheWriter(ShardWriter):
         self._places: dict[int, dict[int, slice]] = {}  # of shards that images were read back from
 
     what = staticmethod(_what)
+
+    @property
+    def shards(self) -> range:
+        return range(shard_of(self.num_rows - 1, self.rows_per_shard) + 1)
+
+    def rows_of(self, shard: int) -> range:
+        first, end = (first_row(number, self.rows_per_shard) for number in (shard, shard + 1))
+        return range(first, min(end, self.num_rows))
 
     def check_shard(self, path: Path) -> None:
         _read_part(path)
@@ -155,12 +203,12 @@ class FeatureCacheWriter(ShardWriter):
         with atomic_path(self.commit_path(shard)) as temporary:
             pq.write_table(part, temporary, write_page_checksum=True)
 
-    def features_of(self, row_id: int) -> Tensor:
-        """Features [T, D] bfloat16 of a readable row of another shard.
+    def features_of(self, row_id: int) -> Tensor | None:
+        """Return the features [T, D] bfloat16 of a row of another shard; None where it was skipped.
 
         Waits for a shard that another process is writing.
         """
-        shard = row_id // self.rows_per_shard
+        shard = shard_of(row_id, self.rows_per_shard)
         if shard not in self._places:
             while not self.commit_path(shard).exists():
                 time.sleep(0.05)
@@ -170,15 +218,23 @@ class FeatureCacheWriter(ShardWriter):
             ends = [0, *accumulate(map(math.prod, grids_of(part)))]
             places = map(slice, ends[:-1], ends[1:])
             self._places[shard] = dict(zip(part["row_id"].to_pylist(), places, strict=True))
+        if row_id not in self._places[shard]:
+            return None
         tokens = load_tensors(self._shard_path(shard), "start again with --overwrite")["features"]
         return tokens[self._places[shard][row_id]]
 
-    def finish(self, missing: Sequence[dict] = (), encoder_folder: str | None = None) -> list[dict]:
+    def finish(
+        self,
+        missing: Sequence[dict] = (),
+        encoder_folder: str | None = None,
+        least_groups: int = 1,
+    ) -> list[dict]:
         """Write rows, singular values and, last of all, the manifest, once every shard is there.
 
         missing: {"row_id", "reason"} of what no shard counts among its rows. encoder_folder: where
-        the encoder's checkpoint lies, for who needs the rest of it; it identifies nothing. Returns
-        all that was skipped, these first.
+        the encoder's checkpoint lies, for who needs the rest of it; it identifies nothing.
+        least_groups: of readable images; with fewer there is no cache. Returns all that was
+        skipped, these first.
         """
         parts = [_read_part(self.commit_path(shard)) for shard in self.shards]
         skipped = sum((part.skipped for part in parts), list(missing))
@@ -188,6 +244,13 @@ class FeatureCacheWriter(ShardWriter):
                 f"{skipped[0]['reason']}): no cache was made of it"
             )
         table = pa.concat_tables(part.rows for part in parts)
+        if (groups := len(set(table["group"].to_pylist()))) < least_groups:
+            reasons = [f", row {entry['row_id']}: {entry['reason']}" for entry in skipped[:1]]
+            raise InputError(
+                f"{table.num_rows} readable images of {groups} groups ({len(skipped)} skipped"
+                f"{''.join(reasons)}): training, validation and test need at least {least_groups} "
+                "different ones; no cache was made"
+            )
         grid = most_frequent(grids_of(table))
         sigma_path = self.folder / "singular_values.safetensors"
         if "grid" in self.header:
@@ -203,7 +266,7 @@ class FeatureCacheWriter(ShardWriter):
             **({"encoder_folder": encoder_folder} if encoder_folder else {}),
             "dtype": "bfloat16",
             "count": table.num_rows,
-            "groups": len(set(table["group"].to_pylist())),
+            "groups": groups,
             "shards": [{**part.entry, "rows": part.rows.num_rows} for part in parts if part.entry],
             "rows": file_entry(rows_path),
             "singular_values": file_entry(sigma_path) if "grid" in self.header else None,
@@ -266,3 +329,208 @@ def _count_notes(notes: Iterable[dict]) -> list[dict]:
         kind = {"note": entry["note"], "rows": 0, "first_row_id": entry["row_id"]}
         counted.setdefault(entry["note"], kind)["rows"] += 1
     return list(counted.values())
+
+
+# ------------------------------------------------------------------------- tokens of any encoder
+
+ITEM_KEYS = {
+    *("tokens", "grid", "image", "question", "answers", "bbox", "width", "height", "path"),
+    *("group", "photograph", "view", "mirrored"),
+}
+SQUARE_GRID = "its tokens were taken to be a square grid, in raster order"
+THUMBNAIL_SIZE = 224  # pixels, of the longer side
+
+
+class _ItemWriter(FeatureCacheWriter):
+    flag = "folder"
+
+
+def write_cache(
+    folder: str | Path,
+    items: Iterable[Tensor | np.ndarray | Mapping],
+    *,
+    encoder_id: str,
+    groups: Iterable[str] | None = None,
+    overwrite: bool = False,
+    most_tokens: int = 2048,
+    least_groups: int = 1,
+) -> FeatureCache:
+    """Write a feature cache of tokens that any encoder made, and return it, opened.
+
+    Items are consumed one after the other, and a shard of them is in memory. Where a call was
+    interrupted, the same call goes on: items that are there already are compared with what was
+    written, and then left.
+
+    Args:
+        folder: to write.
+        items: of each image its raw tokens [T_i, D], of any float type, or a mapping with "tokens"
+            and any of: "grid" (rows, columns), T_i = rows · columns in raster order; "image", the
+            encoded image's bytes; "question"; "answers", a list of texts; "bbox" (x, y, w, h) in
+            pixels, with "image" or "width" and "height"; "path"; "group"; "photograph", "view"
+            [x, y, w, h in its pixels] and "mirrored", for matching between views. Without a grid a
+            square is taken where T_i is one, which the manifest's notes say.
+        encoder_id: name of the encoder. Networks and codecs of one cache serve every other of the
+            same encoder_id and D.
+        groups: name of each item's group. Items of one group stay on one side of the split. By
+            default equal images, or equal tokens where there are no images, are one group.
+        overwrite: replace a cache that is there.
+        most_tokens: about the largest T_i: shards of larger images hold more bytes.
+        least_groups: refuse to finish a cache of fewer; training needs three.
+
+    Items whose tokens are not finite are skipped; manifest["skipped"] lists them. Raises ValueError
+    or TypeError that names the item where one cannot be taken.
+    """
+    if not isinstance(encoder_id, str) or not encoder_id.strip():
+        raise InputError(f"encoder_id is {encoder_id!r}: give the encoder's name")
+    records = _records(items, groups)
+    first = next(records, None)
+    if first is None:
+        raise InputError("items is empty: no cache was made")
+    header = {
+        "kind": "imported",
+        "encoder": {"id": encoder_id},
+        "image_size": None,
+        "resize": None,
+        "feature_dim": first.tokens.shape[1],
+        "split_by": "group" if groups is not None or first.has_group else "image",
+        "versions": {"torch": torch.__version__},
+    }
+    with sole_writer(folder, "folder"):
+        writer = _ItemWriter(folder, header, OPEN_END, overwrite, most_tokens=most_tokens)
+        _write_records(writer, itertools.chain([first], records))
+        writer.finish(least_groups=least_groups)
+    return FeatureCache(folder)
+
+
+class _Record(NamedTuple):
+    """An item as it is stored: tokens [T, D] bfloat16 and its row."""
+
+    tokens: Tensor
+    row: dict
+    notes: list[str]
+    has_group: bool
+
+
+def _records(
+    items: Iterable[Tensor | np.ndarray | Mapping], groups: Iterable[str] | None
+) -> Iterator[_Record]:
+    names = itertools.repeat(None) if groups is None else iter(groups)
+    width = None
+    for number, item in enumerate(items):
+        try:
+            group = next(names)
+        except StopIteration:
+            raise InputError(f"groups ends before item {number}: give one name an item") from None
+        record = _record(number, item, group)
+        width = width or record.tokens.shape[1]
+        if record.tokens.shape[1] != width:
+            raise InputError(
+                f"item {number} has {record.tokens.shape[1]} features, the others have {width}: "
+                "tokens of one encoder belong in one cache"
+            )
+        yield record
+
+
+def _record(number: int, item: Tensor | np.ndarray | Mapping, group: str | None) -> _Record:
+    fields = dict(item) if isinstance(item, Mapping) else {"tokens": item}
+    if unknown := sorted(fields.keys() - ITEM_KEYS):
+        raise TypeError(f"item {number} has the unknown key {unknown[0]!r}: {sorted(ITEM_KEYS)}")
+    tokens = fields.pop("tokens", None)
+    if isinstance(tokens, np.ndarray):
+        tokens = torch.from_numpy(tokens)
+    if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
+        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"item {number}: its tokens are {kind}, not a float tensor or array [T, D]")
+    if tokens.dim() != 2 or 0 in tokens.shape:
+        raise InputError(f"item {number}: its tokens have the shape {tuple(tokens.shape)}: [T, D]")
+    grid, notes = fields.pop("grid", None), []
+    if grid is None:
+        side = math.isqrt(len(tokens))
+        if side * side != len(tokens):
+            raise InputError(
+                f"item {number} has {len(tokens)} tokens, which is no square: say its grid (rows, "
+                "columns), or leave out class and register tokens first"
+            )
+        grid, notes = (side, side), [SQUARE_GRID]
+    grid = tuple(int(side) for side in grid)
+    if len(grid) != 2 or min(grid) < 1 or math.prod(grid) != len(tokens):
+        raise InputError(f"item {number} has {len(tokens)} tokens, its grid is {grid}")
+    tokens = tokens.detach().to("cpu", torch.bfloat16)
+    row = {"row_id": number, "grid_rows": grid[0], "grid_columns": grid[1]} | fields
+    row |= _image_fields(number, row.pop("image", None))
+    _check_box(number, row.get("bbox"), row.get("width"), row.get("height"))
+    given = group if group is not None else fields.get("group")
+    row["group"] = given or row.get("image_sha256") or _sha256_of(tokens)
+    return _Record(tokens, row, notes, given is not None)
+
+
+def _sha256_of(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.contiguous().view(torch.int16).numpy()).hexdigest()
+
+
+def _image_fields(number: int, data: bytes | None) -> dict:
+    """Return hash, size and thumbnail of an encoded image; nothing of None."""
+    if data is None:
+        return {}
+    try:
+        image = upright_rgb(Image.open(io.BytesIO(data)))
+    except Exception as error:  # damaged bytes make Pillow's decoders raise nearly anything
+        raise InputError(f"item {number}: its image cannot be read ({error})") from None
+    small = image.copy()
+    small.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=85)
+    sha256 = hashlib.sha256(data).hexdigest()
+    size = {"width": image.width, "height": image.height}
+    return {"image_sha256": sha256, **size, "thumbnail": file.getvalue()}
+
+
+def _check_box(number: int, box: Sequence | None, width: int | None, height: int | None) -> None:
+    if box is None:
+        return
+    if width is None or height is None:
+        raise InputError(f"item {number} has a bbox: give its image, or width and height, too")
+    numbers = [float(value) for value in box]
+    if len(numbers) != 4 or not all(map(math.isfinite, numbers)) or min(numbers[2:]) <= 0:
+        raise InputError(f"item {number}: its bbox is {list(box)}, not x, y, w, h in pixels")
+
+
+def _write_records(writer: FeatureCacheWriter, records: Iterator[_Record]) -> None:
+    """Write every shard of the records, but those that are there, and set the number of rows."""
+    total = 0
+    for shard in itertools.count():
+        wanted = len(writer.rows_of(shard))
+        chunk = list(itertools.islice(records, wanted))
+        total += len(chunk)
+        is_last = len(chunk) < wanted
+        if is_last:
+            writer.num_rows = total
+        if chunk and writer.commit_path(shard).exists():
+            _check_same(writer, shard, chunk)
+        elif chunk:
+            usable = [bool(usable_features(record.tokens[None])) for record in chunk]
+            kept = list(itertools.compress(chunk, usable))
+            skipped = [
+                {"row_id": record.row["row_id"], "reason": "its tokens are not finite"}
+                for record, fits in zip(chunk, usable, strict=True)
+                if not fits
+            ]
+            notes = [{"row_id": r.row["row_id"], "note": note} for r in kept for note in r.notes]
+            tokens = [record.tokens for record in kept]
+            writer.write_shard(shard, tokens, [record.row for record in kept], skipped, notes)
+        if is_last:
+            return
+
+
+def _check_same(writer: FeatureCacheWriter, shard: int, chunk: list[_Record]) -> None:
+    """Refuse to go on where a shard that is there was written from other items."""
+    part = _read_part(writer.commit_path(shard))
+    same = part.rows.num_rows + len(part.skipped) == len(chunk)
+    for record in chunk:
+        stored = writer.features_of(record.row["row_id"])
+        same = same and (stored is None or torch.equal(stored, record.tokens))
+    if not same:
+        raise InputError(
+            f"items {chunk[0].row['row_id']} to {chunk[-1].row['row_id']} are not those that "
+            f"{writer.folder} was begun with: give the same items, or overwrite it"
+        )

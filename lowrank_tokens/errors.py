@@ -6,6 +6,8 @@ Shapes: X [..., T, D] normalised tokens, A [..., T, r], B [..., r, D], σ [..., 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 # Below this relative error the optimum is rounding, and a ratio to it says nothing.
 NO_EXCESS_BELOW = 1e-6
+MOST_ENERGY = 0.5  # from this share on, one number for all channels says little
 
 
 def optimum(singular_values: Tensor, rank: int) -> Tensor:
@@ -79,6 +82,49 @@ def summarise(values: Tensor) -> dict[str, float | None]:
     if values.size == 0:
         return {"mean": None, "p90": None}
     return {"mean": float(values.mean()), "p90": float(np.percentile(values, 90))}
+
+
+class EnergyShare(NamedTuple):
+    """How much of the energy ‖F‖² the strongest hundredth of the channels, or tokens, holds."""
+
+    channels: list[int]  # the strongest 1 % of D, at least one, strongest first
+    channel_share: float  # of the energy of all images
+    token_share: float  # of the energy that an image's strongest 1 % of tokens hold, mean of images
+
+
+def energy_share(images: Iterable[Tensor]) -> EnergyShare:
+    """Measure how the energy of raw tokens is spread; images: [T_i, D] each, any float dtype."""
+    per_channel, token_shares = 0, []
+    for tokens in images:
+        energy = tokens.double().square()  # [T, D]
+        per_channel = per_channel + energy.sum(0)
+        per_token = energy.sum(1)
+        strongest = per_token.topk(math.ceil(len(per_token) / 100)).values.sum()
+        token_shares.append(float(strongest / per_token.sum().clamp_min(1e-300)))
+    strongest = per_channel.topk(math.ceil(len(per_channel) / 100))
+    share = float(strongest.values.sum() / per_channel.sum().clamp_min(1e-300))
+    token_share = sum(token_shares) / len(token_shares)
+    return EnergyShare(strongest.indices.tolist(), share, token_share)
+
+
+def energy_note(images: Iterable[Tensor]) -> str | None:
+    """Return one line where 1 % of the channels or tokens hold most of the energy, else None.
+
+    There raw_error and rel_error say little about the others. images: raw tokens [T_i, D] each.
+    """
+    share = energy_share(images)
+    held = []
+    if share.channel_share > MOST_ENERGY:
+        shown = ", ".join(map(str, share.channels[:3]))
+        held.append(
+            f"{len(share.channels)} channels ({shown}{' …' * (len(share.channels) > 3)}) hold "
+            f"{share.channel_share:.0%} of the energy"
+        )
+    if share.token_share > MOST_ENERGY:
+        held.append(f"1 % of an image's tokens hold {share.token_share:.0%} of its energy")
+    if not held:
+        return None
+    return f"{' and '.join(held)}: raw_error says little about the rest"
 
 
 def percent_text(value: float | None) -> str:

@@ -20,6 +20,7 @@ from lowrank_tokens.files import (
     check_files,
     check_keys,
     check_same_header,
+    first_difference,
     read_json,
     sweep_temporaries,
     with_content_hash,
@@ -134,24 +135,36 @@ class ShardWriter:
             try:
                 found = read_json(path, "start again with --overwrite")
             except InputError:
-                if not overwrite:
+                if not self._holds_own_files():
+                    found = None
+                elif overwrite:
+                    continue
+                else:
                     raise
-                continue
             if not isinstance(found, dict) or found.get("kind") not in self.kinds:
                 raise InputError(f"{where} holds something else: type another {self.flag}")
             if overwrite:
                 continue
             if path == partial:
-                check_same_header(where, found, begun)
+                other = f"another {self.flag}, or --overwrite to start anew"
+                check_same_header(where, found, begun, other)
             else:
-                if found.get("format") == self.header["format"]:  # else it differs in more
-                    # what a manifest says beyond its header is no difference
-                    found_header = {key: found.get(key) for key in self.header}
-                    check_same_header(where, found_header, self.header)
+                # what a manifest says beyond its header is no difference
+                found_header = {key: found.get(key) for key in self.header}
+                if different := first_difference(found_header, self.header):
+                    key, before, now = different
+                    raise InputError(
+                        f"{where} holds {self.what(found)}, which was begun with {key} = {before}, "
+                        f"now it is {now}: type another {self.flag}, or --overwrite to replace it"
+                    )
                 self.remove_leftovers()
                 raise InputError(finished_words(self.flag, self.folder, self.what(found)))
         if not overwrite and not partial.exists() and any(self.folder.glob(self._pattern)):
             raise InputError(f"{partial} is missing: start again with --overwrite")
+
+    def _holds_own_files(self) -> bool:
+        """Say whether the folder holds files of this kind beside its JSON."""
+        return any(any(self.folder.glob(pattern)) for pattern in (self._pattern, *self.others))
 
     def _clear(self) -> None:
         # the manifest goes first: a half-removed folder must not look like a whole one; then what

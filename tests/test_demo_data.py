@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from commands import ROOT
 from PIL import Image
 
+from common import arguments
 from experiments import make_demo_data
 from lowrank_tokens import files
 from lowrank_tokens.exceptions import InputError
@@ -25,6 +27,7 @@ SEED = 7
 ROWS = range(0, 328, 5)  # every photograph and every crop number
 # The whole script with the rows above only, for time.
 RUN = f"""
+from common import arguments
 from common import arguments
 from experiments import make_demo_data
 build_table = make_demo_data.build_table
@@ -51,7 +54,8 @@ def table(run):
 def whole():
     """The records of all rows, as `build_table` makes them by default; every image is blank."""
     blank = Image.new("RGB", (8, 8))
-    sample = make_demo_data.Sample(blank, blank, "TEXT", "what?", (0, 0, 8, 8))
+    scene = make_demo_data.Scene(blank, (0, 0, 8, 8), False)
+    sample = make_demo_data.Sample(scene, blank, "TEXT", "what?", (0, 0, 8, 8))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make_demo_data, "render_row", lambda seed, row: sample)
         return make_demo_data.build_table(SEED).to_pylist()
@@ -61,15 +65,15 @@ def decode(record):
     return Image.open(io.BytesIO(record["image"]["bytes"]))
 
 
-def end_of(arguments, monkeypatch, capsys):
+def end_of(argv, monkeypatch, capsys):
     """Exit status, stdout and stderr of the script with these arguments."""
-    monkeypatch.setattr(sys, "argv", ["experiments.make_demo_data", *arguments])
+    monkeypatch.setattr(sys, "argv", ["experiments.make_demo_data", *argv])
     with pytest.raises(SystemExit) as end:
         arguments.run(make_demo_data.main, make_demo_data.get_args_parser())
     return end.value.code, *capsys.readouterr()
 
 
-def test_columns_are_those_of_the_real_data_set_plus_the_group(table):
+def test_columns_are_those_of_the_real_data_set_and_what_splits_and_matching_need(table):
     real = [
         ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
         ("question", pa.string()),
@@ -77,7 +81,9 @@ def test_columns_are_those_of_the_real_data_set_plus_the_group(table):
         ("bbox", pa.list_(pa.float64())),
         ("dataset_id", pa.string()),
     ]
-    assert table.schema.equals(pa.schema([*real, ("group", pa.string())]))
+    more = [("group", pa.string()), ("photograph", pa.string())]
+    more += [("view", pa.list_(pa.float64())), ("mirrored", pa.bool_())]
+    assert table.schema.equals(pa.schema([*real, *more]))
     assert table.schema.metadata[b"kind"] == b"demo"
 
 
@@ -149,6 +155,27 @@ def test_sources_name_every_photograph_with_the_installed_version(run):
         (line,) = (line for line in lines if f"| {photograph.path} |" in line)
         assert f"| {metadata.version(photograph.package)} |" in line
         assert photograph.licence in line
+
+
+def test_the_images_of_seed_42_are_those_that_all_published_numbers_were_measured_on():
+    records = make_demo_data.build_table(42, [0, 9, 327]).to_pylist()
+    hashes = [hashlib.sha256(record["image"]["bytes"]).hexdigest()[:16] for record in records]
+    assert hashes == ["32d36ce4fc4a4f60", "5f610ab72638ef63", "052795a0955d1548"]
+
+
+def test_a_view_says_which_part_of_its_photograph_a_row_shows():
+    plan = make_demo_data.plan_rows()
+    for row, record in zip(ROWS, make_demo_data.build_table(SEED, ROWS).to_pylist(), strict=True):
+        photograph, crop = plan[row]
+        picture, scene = photograph.open(), make_demo_data.render_row(SEED, row).scene
+        x, y, w, h = record["view"]
+        assert record["photograph"].endswith(photograph.path)
+        assert 0 <= x < x + w <= picture.width + 1e-9 and 0 <= y < y + h <= picture.height + 1e-9
+        assert crop > 0 or (record["view"], record["mirrored"]) == ([0, 0, *picture.size], False)
+        shown = picture.resize(scene.image.size, Image.Resampling.LANCZOS, (x, y, x + w, y + h))
+        if record["mirrored"]:
+            shown = shown.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        assert np.array_equal(shown, scene.image)
 
 
 def test_a_missing_package_ends_in_one_line_that_says_what_to_type(tmp_path, monkeypatch, capsys):

@@ -21,6 +21,7 @@ WRONG_NAMES = {
     "--arch": "transformer",
     "--device": "tpu",
     "--model": "no/such model",
+    "--encoder_id": "my-vit",
     "--metric": "no_such.safetensors",
     "--codec": "no_such.safetensors",
     "--tokens": "no_such.safetensors",
@@ -241,8 +242,9 @@ def test_the_ends_of_every_range_are_accepted(script):
             for end in (number.at_least, number.at_most):
                 if end is not None:
                     needed = [w for f, a in flags_of(script) if a.required for w in (f, "x")]
-                    args = arguments.parse(parser, [*needed, flag, str(end)])
-                    assert getattr(args, action.dest) in (end, [end])
+                    values = [str(end)] * (action.nargs if isinstance(action.nargs, int) else 1)
+                    args = arguments.parse(parser, [*needed, flag, *values])
+                    assert getattr(args, action.dest) in (end, [end] * len(values))
 
 
 bounds = st.none() | st.integers(-(10**6), 10**6)

@@ -235,5 +235,9 @@ def _check_encoder(path: Path, state: dict, dataset: RealQwenVLDataset) -> None:
             if any_size and how:  # what became of the image's size is not said
                 how = re.sub(r", (stretch|pad|native)\b.*?(?=, RGB|, then)", "", how)
             c["encoder"] = {"weights_sha256": c["encoder"]["weights_sha256"], "preprocessor": how}
+    elif not any("features_sha256" in c["encoder"] for c in (before, now)):
+        # of tokens that were imported the encoder's name is all that is known
+        for c in (before, now):
+            c["encoder"] = {"id": c["encoder"]["id"]}
     remedy = "name a cache of the same encoder and size"
     _check_cache(path, before, now, dataset.cache_dir, remedy)
