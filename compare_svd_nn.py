@@ -150,7 +150,7 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     measured = measure(methods, head, batches, ranks)
     results = {
         "arch": state["config"]["arch"],
-        "factors": model.factors,
+        "factors": model.config.factors,
         "trained_for": model.norm["head"] if model.norm else None,
         "rank": rank,
         "requested_rank": args.rank or rank,
@@ -231,10 +231,10 @@ def comparison_methods(
         "randomized_svd": lambda batch, r: randomized_svd(batch.x, r),
         "pca": lambda batch, r: pca(batch.x, r, axes),
     }
-    if model.factors == "projected":
+    if model.config.factors == "projected":
         # as many columns and steps as the network has at every rank: only the sketch differs
         methods["random_sketch"] = lambda batch, r: random_sketch(
-            batch.x, r, model.refine_steps, min(model.sketch_columns(r), *batch.x.shape[-2:])
+            batch.x, r, model.config.refine_steps, min(model.sketch_columns(r), *batch.x.shape[-2:])
         )
     if metric:
         methods["svd_in_metric"] = closed_form(metric)
@@ -252,7 +252,7 @@ def network_at_ranks(model: LowRankFactorModel | TaskFactorModel) -> Factorise:
     if model.norm is None:
         return lambda batch, r: model(batch.x, r, grid=batch.grid)
     in_norm = once_a_batch(lambda batch: model.in_norm(batch.x, batch.grid))
-    return lambda batch, r: model.factors_of(batch.x, *in_norm(batch), r, batch.grid)
+    return lambda batch, r: model.config.factors_of(batch.x, *in_norm(batch), r, batch.grid)
 
 
 # --------------------------------------------------------------------------------------- measures
@@ -375,7 +375,7 @@ def rank_per_image(
     arrays = {}
     for name, curve in curves.items():
         entry[name], arrays[name] = against_fixed_rank(
-            curve, ranks[name], tokens, model.input_dim, target_error
+            curve, ranks[name], tokens, model.config.input_dim, target_error
         )
     return entry, arrays | {"target_error": target_error}
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowrank_tokens.errors import image_metrics
-from lowrank_tokens.linalg import Factors, even_features, refine, start_shifts
+from lowrank_tokens.linalg import Factors, gaussian, refine, start_shifts
 from qwenvl_dataloader import Batch
 
 MOMENT_MAX_IMAGES = 1000
@@ -148,25 +148,24 @@ def randomized_svd(x: Tensor, rank: int, seed: int = 0) -> Factors:
 
 
 def random_sketch(x: Tensor, rank: int, steps: int, columns: int) -> Factors:
-    """The network's own refinement on X_s X_sᵀ Ω, Ω Gaussian [T, c], X_s evenly spaced features of
-    X: what is left when nothing is learned. steps K, columns c ≥ rank of Ω.
+    """Refine the textbook's random sketch X Xᵀ Ω as the network refines its own.
+
+    Ω is Gaussian [T, c], c = `columns` ≥ rank, and `steps` is K (Halko et al. 2011, sec. 4.5): what
+    is left of the network when nothing is learned.
     """
     rank, columns = (min(count, *x.shape[-2:]) for count in (rank, columns))
-    omega, features, shifts = _nothing_learned(*x.shape[-2:], steps, columns, x.device)
-    seen = x[..., features]
-    sketch = seen @ (seen.mT @ omega)
+    omega, shifts = _nothing_learned(x.shape[-2], steps, columns, x.device)
+    sketch = x @ (x.mT @ omega)  # [b, T, c]
     u = refine(sketch, x, shifts, rank, ordered=False).u.to(x.dtype)
     return u, u.mT @ x
 
 
 @cache
 def _nothing_learned(
-    tokens: int, features: int, steps: int, columns: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Ω, seen features and shifts in place of a network's weights: as those, made before timing."""
-    omega = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(0))
-    made = omega, even_features(features, tokens), start_shifts(steps)
-    return tuple(tensor.to(device) for tensor in made)
+    tokens: int, steps: int, columns: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return Ω and shifts in place of a network's weights: as those, made before timing."""
+    return gaussian(tokens, columns).to(device), start_shifts(steps).to(device)
 
 
 def second_moment(images: Iterable[Tensor]) -> Tensor:

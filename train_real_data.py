@@ -35,7 +35,7 @@ from training.checkpoint import save_checkpoint
 from training.final_results import test_and_draw
 from training.run_log import RunLog, epoch_line, print_header, report, task_words
 from training.state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run, start_from_data
-from training.trained_norm import NORM_NETS, in_own_norm, task_record, task_terms
+from training.trained_norm import in_own_norm, task_record, task_terms
 
 CLIP_NORM = 1.0
 RESUME_FLAGS = ("results_dir", "cache_dir", "log_dir", "device", "tensorboard", "patience")
@@ -64,8 +64,8 @@ def get_args_parser() -> arguments.Parser:
     )
     model("--hidden_dim", arguments.size, 256, "branch width")
     model("--num_blocks", arguments.few, None, "residual blocks (default 1) or hidden layers (2)")
-    model("--seen_features", ("pivoted", "even"), "pivoted")(
-        "which 256 features the branches look at: chosen from the training tokens by pivoted "
+    model("--selected_features", ("pivoted", "even"), "pivoted")(
+        "which 256 features the branches read: chosen from the training tokens by pivoted "
         "Cholesky, or evenly spaced"
     )
     share = arguments.Number(float, 0, below=1)
@@ -105,10 +105,6 @@ def get_args_parser() -> arguments.Parser:
     task("--metric")(
         "of experiments.estimate_metric: X is factored in it; with --task_head the start of the "
         "learned norm, which is else the plain one"
-    )
-    task("--norm_net", NORM_NETS, "branches")(
-        "what learns the norm: two more branches of --arch, for each token's weight and each "
-        "feature's gain in its image, or a small network that weighs tokens alone"
     )
     task("--head_model")
     alloc = parser.flags("rank allocator (AdaLoRA)")
@@ -342,11 +338,10 @@ def main(args: argparse.Namespace) -> int:
         raise InputError(f"--{unused[0]} does nothing without --use_rank_allocator: type both")
     if not args.resume:
         arguments.check_head_model(args.head_model, args.task_head)
-    for name in ("lambda_task", "norm_net"):
-        if name in args.typed and not (args.task_head or args.resume):
-            raise InputError(f"--{name} does nothing without --task_head: type both")
-    if "seen_features" in args.typed and args.factors == "direct":
-        raise InputError("--factors direct sees all features: omit --seen_features")
+    if "lambda_task" in args.typed and not (args.task_head or args.resume):
+        raise InputError("--lambda_task does nothing without --task_head: type both")
+    if "selected_features" in args.typed and args.factors == "direct":
+        raise InputError("--factors direct reads all features: omit --selected_features")
     folder = Path(args.results_dir) / args.arch
     dataset = RealQwenVLDataset(args.cache_dir)
     run = open_run(args, folder, dataset)

@@ -157,15 +157,15 @@ def network_methods(
 
 def network_method(model: LowRankFactorModel, sketch: str) -> Method:
     """Return `model` as a method; columns are not ordered, which costs time and no error."""
-    projected = model.factors == "projected"
+    projected = model.config.factors == "projected"
     return Method(
         "network",
         lambda x, r, grid: model(x, r, ordered=False, grid=grid),
         "float64" if projected else "float32",
         model.current_effective_rank(),
-        model.config["arch"],
+        model.config.arch,
         sketch if projected else None,
-        model.refine_steps if projected else None,
+        model.config.refine_steps if projected else None,
         model.sketch_columns if projected else None,
     )
 

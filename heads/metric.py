@@ -30,15 +30,14 @@ from torch import Tensor
 
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import check_keys, save_tensors, sha256_file
-from lowrank_tokens.linalg import Factors, exact_factors
+from lowrank_tokens.linalg import Factors, exact_factors, symmetric_power
 from qwenvl_dataloader import Batch, RealQwenVLDataset
 
 if TYPE_CHECKING:
     from heads.task_head import TaskHead
     from model import LowRankFactorModel
 
-FORMAT = "2"
-OLDER_FORMAT = "1"  # the same without a hash of the content
+FORMAT = "1"
 CONTENT_HASH = "content_sha256"
 ASYMMETRY = 1e-5  # of the largest entry: sums of float32 products differ by their order
 INFO = {  # what a metric's file says at least
@@ -59,20 +58,14 @@ class TaskMetric:
         self.head, self.scale = info.get("head"), info.get("scale")
 
     @cached_property
-    def _eigen(self) -> tuple[Tensor, Tensor]:
-        return torch.linalg.eigh(self.matrix)
-
-    @cached_property
     def root(self) -> Tensor:
         """M^½ [D, D] float32, symmetric."""
-        values, vectors = self._eigen
-        return ((vectors * values.sqrt()) @ vectors.mT).float()
+        return symmetric_power(self.matrix, 0.5).float()
 
     @cached_property
     def inverse_root(self) -> Tensor:
         """M^-½ [D, D] float32, symmetric."""
-        values, vectors = self._eigen
-        return ((vectors / values.sqrt()) @ vectors.mT).float()
+        return symmetric_power(self.matrix, -0.5).float()
 
     def to(self, device: torch.device | str) -> TaskMetric:
         return TaskMetric(self.matrix.to(device), self.info, self.sha256)
@@ -82,9 +75,9 @@ class TaskMetric:
 
 
 def probe_gradients(head: TaskHead, batch: Batch, probe: int, seed: int) -> Tensor:
-    """g = ∂⟨v, y⟩/∂X / ‖y‖ [b, T, D] float32 for a Gaussian v an image: E g gᵀ = JᵀJ / ‖y‖².
+    """Return g = ∂⟨v, y⟩/∂X / ‖y‖ [b, T, D] float32, v Gaussian an image: E g gᵀ = JᵀJ / ‖y‖².
 
-    y the head's output of the raw tokens, as its error compares it, J its derivative by the
+    y is the head's output of the raw tokens, as its error compares it, J its derivative by the
     normalised X. v depends on the image's row and own output's shape, the number of the probe and
     the seed alone, and is 0 where a batch pads the output. One forward and one backward pass.
     """
@@ -135,7 +128,7 @@ class MomentSum:
 
 
 def shrunk(moment: Tensor, amount: float) -> Tensor:
-    """(M + amount · mean diagonal · I) with mean diagonal 1, [D, D] float64: positive definite."""
+    """Return M + amount · mean diagonal · I, scaled to mean diagonal 1: [D, D] float64."""
     mean = moment.diagonal().mean()
     eye = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     return (moment / mean + amount * eye) / (1 + amount)
@@ -145,10 +138,7 @@ def shrunk(moment: Tensor, amount: float) -> Tensor:
 
 
 class InMetric:
-    """`factorise` of X M^½, mapped back: A as it is, B M^-½, so that A·B has rank ≤ r as before.
-
-    Where a model factorises, its attributes are had from this too.
-    """
+    """A factorisation of X M^½, mapped back: A as it is and B M^-½, so that A·B has rank ≤ r."""
 
     def __init__(self, factorise: Callable[[Tensor, int], Factors], metric: TaskMetric) -> None:
         self.factorise, self.metric = factorise, metric
@@ -157,12 +147,20 @@ class InMetric:
         a, b = self.factorise(x @ self.metric.root, rank, **options)
         return a, b @ self.metric.inverse_root
 
-    def __getattr__(self, name: str):
-        return getattr(self.factorise, name)
+
+class NetworkInMetric(InMetric):
+    """A network that factors X M^½; it offers the network's configuration and rank."""
+
+    def __init__(self, model: LowRankFactorModel, metric: TaskMetric) -> None:
+        super().__init__(model, metric)
+        self.config = model.config
+
+    def current_effective_rank(self) -> int:
+        return self.factorise.current_effective_rank()
 
 
 def factors_in(metric: TaskMetric, norm: dict[str, str | None] | None, what: str) -> bool:
-    """Whether a network whose `norm` is this factors in `metric` by itself, mapped back already.
+    """Return whether a network whose `norm` is this factors in `metric` by itself, mapped back.
 
     So does one that was trained in this metric, or for the same head from the plain norm; one of
     the Frobenius norm (None) does not. what: the network, for the InputError where it was trained
@@ -182,17 +180,17 @@ def factors_in(metric: TaskMetric, norm: dict[str, str | None] | None, what: str
 
 def network_in_metric(
     model: LowRankFactorModel, metric: TaskMetric
-) -> LowRankFactorModel | InMetric:
-    """`model` factoring in `metric`: one that was trained in it as it is, another by `InMetric`.
+) -> LowRankFactorModel | NetworkInMetric:
+    """Return what factors in `metric`: the network itself where it was trained in it.
 
     Raises InputError for a model of another metric (`factors_in`).
     """
-    own = factors_in(metric, model.norm, f"the network {model.config['arch']}")
-    return model if own else InMetric(model, metric)
+    own = factors_in(metric, model.norm, f"the network {model.config.arch}")
+    return model if own else NetworkInMetric(model, metric)
 
 
 def metric_svd(x: Tensor, rank: int, metric: TaskMetric) -> Factors:
-    """argmin over rank-r A·B of tr((X − A B) M (X − A B)ᵀ): A = U_r of X M^½, B = U_rᵀ X.
+    """Return argmin over rank-r A·B of tr((X − A B) M (X − A B)ᵀ): A = U_r of X M^½, B = U_rᵀ X.
 
     The two roots cancel: U_rᵀ (X M^½) M^-½ = U_rᵀ X, so nothing is divided by small eigenvalues.
     Args: x [b, T, D]. Cost: that of `exact_factors` and O(T D²) for X M^½.
@@ -202,10 +200,10 @@ def metric_svd(x: Tensor, rank: int, metric: TaskMetric) -> Factors:
 
 
 def predicted_error(x: Tensor, metric: TaskMetric) -> Tensor:
-    """First-order task error of `metric_svd` at the ranks 0 … T, [b, T + 1] float64, no head run.
+    """Predict the task error of `metric_svd` at the ranks 0 … T to first order, without the head.
 
-    (scale · Σ_{i>r} σ_i(X M^½)²)^½, exact where JᵀJ / ‖y‖² is the mean metric for every token; a
-    factor calibrated on validation images takes up what is left (`experiments.evaluate_task`).
+    Returns [b, T + 1] float64, (scale · Σ_{i>r} σ_i(X M^½)²)^½: exact where JᵀJ / ‖y‖² is the mean
+    metric for every token; a factor calibrated on validation images takes up what is left.
     """
     z = (x @ metric.root).double()
     energy = torch.linalg.eigvalsh(z @ z.mT).clamp_min(0)  # smallest first
@@ -217,13 +215,13 @@ def predicted_error(x: Tensor, metric: TaskMetric) -> Tensor:
 
 
 def cache_hashes(dataset: RealQwenVLDataset) -> dict[str, str]:
-    """What of a cache a metric depends on."""
+    """Return the hashes of what a metric depends on in a cache: its manifest and its split."""
     manifest = sha256_file(dataset.cache_dir / "manifest.json")
     return {"manifest_sha256": manifest, "split": dataset.split.hash}
 
 
 def content_sha256(matrix: Tensor, info: dict[str, str]) -> str:
-    """Of M's bytes and of everything that its file says of it, but for the hash itself."""
+    """Hash M's bytes and everything that its file says of it, but for the hash itself."""
     digest = hashlib.sha256(matrix.contiguous().numpy().tobytes())
     said = {key: value for key, value in info.items() if key != CONTENT_HASH}
     digest.update(json.dumps(said, sort_keys=True).encode())
@@ -239,10 +237,10 @@ def save_metric(path: Path, metric: TaskMetric) -> None:
 
 
 def load_metric(path: str | Path, dataset: RealQwenVLDataset) -> TaskMetric:
-    """The metric at `path`. Raises InputError where it is missing, damaged, or of another cache.
+    """Read the metric at `path`.
 
-    Everything is looked at here: content hash (which files of an older version lack), what the
-    file says, M's shape, symmetry and positive definiteness.
+    Raises InputError where it is missing, damaged or of another cache. Checks the content hash,
+    what the file says, M's shape, symmetry and positive definiteness.
     """
     path, what = Path(path), f"--metric {path}"
     remedy = "make it with experiments.estimate_metric"
@@ -266,11 +264,10 @@ def load_metric(path: str | Path, dataset: RealQwenVLDataset) -> TaskMetric:
 
 
 def _read_info(what: str, stored: dict[str, str], matrix: Tensor, remedy: str) -> dict:
-    """What the file's header says of M, checked; `what` names the file."""
-    if stored.get("format") not in (FORMAT, OLDER_FORMAT):
+    """Return what the file's header says of M, checked; `what` names the file."""
+    if stored.get("format") != FORMAT:
         raise InputError(f"{what} is no metric of format {FORMAT}: {remedy}")
-    has_hash = CONTENT_HASH in stored or stored["format"] == FORMAT
-    if has_hash and stored.get(CONTENT_HASH) != content_sha256(matrix, stored):
+    if stored.get(CONTENT_HASH) != content_sha256(matrix, stored):
         raise InputError(f"{what} is damaged (its content hash is another): {remedy}")
     try:
         info = {k: json.loads(v) for k, v in stored.items() if k not in ("format", CONTENT_HASH)}

@@ -96,15 +96,6 @@ def start_shifts(steps: int) -> Tensor:
     return torch.arange(1, steps + 1, dtype=torch.float64) / (steps + 1 / 3)
 
 
-FEATURES_SEEN = 256
-
-
-def even_features(features: int, tokens: int) -> Tensor:
-    """[n] int64, n of D features evenly spaced: 256, but no fewer than T, so that they span X."""
-    count = min(features, max(FEATURES_SEEN, tokens))
-    return torch.arange(count) * features // count
-
-
 def smallest_ritz_estimate(h: Tensor) -> Tensor:
     """Smallest Cholesky pivot of H = QᵀGQ, [..., 1, 1]: an estimate of its smallest eigenvalue.
 
@@ -246,6 +237,15 @@ def exact_factors(x: Tensor, rank: int, dtype: torch.dtype = torch.float64) -> F
     u = torch.linalg.qr(wide @ vectors)[0] if tall else vectors
     u = u.to(x.dtype)
     return u, u.mT @ x
+
+
+def symmetric_power(matrix: Tensor, exponent: float) -> Tensor:
+    """Return the power of a symmetric positive definite matrix [..., D, D], symmetric, its dtype.
+
+    M^½ of a task's metric is `symmetric_power(m, 0.5)`, and its inverse has the exponent −0.5.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.pow(exponent).unsqueeze(-2)) @ vectors.mT
 
 
 # ----------------------------------------------------------------------------------- normalisation

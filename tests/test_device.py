@@ -91,7 +91,9 @@ def test_a_training_step_stays_on_its_device_and_asks_it_for_no_value(flags, x, 
     ones = torch.ones(B, T, 1, device=META)
     sigma = torch.empty(B, T, dtype=torch.float64, device=META)
     rows = torch.arange(B, device=META)
-    grid = run.model.grid if "direct" in flags else (2, T // 2)  # another one, where it may be
+    grid = (
+        run.model.config.grid if "direct" in flags else (2, T // 2)
+    )  # another one, where it may be
     batch = Batch(rows, x, ones, ones, sigma, B, 1.0, grid)
     means, broken = train_real_data.train_step(run, batch)
     assert means.device == broken.device == META

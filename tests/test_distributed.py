@@ -21,7 +21,8 @@ import train_real_data
 from common import arguments, processes
 from experiments import estimate_metric, fit_codec
 from lowrank_tokens.exceptions import InputError
-from lowrank_tokens.linalg import even_features, exact_factors
+from lowrank_tokens.linalg import exact_factors
+from model import even_features
 from qwenvl_dataloader import EpochSampler, RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import evaluate
 from training.checkpoint import load_checkpoint
@@ -245,12 +246,12 @@ def test_two_processes_choose_the_features_of_one(tiny_cache, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     in_process(train_real_data, *files(tiny_cache, one), *small, "--batch_size", "8")
     finished(torchrun("train_real_data.py", *files(tiny_cache, two), *small, "--batch_size", "4"))
-    seen = [
-        load_checkpoint(folder / "results" / "ResMLP" / "last_model.pt")["model"]["seen"]
+    selected = [
+        load_checkpoint(folder / "results" / "ResMLP" / "last_model.pt")["model"]["selected"]
         for folder in (one, two)
     ]
-    assert torch.equal(*seen)
-    assert not torch.equal(seen[0], even_features(1536, 16))
+    assert torch.equal(*selected)
+    assert not torch.equal(selected[0], even_features(1536, 16))
     close(history_of(two, "ResMLP"), history_of(one, "ResMLP"))
 
 

@@ -164,8 +164,8 @@ NOT_SYMMETRIC[0, 5] = 0.5
         (lambda m, info: flip(m), "content hash is another"),
         (lambda m, info: info.update(scale="2.0"), "content hash is another"),
         (lambda m, info: info.pop("content_sha256"), "content hash is another"),
-        (lambda m, info: info.update(format="1", content_sha256="0"), "content hash is another"),
-        (lambda m, info: info.update(format="3"), "no metric of format 2"),
+        (lambda m, info: info.update(content_sha256="0"), "content hash is another"),
+        (lambda m, info: info.update(format="3"), "no metric of format 1"),
     ],
 )
 def test_a_metric_that_was_changed_is_found_by_its_hash(
@@ -195,14 +195,15 @@ def test_a_metric_that_was_changed_is_found_by_its_hash(
         (None, {}, None),
     ],
 )
-def test_a_metric_of_an_older_version_is_read_after_every_other_check(
+def test_a_metric_with_the_right_hash_is_still_checked_for_what_it_holds(
     matrix, said, message, metric_file, metric, dataset, tmp_path
 ):
     own, info = stored(metric_file)
-    info.pop("content_sha256")
-    info = {k: v for k, v in (info | {"format": "1"} | said).items() if v is not None}
+    matrix = own if matrix is None else matrix
+    info = {k: v for k, v in (info | said).items() if v is not None}
+    info["content_sha256"] = task_metric.content_sha256(matrix, info)
     path = tmp_path / "m.safetensors"
-    save_file({"metric": own if matrix is None else matrix}, path, info)
+    save_file({"metric": matrix}, path, info)
     if message:
         with pytest.raises(InputError, match=message) as refused:
             task_metric.load_metric(path, dataset)

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import pytest
@@ -12,8 +13,10 @@ from lowrank_tokens.files import locate
 from lowrank_tokens.linalg import exact_singular_values, truncate_product
 from model import (
     ARCHITECTURES,
+    Resize,
     SVDLinear,
     activation_orth_regu_A,
+    build_model,
     canonical_arch,
     get_model_by_name,
     pivoted_features,
@@ -111,7 +114,7 @@ def test_the_gradient_of_each_term_is_a_finite_difference(arch, factors, term, t
         [p for p in model.parameters() if p.numel()],
         lambda: getattr(model.loss_terms(x, sigma), term).double(),
     )
-    assert slope == pytest.approx(difference, rel=1e-4, abs=1e-8)
+    assert slope == pytest.approx(difference, rel=1e-3, abs=1e-8)
     assert (slope == 0) == (term == "lora_ortho" and arch != "AdaLoRA")
 
 
@@ -205,7 +208,7 @@ def test_impossible_shapes_are_refused(options, message):
 def test_a_new_resmlp_is_a_random_power_step_on_the_features_it_sees(tokens):
     torch.manual_seed(0)
     model = get_model_by_name("ResMLP", input_dim=40, num_tokens=24, rank=6)
-    sketch = model.sketch(tokens, 8)[0]
+    sketch = model.sketch(tokens, 8).y
     power = tokens @ (tokens.mT @ model.col_net.skip.weight[:8].mT)
     assert float(torch.linalg.matrix_norm(sketch - power).max()) < 2e-4 * float(power.norm())
     assert model.row_gain.requires_grad
@@ -226,9 +229,9 @@ def test_features_chosen_on_other_images_bring_a_new_sketch_nearer():
     def excess():
         return excess_pct(rel_error(x[20:], *model(x[20:])), optimum(sigma, 6)).mean()
 
-    assert len(model.seen) == 256
+    assert len(model.selected) == 256
     evenly = excess()
-    model.see_features(pivoted_features(sum(image.mT @ image for image in x[:20]), 256))
+    model.start_from(sum((image.mT @ image).double() for image in x[:20]))
     assert excess() < 0.8 * evenly
 
 
@@ -273,7 +276,7 @@ def test_activation_orthogonality_is_zero_for_orthogonal_and_largest_for_equal_c
 def test_the_config_rebuilds_the_same_model(tokens):
     for arch, factors in ALL:
         model = build(arch, factors=factors)
-        twin = get_model_by_name(**model.config)
+        twin = build_model(dataclasses.replace(model.config))
         twin.load_state_dict(model.state_dict())
         assert torch.equal(twin(tokens)[0], model(tokens)[0])
 
@@ -303,19 +306,6 @@ def test_at_its_own_grid_nothing_is_resized(arch, tokens):
     assert not torch.equal(model(tokens, grid=(6, 4))[0], model(tokens)[0])  # as many tokens
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_tensors_that_are_resized_are_all_that_run_over_positions(arch):
-    model = build(arch, grid=GRID, num_blocks=2, oversample=1)
-    own = {n: p for n, p in model.col_net.named_parameters() if 24 in p.shape}
-    read, held = model.over_positions()
-    assert sorted(read + held) == sorted(own)
-    assert all(own[n].shape[-1] == 24 for n in read) and all(own[n].shape[0] == 24 for n in held)
-    with torch.no_grad():
-        shapes = {n: tuple(t.shape) for n, t in model.tables_on((3, 5), model.col_net).items()}
-    swapped = {n: tuple(15 if s == 24 else s for s in p.shape) for n, p in own.items()}
-    assert shapes == swapped
-
-
 @pytest.mark.parametrize("grid", [(7, 9), (3, 4), (1, 30)])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_one_model_serves_every_grid_about_as_well_as_a_fresh_random_sketch(arch, grid):
@@ -334,19 +324,20 @@ def test_one_model_serves_every_grid_about_as_well_as_a_fresh_random_sketch(arch
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_what_reads_positions_gives_the_same_for_a_map_sampled_more_finely(arch):
-    model = build(arch, grid=GRID).eval()
+    model = build(arch, grid=GRID, num_blocks=2).eval()
     with torch.no_grad():
-        for name in model.over_positions()[0]:  # tables without detail: constant over positions
-            parameter = model.col_net.get_parameter(name)
-            parameter.copy_(parameter[:, :1].expand_as(parameter))
-        for name in model.over_positions()[1]:
-            parameter = model.col_net.get_parameter(name)
-            parameter.copy_(parameter[:1].expand_as(parameter))
+        for parameter in model.col_net.parameters():  # tables that are constant over positions
+            if parameter.ndim == 2 and parameter.shape[1] == 24:
+                parameter.copy_(parameter[:, :1].expand_as(parameter))
+            elif parameter.shape[0] == 24:
+                parameter.copy_(parameter[:1].expand_as(parameter))
         x = torch.arange(5.0)[:, None]
-        coarse = model.col_net(x.expand(5, 24), 12)
-        tables = model.tables_on((3, 4), model.col_net)  # fewer positions: no noise is added
-        fine = torch.func.functional_call(model.col_net, tables, (x.expand(5, 12), 12))
-    assert torch.allclose(fine, coarse, atol=1e-4)
+        own = model.col_net(x.expand(5, 24), 12)
+        for grid in ((3, 4), (7, 9)):
+            map_of_grid = x.expand(5, grid[0] * grid[1])
+            assert torch.allclose(
+                model.col_net(map_of_grid, 12, Resize(GRID, grid)), own, atol=1e-4
+            )
 
 
 def test_an_image_of_fewer_tokens_than_the_rank_is_factored_at_its_own_limit():
@@ -396,14 +387,14 @@ def test_after_each_step_of_the_fused_optimiser_another_grid_sees_the_new_weight
     fresh = build(arch, grid=GRID)
     fresh.load_state_dict(model.state_dict())
     with torch.inference_mode():
-        found, expected = (m.eval().sketch(x, 8, (5, 7))[0] for m in (model, fresh))
+        found, expected = (m.eval().sketch(x, 8, (5, 7)).y for m in (model, fresh))
     assert torch.equal(found, expected)
 
 
 def test_a_config_without_a_grid_is_of_a_square_or_of_one_row():
     for tokens, grid in ((25, (5, 5)), (24, (1, 24))):
         model = get_model_by_name("MLP", input_dim=40, num_tokens=tokens, rank=4)
-        assert model.grid == grid == tuple(model.config["grid"])
+        assert model.config.grid == grid
     with pytest.raises(ValueError, match="has not 24 tokens"):
         build(grid=(5, 5))
 

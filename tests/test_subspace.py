@@ -12,7 +12,7 @@ from lowrank_tokens.linalg import (
     smallest_ritz_estimate,
     start_shifts,
 )
-from model import resize_positions
+from model import Resize
 
 
 def degenerate_tokens():
@@ -140,10 +140,10 @@ def test_the_shift_estimate_bounds_the_smallest_ritz_value_from_above_and_is_0_w
 
 def test_a_table_at_its_own_grid_is_unchanged_and_at_another_it_is_the_same_surface():
     table = torch.randn(3, 20)
-    assert torch.equal(resize_positions(table, (4, 5), (4, 5), 1), table)
+    assert torch.equal(Resize((4, 5), (4, 5)).values(table, 1), table)
     row, column = torch.arange(16.0)[:, None], torch.arange(16.0)
     plane = (2 * row + column).flatten()[:, None]  # [256, 1], positions first
-    fine = resize_positions(plane, (16, 16), (32, 32), 0).reshape(32, 32)
+    fine = Resize((16, 16), (32, 32)).values(plane).reshape(32, 32)
     # a token's centre: half the coordinate, half a token further
     centre = (torch.arange(32.0) + 0.5) / 2 - 0.5
     inside = slice(4, -4)
@@ -151,12 +151,12 @@ def test_a_table_at_its_own_grid_is_unchanged_and_at_another_it_is_the_same_surf
     assert torch.allclose(
         fine[inside, inside], (2 * centre[:, None] + centre)[inside, inside], atol=0.2
     )
-    coarse = resize_positions(plane, (16, 16), (8, 8), 0).reshape(8, 8)
+    coarse = Resize((16, 16), (8, 8)).values(plane).reshape(8, 8)
     centre = 2 * torch.arange(8.0) + 0.5
     assert torch.allclose(coarse[2:-2, 2:-2], (2 * centre[:, None] + centre)[2:-2, 2:-2], atol=1e-4)
 
 
 def test_a_table_that_shrinks_passes_over_no_position():
     one = torch.eye(64)  # a one at each position in turn
-    assert (resize_positions(one, (8, 8), (3, 3), 1).abs().sum(1) > 0.01).all()
+    assert (Resize((8, 8), (3, 3)).values(one, 1).abs().sum(1) > 0.01).all()
     assert default_grid(64) == (8, 8) and default_grid(60) == (1, 60)

@@ -21,21 +21,6 @@ from training.state import TrainState
 from training.trained_norm import TaskFactorModel
 
 
-def test_a_run_of_the_earlier_kind_of_norm_goes_on_as_it_was(tiny_cache, script, tmp_path):
-    flags = ["--task_head", "saliency", "--norm_net", "tokens", "--epochs", 1, "--oversample", 12]
-    results = trained(tmp_path, tiny_cache, *flags)
-    for name in ("best_model.pt", "last_model.pt"):
-        path = results / "ResMLP" / name
-        state = torch.load(path, weights_only=True)
-        del state["args"]["norm_net"], state["config"]["norm_net"]  # as it was written then
-        torch.save(state, path)
-    go_on = ["train_real_data.py", "--resume", "--epochs", 1, "--cache_dir", tiny_cache]
-    done = script(*go_on, "--results_dir", results)
-    assert done.returncode == 0, done.stderr
-    other = script(*go_on, "--results_dir", results, "--norm_net", "branches")
-    assert other.returncode == 2 and "--norm_net branches differs from the tokens" in other.stderr
-
-
 @pytest.fixture(scope="module")
 def task_trained(metric_file, tiny_cache, tmp_path_factory):
     results = tmp_path_factory.mktemp("task_trained") / "results"
@@ -56,7 +41,7 @@ def test_training_for_a_task_lowers_the_task_error_and_its_checkpoint_needs_no_f
     model, state = load_model(
         task_trained / "ResMLP" / "best_model.pt", torch.device("cpu"), dataset
     )
-    assert isinstance(model, TaskFactorModel) and state["config"]["task"]["head"] == "saliency"
+    assert isinstance(model, TaskFactorModel) and state["norm"]["head"] == "saliency"
     where = ["--results_dir", task_trained, "--cache_dir", tiny_cache]
     assert script("factorize.py", *where, "--out", tmp_path / "factors").returncode == 0
 
@@ -320,8 +305,6 @@ def test_the_best_epoch_of_a_head_is_the_one_with_the_least_of_what_is_trained()
     ]
     run = TrainState(None, None, None, None, None, {}, 1, head=object(), history=entries)
     assert min(entries, key=run.distance) is entries[1]
-    del entries[0]["val_task_loss"]  # a run of an older version goes on by what it was begun with
-    assert min(entries, key=run.distance) is entries[0]
 
 
 def test_training_for_a_head_without_a_metric_starts_at_the_plain_svd(
@@ -345,7 +328,7 @@ def test_training_for_a_head_without_a_metric_starts_at_the_plain_svd(
     assert history[0]["val_excess_pct"] < 0.01
     assert min(r["val_task_error"] for r in history[1:]) < 0.97 * history[0]["val_task_error"]
     model, state = load_model(results / "ResMLP" / "best_model.pt", torch.device("cpu"), dataset)
-    assert state["config"]["task"]["metric_sha256"] is None
+    assert state["norm"]["metric_sha256"] is None
     # a norm that was learned for this head is not multiplied by the head's metric either
     done = script(
         "compare_svd_nn.py",

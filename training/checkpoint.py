@@ -5,7 +5,7 @@ One file format for `best_model.pt` and `last_model.pt`: tensors and plain value
 
 A checkpoint goes on (--resume) on its own cache only; its model factors the tokens of any cache of
 the same encoder, T and D. Where test numbers are reported, images that it was trained or validated
-on are left out (`unseen_test`).
+on are left out (`training.unseen`).
 """
 
 from __future__ import annotations
@@ -17,20 +17,18 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow as pa
 import torch
-from torch import Tensor
 
 from common import arguments
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import atomic_path, first_difference
-from model import LowRankFactorModel, canonical_arch
-from qwenvl_dataloader import Loaders, RealQwenVLDataset
-from training.trained_norm import build_model
+from model import LowRankFactorModel, ModelConfig, build_model, canonical_arch
+from qwenvl_dataloader import RealQwenVLDataset
+from training.trained_norm import TaskFactorModel
 
-FORMAT = 2
-CHECKPOINT_KEYS = """shift_estimator config model optimizer scheduler allocator rng progress args
-    cache""".split()
+FORMAT = 1
+CHECKPOINT_KEYS = """shift_estimator config norm model optimizer scheduler allocator rng other_rng
+    processes progress args cache images""".split()
 # The shifts were learned as fractions of this estimate (linalg.smallest_ritz_estimate).
 SHIFT_ESTIMATOR = "min_cholesky_pivot"
 
@@ -44,59 +42,6 @@ def cache_identity(dataset: RealQwenVLDataset) -> dict:
         "split": dataset.split.hash,
         "demo": dataset.is_demo,
     }
-
-
-def seen_images(dataset: RealQwenVLDataset) -> dict[str, list[str]]:
-    """Image hashes and groups of the training and validation rows, sorted: what a run has seen.
-
-    Validation images count: they chose the epoch.
-    """
-    rows = dataset.rows.take(torch.cat([dataset.split.train, dataset.split.val]).tolist())
-    found = {"image_sha256": [], "group": []} | {n: rows[n].to_pylist() for n in _names(rows)}
-    return {name: sorted({v for v in values if v is not None}) for name, values in found.items()}
-
-
-def _names(rows: pa.Table) -> list[str]:
-    return [name for name in ("image_sha256", "group") if name in rows.column_names]
-
-
-def rows_seen(state: dict, dataset: RealQwenVLDataset, rows: Tensor) -> Tensor | None:
-    """Which of `rows` [n] a checkpoint's run has seen, by image hash or group: [n] bool.
-
-    None where it cannot be known: an older checkpoint, which holds none, and another cache.
-    """
-    if "images" not in state:
-        own = state["cache"] == cache_identity(dataset)
-        return torch.zeros(len(rows), dtype=torch.bool) if own else None
-    found = torch.zeros(len(rows), dtype=torch.bool)
-    table = dataset.rows.take(rows.tolist())
-    for name in _names(table):
-        known = set(state["images"][name])
-        found |= torch.tensor([value in known for value in table[name].to_pylist()])
-    return found
-
-
-def unseen_test(state: dict, loaders: Loaders) -> tuple[Loaders, int | None, str]:
-    """The loaders with test images that the checkpoint's run has not seen.
-
-    Returns them, how many were left out (None: cannot be known) and that in words, "" for none.
-    Raises InputError where no test image is left.
-    """
-    test = loaders.test
-    seen = rows_seen(state, test.dataset, test.sampler.rows)
-    if seen is None:
-        return loaders, None, "overlap unknown: the checkpoint does not say what it saw"
-    count = int(seen.sum())
-    if not count:
-        return loaders, 0, ""
-    rows = test.sampler.rows[~seen]
-    if not len(rows):
-        raise InputError(
-            f"--cache_dir {test.dataset.cache_dir}: the network was trained or validated on every "
-            "test image of this cache: name the cache it was trained on, or one of other images"
-        )
-    words = f"{count} test images left out: the network was trained or validated on them"
-    return loaders._replace(test=test.only(rows)), count, words
 
 
 def rng_state() -> dict:
@@ -167,20 +112,28 @@ def load_model(
     """The trained model in evaluation mode, and its checkpoint; no flag is needed to rebuild it.
 
     dataset: the cache it has to fit; with other_images any of the same encoder and shape, of which
-    who reports test numbers leaves out those it has seen (`unseen_test`).
+    who reports test numbers leaves out those it has seen (`training.unseen`).
     """
     state = load_checkpoint(path, None if other_images else dataset)
     if other_images and dataset is not None:
         _check_encoder(path, state, dataset)
     try:
-        model = build_model(state["config"])
+        model = build_trained(state["config"], state["norm"])
         model.load_state_dict(state["model"])
-    except (TypeError, RuntimeError, InputError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"{path} describes another model than it holds ({reason}): train again"
         ) from None
     return model.to(device).eval(), state
+
+
+def build_trained(
+    config: dict, norm: dict[str, str | None] | None
+) -> LowRankFactorModel | TaskFactorModel:
+    """Build the model that a checkpoint's `config` and `norm` describe."""
+    core = build_model(ModelConfig(**config))
+    return core if norm is None else TaskFactorModel(core, norm)
 
 
 class Trained(NamedTuple):
@@ -205,7 +158,7 @@ def open_trained(args: argparse.Namespace) -> Trained:
 def evaluated_rank(model: LowRankFactorModel, requested: int | None) -> int:
     """The rank that is evaluated: the requested one, at most the model's effective rank."""
     effective = model.current_effective_rank()
-    limit = min(model.num_tokens, model.input_dim)
+    limit = min(model.config.num_tokens, model.config.input_dim)
     if requested is not None and requested > limit:
         raise InputError(f"--rank {requested} is out of range: type 1 to {effective}")
     if requested is not None and requested > effective:

@@ -18,8 +18,9 @@ from lowrank_tokens.linalg import exact_factors, exact_singular_values
 from model import LowRankFactorModel
 from qwenvl_dataloader import BatchLoader, Loaders, RealQwenVLDataset
 from svd_baseline import evaluate_batches, report_ranks
-from training.checkpoint import load_model, unseen_test
+from training.checkpoint import load_model
 from training.trained_norm import TaskFactorModel, trained_ranks
+from training.unseen import unseen_test
 
 if TYPE_CHECKING:
     from heads.task_head import TaskHead
@@ -40,7 +41,8 @@ def test_and_draw(
     write_json(folder / "history.json", history)  # a run cut off after its last checkpoint has none
     device = loaders.test.device
     model, state = load_model(folder / "best_model.pt", device, dataset)
-    loaders, left_out, _ = unseen_test(state, loaders)  # one file may be in two groups
+    judged = unseen_test(loaders, {"network": state["images"]})  # one file may be in two groups
+    loaders, left_out = judged.loaders, judged.left_out["network"]
     rank = model.current_effective_rank()
     results = {
         "arch": state["config"]["arch"],
@@ -105,7 +107,7 @@ def test_statistics(model: LowRankFactorModel, loader: BatchLoader) -> dict[str,
     own min(T, D) are 0.
     """
     rank = model.current_effective_rank()
-    ridge = 1 + model.lambda_B if model.factors == "projected" else 1.0
+    ridge = 1 + model.config.lambda_B if model.config.factors == "projected" else 1.0
     parts: dict[str, list[Tensor]] = {
         name: [] for name in ("network", "svd", "sigma", "found", "energy")
     }

@@ -40,13 +40,13 @@ class RankAllocator:
         keep_ratio: float = 0.25,
         importance: str = "energy",
     ) -> None:
-        if importance == "sensitivity" and model.factors != "direct":
+        if importance == "sensitivity" and model.config.factors != "direct":
             raise InputError(
                 "--allocator_importance sensitivity needs --factors direct: projected factors give "
                 "the gate no gradient; leave it at energy"
             )
-        self.rank = model.rank
-        self.target = max(1, round(model.rank * keep_ratio))
+        self.rank = model.config.rank
+        self.target = max(1, round(model.config.rank * keep_ratio))
         self.init_warmup, self.final_warmup = init_warmup, final_warmup
         self.mask_interval = mask_interval
         self.importance = importance
@@ -114,7 +114,7 @@ class RankAllocator:
         kept = model.effective_rank_mask()
         budget = min(self.budget(step), model.current_effective_rank())
         mask = torch.zeros_like(kept)
-        if model.factors == "projected":
+        if model.config.factors == "projected":
             mask[:budget] = True  # Ritz order: the first are the strongest, ties or not
         else:
             best = self.score.masked_fill(~kept, -torch.inf).topk(budget).indices
@@ -131,5 +131,6 @@ class RankAllocator:
 
     @staticmethod
     def _triplet_parameters(model: AdaptiveLowRankProjAdaLoRA) -> list[Tensor]:
-        """E, A and B of the global gate's triplets, component i in row i of each."""
-        return [model.lora_E, model.row_net.head.weight_0, model.col_net.head.weight_0]
+        """Return E, A and B of the global gate's triplets, component i in row i of each."""
+        heads = [branch.head.weight_0 for branch in (model.row_net, model.col_net)]
+        return [model.lora_E, model.shared_basis, *heads]

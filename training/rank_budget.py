@@ -59,10 +59,11 @@ def error_curve(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def nested_factors(
     model: LowRankFactorModel, x: Tensor, rank: int, grid: Grid | None = None
 ) -> Factors:
-    """A [n, T, rank], B [n, rank, D] of which the first r columns and rows are factors of rank r,
-    as near as the model cut to r or nearer (its sketch is cut too), for every r ≤ rank."""
+    """Return A [n, T, rank] and B [n, rank, D], nested: their first r columns and rows are factors
+    of rank r, as near as the model cut to r or nearer (its sketch is cut too), for every r ≤ rank.
+    """
     a, b = model(x, rank, grid=grid)
-    return truncate_product(a, b, rank) if model.factors == "direct" else (a, b)
+    return truncate_product(a, b, rank) if model.config.factors == "direct" else (a, b)
 
 
 # ------------------------------------------------------------------------------------------- ranks

@@ -8,6 +8,7 @@ import math
 import os
 import statistics
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,7 @@ def print_header(
     rank = run.model.current_effective_rank()
     best = optimum(dataset.singular_values[dataset.split.val], rank).mean()
     parameters = sum(p.numel() for p in run.model.parameters())
-    config = run.model.config
+    config = asdict(run.model.config)
     log(dataset.label)
     log("  ".join(f"{k} {v}" for k, v in arguments.environment(run.sums.device).items()))
     log("  ".join(f"{k} {v}" for k, v in config.items()) + f"  parameters {parameters:,}")

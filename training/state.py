@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,18 +17,18 @@ from common import arguments, processes
 from heads.metric import check_head, load_metric
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import read_json
-from model import LowRankFactorModel, get_model_by_name, pivoted_features
+from model import LowRankFactorModel, ModelConfig, build_model
 from qwenvl_dataloader import BatchLoader, RealQwenVLDataset
 from svd_baseline import second_moment
 from training.checkpoint import (
     cache_identity,
     load_checkpoint,
     rng_state,
-    seen_images,
     set_rng_state,
 )
 from training.rank_allocator import RankAllocator
 from training.trained_norm import TaskFactorModel
+from training.unseen import images_of
 
 if TYPE_CHECKING:
     from heads.task_head import TaskHead
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 SHIFT_LR_FACTOR = 20  # a shift must move by tenths while weights move by thousandths
 # terms of the loss that are summed over an epoch (model.LossTerms)
 TERMS = ("reconstruction", "mse", "optimum_mse", "B", "ortho", "act", "lora_ortho", "task")
-MODEL_FLAGS = """rank factors refine_steps oversample lambda_B hidden_dim num_blocks dropout
-    precision""".split()
 # what a checkpoint has of TrainState's fields
 PROGRESS = """last_epoch epoch batches_done step best best_epoch bad_epochs finished sums
     history""".split()
@@ -69,7 +67,7 @@ class TrainState:
     history: list[dict] = field(default_factory=list)
     head: TaskHead | None = None  # frozen; what --task_head trains for
     start: dict | None = None  # checkpoint of the untrained model, not yet written
-    images: dict = field(default_factory=dict)  # hashes and groups that the run has seen
+    images: dict = field(default_factory=dict)  # trained or validated on: hashes and groups
     note: str = ""  # what --resume changed, for the log
     cuts_history: bool = False  # the folder's history has later epochs, which the next save ends
 
@@ -77,7 +75,8 @@ class TrainState:
         """Several processes have to call it together: each hands in its generators' state."""
         rng = processes.gather(rng_state())
         return {
-            "config": self.model.config,
+            "config": asdict(self.model.config),
+            "norm": self.model.norm,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -94,11 +93,10 @@ class TrainState:
     def distance(self, record: dict) -> float:
         """What decides which epoch is the best, of a history entry: the smaller, the better.
 
-        With a head what its loss measures. A run of an older version noted the error alone.
+        With a head it is what the head's loss measures.
         """
         if self.head:
-            older = any("val_task_loss" not in entry for entry in self.history)
-            return record["val_task_error" if older else "val_task_loss"]
+            return record["val_task_loss"]
         return record["val_mse"] - record["val_optimum_mse"]
 
     def keep_start(self) -> None:
@@ -119,8 +117,8 @@ class TrainState:
         for name in PROGRESS:
             setattr(self, name, state["progress"][name])
         self.fresh = False
-        self.sums = self.sums.to(self.model.shift_logits.device)
-        rng = [state["rng"], *state.get("other_rng", [])]
+        self.sums = self.sums.to(self.model.shifts.device)
+        rng = [state["rng"], *state["other_rng"]]
         if processes.rank() < len(rng):
             set_rng_state(rng[processes.rank()])
         else:
@@ -142,24 +140,34 @@ def build_run(
 ) -> TrainState:
     """Model, optimiser, scheduler and allocator of a run that has not begun."""
     torch.manual_seed(args.seed)
-    model = get_model_by_name(
-        args.arch,
+    config = ModelConfig(
+        arch=args.arch,
         input_dim=dataset.feature_dim,
         num_tokens=dataset.num_tokens,
         grid=dataset.grid,
-        **{name: getattr(args, name) for name in MODEL_FLAGS},
+        rank=args.rank,
+        factors=args.factors,
+        refine_steps=args.refine_steps,
+        oversample=args.oversample,
+        lambda_B=args.lambda_B,
+        hidden_dim=args.hidden_dim,
+        num_blocks=args.num_blocks,
+        dropout=args.dropout,
+        precision=args.precision,
     )
+    model = core = build_model(config)
     head = None
     if args.task_head or args.metric:
-        model, head = in_learned_norm(model, args, dataset, device)
+        model, head = in_learned_norm(core, args, dataset, device)
     model = model.to(device)
     # what all images share of the learned norm moves by factors, as a shift does
-    quick = [model.shift_logits, *(model.weighting.shared() if head else [])]
+    quick = [core.shift_logits, *(model.weighting.shared() if head else [])]
     quick_ids = {id(p) for p in quick}
     named = [(n, p) for n, p in model.named_parameters() if id(p) not in quick_ids]
     # no decay for biases, norms and the gate: zero is no better a place for them
-    undecayed = [p for n, p in named if p.ndim < 2 or n == "lora_E"]
-    decayed = [p for n, p in named if p.ndim >= 2 and n != "lora_E"]
+    gate = ("lora_E", "core.lora_E")
+    undecayed = [p for n, p in named if p.ndim < 2 or n in gate]
+    decayed = [p for n, p in named if p.ndim >= 2 and n not in gate]
     groups = [
         {"params": decayed, "weight_decay": args.weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
@@ -179,7 +187,11 @@ def build_run(
         seed_process(args.seed, step=0)
     sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
     identity = cache_identity(dataset)
-    own = {"sums": sums, "head": head, "images": seen_images(dataset)}
+    own = {
+        "sums": sums,
+        "head": head,
+        "images": images_of(dataset, torch.cat([dataset.split.train, dataset.split.val])),
+    }
     return TrainState(args, model, optimizer, scheduler, allocator, identity, args.epochs, **own)
 
 
@@ -211,11 +223,11 @@ def in_learned_norm(
         )
     if metric is None:  # the plain norm, whose untrained network is the plain SVD
         task = {"head": head.name, "head_sha256": head.sha256, "metric_sha256": None}
-        return TaskFactorModel(core, task, args.norm_net), head
+        return TaskFactorModel(core, task), head
     if head:
         check_head(metric, head)
     task = {key: metric.info[key] for key in ("head", "head_sha256")}
-    model = TaskFactorModel(core, task | {"metric_sha256": metric.sha256}, args.norm_net)
+    model = TaskFactorModel(core, task | {"metric_sha256": metric.sha256})
     model.weighting.start_from(metric)
     model.weighting.requires_grad_(head is not None)
     return model, head
@@ -228,9 +240,8 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
         return build_run(args, dataset, device)
     path = folder / f"{args.resume}_model.pt"
     state = load_checkpoint(path, dataset)
-    earlier = {"norm_net": "tokens", **state["args"]}  # what there was before that was a flag
     # the model's own values where a flag was left to its default
-    before = earlier | state["config"]
+    before = state["args"] | state["config"]
     for name in sorted(args.typed - FREE_ON_RESUME):
         if getattr(args, name) != before[name]:
             raise InputError(
@@ -242,7 +253,7 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
             f"--epochs {args.epochs}: --resume last goes on to the end of its run, which was begun "
             f"with {before['epochs']}: omit --epochs, or add epochs with --resume"
         )
-    kept = {k: v for k, v in earlier.items() if k not in FREE_ON_RESUME}
+    kept = {k: v for k, v in state["args"].items() if k not in FREE_ON_RESUME}
     typed_size = args.batch_size if "batch_size" in args.typed else None
     kept["batch_size"], note = batch_size_on_resume(state, path, typed_size)
     untyped = {"lr", "patience"} | ({"epochs"} if args.resume == "last" else set())
@@ -276,24 +287,23 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
 
 
 def start_from_data(run: TrainState, dataset: RealQwenVLDataset) -> None:
-    """Choose the features that a new model's branches look at from the training tokens.
+    """Let a new model start from the training tokens: see `LowRankFactorModel.start_from`.
 
-    The main process looks at all processes' images; all of them have to call this and get the same.
+    The main process reads all processes' images; all of them have to call this and get the same.
     """
     model = run.model
-    if model.factors != "projected" or run.args.seen_features != "pivoted":
+    if model.config.factors == "projected" and run.args.selected_features == "even":
         return
-    seen = None
+    moment = None
     if processes.is_main():
         size, seed = run.args.batch_size, run.args.seed
         loader = BatchLoader(dataset, dataset.split.train, size, run.sums.device, seed)
-        learned = isinstance(model, TaskFactorModel)  # its sketch looks at tokens in their norm
-        batches = (
+        learned = isinstance(model, TaskFactorModel)  # its sketch is one of tokens in their norm
+        moment = second_moment(
             model.in_norm(batch.x, batch.grid)[0].detach() if learned else batch.x
             for batch in loader.with_progress("second moment")
-        )
-        seen = pivoted_features(second_moment(batches), len(model.seen))
-    model.see_features(processes.from_main(seen))
+        ).cpu()
+    model.start_from(processes.from_main(moment))
 
 
 def batch_size_on_resume(state: dict, path: Path, typed: int | None) -> tuple[int, str]:
@@ -316,7 +326,7 @@ def batch_size_on_resume(state: dict, path: Path, typed: int | None) -> tuple[in
 
 def images_a_step(state: dict) -> int:
     """Of all processes together, as the checkpoint's run had them."""
-    return state["args"]["batch_size"] * state.get("processes", 1)
+    return state["args"]["batch_size"] * state["processes"]
 
 
 def own_batch_size(state: dict, path: Path) -> int:

@@ -17,21 +17,19 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from common import processes
 from heads.metric import TaskMetric
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.grids import Grid
-from lowrank_tokens.linalg import NORM_FLOOR, Factors, exact_singular_values, refine
-from model import LossTerms, LowRankFactorModel, SVDLinear, get_model_by_name
+from lowrank_tokens.linalg import NORM_FLOOR, Factors, exact_singular_values
+from model import LossTerms, LowRankFactorModel, Resize, SVDLinear
 from qwenvl_dataloader import Batch
 
 if TYPE_CHECKING:
     from heads.task_head import TaskHead
 
 TRAINED_RANKS = (4, 8, 16, 32)  # of the task's loss, one a step in turn
-LEADING = 128  # directions of the metric that `TokenWeighting` looks at
 LOSS_FLOOR = 1e-8  # of squared relative errors: well above the rounding of a float32 head
 GAP_FLOOR = 1e-3  # relative to the smallest kept eigenvalue: nearer ones count as this far apart
 
@@ -60,8 +58,8 @@ class _LeadingProjector(torch.autograd.Function):
 
 
 def leading_projector(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """U_r U_rᵀ [..., T, T] of the r leading eigenvectors of gram [..., T, T], with its gradient,
-    and gram's eigenvalues [..., T], the least first, without one.
+    """Return U_r U_rᵀ [..., T, T] of the r leading eigenvectors of gram [..., T, T], with its
+    gradient, and gram's eigenvalues [..., T], the least first, without one.
 
     The gradient needs no gap among the kept eigenvalues or among the others, only between the two;
     a smaller one than 1e-3 of the smallest kept eigenvalue counts as that. Cost O(T³).
@@ -69,178 +67,134 @@ def leading_projector(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return _LeadingProjector.apply(gram, rank)
 
 
-Tables = dict[str, Tensor]  # a branch's tensors over positions: `LowRankFactorModel.tables_on`
-NORM_NETS = ("branches", "tokens")
-
-
 class TaskWeighting(nn.Module):
     """x [b, T, D] → Z = diag(w) X S [b, T, D], and w [b, T, 1] > 0: each image's own norm.
 
-    Two branches of the core's architecture look at X from its two sides: token_net at each token,
-    for its weight w, and gain_net at each feature's column [T], for the gain of that feature in
-    this image. Gains and a mix of 32 columns of S are of all images. It starts as the metric
+    Two branches of the core's architecture read X from its two sides: token_net each token, for
+    its weight w, and gain_net each feature's column [T], for the gain of that feature in this
+    image. Gains and a mix of 32 columns of S are shared by all images. It starts as the metric
     itself, or (plain) as the plain norm, with w and all gains 1.
     """
 
-    gain_net: nn.Module | None
-
     def __init__(self, core: LowRankFactorModel, plain: bool, columns: int = 32) -> None:
         super().__init__()
-        features = core.input_dim
+        features = core.config.input_dim
         # V, eigenvectors of M; None: the features as they are
         self.register_buffer("basis", None if plain else torch.eye(features))
         self.register_buffer("root", torch.ones(features))  # square roots of M's eigenvalues
-        self.make_branches(core)
+        # [n] of the rotated features that token_net reads
+        self.register_buffer("selected", core.selected.clone())
+        self.token_net = core.make_branch(2 * len(self.selected), 1)
+        self.gain_net = core.make_branch(core.config.num_tokens, 1)
+        for branch in (self.token_net, self.gain_net):
+            branch.zero_()
         self.log_gain = nn.Parameter(torch.zeros(features))
         self.mix_in = nn.Parameter(torch.randn(features, columns) / math.sqrt(features))
         self.mix_out = nn.Parameter(torch.zeros(columns, features))
 
-    def make_branches(self, core: LowRankFactorModel) -> None:
-        self.register_buffer("seen", core.seen.clone())  # by token_net, of the rotated features
-        self.token_net = core.make_branch(2 * len(self.seen), 1)
-        self.gain_net = core.make_branch(core.num_tokens, 1)
-        for branch in (self.token_net, self.gain_net):
-            branch.scale_(0.0)
-
     def start_from(self, metric: TaskMetric) -> None:
-        """Make M's eigenvectors and eigenvalues the start of S; its leading directions are seen."""
+        """Make M's eigenvectors and eigenvalues the start of S; token_net reads the first ones."""
         values, vectors = torch.linalg.eigh(metric.matrix)
         self.basis = vectors.flip(-1).to(self.root).contiguous()
         self.root.copy_(values.flip(-1).sqrt())
-        self.seen.copy_(torch.arange(len(self.seen)))
+        self.selected.copy_(torch.arange(len(self.selected)))
 
     def shared(self) -> list[nn.Parameter]:
-        """What is of all images: it moves by factors, as a shift does."""
+        """Return the parameters shared by all images. They get the larger learning rate."""
         return [self.log_gain, self.mix_in, self.mix_out]
 
-    def forward(self, x: Tensor, tables: Tables) -> tuple[Tensor, Tensor]:
-        """tables: those of gain_net on the grid of x, none on its own."""
-        rotated = x if self.basis is None else x @ self.basis  # [b, T, D]
-        leading = rotated[..., self.seen]
+    def forward(self, x: Tensor, resize: Resize | None) -> tuple[Tensor, Tensor]:
+        """Return Z [b, T, D] and w [b, T, 1]; resize: to the grid of x, None for the own one."""
+        rotated = x if self.basis is None else x @ self.basis  #             [b, T, D]
+        leading = rotated[..., self.selected]  #                             [b, T, n]
         # a token's weight depends on itself and on how it stands out from its image
         both = torch.cat([leading, leading - leading.mean(-2, keepdim=True)], dim=-1)
-        w = self.token_weight(both).clamp(-3, 3).exp()  # [b, T, 1]
-        gain = self.log_gain
-        if self.gain_net is not None:
-            gain = gain + self.gain_of_image(rotated, tables).clamp(-3, 3)
-        z = rotated * (self.root * gain.exp())
-        return w * (z + z @ self.mix_in @ self.mix_out), w
-
-    def token_weight(self, both: Tensor) -> Tensor:
-        return self.token_net(both, 1)
-
-    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest) -> None:
-        basis = state.get(f"{prefix}basis")
-        if self.basis is None and basis is not None and basis.equal(torch.eye(*basis.shape)):
-            del state[f"{prefix}basis"]  # an identity, as it was kept once
-        super()._load_from_state_dict(state, prefix, *rest)
-
-    def gain_of_image(self, rotated: Tensor, tables: Tables) -> Tensor:
-        """Logarithms [b, 1, D], from each feature's map over the image at a mean square of 1."""
+        w = self.token_net(both, 1).clamp(-3, 3).exp()  #                    [b, T, 1]
+        # each feature's map over the image, at a mean square of 1
         size = rotated.square().mean(-2, keepdim=True).sqrt().clamp_min(NORM_FLOOR)
-        maps = (rotated / size).mT  # [b, D, T]
-        return functional_call(self.gain_net, tables, (maps, 1)).mT
-
-
-class TokenWeighting(TaskWeighting):
-    """The norm of runs before `TaskWeighting` had branches: one small network weighs tokens, what
-    the architecture is has no part in it, and gains are of all images."""
-
-    gain_net = None
-
-    def make_branches(self, core: LowRankFactorModel, hidden_dim: int = 64) -> None:
-        leading = torch.arange(min(LEADING, core.input_dim))
-        self.register_buffer("seen", leading, persistent=False)
-        self.token_net = nn.Sequential(
-            nn.Linear(2 * len(leading), hidden_dim), nn.GELU(), nn.Linear(hidden_dim, 1)
-        )
-        nn.init.zeros_(self.token_net[-1].weight)
-        nn.init.zeros_(self.token_net[-1].bias)
-
-    def shared(self) -> list[nn.Parameter]:
-        return list(self.parameters())
-
-    def token_weight(self, both: Tensor) -> Tensor:
-        return self.token_net(both)
+        own_gain = self.gain_net((rotated / size).mT, 1, resize).mT  #       [b, 1, D]
+        gain = (self.log_gain + own_gain.clamp(-3, 3)).exp()
+        z = rotated * (self.root * gain)  #                                  [b, T, D]
+        return w * (z + z @ self.mix_in @ self.mix_out), w
 
 
 class TaskFactorModel(nn.Module):
-    """A `LowRankFactorModel` in a learned norm; same calls, same attributes.
+    """A `LowRankFactorModel` in a learned norm.
+
+    It offers what scripts ask of a model: `config`, `norm`, `shifts`, `forward`, `loss_terms`,
+    `rank_at`, `sketch_columns`, `current_effective_rank` and `start_from`.
 
     Args: core: with projected factors; task: {"head", "head_sha256", "metric_sha256"} of what it
-    is trained for, kept in the checkpoint; metric_sha256 is None where it began at the plain norm;
-    norm_net: one of NORM_NETS, branches of the core's architecture or one small network.
+    is trained for, kept in the checkpoint; metric_sha256 is None where it began at the plain norm.
     """
 
-    def __init__(
-        self, core: LowRankFactorModel, task: dict[str, str | None], norm_net: str = "branches"
-    ) -> None:
+    def __init__(self, core: LowRankFactorModel, task: dict[str, str | None]) -> None:
         super().__init__()
-        if core.factors != "projected":
+        if core.config.factors != "projected":
             raise InputError(
                 "--task_head and --metric need --factors projected: omit --factors direct"
             )
-        self.core, self.task, self.norm_net = core, task, norm_net
-        weighting = TaskWeighting if norm_net == "branches" else TokenWeighting
-        self.weighting = weighting(core, plain=task.get("metric_sha256") is None)
-
-    def __getattr__(self, name: str):
-        # what a script asks of a model (rank, shifts, sketch_columns …) is the core's
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("core"), name)
+        self.core, self.config = core, core.config
+        self.norm = task  # which head and metric it was made from: `metric.network_in_metric`
+        self.weighting = TaskWeighting(core, plain=task.get("metric_sha256") is None)
 
     @property
-    def norm(self) -> dict[str, str | None]:
-        """Which head and metric its norm was made from: see `metric.network_in_metric`."""
-        return self.task
+    def shifts(self) -> Tensor:
+        """s_k [K] in (0, 1)."""
+        return self.core.shifts
 
-    @property
-    def config(self) -> dict:
-        return self.core.config | {"task": self.task, "norm_net": self.norm_net}
+    def rank_at(self, x: Tensor, rank: int | None = None) -> int:
+        """Return the rank at which x [b, T, D] is factored."""
+        return self.core.rank_at(x, rank)
+
+    def sketch_columns(self, rank: int | None = None) -> int:
+        """Return the columns of the sketch for a rank."""
+        return self.core.sketch_columns(rank)
+
+    def current_effective_rank(self) -> int:
+        """Return the rank of A·B."""
+        return self.core.current_effective_rank()
 
     def in_norm(self, x: Tensor, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
-        """Z = diag(w) X S [b, T, D] of x on `grid`, by default the model's own, and w [b, T, 1]."""
-        branch, grid = self.weighting.gain_net, tuple(grid or self.core.grid)
-        tables = {} if branch is None else self.core.tables_on(grid, branch, detail=False)
-        return self.weighting(x, tables)
+        """Return Z = diag(w) X S [b, T, D] of x on `grid`, by default the own, and w [b, T, 1]."""
+        return self.weighting(x, self.core.resize_to(grid))
 
-    def see_features(self, seen: Tensor) -> None:
-        """`LowRankFactorModel.see_features`; token_net looks at them too, where the norm began
-        plain: of a metric it looks at the leading directions."""
-        self.core.see_features(seen)
-        if self.norm_net == "branches" and self.task["metric_sha256"] is None:
-            self.weighting.seen.copy_(seen)
+    def start_from(self, moment: Tensor) -> None:
+        """Start from the second moment of training tokens in their norm, as the core does.
+
+        token_net reads the features that the core selects where the norm began plain, and the
+        leading directions of a metric.
+        """
+        self.core.start_from(moment)
+        if self.norm.get("metric_sha256") is None:
+            self.weighting.selected.copy_(self.core.selected)
 
     def forward(
         self, x: Tensor, rank: int | None = None, *, ordered: bool = True, grid: Grid | None = None
     ) -> Factors:
-        """A [b, T, r'], B [b, r', D] of x [b, T, D], as `LowRankFactorModel.forward`."""
+        """Return A [b, T, r'] and B [b, r', D] of x [b, T, D], as `LowRankFactorModel.forward`."""
         return self.factors_of(x, *self.in_norm(x, grid), rank, grid)
 
     def factors_of(
         self, x: Tensor, z: Tensor, w: Tensor, rank: int | None = None, grid: Grid | None = None
     ) -> Factors:
-        """`forward` of x [b, T, D] whose `in_norm`, the same for every rank, is z and w."""
-        core = self.core
-        cut = core.rank_at(x, rank)
-        sketch = core.sketch(z, core.sketch_columns(cut), grid)[0]
-        u = refine(sketch, z, core.shifts, cut, ordered=True).u.to(x.dtype)
-        b = u.mT @ (w * x) / (1 + core.lambda_B)  # [b, r', D]
-        gate = core.gate()
-        return (u if gate is None else u * gate[:cut]) / w, b
+        """Return the factors of x [b, T, D], given its `in_norm` z and w (the same at any rank)."""
+        u = self.core.basis(z, self.rank_at(x, rank), grid)  #     [b, T, r']
+        b = u.mT @ (w * x) / (1 + self.config.lambda_B)  #         [b, r', D]
+        return self.core.gated(u) / w, b
 
     def loss_terms(self, x: Tensor, singular_values: Tensor, grid: Grid | None = None) -> LossTerms:
-        """The core's terms on Z, of a norm that stays as it is (`task_terms` learns one)."""
+        """Return the core's terms on Z, in a norm that stays as it is (`task_terms` learns one)."""
         z = self.in_norm(x, grid)[0].detach()
         return self.core.loss_terms(z, exact_singular_values(z.nan_to_num()), grid)
 
     def exact_product(
         self, x: Tensor, rank: int, grid: Grid | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """A·B [b, T, D] as a perfect sketch would give it, with the gradient by w and S; and
-        without one Z [b, T, D] and its σ [b, min(T, D)] float64."""
+        """Return A·B [b, T, D] as a perfect sketch would give it, with the gradient by w and S.
+
+        And without a gradient Z [b, T, D] and its σ [b, min(T, D)] float64.
+        """
         z, w = self.in_norm(x, grid)
         wide, rank = z.double(), min(rank, *x.shape[-2:])
         projector, squares = leading_projector(wide @ wide.mT, rank)
@@ -251,11 +205,10 @@ class TaskFactorModel(nn.Module):
 def in_own_norm(
     model: LowRankFactorModel | TaskFactorModel, batches: Iterable[Batch]
 ) -> tuple[LowRankFactorModel, Iterator[Batch]]:
-    """What factors, and what it is given, in the norm that the model trains in.
+    """Return the core model and its batches, mapped into the norm that it trains in.
 
-    Of a model of a learned norm: its core and Z with Z's singular values. What the core leaves of Z
-    is what A·B leaves of X, in that norm: w (X − A B) S. Any other model and its batches are given
-    back as they are.
+    The batches hold Z with Z's singular values. What the core leaves of Z is what A·B leaves of X
+    in that norm: w (X − A B) S. A model of the Frobenius norm and its batches come back unchanged.
     """
     if model.norm is None:
         return model, iter(batches)
@@ -271,10 +224,10 @@ def in_own_norm(
 def task_terms(
     model: TaskFactorModel, head: TaskHead, batch: Batch, step: int
 ) -> dict[str, Tensor]:
-    """The core's `LossTerms` on Z (the sketch learns to reach Z's subspace, and not to change Z),
-    and "task": mean over images of ½ log(head.loss), for relative errors their mean logarithm.
+    """Return the core's `LossTerms` on Z by name, and "task", the mean of ½ log(head.loss).
 
-    The logarithm weighs every image and every rank alike, as the reconstruction does by its
+    The sketch learns to reach Z's subspace, and not to change Z. For relative errors "task" is
+    their mean logarithm; weighs every image and every rank alike, as the reconstruction does by its
     optimum. The rank is that of TRAINED_RANKS whose turn it is.
     """
     ranks = trained_ranks(model)
@@ -299,7 +252,7 @@ def _log_loss(loss: Tensor) -> Tensor:
 def task_record(
     model: TaskFactorModel, head: TaskHead, batches: Iterable[Batch]
 ) -> dict[str, float]:
-    """What the head makes of A·B on `batches` at the trained ranks, for a history entry.
+    """Measure what the head makes of A·B on `batches` at the trained ranks, for a history entry.
 
     val_task_error: geometric mean over ranks of the mean task error. val_task_loss: geometric mean
     over ranks and images of the head's loss, exp(2 · task): what is trained. Each process has
@@ -322,15 +275,6 @@ def task_record(
 
 
 def trained_ranks(model: TaskFactorModel) -> list[int]:
-    """TRAINED_RANKS up to the model's own, or that alone."""
+    """Return TRAINED_RANKS up to the model's own, or that alone."""
     rank = model.current_effective_rank()
     return [r for r in TRAINED_RANKS if r <= rank] or [rank]
-
-
-def build_model(config: dict) -> LowRankFactorModel | TaskFactorModel:
-    """The model that a checkpoint's `config` describes."""
-    own = {"task", "norm_net"}
-    core = get_model_by_name(**{k: v for k, v in config.items() if k not in own})
-    if "task" not in config:
-        return core
-    return TaskFactorModel(core, config["task"], config.get("norm_net", "tokens"))
