@@ -170,8 +170,8 @@ class RealQwenVLDataset(FeatureCache):
     images of fewer than three groups.
     """
 
-    def __init__(self, cache_dir: str | Path) -> None:
-        super().__init__(cache_dir)
+    def __init__(self, cache_dir: str | Path, *, lists: bool = False) -> None:
+        super().__init__(cache_dir, lists=lists)
         self.split = split_by_group(self.rows["group"].to_pylist())
 
 

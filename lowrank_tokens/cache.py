@@ -23,6 +23,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import statistics
 from bisect import bisect_right
@@ -35,6 +36,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -49,7 +51,6 @@ from lowrank_tokens.files import (
     check_tensors,
     content_hash_fits,
     load_tensors,
-    one_at_a_time,
     save_tensors,
     sha256_file,
 )
@@ -152,7 +153,7 @@ def compute_spectra(
         values = _in_parallel(range(len(sizes)), spectrum)
         values = list(progress.over(values, "singular values", "images", total=len(sizes)))
         return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
-    with one_at_a_time(folder / ".spectra.lock"):
+    with FileLock(folder / ".spectra.lock"):
         if (values := stored_spectra(folder, content, sizes)) is not None:  # another's work
             return values
         for torn in folder.glob(f".spectra*{TEMPORARY_SUFFIX}"):  # what a kill left half-written
@@ -227,8 +228,20 @@ MAX_SIDE = 65536  # tokens
 class FeatureCache(Dataset):
     """A feature cache, opened lazily: manifest, rows and singular values; features by row.
 
-    `cache[rows]` with rows of one grid is the raw features [len(rows), T, D] bfloat16. Shards are
+        cache = FeatureCache("feature_cache_real")
+        cache[7]                                      # [T, D] bfloat16, as the encoder gave them
+        cache[[3, 5]], cache[-4:]                     # [n, T, D], rows of one grid
+        DataLoader(cache, batch_size=8)               # [8, T, D]
+
+    It is a torch Dataset: rows may be negative, one beyond the end raises IndexError, it pickles,
+    and a loader's worker processes, forked or spawned, open its files for themselves. Shards are
     memory-mapped on first use, so opening thousands of images costs no time and no memory.
+
+    Args:
+        cache_dir: the folder.
+        lists: a loader's batch is a list of tokens [T_i, D], which a collate_fn of yours takes,
+            such as `collate_fn=list`: images of different grids do not stack.
+
     Attributes: manifest (dict), rows (pyarrow table without thumbnails), grids (rows,
     columns) of each image, grid the most frequent of them and num_tokens its T, feature_dim
     D, ragged (whether there is more than one grid).
@@ -237,8 +250,8 @@ class FeatureCache(Dataset):
     disagrees in shape.
     """
 
-    def __init__(self, cache_dir: str | Path) -> None:
-        self.cache_dir = Path(cache_dir)
+    def __init__(self, cache_dir: str | Path, *, lists: bool = False) -> None:
+        self.cache_dir, self.lists = Path(cache_dir), lists
         self.manifest = read_manifest(self.cache_dir)
         self.num_tokens: int = self.manifest["num_tokens"]
         self.feature_dim: int = self.manifest["feature_dim"]
@@ -257,13 +270,86 @@ class FeatureCache(Dataset):
     def __len__(self) -> int:
         return self.manifest["count"]
 
-    def __getitem__(self, rows: Sequence[int] | Tensor) -> Tensor:
-        if self.ragged and len(grids := {self.grids[int(row)] for row in rows}) > 1:
-            raise ValueError(f"rows of different grids do not stack: {sorted(grids)}")
-        if self._resident is not None:
-            grid = self.grids[int(rows[0])] if self.ragged else self.grid
-            return self.resident(torch.as_tensor(rows, device=self._resident.device), grid)
-        return torch.stack([self._read_row(int(row)) for row in rows])
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor | np.ndarray) -> Tensor:
+        """Return one image's features [T, D] bfloat16, or those of several rows, [n, T, D].
+
+        Raises IndexError for a row that is not there, ValueError for rows of different grids.
+        """
+        if isinstance(rows, slice):
+            rows = range(len(self))[rows]
+        elif isinstance(rows, Tensor | np.ndarray):
+            if rows.dtype in (torch.bool, np.bool_):
+                rows = np.flatnonzero(np.asarray(rows))
+            rows = rows.tolist()
+        if not isinstance(rows, Sequence):
+            return self._features([self._checked(rows)])[0]
+        rows = [self._checked(row) for row in rows]
+        self._check_one_grid(rows, "read them one by one")
+        if not rows:
+            return torch.empty(0, self.num_tokens, self.feature_dim, dtype=torch.bfloat16)
+        features = self._features(rows)
+        return features if isinstance(features, Tensor) else torch.stack(features)
+
+    def __getitems__(self, rows: list[int]) -> list[Tensor]:
+        """Return the features of a loader's batch, [T_i, D] each."""
+        rows = [self._checked(row) for row in rows]
+        if not self.lists:
+            remedy = (
+                f"open it with {type(self).__name__}(folder, lists=True) and give the DataLoader "
+                "collate_fn=list, or a batch_size of 1"
+            )
+            self._check_one_grid(rows, remedy)
+        return list(self._features(rows))
+
+    def _features(self, rows: list[int]) -> Tensor | list[Tensor]:
+        if self._resident is None:
+            return [self._read_row(row) for row in rows]
+        if len({self.grids[row] for row in rows}) == 1:
+            on_device = torch.tensor(rows, device=self._resident.device)
+            return self.resident(on_device, self.grids[rows[0]])
+        return [self._resident[self._tokens[row] : self._tokens[row + 1]] for row in rows]
+
+    def _checked(self, row: int) -> int:
+        number = operator.index(row)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"row {number} is not in {self.cache_dir}: give 0 to {len(self) - 1}")
+        return number % len(self)
+
+    def _check_one_grid(self, rows: list[int], remedy: str) -> None:
+        if self.ragged and len(grids := list(dict.fromkeys(self.grids[r] for r in rows))) > 1:
+            (h, w), (other_h, other_w) = grids[:2]
+            raise ValueError(
+                f"{self.cache_dir} has images of {h} × {w} and of {other_h} × {other_w} tokens, "
+                f"which do not stack: {remedy}"
+            )
+
+    def rows_of_image(self, sha256: str) -> list[int]:
+        """Return the rows whose image has this SHA-256 (hexadecimal) of its file; [] without one.
+
+        A data set that asks several questions about an image has several.
+        """
+        return self._rows_by_image.get(sha256, [])
+
+    @cached_property
+    def _rows_by_image(self) -> dict[str, list[int]]:
+        rows: dict[str, list[int]] = {}
+        for row, sha256 in enumerate(self.rows["image_sha256"].to_pylist()):
+            if sha256 is not None:
+                rows.setdefault(sha256, []).append(row)
+        return rows
+
+    def row_of_id(self, row_id: int) -> int:
+        """Return the row of the data set's row `row_id`, which counts skipped images too.
+
+        Raises KeyError where that row was skipped, or never was.
+        """
+        if row_id not in self._row_by_id:
+            raise KeyError(f"{self.cache_dir} has no row of the data set's row {row_id}")
+        return self._row_by_id[row_id]
+
+    @cached_property
+    def _row_by_id(self) -> dict[int, int]:
+        return {row_id: row for row, row_id in enumerate(self.rows["row_id"].to_pylist())}
 
     def resident(self, rows: Tensor, grid: Grid) -> Tensor:
         """Raw features [b, T, D] of rows [b] of one grid, all where the features are held."""
@@ -328,13 +414,13 @@ class FeatureCache(Dataset):
         return rows[[self.grids[row] == self.grid for row in rows.tolist()]] if len(rows) else rows
 
     def image_record(self, row: int) -> dict:
-        """Question, answers, bbox, width, height, group … of one row, as a dict."""
-        return self.rows.slice(row, 1).to_pylist()[0]
+        """Return question, answers, bbox, width, height, group … of one row, as a dict."""
+        return self.rows.slice(self._checked(row), 1).to_pylist()[0]
 
     def thumbnail(self, row: int) -> Image.Image | None:
-        """The image as the encoder saw it, small, RGB; None of imported features."""
+        """Return the image as the encoder saw it, small, RGB; None of imported features."""
         table = pq.read_table(self.cache_dir / "rows.parquet", columns=["thumbnail"])
-        data = table["thumbnail"][row].as_py()
+        data = table["thumbnail"][self._checked(row)].as_py()
         return None if data is None else Image.open(io.BytesIO(data)).convert("RGB")
 
     def keep_resident(self, device: torch.device, share: float = 0.5) -> bool:

@@ -316,27 +316,6 @@ def sole_writer(folder: str | Path, flag: str) -> Iterator[None]:
         lock.release()
 
 
-@contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Wait until no other process is inside, whatever user or host it belongs to.
-
-    path: the lock's file, which stays; on a file system without locks nobody waits.
-    """
-    from filelock import FileLock  # readers do without it
-
-    lock = FileLock(path, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            error.filename = str(path)
-            raise
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _holder(path: Path) -> str:
     try:
         holder = json.loads(path.read_text())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -17,50 +15,47 @@ LINE = "{desc}: {n_fmt} of {total_fmt}, {rate_noinv_fmt}, {remaining} left"
 Item = TypeVar("Item")
 
 
-class Lines(AbstractContextManager):
-    """What `tqdm` does with a bar, as a line of its own every LINE_SECONDS; short loops write none.
+class LogLines(tqdm):
+    """A tqdm that writes lines and no control characters: a log file stays readable."""
 
-    Nothing is rewritten in place, so the file stays readable, and a stuck run can be told.
-    """
+    @staticmethod
+    def status_printer(file: TextIO) -> Callable[[str], None]:
+        def print_status(text: str) -> None:
+            if text:
+                print(text, file=file, flush=True)
 
-    def __init__(self, total: int, *, desc: str, unit: str, initial: int = 0) -> None:
-        self.total, self.desc, self.unit, self.initial = total, desc, unit, initial
-        self.n = initial
-        self.begun = self.written = time.monotonic()
+        return print_status
 
-    def update(self, count: int = 1) -> None:
-        self.n += count
-        now = time.monotonic()
-        if count and now - self.written >= LINE_SECONDS:
-            self.written = now
-            style = {"prefix": self.desc, "unit": self.unit, "bar_format": LINE}
-            seconds = now - self.begun
-            line = tqdm.format_meter(self.n, self.total, seconds, initial=self.initial, **style)
-            print(line, file=sys.stderr, flush=True)
+    def moveto(self, n: int) -> None:
+        """Stay on the line: there is no cursor in a file."""
 
-    def __exit__(self, *_) -> None:
-        """There is no bar to take away."""
-
-    close = __exit__
+    def close(self) -> None:
+        """End without taking the last line away."""
+        if not self.disable:
+            self.disable = True
+            self._decr_instances(self)
 
 
 def bar(
     total: int, desc: str, unit: str = "images", *, initial: int = 0, show: bool = True
-) -> tqdm | Lines:
-    """A context manager with `update(count)`; gone when it ends. show: False for a silent one.
+) -> tqdm:
+    """Return a context manager with `update(count)`, whose bar is gone when it ends.
 
     total, initial: things to do and things that an earlier run has done, in `unit` (a plural).
+    show: False for a silent one. In a log file a loop of less than LINE_SECONDS writes nothing.
     """
-    kind = {"desc": desc, "unit": f" {unit}", "initial": initial}
+    kind = {"total": total, "desc": desc, "unit": f" {unit}", "initial": initial, "leave": False}
     if not show or sys.stderr.isatty():
-        return tqdm(total=total, disable=not show, leave=False, bar_format=BAR, **kind)
-    return Lines(total, **kind)
+        return tqdm(disable=not show, bar_format=BAR, **kind)
+    seldom = dict.fromkeys(("mininterval", "maxinterval", "delay"), LINE_SECONDS)
+    # miniters: every update looks at the clock, so that a slow loop is heard too
+    return LogLines(bar_format=LINE, miniters=1, smoothing=0, **seldom, **kind)
 
 
 def over(
     items: Iterable[Item], desc: str, unit: str, *, total: int | None = None, show: bool = True
 ) -> Iterator[Item]:
-    """The items, counted when the next one is asked for. total: where they have no len()."""
+    """Yield the items, counted when the next one is asked for. total: where they have no len()."""
     with bar(len(items) if total is None else total, desc, unit, show=show) as shown:
         for item in items:
             yield item
