@@ -1,9 +1,9 @@
 """Compare a trained network with the truncated SVD and other references on held-out images.
 
-    python compare_svd_nn.py --arch ResMLP                # at every rank up to the trained one
-    python compare_svd_nn.py --arch ResMLP --rank 64      # figures at 64
-    python compare_svd_nn.py --head saliency              # also what a head makes of the factors
-    python compare_svd_nn.py --target_error 0.06          # also a rank for each image
+    python compare_svd_nn.py --arch ResMLP          # at every rank it has
+    python compare_svd_nn.py --rank 64              # figures at 64
+    python compare_svd_nn.py --head saliency        # also by a head's output
+    python compare_svd_nn.py --target_error 0.06    # also a rank for each image
 
 Writes results/<arch>/svd_nn_comparison.json, svd_nn_comparison.png and rank_sweep.png; with
 --target_error also rank_per_image.png. Every method sees the same normalised X of the same test
@@ -84,11 +84,18 @@ def get_args_parser() -> arguments.Parser:
     group.add_argument(
         "--arch", type=arguments.name, default="ResMLP", help="architecture of the network"
     )
-    group.add_argument(
+    ranks = group.add_mutually_exclusive_group()
+    ranks.add_argument(
         "--rank",
         type=arguments.positive_int,
         metavar="R",
         help="largest rank that is compared, and that of the figures (default: the trained one)",
+    )
+    ranks.add_argument(
+        "--target_error",
+        type=arguments.fraction,
+        metavar="X",
+        help="also take each image at the least rank with this rel_error",
     )
     group.add_argument(
         "--head",
@@ -97,12 +104,6 @@ def get_args_parser() -> arguments.Parser:
         "trained for, if any); a pass of the head for each rank and method",
     )
     arguments.add_head_model(group)
-    group.add_argument(
-        "--target_error",
-        type=arguments.fraction,
-        metavar="X",
-        help="also take each image at the least rank with this rel_error",
-    )
     group.add_argument(
         "--batch_size",
         type=arguments.batch_size,

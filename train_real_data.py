@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from common import arguments, processes
+from common.results import move_aside
 from lowrank_tokens.errors import optimum, percent_text, summarise
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import LOCK_NAME, atomic_path, new_folder, sweep_temporaries, write_json
@@ -280,10 +281,19 @@ def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int)
         **validate(run, loaders),
         **weighted,
         "shifts": run.model.shifts.tolist(),
+        **kept_components(run),
         "lr": run.optimizer.param_groups[0]["lr"],
         "seconds": round(seconds, 3),
         "samples_per_s": round(done / seconds, 2),
     }
+
+
+def kept_components(run: TrainState) -> dict[str, list[int]]:
+    """Return the history's entry of the allocator's mask; {} without an allocator."""
+    if not run.allocator:
+        return {}
+    mask = run.model.effective_rank_mask().flatten()
+    return {"kept_components": mask.nonzero().flatten().tolist()}
 
 
 def save(run: TrainState, path: Path, log: Callable[[str], None]) -> None:
@@ -311,10 +321,7 @@ def set_aside(folder: Path, log: Callable[[str], None]) -> None:
     # killed half-way, what is left must not look like a run that --resume last goes on with
     old.sort(key=lambda path: path.name != "last_model.pt")
     if old:
-        target = new_folder(folder / time.strftime("previous-%Y%m%d-%H%M%S"))
-        for path in old:
-            path.rename(target / path.name)
-        log(f"results of an earlier run were moved to {target}")
+        log(f"results of an earlier run were moved to {move_aside(old, folder)}")
 
 
 def keep_copy(folder: Path, run: TrainState, log: Callable[[str], None]) -> None:

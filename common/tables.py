@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def print_columns(rows: Sequence[Sequence[str | int]]) -> None:
-    """The first column to the left, the others to the right, each as wide as its widest cell."""
+    """Print rows: the first column to the left, the others to the right."""
     rows = [list(map(str, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *cells in rows:

@@ -1,8 +1,8 @@
 """Measure time, memory and error of every factorisation: methods × ranks × numbers of tokens.
 
-    python -m experiments.benchmark                                # five ranks, one CPU thread
+    python -m experiments.benchmark    # five ranks, one CPU thread
     python -m experiments.benchmark --ranks 128 --batch_size 256 --device cuda
-    python -m experiments.benchmark --ranks 32 --tokens 256 1024 2304 --batch_size 1
+    python -m experiments.benchmark --ranks 32 --tokens 256 1024 --batch_size 1
 
 Writes results/benchmark.json and benchmark.png. All methods factor the same matrices at the same
 rank and are timed in turn, so that a slower spell of the machine meets all of them. On CUDA the

@@ -1,7 +1,7 @@
 """Set all trained networks side by side, and say in five lines what was found.
 
     python -m experiments.report
-    python -m experiments.report --results_dir results results_direct results_task
+    python -m experiments.report --results_dir results results_task
 
 Reads what train_real_data.py, compare_svd_nn.py and experiments.compare_bytes wrote, and computes
 nothing. Writes report.html (whole in itself: no script, no network) and architectures.png into the

@@ -81,7 +81,7 @@ def _time_over_tokens(ax: Axes, records: list[dict], sizes: list[int]) -> list[t
 
 
 def front(records: list[dict]) -> list[int]:
-    """Indices, by time, of those that no other record beats in time and error both.
+    """Return the indices, by time, of records that no other beats in both time and error.
 
     Errors below rounding are equal: of those, the fastest is on the front. Undefined ones are not.
     """
@@ -104,7 +104,7 @@ def _front_corners(records: list[dict]) -> np.ndarray:
 
 
 def _excess(records: list[dict]) -> np.ndarray:
-    """Mean excess, at least that of rounding; undefined ones are there too."""
+    """Return the mean excess, at least that of rounding; undefined ones are set to it."""
     values = as_array([record["excess_mean"] for record in records])
     return np.fmax(values, ROUNDING_PCT)  # fmax ignores NaN
 
@@ -123,7 +123,7 @@ def _label(record: dict) -> str:
 
 
 def _points(ax: Axes, records: list[dict]) -> None:
-    """Dots with their spread, and the front as the steps that can be reached."""
+    """Draw dots with their spread, and the front as steps."""
     excess = _excess(records)
     for record, y in zip(records, excess, strict=True):
         colour = _style(record)[1]
@@ -145,7 +145,7 @@ def _points(ax: Axes, records: list[dict]) -> None:
 
 
 def _labels(ax: Axes, records: list[dict]) -> None:
-    """Each label at the first of PLACES where it hides neither a dot nor another label."""
+    """Write each label at the first of PLACES where it hides no dot and no other label."""
     times, excess = as_array([r["ms_median"] for r in records]), _excess(records)
     dots = ax.transData.transform(np.column_stack([times, excess]))
     point = ax.figure.dpi / 72  # pixels

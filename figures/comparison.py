@@ -45,7 +45,7 @@ def comparison(
     footer: str,
     task_error: dict[str, ArrayLike] | None = None,
 ) -> None:
-    """Excess of every method, each dot one image; below, where there is a head, its error too.
+    """Draw the excess of every method, a dot an image; below it the error of the head, if any.
 
     per_image: method → {"excess_pct": [n]}; task_error: method → [n], the plain SVD's among them.
     """
@@ -62,7 +62,7 @@ def comparison(
 
 
 def _excess_strips(ax: Axes, excess: dict[str, np.ndarray]) -> None:
-    """A row of dots per method over log excess; rounding, of either sign, sits at the left edge."""
+    """Draw a row of dots per method over log excess; rounding lies at the left edge."""
     words = {n: f"mean {percent(v.mean())}" if v.size else "undefined" for n, v in excess.items()}
     _strips(ax, {name: np.maximum(values, ROUNDING_PCT) for name, values in excess.items()}, words)
     highest = max([v.max(initial=10 * ROUNDING_PCT) for v in excess.values()])
@@ -85,7 +85,7 @@ def _task_strips(ax: Axes, errors: dict[str, np.ndarray]) -> None:
 
 
 def _strips(ax: Axes, values: dict[str, np.ndarray], words: dict[str, str]) -> None:
-    """A row of dots per method, its name and `words` above them."""
+    """Draw a row of dots per method, its name and `words` above them."""
     jitter = np.random.default_rng(0)  # the same in every run
     for y, name in enumerate(reversed(values)):
         label, colour = METHODS[name]
@@ -99,7 +99,7 @@ def _strips(ax: Axes, values: dict[str, np.ndarray], words: dict[str, str]) -> N
 
 @rc_context(STYLE)
 def both_norms(path: str | Path, ranks: dict[str, dict], task: dict, footer: str) -> None:
-    """Error over the rank in the Frobenius norm above and of the head's output below.
+    """Draw the error over the rank: Frobenius norm above, the head's output below.
 
     ranks, task: of svd_nn_comparison.json, rank → method → "rel_error" → {"mean", "p90"}, and
     {"head", "output", "ranks": rank → method → {"mean", "interval_95", "gain_pct"}}.
@@ -135,7 +135,7 @@ def both_norms(path: str | Path, ranks: dict[str, dict], task: dict, footer: str
 def rank_sweep(
     path: str | Path, ranks: dict[str, dict], num_tokens: int, feature_dim: int, footer: str
 ) -> None:
-    """Error and excess of every method over the rank: mean, and a band up to the 90th percentile.
+    """Draw error and excess over the rank: mean, and a band up to the 90th percentile.
 
     ranks: as in svd_nn_comparison.json, rank → method → metric → {"mean", "p90"}.
     """
@@ -177,7 +177,7 @@ def rank_sweep(
 
 @rc_context(STYLE)
 def rank_per_image(path: str | Path, data: dict, footer: str) -> None:
-    """Ranks that differ between images, and their errors beside those of one fixed rank.
+    """Draw the rank of each image, and the errors beside those of one fixed rank.
 
     data: "network" and "svd", each {"ranks": [n], "rel_error": [n], "fixed_rank": the one that
     stores as much, "fixed_rel_error": [n], "rank_for_all": the one that meets the target for every

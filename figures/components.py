@@ -31,7 +31,7 @@ from figures.style import (
 def component_energy(
     path: str | Path, singular_values: dict[str, ArrayLike], energy: ArrayLike, footer: str
 ) -> None:
-    """Which components differ from the SVD's: their energy, and by how much it is another.
+    """Draw the energy of each component, and its difference from the SVD's.
 
     singular_values: X and X_hat → [n, ≥ r], those of A·B (row norms of B where A is orthonormal) to
     r; energy [n]: ‖X‖². A component that is switched off has 0.

@@ -1,7 +1,7 @@
 """How every figure looks: colours, scales, labels, title and footer; and the file it becomes.
 
-One visual language: one colour per method (`METHODS`), labels at the curves instead of legends, the
-finding as title, where the numbers come from as footer.
+One visual language: one colour a method (`METHODS`), labels at the curves instead of legends, the
+quantity as title, the numbers' source as footer.
 """
 
 from __future__ import annotations
@@ -31,12 +31,6 @@ METHODS: dict[str, tuple[str, str]] = {
     "pca": ("PCA, one basis", "#B98700"),
     "svd_in_metric": ("SVD in the metric", "#6699CC"),
     "network_in_metric": ("network in the metric", "#E8935A"),
-    "network_task": ("task-trained network", "#AA4466"),
-    "svd_refined": ("SVD + head steps", "#999933"),
-    "svd_in_metric_refined": ("SVD in the metric + head steps", "#117744"),
-    "network_task_refined": ("task-trained + head steps", "#661100"),
-    "token_dropping": ("tokens dropped", "#888888"),
-    "token_averaging": ("tokens averaged", "#444444"),
 }
 SAME_METHOD = {"svd_lowrank": "randomized_svd"}  # torch.svd_lowrank is the randomised SVD
 NETWORK, SVD = METHODS["network"][1], METHODS["svd"][1]
@@ -58,7 +52,7 @@ STYLE = {
 
 
 def in_order(methods: Iterable[str]) -> list[str]:
-    """Names of methods in the order of METHODS. Raises KeyError for one that has no colour there.
+    """Sort names of methods as in METHODS. Raises KeyError for one that has no colour.
 
     A figure that drew only the methods it knows would hide the others.
     """
@@ -67,12 +61,12 @@ def in_order(methods: Iterable[str]) -> list[str]:
 
 
 def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
-    """An empty figure of `width` by `height` inches, at 150 pixels an inch."""
+    """Return an empty figure of `width` by `height` inches, at 150 pixels an inch."""
     return Figure((width, height), dpi=150, layout=layout, facecolor="white")
 
 
 def rows_of_axes(figure: Figure, heights: list[float]) -> list[Axes]:
-    """Axes one below the other over one x axis, of these relative heights."""
+    """Return axes one below the other over one x axis, of these relative heights."""
     shared = {"sharex": True, "squeeze": False}
     return list(figure.subplots(len(heights), 1, height_ratios=heights, **shared)[:, 0])
 
@@ -116,14 +110,14 @@ def _label_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
 
 
 def curve(ax: Axes, x: ArrayLike, y: ArrayLike, colour: str, wide: bool = False, **style) -> None:
-    """A curve with its points where they are few; a wide pale one leaves another on it visible."""
+    """Draw a curve, with its points where they are few; a wide pale one shows another on it."""
     marker = "o" if len(x) < 40 and not wide and style.get("ls") != "--" else None
     pen = {"lw": 6, "alpha": 0.35} if wide else {"lw": 1.8}
     ax.plot(x, y, color=colour, marker=marker, ms=3.5, **pen, **style)
 
 
 def band(ax: Axes, values: np.ndarray, colour: str, wide: bool = False) -> None:
-    """Median and 10–90 % of positive values [n, k] over the index 1 … k."""
+    """Draw median and 10–90 % of positive values [n, k] over the index 1 … k."""
     index = np.flatnonzero((values > 0).any(0))
     if not index.size:
         return
@@ -135,7 +129,7 @@ def band(ax: Axes, values: np.ndarray, colour: str, wide: bool = False) -> None:
 
 
 def spread(ax: Axes, parts: dict[str, dict[str, np.ndarray]]) -> None:
-    """Mean and 10–90 % of network and SVD side by side, for each part (label → method → [n])."""
+    """Draw mean and 10–90 % of network and SVD, for each part (label → method → [n])."""
     for position, values in enumerate(parts.values()):
         for name, side, align in (("network", -0.12, "right"), ("svd", 0.12, "left")):
             label, colour = METHODS[name]
@@ -149,7 +143,7 @@ def spread(ax: Axes, parts: dict[str, dict[str, np.ndarray]]) -> None:
 
 
 def note(ax: Axes, x: float, y: float, text: str, colour: str = GREY, **style) -> None:
-    """Text inside a panel, in fractions of it."""
+    """Write text inside a panel, at fractions of it."""
     ax.text(x, y, text, color=colour, transform=ax.transAxes, fontsize=10.5, **style)
 
 
@@ -160,7 +154,7 @@ def note_undefined(ax: Axes) -> None:
 
 
 def as_array(values: ArrayLike | torch.Tensor) -> np.ndarray:
-    """float64; None becomes NaN, which no curve draws."""
+    """Return float64 values; None becomes NaN, which no curve draws."""
     tensor = isinstance(values, torch.Tensor)
     return np.asarray(values.detach().cpu() if tensor else values, dtype=np.float64)
 
@@ -171,7 +165,7 @@ def column(history: list[dict], key: str) -> np.ndarray:
 
 
 def percent(value: float) -> str:
-    """A percentage with as many digits as mean something."""
+    """Format a percentage with as many digits as mean something."""
     if np.isnan(value) or abs(value) <= ROUNDING_PCT:
         return "undefined" if np.isnan(value) else f"under {ROUNDING} %"
     small = f"{value:.6f}" if abs(value) < 1e-3 else f"{value:.3g}"
@@ -179,7 +173,7 @@ def percent(value: float) -> str:
 
 
 def tick_label(value: float, _position: int | None = None) -> str:
-    """A tick's label: plain where that is short, else with a power of ten."""
+    """Format a tick's label: plain where that is short, else with a power of ten."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.6g}"
     mantissa, exponent = f"{value:.2e}".split("e")
@@ -188,7 +182,7 @@ def tick_label(value: float, _position: int | None = None) -> str:
 
 
 def log_scale(ax: Axes, which: str = "y") -> None:
-    """Logarithmic axis with readable ticks, whether it spans a few per cent or ten decades."""
+    """Set a logarithmic axis with readable ticks over a few per cent or ten decades."""
     axis = getattr(ax, f"{which}axis")
     interval = axis.get_data_interval()
     if not np.isfinite(interval).all() or interval[1] <= 0:
@@ -202,7 +196,7 @@ def log_scale(ax: Axes, which: str = "y") -> None:
 
 
 def rank_axis(ax: Axes, ranks: Iterable[int]) -> None:
-    """A logarithmic axis of ranks, with a tick at each of them."""
+    """Set a logarithmic axis of ranks, with a tick at each of them."""
     ranks = sorted(ranks)
     ax.set(xscale="log", xlim=(ranks[0] / 1.12, ranks[-1] * 1.12), xlabel="rank r (log scale)")
     ax.set_xticks(ranks, [str(rank) for rank in ranks])

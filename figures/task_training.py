@@ -29,7 +29,7 @@ def task_curve(
     references: dict[str, float],
     footer: str,
 ) -> None:
-    """Validation task error over epochs, with what needs no training as lines.
+    """Draw the validation task error over epochs; references without training are lines.
 
     history: the entries of history.json, the first of the untrained model; references: method
     ("svd", "svd_in_metric") → the same mean of its task error; best_epoch: that of best_model.pt.

@@ -41,7 +41,7 @@ CHANNEL_ROWS = [("X", BLACK), METHODS["network"], ("network − X", NETWORK)]
 
 
 def _tall(grid: Grid) -> float:
-    """Height of a map over its width, within what a figure can show; 1 for tokens in a row."""
+    """Return height over width of a map, within readable limits; 1 for tokens in a row."""
     return 1.0 if grid[0] == 1 else min(1.5, max(0.65, grid[0] / grid[1]))
 
 
@@ -85,7 +85,7 @@ def _caption(box: Box | None) -> str:
 
 
 def _axis_names(grid: Grid) -> tuple[str, str]:
-    """What the columns and rows of a token map are."""
+    """Return the names of the two axes of a token map."""
     return ("token", "") if grid[0] == 1 else ("token column", "token row")
 
 
@@ -101,7 +101,7 @@ def _draw_box(ax: Axes, box: Box | None, grid: Grid) -> None:
 def error_heatmap(
     path: str | Path, token_error: dict[str, ArrayLike], grid: Grid, footer: str
 ) -> None:
-    """Mean relative error per token [T] of network and SVD on one scale, and their difference."""
+    """Draw the mean error per token [T] of network and SVD on one scale, and the difference."""
     errors = {name: as_array(token_error[name]) for name in ("network", "svd")}
     apart = errors["network"] - errors["svd"]
     figure = new_figure(11, 1.4 + 2.8 * _tall(grid), "compressed")
@@ -170,7 +170,7 @@ def spatial_error(
     grid: Grid,
     info: dict[str, str],
 ) -> None:
-    """Relative error per token [T] of one image: network and SVD on one scale, their difference.
+    """Draw the error per token [T] of one image: network, SVD and their difference.
 
     The network's also over the photograph, where there is one; info: title and footer.
     """
@@ -215,7 +215,7 @@ def rank_comparison(
     grid: Grid,
     info: dict[str, str],
 ) -> None:
-    """Three principal components of X as red, green and blue, beside those of X_hat at `ranks`.
+    """Draw three principal components of X as colours, beside those of X_hat at `ranks`.
 
     maps: original → one array, network → one a rank: coordinates [T, c] on the components of X
     (`svd_baseline.principal_coordinates`). blocks: three of those c for each row of maps, counted
@@ -252,7 +252,7 @@ def rank_comparison(
 
 
 def _colour_map(ax: Axes, values: np.ndarray, scale: tuple, grid: Grid) -> None:
-    """[T, 3] as colours of the tokens."""
+    """Draw values [T, 3] as colours of the tokens."""
     low, reach = scale
     ax.imshow(np.clip((values - low) / reach, 0, 1).reshape(*grid, 3))
     ax.set(xticks=[], yticks=[])
@@ -260,7 +260,7 @@ def _colour_map(ax: Axes, values: np.ndarray, scale: tuple, grid: Grid) -> None:
 
 
 def _inside_outside(ax: Axes, errors: dict[str, np.ndarray], box: Box | None, grid: Grid) -> None:
-    """Mean and 10–90 % of the tokens' errors, in the box and outside it."""
+    """Draw mean and 10–90 % of the tokens' errors, in the box and outside it."""
     inside = tokens_in_box(box, grid).numpy()
     parts = {"in the box": inside, "outside" if box else "all": ~inside}
     parts = {f"{name}\n({m.sum()} tokens)": m for name, m in parts.items() if m.any()}

@@ -125,7 +125,7 @@ def _kept_panel(ax: Axes, history: list[dict]) -> None:
 
 
 def _mse_panel(ax: Axes, epochs: list[int], history: list[dict]) -> list[tuple[float, str, str]]:
-    """Training and validation mse with their optima as floors; returns the labels of their ends."""
+    """Draw training and validation mse and their optima; return the labels of their ends."""
     columns = {key: column(history, key) for key in CURVES}
     for key, (_, colour, dashes) in CURVES.items():
         curve(ax, epochs, columns[key], colour, ls=dashes)
@@ -177,7 +177,7 @@ def _excess_panel(
 
 @rc_context(STYLE)
 def loss_terms(path: str | Path, history: list[dict], footer: str) -> None:
-    """The weighted terms of the training loss, what each of them is, and the shifts if there are
+    """Draw the weighted terms of the training loss, what each of them is, and shifts if there are
     any; of a run with a head its term comes first."""
     history = [record for record in history if "train_loss" in record]
     epochs = [record["epoch"] for record in history]

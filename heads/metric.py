@@ -199,18 +199,6 @@ def metric_svd(x: Tensor, rank: int, metric: TaskMetric) -> Factors:
     return u, u.mT @ x
 
 
-def predicted_error(x: Tensor, metric: TaskMetric) -> Tensor:
-    """Predict the task error of `metric_svd` at the ranks 0 … T to first order, without the head.
-
-    Returns [b, T + 1] float64, (scale · Σ_{i>r} σ_i(X M^½)²)^½: exact where JᵀJ / ‖y‖² is the mean
-    metric for every token; a factor calibrated on validation images takes up what is left.
-    """
-    z = (x @ metric.root).double()
-    energy = torch.linalg.eigvalsh(z @ z.mT).clamp_min(0)  # smallest first
-    tail = energy.cumsum(-1).flip(-1)  # tail[r] = Σ_{i>r} σ_i²
-    return (metric.scale * torch.cat([tail, torch.zeros_like(tail[:, :1])], dim=-1)).sqrt()
-
-
 # ------------------------------------------------------------------------------------------- files
 
 

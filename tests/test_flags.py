@@ -33,7 +33,6 @@ WRONG_NAMES = {
 TOO_MUCH = {
     "--rank": 10**6,
     "--ranks": 10**6,
-    "--mean_rank": 10**6,
     "--image_idx": 10**6,
     "--oversample": 10**6,
 }
@@ -105,7 +104,6 @@ def base(tmp_path_factory):
         "experiments.make_demo_data": [],
         "experiments.report": where[2:4],
         "train_real_data": train,
-        "experiments.evaluate_task": [*where, "--metric", str(work / "metric.safetensors")],
         "extract_features": ["--dataset_dir", str(data), "--device", "cpu"],
     }
     return {
@@ -184,7 +182,7 @@ def test_a_flag_of_several_scripts_means_the_same_kind_of_value_in_all_of_them()
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_flags_that_exclude_each_other_are_refused_together(script, base, refused):
-    values = {"--rank": "3", "--target_error": "0.5", "--mean_rank": "3"}
+    values = {"--rank": "3", "--target_error": "0.5"}
     values |= {"--step": "2", "--target_kb": "3"}
     for group in parser_of(script)._mutually_exclusive_groups:
         flags = [action.option_strings[0] for action in group._group_actions]

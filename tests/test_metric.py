@@ -14,6 +14,7 @@ from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.linalg import denormalise, exact_factors
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import truncated_svd
+from training.unseen import unseen_test
 
 
 def random_metric(d: int, seed: int = 0) -> task_metric.TaskMetric:
@@ -83,20 +84,6 @@ def test_the_metric_of_a_linear_head_is_that_heads_own_matrix(dataset, test_batc
     assert images == 360
     difference = moment / moment.trace() - expected / expected.trace()
     assert difference.norm() < 0.05 * (expected / expected.trace()).norm()
-
-
-def test_in_its_own_metric_a_linear_heads_error_is_predicted_without_running_it(tokens):
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(40, 40, generator=generator) * torch.logspace(0, -1, 40)
-    head, rows = LinearHead(weight), torch.arange(3)
-    full = head.outputs(tokens, rows)
-    moment = (weight @ weight.mT).double()
-    info = {"scale": float(moment.diagonal().mean())}
-    metric = task_metric.TaskMetric(task_metric.shrunk(moment, 1e-9), info)
-    predicted = task_metric.predicted_error(tokens, metric)[:, 3]
-    measured = head.error(torch.matmul(*task_metric.metric_svd(tokens, 3, metric)) @ weight, full)
-    # predicted for gradients relative to ‖y‖, which this moment has not been divided by
-    assert torch.allclose(predicted / full.flatten(1).norm(dim=-1), measured, rtol=1e-3)
 
 
 def test_the_estimated_metric_lowers_the_task_error_of_held_out_images(
@@ -297,3 +284,18 @@ def test_an_estimate_of_few_images_uses_that_many(tiny_cache, dataset, script, t
     assert done.returncode == 0, done.stderr
     assert "1 probes of 3 training images" in done.stdout
     assert task_metric.load_metric(out, dataset).info["images"] == 3
+
+
+def test_a_metric_knows_its_images_and_judges_leave_them_out(tiny_cache, dataset, script, tmp_path):
+    out = tmp_path / "m.safetensors"
+    few = ["--probes", 1, "--images", 4, "--shrinkage", 0.01, "--out", out]
+    assert script("experiments.estimate_metric", "--cache_dir", tiny_cache, *few).returncode == 0
+    seen = task_metric.load_metric(out, dataset).info["seen"]
+    loaders = create_data_loaders_real(dataset, 4)
+    assert 0 < len(seen["image_sha256"]) <= 8 and len(seen["group"]) <= 8
+    assert unseen_test(loaders, {"metric": seen}).left_out == {"metric": 0}
+    # a judge whose test images are those that the metric was fitted to
+    table = dataset.rows["group"].to_pylist()
+    kin = torch.tensor([row for row, group in enumerate(table) if group in seen["group"]])
+    other = loaders._replace(test=loaders.test.only(torch.cat([loaders.test.sampler.rows, kin])))
+    assert unseen_test(other, {"metric": seen}).left_out == {"metric": len(kin)}

@@ -56,7 +56,7 @@ def test_a_task_trained_network_is_compared_in_both_norms(
     found = json.loads((results / "ResMLP" / "svd_nn_comparison.json").read_text())
     task = found["task"]["ranks"]["4"]
     assert set(task) == {"svd", "network", "svd_in_metric"} and found["task"]["head"] == "saliency"
-    # the plain SVD's, by hand: as evaluate_task judges it
+    # the plain SVD's, by hand: as compare_svd_nn.py judges it
     errors = []
     with torch.no_grad():
         for batch in create_data_loaders_real(dataset, 4).test:
@@ -112,30 +112,6 @@ def test_a_run_of_the_manual_after_one_for_a_task_keeps_that_one_aside(
     assert "val_task_error" not in history[-1]
     (aside,) = (results / "ResMLP").glob("previous-*")
     assert "val_task_error" in json.loads((aside / "history.json").read_text())[-1]
-
-
-def test_the_task_trained_network_is_judged_beside_the_others(
-    task_trained, metric_file, tiny_cache, script, tmp_path
-):
-    done = script(
-        "experiments.evaluate_task",
-        "--cache_dir",
-        tiny_cache,
-        "--metric",
-        metric_file,
-        "--ranks",
-        2,
-        4,
-        "--results_dir",
-        tmp_path,
-        "--task_results_dir",
-        task_trained,
-        "--head_steps",
-        1,
-    )
-    assert done.returncode == 0, done.stderr
-    methods = json.loads((tmp_path / "ResMLP" / "task_sweep.json").read_text())["methods"]
-    assert {"network_task", "network_task_refined"} <= set(methods)
 
 
 @pytest.mark.parametrize(
@@ -254,10 +230,6 @@ def test_a_metric_is_not_applied_again_to_a_network_that_was_trained_in_it(
     assert script("visualize_svd_nn.py", "--image_idx", 0, *where).returncode == 0
     image = json.loads((folder / "image_0_comparison_results.json").read_text())
     assert image["network_in_metric"] == image["network"]
-    done = script("experiments.evaluate_task", *where, "--ranks", 4)
-    assert done.returncode == 0, done.stderr
-    methods = json.loads((folder / "task_sweep.json").read_text())["methods"]
-    assert methods["network_in_metric"] == methods["network"]
 
 
 def test_a_network_of_one_metric_is_refused_in_another(
@@ -271,7 +243,6 @@ def test_a_network_of_one_metric_is_refused_in_another(
         "compare_svd_nn",
         "factorize",
         "visualize_svd_nn",
-        "experiments.evaluate_task",
     ):
         done = script(name, *where)
         assert done.returncode == 2 and "trained in another metric" in done.stderr, name

@@ -42,14 +42,14 @@ def test_and_draw(
     device = loaders.test.device
     model, state = load_model(folder / "best_model.pt", device, dataset)
     judged = unseen_test(loaders, {"network": state["images"]})  # one file may be in two groups
-    loaders, left_out = judged.loaders, judged.left_out["network"]
+    loaders = judged.loaders
     rank = model.current_effective_rank()
     results = {
         "arch": state["config"]["arch"],
         "data": dataset.label,
         "split": "test",
         "n_images": loaders.test.num_images,
-        "n_seen_left_out": left_out,
+        "n_seen_left_out": judged.left_out,
         "best_epoch": state["progress"]["best_epoch"],
         "epochs": history[-1]["epoch"],
         "effective_rank": rank,
