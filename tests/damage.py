@@ -1,12 +1,11 @@
-"""Flip and cut bytes of every kind of file that is read, and see what the readers make of it.
+"""One of every kind of file that is read, and what its readers make of damaged bytes.
 
-Each case ends in one of: refused (one line of our own), found by --verify, harmless (what is read
-is as before), or a defect: a traceback, or other numbers without a word.
+A case ends in one of: refused (one line of our own), found by --verify, harmless (what is read is
+as before), or a defect: a traceback, or other numbers without a word.
 """
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import random
 import shutil
@@ -43,12 +42,12 @@ class Kind(NamedTuple):
 
 
 def run(script: object, *argv: object) -> None:
-    """A script's main, in this process."""
+    """Run a script in this process."""
     script.main(arguments.parse(script.get_args_parser(), [str(a) for a in argv]))
 
 
 def digest(*values: object) -> str:
-    """One hash of tensors, tables, dicts and lists."""
+    """Return one hash of tensors, tables, dicts and lists."""
     found = hashlib.sha256()
 
     def add(value: object) -> None:
@@ -103,7 +102,7 @@ def read_rows(folder: Path) -> str:
 
 
 def write_begun(folder: Path, leave: int = 0) -> None:
-    """A cache of three shards, or all but the last `leave` of them."""
+    """Write a cache of three shards, or all but the last `leave` of them."""
     tokens = tiny.steep_tokens(20)
     shards, shard_folder.ROWS_PER_SHARD = shard_folder.ROWS_PER_SHARD, 8
     try:
@@ -129,7 +128,7 @@ def read_factors(folder: Path) -> str:
 
 
 def build(work: Path) -> dict[str, Kind]:
-    """Everything that there is to damage, made by the program itself."""
+    """Have the program make one of each kind of file."""
     cache = tiny.write_cache(work / "cache", tiny.steep_tokens(40))
     results = work / "results"
     where = ["--cache_dir", cache, "--results_dir", results]
@@ -176,7 +175,7 @@ def build(work: Path) -> dict[str, Kind]:
 
 
 def damage(path: Path, rng: random.Random) -> str:
-    """Change a file at random; says how."""
+    """Change a file at random; return in words how."""
     data = bytearray(path.read_bytes())
     at = rng.randrange(len(data))
     way = rng.choice(("bit", "bit", "bytes", "cut", "hole", "longer"))
@@ -197,7 +196,7 @@ def damage(path: Path, rng: random.Random) -> str:
 
 
 def one_case(kind: Kind, clean: object, copy: Path, rng: random.Random) -> tuple[str, str]:
-    """(outcome, how): refused, found by --verify, harmless, TRACEBACK or SILENT."""
+    """Damage a copy and read it: refused, found by --verify, harmless, TRACEBACK or SILENT."""
     shutil.rmtree(copy, ignore_errors=True)
     folder = Path(shutil.copytree(kind.folder, copy / kind.folder.name))
     how = damage(folder / kind.file, rng)
@@ -215,21 +214,3 @@ def one_case(kind: Kind, clean: object, copy: Path, rng: random.Random) -> tuple
             found = True
         outcome = "found by --verify" if found else "SILENT"
     return outcome, how
-
-
-def corrupt(work: Path, count: int, rng: random.Random) -> tuple[dict, list[str]]:
-    """`count` cases spread over all kinds: kind → outcomes, and the defects in words."""
-    kinds = build(work)
-    table: dict[str, collections.Counter] = {name: collections.Counter() for name in kinds}
-    defects = []
-    clean = {}
-    for name, kind in kinds.items():
-        copy = Path(shutil.copytree(kind.folder, work / "clean" / name / kind.folder.name))
-        clean[name] = kind.read(copy)
-    for i in range(count):
-        name = list(kinds)[i % len(kinds)]
-        outcome, how = one_case(kinds[name], clean[name], work / "copy", rng)
-        table[name][outcome] += 1
-        if outcome.isupper():
-            defects.append(f"{outcome} {name}: {how}")
-    return table, defects

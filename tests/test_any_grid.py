@@ -4,9 +4,9 @@ import json
 import math
 import shutil
 
-import killing
 import pytest
 import torch
+from forked import command, killed
 from matplotlib.figure import Figure
 from test_distributed import finished, torchrun
 from test_training import equal, interrupt_after
@@ -117,9 +117,8 @@ def same_run(folder, unbroken):
 def test_a_run_killed_in_a_write_goes_on_to_the_unbroken_run(ragged_cache, trained, tmp_path):
     import train_real_data
 
-    run = killing.command(train_real_data, *training(ragged_cache, tmp_path))
-    kill = killing.Kill(7, "half written")  # after the first checkpoints
-    assert killing.finish(killing.start(run, tmp_path / "log.txt", killing.Board(), kill)) == -9
+    run = command(train_real_data, *training(ragged_cache, tmp_path))
+    assert killed(run, 7, "half written").status == -9  # after the first checkpoints
     where = ["--cache_dir", ragged_cache, "--results_dir", tmp_path, "--log_dir", tmp_path / "log"]
     assert train([*map(str, where), "--resume", "last"]) == 0
     same_run(tmp_path, trained)

@@ -1,4 +1,4 @@
-"""Nothing lost, nothing silent, nothing executed: the quick part; the long is tests/faults.py."""
+"""Nothing lost, nothing silent: damaged files, locks, full disks, odd values. Kills: test_kills."""
 
 import contextlib
 import json
@@ -11,14 +11,16 @@ import warnings
 from pathlib import Path
 
 import damage
-import full_disk
 import pytest
 import tiny
 import torch
+from forked import command, limited
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import compare_svd_nn
 import extract_features
+import factorize
 import train_real_data
 from common import arguments
 from lowrank_tokens import files
@@ -37,6 +39,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = "--rank 2 --hidden_dim 8 --epochs 1 --device cpu".split()
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def train(script, tmp_path):
     """Run train_real_data.py on a cache into tmp_path/results."""
@@ -51,13 +57,14 @@ def train(script, tmp_path):
 # ---------------------------------------------------------------------------------------- damage
 
 
-def test_damage_of_any_file_is_refused_or_found_by_verify(made, tmp_path):
-    rng = random.Random(1)
+@pytest.mark.parametrize("cases", [2, slow(30)])
+def test_damage_of_any_file_is_refused_or_found_by_verify(cases, made, tmp_path):
+    rng = random.Random(cases)
     for name, kind in made.items():
         whole = Path(shutil.copytree(kind.folder, tmp_path / "clean" / kind.folder.name))
         clean = kind.read(whole)
         shutil.rmtree(tmp_path / "clean")
-        for _ in range(6):
+        for _ in range(cases):
             outcome, how = damage.one_case(kind, clean, tmp_path / "copy", rng)
             assert outcome in ("refused", "found by --verify", "harmless"), (name, outcome, how)
 
@@ -289,17 +296,42 @@ def test_an_overwrite_that_was_cut_off_leaves_no_part_without_its_shard(tmp_path
             assert "start again with --overwrite" in str(error)
 
 
-def test_a_disk_that_is_full_is_one_line_and_leaves_every_file_as_it_was(made, tmp_path):
+@pytest.mark.parametrize("size", [3000, *[slow(n) for n in (300, 5_000, 20_000, 45_000)]])
+def test_a_disk_that_is_full_is_one_line_and_leaves_every_file_as_it_was(
+    size, made, tmp_path, monkeypatch
+):
+    """Files that may not grow beyond `size` bytes stand for the full disk."""
+    monkeypatch.setattr(extract_features, "load_encoder", lambda *_, **__: tiny.TinyEncoder())
     place = tmp_path / "place"
     shutil.copytree(made["best_model.pt"].folder.parent, place / "results")
     shutil.copytree(made["manifest.json"].folder, place / "cache")
-    data = made["data set *.parquet"].folder
-    for name in ("train --resume", "factorize", "compare"):
-        before = full_disk.contents(place)
-        run = full_disk.limited(full_disk.command(*full_disk.scripts(place, data)[name]), 3000)
-        outcome = full_disk.in_process(run)
-        assert full_disk.judge(name, before, place, outcome) == "refused", outcome
-        assert "File too large" in outcome.output or "(os error 27)" in outcome.output
+    where = ["--cache_dir", place / "cache", "--results_dir", place / "results"]
+    logs, images = ["--log_dir", place / "log"], made["data set *.parquet"].folder
+    for script, *flags in (
+        (train_real_data, *where, *logs, "--resume", "--epochs", 1),
+        (compare_svd_nn, *where),
+        (factorize, *where, "--out", place / "factors"),
+        (extract_features, "--dataset_dir", images, "--cache_dir", place / "new_cache"),
+        (train_real_data, *where, *logs, *SMALL),  # moves the old results aside
+    ):
+        before = contents(place)
+        outcome = limited(command(script, *flags), size)
+        left = contents(place)
+        assert not [path for path in left if ".tmp" in path.name or path.name == LOCK_NAME]
+        if outcome.status != 0:
+            assert outcome.status == 2 and "Traceback" not in outcome.output, outcome
+            errors = [line for line in outcome.output.splitlines() if line.startswith("error: ")]
+            assert len(errors) == 1, outcome
+            assert "File too large" in errors[0] or "(os error 27)" in errors[0]
+        for path, data in before.items() - left.items():  # moved aside, or training has gone on
+            assert data in left.values() or "--resume" in flags, path
+        for path in place.rglob("*.pt"):
+            load_checkpoint(path)
+
+
+def contents(folder):
+    """The bytes of each file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_write_that_fails_names_the_file_and_keeps_the_old_one(tmp_path):
