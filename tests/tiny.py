@@ -5,6 +5,7 @@ Nothing here is presented as a result: these are tokens to break things with, in
 
 from __future__ import annotations
 
+import hashlib
 import io
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def row(i: int, group: str | None = None) -> dict:
     return {
         "row_id": i,
         "group": group or f"group {i}",
-        "image_sha256": f"{i:064d}",
+        "image_sha256": hashlib.sha256(str(i).encode()).hexdigest(),
         "question": "what?",
         "answers": ["that"],
         "bbox": [2.0, 2.0, 5.0, 5.0],
