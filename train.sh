@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Environment, data, training, comparison, figures, an overview of the architectures.
+# Environment, data, training, comparison, figures, a report.
 #
 #   ./train.sh [--cache_dir feature_cache_real]  the whole path for one architecture, on the cache
-#                                                that is there or on demo data: minutes on two CPU
-#                                                cores. The demo's network is trained for its task.
-#                                                Ends with what was found, in five lines
+#                                                that is there or on demo data: nine minutes on two
+#                                                CPU cores. Ends with what was found, in five lines
 #   ARCHS="ResMLP MLP AdaLoRA" ./train.sh --epochs 500 --rank 128
 #                                                each architecture; flags of train_real_data.py
 #   ./train.sh [batch_size=64] [epochs=200] [lr=0.0001] [rank=128] [lambda_B=0.0001]
@@ -14,45 +13,46 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 . common/setup_env.sh
-setup_env requirements.txt
 
 case " $* " in
 *" --help "* | *" -h "*)
     sed -n '2,/^set /p' "$0" | grep '^#' | cut -c3-
-    echo "Flags of train_real_data.py:"
-    exec "$python" train_real_data.py --help
+    exit
     ;;
 *" --arch "* | *" --arch="*)
     echo "error: --arch: name the architectures before the command: ARCHS=\"ResMLP MLP\" $0 …" >&2
     exit 2
     ;;
 esac
-
-archs=${ARCHS:-ResMLP}
 if [[ ${1-} =~ ^[0-9] ]]; then
     set -- --batch_size "$1" --epochs "${2:-200}" --lr "${3:-0.0001}" --rank "${4:-128}" \
         --lambda_B "${5:-0.0001}" --lambda_ortho "${6:-0.001}" --results_dir "${7:-results}"
 fi
 
-# flags that the comparison and the figures share with the training; where there is no other, the
-# whole path is walked
-shared=() whole_path=yes
-results_dir=results cache_dir=feature_cache_real
-arguments=("$@")
-for ((i = 0; i < $#; i++)); do
-    flag=${arguments[i]%%=*}
-    case $flag in
-    --results_dir | --cache_dir | --device | --log_dir)
-        if [[ ${arguments[i]} == *=* ]]; then value=${arguments[i]#*=}; else value=${arguments[i + 1]:-}; fi
-        [[ $flag == --log_dir ]] || shared+=("$flag" "$value")
-        [[ $flag == --results_dir ]] && results_dir=$value
-        [[ $flag == --cache_dir ]] && cache_dir=$value
-        [[ ${arguments[i]} == *=* ]] || i=$((i + 1))
-        ;;
-    *) whole_path= ;;
+# typed FLAG DEFAULT "$@": the value of a flag that the steps after the training need as well
+typed() {
+    local flag=$1 value=$2 before=
+    shift 2
+    for word in "$@"; do
+        if [[ $before == "$flag" ]]; then value=$word; fi
+        if [[ $word == "$flag="* ]]; then value=${word#*=}; fi
+        before=$word
+    done
+    echo "$value"
+}
+cache_dir=$(typed --cache_dir feature_cache_real "$@")
+results_dir=$(typed --results_dir results "$@")
+where=(--cache_dir "$cache_dir" --results_dir "$results_dir" --device "$(typed --device auto "$@")")
+# where nothing else is typed, the whole path is walked
+whole_path=yes
+for word in "$@"; do
+    case ${word%%=*} in
+    --cache_dir | --results_dir | --device | --log_dir) ;;
+    --*) whole_path= ;;
     esac
 done
 
+setup_env requirements.txt
 if [[ ! -e $cache_dir/manifest.json ]]; then
     # an extraction killed at once leaves a folder with nothing but a hidden .lock
     if [[ -e $cache_dir && ! -e $cache_dir/partial.json && -n $(ls "$cache_dir") ]]; then
@@ -65,51 +65,35 @@ if [[ ! -e $cache_dir/manifest.json ]]; then
     "$python" extract_features.py --demo --cache_dir "$cache_dir"
 fi
 
+# a metric and a codec belong to one cache
+name=$(basename "$cache_dir")
+metric=metrics/saliency-$name.safetensors codec=codecs/$name.safetensors
 if [[ $whole_path ]]; then
     if grep -q '"id": "demo' "$cache_dir/manifest.json"; then
-        # the closed form stands beside the network: its metric, of 25 images, takes 17 s. Of all
-        # training images it takes two minutes, for 2 % less validation task error
-        [[ -e metrics/saliency.safetensors ]] || "$python" -m experiments.estimate_metric \
-            --images 25 --probes 1 --shrinkage 0.01 --cache_dir "$cache_dir" ||
+        # The head that reads this encoder's tokens is at hand: train for it, a minute an epoch. The
+        # metric of 25 images (17 s) puts the closed form beside the network.
+        [[ -e $metric ]] || "$python" -m experiments.estimate_metric --images 25 --probes 1 \
+            --shrinkage 0.01 --cache_dir "$cache_dir" --out "$metric" ||
             echo "note: without the closed form beside the network"
-        # through the saliency head that reads this encoder's tokens: a minute an epoch
         set -- "$@" --task_head saliency --batch_size 2 --epochs 2
     else
-        echo "in the Frobenius norm; for a task's see docs/task_and_bytes.md (--head qwen-answer)"
+        echo "training in the Frobenius norm; for a task's norm see docs/training.md"
         set -- "$@" --epochs 10
     fi
-    arguments=("$@")
 fi
 
-# only AdaLoRA has a rank to allocate: a batch may mix it with the others
-without_allocator=()
-for ((i = 0; i < $#; i++)); do
-    case ${arguments[i]} in
-    --use_rank_allocator | --allocator_*=*) ;;
-    --allocator_*) i=$((i + 1)) ;;
-    *) without_allocator+=("${arguments[i]}") ;;
-    esac
-done
-
-for arch in $archs; do
-    case ${arch,,} in
-    *ada*) flags=("$@") ;;
-    *) flags=("${without_allocator[@]}") ;;
-    esac
-    "$python" train_real_data.py --arch "$arch" "${flags[@]}"
-    "$python" compare_svd_nn.py --arch "$arch" "${shared[@]}"
-    "$python" visualize_svd_nn.py --arch "$arch" "${shared[@]}"
+for arch in ${ARCHS:-ResMLP}; do
+    "$python" train_real_data.py --arch "$arch" "$@"
+    "$python" compare_svd_nn.py --arch "$arch" "${where[@]}"
+    "$python" visualize_svd_nn.py --arch "$arch" "${where[@]}"
 done
 
 if [[ $whole_path ]]; then
-    "$python" -m experiments.fit_codec --cache_dir "$cache_dir" --out codecs/plain.safetensors
-    "$python" -m experiments.compare_bytes --quick --codec codecs/plain.safetensors \
-        --cache_dir "$cache_dir" --results_dir "$results_dir"
+    [[ -e $codec ]] || "$python" -m experiments.fit_codec --cache_dir "$cache_dir" --out "$codec"
+    "$python" -m experiments.compare_bytes --quick --codec "$codec" "${where[@]}"
 fi
 
-if [[ -d $results_dir ]]; then
-    echo "figures:"
-    find "$results_dir" -maxdepth 2 -name '*.png' | sort # an earlier run's previous-* lie deeper
-fi
+echo "figures:"
+find "$results_dir" -maxdepth 2 -name '*.png' | sort # an earlier run's previous-* lie deeper
 # says last what was found
 "$python" -m experiments.report --results_dir "$results_dir"

@@ -129,15 +129,12 @@ def head_of_norm(
 
 
 def metric_at_hand(head: TaskHead, dataset: RealQwenVLDataset) -> TaskMetric | None:
-    """The metric that experiments.estimate_metric writes by default, where it is of this head and
-    cache; None else, with a note where there is a file."""
-    path = Path("metrics") / f"{head.name}.safetensors"
-    if not path.exists():
-        return None
-    try:
-        metric = load_metric(path, dataset)
-        check_head(metric, head)
-    except InputError as error:
-        print(f"note: {path} is left out: {error}")
-        return None
-    return metric
+    """Return the first metric in metrics/ that is of this head and cache, or None with a note."""
+    for path in sorted(Path("metrics").glob("*.safetensors")):
+        try:
+            metric = load_metric(path, dataset)
+            check_head(metric, head)
+            return metric
+        except InputError as error:
+            print(f"note: {path} is left out: {error}")
+    return None
