@@ -152,12 +152,13 @@ def _excess_panel(
         note_undefined(ax)
         return
     final = ranks == ranks[-1]
+    drawn = np.maximum(excess, ROUNDING_PCT)  # less is rounding; NaN stays
     if not final.all():
-        curve(ax, epochs, excess, GREY)
+        curve(ax, epochs, drawn, GREY)
         note(ax, 0.01, 0.93, "grey: at higher ranks, whose optimum is another", GREY, va="top")
-    curve(ax, epochs, np.where(final, excess, np.nan), NETWORK)
+    curve(ax, epochs, np.where(final, drawn, np.nan), NETWORK)
     ax.margins(y=0.25)
-    if np.nanmin(excess) > 0 and np.nanmax(excess) > 20 * np.nanmin(excess):
+    if np.nanmax(drawn) > 20 * np.nanmin(drawn):
         log_scale(ax)
     elif np.nanmax(excess) <= ON_THE_OPTIMUM:  # how near it is shows against the optimum itself
         ax.set_ylim(-0.12 * np.nanmax(excess), 1.35 * max(np.nanmax(excess), ROUNDING_PCT))
@@ -169,9 +170,9 @@ def _excess_panel(
     if untrained and best > 0 and final[0]:
         ax.plot(epochs[0], excess[0], "o", ms=9, mfc="white", mec=NETWORK, mew=1.8)
         ax.annotate(f"untrained {percent(excess[0])}", (epochs[0], excess[0]), (10, 8), **style)
-    ax.plot(epochs[best], excess[best], "o", ms=8, color=NETWORK)
+    ax.plot(epochs[best], drawn[best], "o", ms=8, color=NETWORK)
     side = "right" if 2 * epochs[best] > epochs[0] + epochs[-1] else "left"
-    words, at = f"{mark} {percent(excess[best])}", (epochs[best], excess[best])
+    words, at = f"{mark} {percent(excess[best])}", (epochs[best], drawn[best])
     ax.annotate(words, at, (0, -10), ha=side, va="top", **style)
 
 
