@@ -131,7 +131,7 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
     # test images that neither network nor metric has seen
     head = chosen_head(args, trained)
     metric = chosen_metric(args, trained, head)
-    fitted = {"network": state.get("images")}
+    fitted = {"network": state["images"]}
     if metric:
         fitted["metric"] = metric.info.get("seen")
     loaders = create_data_loaders_real(dataset, args.batch_size, device=device)

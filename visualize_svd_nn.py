@@ -27,7 +27,6 @@ from lowrank_tokens.files import sole_writer, write_json
 from lowrank_tokens.grids import Box, Grid, box_in_view
 from lowrank_tokens.linalg import Factors, exact_singular_values, normalise
 from model import LowRankFactorModel
-from qwenvl_dataloader import RealQwenVLDataset
 from svd_baseline import principal_coordinates, truncated_svd
 from training.checkpoint import Trained, evaluated_rank, open_trained
 from training.unseen import rows_seen
@@ -86,7 +85,8 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
     }
 
     # figures
-    part, seen = dataset.split.part_of(row), seen_in_training(state, dataset, row)
+    part = dataset.split.part_of(row)
+    seen = bool(rows_seen(state["images"], dataset, torch.tensor([row])))
     arch = state["config"]["arch"]
     title = f"Image {row} ({side_of(part, seen)}), {arch}, rank {rank}"
     footer = f"{dataset.label}; rank {rank}, seed {state['args']['seed']}"
@@ -113,7 +113,7 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
         "arch": arch,
         "image_idx": row,
         "split": part,
-        "seen_in_training": seen,  # null: overlap unknown
+        "seen_in_training": seen,
         "rank": rank,
         "requested_rank": args.rank or rank,
         "data": dataset.label,
@@ -142,17 +142,8 @@ def factors_of_image(
     return factors
 
 
-def seen_in_training(state: dict, dataset: RealQwenVLDataset, row: int) -> bool | None:
-    """Tell whether the network has seen the image; None where its checkpoint does not say."""
-    if "images" not in state:
-        return None
-    return bool(rows_seen(state["images"], dataset, torch.tensor([row])))
-
-
-def side_of(part: str, seen: bool | None) -> str:
+def side_of(part: str, seen: bool) -> str:
     """Return the part of the split in words. Another cache's test part may have been seen."""
-    if seen is None:
-        return f"{part}, overlap unknown"
     return f"{part}, an image the network has seen" if seen and part == "test" else part
 
 

@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
         "network": lambda batch, r: model(batch.x, r, grid=batch.grid),
         "svd": cut_at_ranks(lambda batch, r: exact_factors(batch.x, r)),
     }
-    fitted = {"network": state.get("images")}
+    fitted = {"network": state["images"]}
     if args.metric:
         metric = load_metric(args.metric, dataset).to(device)
         check_head(metric, head)

@@ -135,7 +135,7 @@ def network_methods(
     methods = []
     for path in filter(Path.exists, paths):
         model, state = load_model(path, device, dataset)
-        judged = unseen_test(loaders, {"network": state.get("images")})
+        judged = unseen_test(loaders, {"network": state["images"]})
         loaders = judged.loaders
         if judged.words:
             print(f"note: {path}: {judged.words}")
