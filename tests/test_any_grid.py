@@ -124,6 +124,7 @@ def test_a_run_killed_in_a_write_goes_on_to_the_unbroken_run(ragged_cache, train
     same_run(tmp_path, trained)
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_network_of_one(ragged_cache, trained, tmp_path):
     argv = training(ragged_cache, tmp_path)
     argv[argv.index("--batch_size") + 1] = "2"
@@ -198,6 +199,7 @@ def test_a_map_is_resampled_to_another_grid_by_its_places_and_keeps_its_mean():
     assert resampled(across, (4, 8), (4, 8)) is across
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coded", [False, True])
 def test_factors_and_coded_factors_keep_each_image_on_its_grid_within_the_target(
     coded, dataset, ragged_cache, trained, script, tmp_path
@@ -225,6 +227,7 @@ def test_factors_and_coded_factors_keep_each_image_on_its_grid_within_the_target
         assert apart.norm() / raw.norm() <= target + 0.01
 
 
+@pytest.mark.slow
 def test_a_codec_of_all_grids_takes_fewer_bytes_on_a_rarer_grid_than_one_of_the_main_grid_alone(
     dataset, ragged_cache, script, tmp_path
 ):

@@ -327,6 +327,7 @@ def write(script, tiny_cache, codec_file, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_coded_factors_meet_the_target_as_read_by_every_reader_and_by_workers(
     write, tiny_cache, tmp_path
 ):

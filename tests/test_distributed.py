@@ -104,6 +104,7 @@ def test_two_processes_extract_the_bytes_of_one(data, cache, tmp_path):
     assert stdout.count("DEMO data, 300 rows") == stdout.count("manifest.json") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_extract_images_of_any_size_into_the_bytes_of_one(data, tmp_path):
     where = ["--demo", "--dataset_dir", data, "--resize", "native", "--max_pixels", 12 * 28**2]
     where += ["--batch_tokens", 48, "--cache_dir"]
@@ -113,6 +114,7 @@ def test_two_processes_extract_images_of_any_size_into_the_bytes_of_one(data, tm
     assert RealQwenVLDataset(tmp_path / "shared").ragged
 
 
+@pytest.mark.slow
 def test_two_processes_import_the_bytes_of_one(tmp_path):
     (tmp_path / "old").mkdir()
     for i in range(150):  # two shards
@@ -124,6 +126,7 @@ def test_two_processes_import_the_bytes_of_one(tmp_path):
     assert stdout.count("features_71.pt missing") == stdout.count("150 files") == 1
 
 
+@pytest.mark.slow
 def test_processes_killed_while_they_extract_are_gone_on_with_by_one(data, cache, tmp_path):
     process = extraction(data, tmp_path / "cache")
     while not list((tmp_path / "cache").glob("part-*.parquet")):
@@ -150,6 +153,7 @@ def test_two_processes_write_the_factors_of_one(cache, tmp_path):
     assert stdout.count("matrices per second") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_code_the_bytes_of_one_and_go_on_where_they_were_killed(cache, tmp_path):
     codec = tmp_path / "codec.safetensors"
     in_process(fit_codec, "--cache_dir", cache, "--out", codec)
@@ -218,6 +222,7 @@ def test_two_processes_with_half_the_batch_train_the_network_of_one(alone, tiny_
     assert stdout.count("epoch    8 ") == stdout.count("2 processes, 5 images a step each") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_train_for_a_task_as_one_does(tiny_cache, tmp_path):
     metric = tmp_path / "metric.safetensors"
     in_process(
@@ -241,6 +246,7 @@ def test_two_processes_train_for_a_task_as_one_does(tiny_cache, tmp_path):
     assert found[1] == pytest.approx(found[0], rel=1e-3) and len(found[0]) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_choose_the_features_of_one(tiny_cache, tmp_path):
     small = "--epochs 1 --rank 4 --oversample 2 --refine_steps 0 --hidden_dim 16".split()
     one, two = tmp_path / "one", tmp_path / "two"
@@ -255,6 +261,7 @@ def test_two_processes_choose_the_features_of_one(tiny_cache, tmp_path):
     close(history_of(two, "ResMLP"), history_of(one, "ResMLP"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_two_processes_goes_on_in_one(alone, tiny_cache, tmp_path):
     where = files(tiny_cache, tmp_path)
     process = torchrun("train_real_data.py", *where, *RUN, "--epochs", "400", "--batch_size", "5")
@@ -324,6 +331,7 @@ def assert_one_line(process, message):
     assert stderr.count("Traceback") == 1  # torchrun's own
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_of_all_processes(tmp_path):
     flags = ["--cache_dir", tmp_path / "nowhere", "--results_dir", tmp_path / "results"]
     process = torchrun("train_real_data.py", *flags, "--log_dir", tmp_path / "log")
@@ -351,6 +359,7 @@ processes.run(main, parser)
 """
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_the_others_wherever_they_are(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(FAILS_ON_ONE.format(root=str(ROOT)))

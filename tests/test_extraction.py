@@ -58,6 +58,7 @@ def test_a_folder_of_images_is_read_recursively_in_sorted_order(photos, encode, 
     assert "13, of 12 different images" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_can_be_trained_on_compared_and_drawn(photos, encode, tmp_path, script):
     assert encode(photos).returncode == 0
     where = ["--cache_dir", tmp_path / "cache", "--results_dir", tmp_path / "results"]

@@ -242,6 +242,7 @@ def run_train(argv):
     return train_real_data.main(args)
 
 
+@pytest.mark.slow
 def test_old_results_that_were_moved_half_way_are_not_resumed(train, tmp_path, monkeypatch):
     cache = tiny.write_cache(tmp_path / "cache", tiny.steep_tokens(12))
     assert train(cache).returncode == 0
@@ -403,6 +404,7 @@ def test_odd_tokens_give_finite_losses_gradients_and_honest_excess(name, options
             assert (metrics["rel_error"] < 1.01).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["all zero", "some images zero", "one token"])
 def test_odd_tokens_go_through_every_script(name, tmp_path, script, train):
     tokens = odd_tokens()[name]

@@ -217,6 +217,7 @@ def test_a_file_where_a_folder_must_be_is_a_mistake_in_words(tiny_cache, tmp_pat
     assert done.stderr.count("\n") == 1 and list(tmp_path.iterdir()) == [tmp_path / "taken"]
 
 
+@pytest.mark.slow
 def test_a_rank_above_the_trained_one_is_evaluated_there_and_above_the_tokens_refused(
     trained, tiny_cache, script
 ):
