@@ -41,12 +41,12 @@ class Split:
     hash: str  # of which row is in which part, 16 hexadecimal digits
 
     def part_of(self, row: int) -> str:
-        """'train', 'val' or 'test'."""
+        """Return 'train', 'val' or 'test'."""
         return next(name for name in ("train", "val", "test") if row in getattr(self, name))
 
 
 def split_by_group(groups: list[str]) -> Split:
-    """80/10/10 by group: rows with one group name (one image, one photograph) stay together.
+    """Split 80/10/10 by group: rows of one group (one image, one photograph) stay together.
 
     With few groups, 10 % would be too few to judge by: validation and test get at least 8 groups
     each where that leaves them at most a fifth of the groups, and at least one. Deterministic in
@@ -128,7 +128,7 @@ class EpochSampler(Sampler):
 
     @property
     def images_before(self) -> int:
-        """Images of all processes in the batches that `start` skips."""
+        """Return the number of images of all processes in the batches that `start` skips."""
         return sum(len(step) for step in self._steps()[: self.start])
 
     def shares(self) -> list[Share]:
@@ -140,7 +140,7 @@ class EpochSampler(Sampler):
         return shares
 
     def _steps(self) -> list[Tensor]:
-        """Rows of all processes in each step of the epoch."""
+        """Return the rows of all processes in each step of the epoch."""
         rows = self.rows
         if self.shuffle_seed is not None:
             key = np.random.SeedSequence([self.shuffle_seed, self.epoch]).generate_state(1)[0]
@@ -214,7 +214,7 @@ class BatchLoader:
         return self.dataset.singular_values.to(self.device)
 
     def only(self, rows: Tensor) -> BatchLoader:
-        """A loader of these rows of the cache, shuffled as this one is; for one process."""
+        """Return a loader of these rows of the cache, shuffled as this one is; for one process."""
         sampler = self.sampler
         size, seed = sampler.batch_size, sampler.shuffle_seed
         return BatchLoader(self.dataset, rows, size, self.device, seed)
@@ -223,7 +223,7 @@ class BatchLoader:
         self.sampler.epoch, self.sampler.start = epoch, start
 
     def with_progress(self, desc: str, *, show: bool = True) -> Iterator[Batch]:
-        """The batches, counted on stderr in images of all processes."""
+        """Yield the batches, counted on stderr in images of all processes."""
         done = self.sampler.images_before
         with progress.bar(self.num_images, desc, initial=done, show=show) as bar:
             for batch in self:
@@ -265,7 +265,7 @@ def create_data_loaders_real(
     part: tuple[int, int] = (0, 1),
     tenants: int = 1,
 ) -> Loaders:
-    """Loaders of the dataset's split; features live on the device where they fit comfortably.
+    """Return the split's loaders; features live on the device where they fit comfortably.
 
     Training order is reshuffled each epoch from `seed`; validation and test keep cache order.
     part: (rank, world) of several processes: batch_size is each one's, training batches and the
@@ -285,7 +285,7 @@ def create_data_loaders_real(
 
 
 def of_one_grid(loaders: Loaders) -> Loaders:
-    """The loaders with images of the cache's most frequent grid alone, and a note that says so.
+    """Return the loaders with images of the most frequent grid alone, and print a note about it.
 
     For measurements that need matrices of one shape. Raises InputError where a part has none.
     """

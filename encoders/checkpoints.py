@@ -99,7 +99,7 @@ QWEN2_5 = ("qwen2_5_vl",)  # whose language model is the head qwen-answer
 
 
 def names(families: Iterable[str] = FAMILIES) -> str:
-    """Of families, for people: "a, b or c"."""
+    """Return the families' names for people: "a, b or c"."""
     *most, last = dict.fromkeys(FAMILIES[family].name for family in families)
     return " or ".join([", ".join(most), last] if most else [last])
 
@@ -114,12 +114,12 @@ class Checkpoint(NamedTuple):
 
     @property
     def width(self) -> int:
-        """D, features of a token."""
+        """Return D, the features of a token."""
         return getattr(self.vision, self.family.width)
 
 
 def open_checkpoint(name: str) -> Checkpoint:
-    """A folder as it is; from the hub only configs and the shards that hold vision tensors.
+    """Open a folder; of a hub's checkpoint fetch the configs and the shards of vision tensors only.
 
     Raises InputError for another family, offline too, and for what cannot be found or read.
     """
@@ -139,7 +139,7 @@ def open_checkpoint(name: str) -> Checkpoint:
 def read_checkpoint(
     folder: Path, revision: str | None = None, accepted: Iterable[str] = FAMILIES, by: str = ""
 ) -> Checkpoint:
-    """The checkpoint in a folder; InputError where its model_type is not `accepted` (`by` whom)."""
+    """Read a folder's checkpoint; InputError where its model_type is not `accepted` (`by` whom)."""
     if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
         raise InputError(
             f"{folder} is a LoRA adapter, no whole model: merge it into its base model "
@@ -163,7 +163,7 @@ def read_checkpoint(
 
 
 def whole_checkpoint_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a whole Qwen2.5-VL checkpoint: `name` itself, or the hub's snapshot of it.
+    """Return the folder of a whole Qwen2.5-VL checkpoint: `name`, or the hub's snapshot of it.
 
     revision: the hub's commit; None is its newest.
     """
@@ -178,7 +178,7 @@ def whole_checkpoint_folder(name: str, revision: str | None = None) -> Path:
 
 
 def checkpoint_weights_sha256(folder: Path) -> str:
-    """sha256 (hex) over the names and hashes of a checkpoint's safetensors files."""
+    """Return the sha256 (hex) over names and hashes of a checkpoint's safetensors files."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(f"{path.name} {sha256_file(path)}\n".encode())
@@ -186,7 +186,7 @@ def checkpoint_weights_sha256(folder: Path) -> str:
 
 
 def tower_of_checkpoint(folder: Path) -> tuple[int, str]:
-    """Width D of the tokens of a checkpoint's vision tower, and its weights_sha256, not loaded."""
+    """Return D of a checkpoint's vision tower and its weights_sha256, without loading it."""
     checkpoint, digest = read_checkpoint(folder), hashlib.sha256()
     for name, tensor in _vision_tensors(checkpoint):
         _digest_tensor(digest, name, tensor)
@@ -196,7 +196,7 @@ def tower_of_checkpoint(folder: Path) -> tuple[int, str]:
 def load_tower(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, str]:
-    """The vision tower, frozen, and its weights_sha256.
+    """Return the vision tower, frozen, and its weights_sha256.
 
     That is over the vision tensors as they are stored, sorted by name (the prefix left out): of
     each a line "name dtype [shape]" and the bytes, so folder and sharding do not matter.
@@ -240,7 +240,7 @@ def refuse_quantised(
 
 
 def dinov2_weights(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published names and layout of DINOv2's weights (transformers 4) → those of transformers 5."""
+    """Map published DINOv2 weights (transformers 4) to transformers 5's names and layout."""
     weights = {}
     for name, tensor in stored.items():
         name = re.sub(r"attention\.attention\.([qkv])\w+", r"attention.\1_proj", name)
@@ -257,7 +257,7 @@ def dinov2_weights(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def reading(what: Path | str, accepted: Iterable[str] = FAMILIES) -> Iterator[None]:
-    """Turn a missing or damaged file, and the hub's errors, into a InputError about `what`."""
+    """Turn a missing or damaged file, and the hub's errors, into an InputError about `what`."""
     try:
         yield
     except READING_ERRORS as error:

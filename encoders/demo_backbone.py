@@ -13,7 +13,7 @@ from encoders.checkpoints import dinov2_weights
 
 
 def load_demo_backbone(path: Path) -> Dinov2Model:
-    """The DINOv2 backbone whose weights are initialisers of the ONNX graph at `path`, all of them.
+    """Load the DINOv2 backbone whose weights are initialisers of the ONNX graph at `path`.
 
     The mask token, which only pretraining needs and the file lacks, is not built.
     """

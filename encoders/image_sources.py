@@ -84,7 +84,7 @@ def _readable(cell: ImageCell) -> Iterator[None]:
 
 
 def image_bytes(cell: ImageCell) -> bytes:
-    """The image file's bytes. Raises ValueError or OSError where there are none to read."""
+    """Return the image file's bytes. Raises ValueError or OSError where there are none to read."""
     if cell.data is not None:
         return cell.data
     if not cell.path:
@@ -117,11 +117,11 @@ class ImageSource(ABC):
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[list[tuple[int, dict]]]:
-        """Lists of (row number in the data set, row), at most `batch_size` long."""
+        """Yield lists of (row number in the data set, row), at most `batch_size` long."""
 
 
 def open_source(folder: str | Path) -> ImageSource:
-    """The data set in `folder`: *.parquet there or in its data/, else every image below it.
+    """Open the data set in `folder`: *.parquet there or in its data/, else every image below it.
 
     Parquet files win over image files beside them, which their rows may name. Raises InputError
     where there is neither.
@@ -172,7 +172,7 @@ class FoundFiles(NamedTuple):
 
     @property
     def left_out_note(self) -> str | None:
-        """One line about what is not read, or None where everything is."""
+        """Say in one line what is not read, or None where everything is."""
         parts = []
         if self.left_out:
             kinds = [f"{n} {suffix}" for suffix, n in self.left_out.most_common(LEFT_OUT_SHOWN)]
@@ -327,7 +327,7 @@ _BYTES = (pa.binary(), pa.large_binary())
 
 
 def _value_type(kind: pa.DataType) -> pa.DataType | None:
-    """Of a list's entries; None for what is no list."""
+    """Return the type of a list's entries; None for what is no list."""
     lists = pa.ListType, pa.LargeListType, pa.FixedSizeListType
     return kind.value_type if isinstance(kind, lists) else None
 

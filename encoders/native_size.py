@@ -18,14 +18,14 @@ class PixelRange(NamedTuple):
 
 
 def size_in(manifest: dict) -> int | PixelRange:
-    """The `image_size` of `encoders.load_encoder` that a cache was made with."""
+    """Return the `image_size` of `towers.load_encoder` that a cache was made with."""
     if manifest["resize"] == "native":
         return PixelRange(manifest["min_pixels"], manifest["max_pixels"])
     return manifest["image_size"]
 
 
 def native_size(width: int, height: int, step: int, limits: PixelRange) -> tuple[int, int]:
-    """Width and height, multiples of `step`, as near as can be to the image's own.
+    """Return width and height, multiples of `step`, as near as can be to the image's own.
 
     Where their product is outside `limits` both sides are scaled alike, towards its inside, as
     `smart_resize` of transformers' Qwen2-VL processors does (a test compares the two). A side is at

@@ -82,11 +82,11 @@ class PtFeatures:
 
     @property
     def num_different(self) -> int:
-        """Number of files whose values differ."""
+        """Return the number of files whose values differ."""
         return len(set(self._hashes.values()))
 
     def __getitem__(self, row_id: int) -> Tensor:
-        """Values [T, D] of a file as stored. Raises InputError where it changed or went away."""
+        """Return a file's values [T, D]. Raises InputError where the file changed or is gone."""
         path = self._paths[row_id]
         try:
             tokens = read_pt(path)
@@ -98,7 +98,7 @@ class PtFeatures:
         raise InputError(f"{path} {reason} during the import: type the same command again")
 
     def record(self, row_id: int) -> dict:
-        """A cache's row (`cache_writer.ROW_SCHEMA`): features that are equal are one group.
+        """Return a cache's row (`cache_writer.ROW_SCHEMA`). Features that are equal are one group.
 
         There are no image hashes, but the same image asked about twice has the same features; as
         rows of their own they would stand on both sides of the split.
@@ -179,7 +179,7 @@ def _numbered_files(folder: Path) -> dict[int, Path]:
 
 
 def _gaps(numbers: list[int]) -> list[dict]:
-    """One entry for each run of numbers that no file has."""
+    """Return one entry for each run of numbers that no file has."""
     gaps, expected = [], int(numbers[0] == 1)
     for number in numbers:
         if count := number - expected:

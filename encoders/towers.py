@@ -83,36 +83,36 @@ class VisionEncoder(ABC):
         self.view = f"{resize} to {image_size} x {image_size}"  # for `preprocessor`
 
     def conditions(self) -> dict[str, str]:
-        """What the last bits of features depend on beside all that: flag, or name → value."""
+        """Return what features' last bits depend on beside all that: flag, or name → value."""
         return {"--device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")}
 
     def size_of(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height, in pixels, of what the tower sees of an image of that size."""
+        """Return width and height, in pixels, of what the tower sees of an image of that size."""
         if self.limits:
             return native_size(width, height, self.step, self.limits)
         return self.image_size, self.image_size
 
     def preprocess(self, image: Image.Image) -> torch.Tensor:
-        """One image's pixels as the tower reads them, float32 on the CPU. Safe in threads."""
+        """Return an image's pixels as the tower reads them, float32 on the CPU. Safe in threads."""
         return self.pixels_of(self.seen(image))
 
     def seen(self, image: Image.Image) -> Image.Image:
-        """The RGB image that the tower sees, its sides multiples of `step`."""
+        """Return the RGB image that the tower sees, its sides multiples of `step`."""
         if self.limits:
             return image.convert("RGB").resize(self.size_of(*image.size), self.resample)
         return resize_image(image, self.image_size, self.resize, self.resample)
 
     @abstractmethod
     def pixels_of(self, image: Image.Image) -> torch.Tensor:
-        """The pixels of an RGB image whose sides are multiples of `step`, not resized any more."""
+        """Return the pixels of an RGB image, its sides multiples of `step`, without resizing."""
 
     def grid_of(self, pixels: torch.Tensor) -> Grid:
-        """Tokens (rows, columns) of one image's `pixels_of`, or of several of one size, stacked."""
+        """Return tokens (rows, columns) of one image's `pixels_of`, or of several, stacked."""
         return pixels.shape[-2] // self.step, pixels.shape[-1] // self.step
 
     @abstractmethod
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Raw tokens [n, T, D] of n images' stacked pixels, on the device, no gradient.
+        """Return raw tokens [n, T, D] of n images' stacked pixels, on the device, no gradient.
 
         The images are of one size, any multiple of `step`; T = rows x columns of `grid_of(pixels)`.
         """
@@ -126,7 +126,7 @@ def load_encoder(
     resize: str = "stretch",
     dtype: torch.dtype | None = None,
 ) -> VisionEncoder:
-    """The encoder called `name`: "demo", or the folder or hub id of a checkpoint of FAMILIES.
+    """Load the encoder called `name`: "demo", or the folder or hub id of a checkpoint of FAMILIES.
 
     image_size: a square's side, or the range of pixels of resize "native".
     dtype None means the precision of the published weights on CUDA, float32 elsewhere.
@@ -148,7 +148,7 @@ def resize_image(
     rule: str,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Image.Image:
-    """An RGB image of size x size pixels, resampled by one of PIL's filters.
+    """Return an RGB image of size x size pixels, resampled by one of PIL's filters.
 
     Rule "stretch" gives up the aspect ratio; "pad" keeps it and centres the image on PAD_COLOUR.
     """
@@ -166,7 +166,7 @@ def resize_image(
 
 
 def merge_neighbours(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """2 x 2 neighbouring tokens in a row, as Qwen2.5-VL's merger reads them.
+    """Put 2 x 2 neighbouring tokens side by side, as Qwen2.5-VL's merger reads them.
 
     [n, H * W, C] in raster order of `grid` = (H, W), both even -> [n, H/2 * W/2, 4 C] in raster
     order of the halved grid; the four are top left, top right, bottom left, bottom right.
@@ -195,20 +195,20 @@ class DemoEncoder(VisionEncoder):
         )
 
     def pixels_of(self, image: Image.Image) -> torch.Tensor:
-        """[3, height, width] float32."""
+        """Return [3, height, width] float32."""
         pixels = np.asarray(image, dtype=np.float32) / 255
         pixels = (pixels - np.float32(IMAGENET_MEAN)) / np.float32(IMAGENET_STD)
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
     @torch.no_grad()
     def patch_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Tokens [n, 4 T, 384] in raster order, un-merged, after the last LayerNorm."""
+        """Return tokens [n, 4 T, 384] in raster order, un-merged, after the last LayerNorm."""
         # transformers fits the 37 x 37 position table to the image; token 0 is the class token
         pixels = pixels.to(self.device, self.dtype, non_blocking=True)
         return self.backbone(pixels).last_hidden_state[:, 1:]
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[n, 3, height, width] -> [n, T, 1536], see `merge_neighbours`."""
+        """Encode [n, 3, height, width] -> [n, T, 1536], see `merge_neighbours`."""
         rows, columns = self.grid_of(pixels)
         return merge_neighbours(self.patch_tokens(pixels), (2 * rows, 2 * columns))
 
@@ -256,7 +256,7 @@ class QwenVisionEncoder(CheckpointEncoder):
     """
 
     def pixels_of(self, image: Image.Image) -> torch.Tensor:
-        """[rows, columns, merge * merge, channels * frames * patch * patch] float32: patches."""
+        """Return patches [rows, columns, merge², channels · frames · patch²] float32."""
         # The processor's resize keeps to a range of pixel counts, not to one size (1024 x 768 would
         # give 234 tokens), so ours has been done and its own is left out.
         batch = self._processor(images=image, do_resize=False, return_tensors="pt")
@@ -275,7 +275,7 @@ class QwenVisionEncoder(CheckpointEncoder):
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[n, rows, columns, ...] -> [n, T, D]: `get_image_features().pooler_output`."""
+        """Encode [n, rows, columns, ...] -> [n, T, D]: `get_image_features().pooler_output`."""
         # On a CPU 16 images at once are a sixth slower than one by one: they leave the caches.
         parts = pixels.split(len(pixels) if self.device.type == "cuda" else 1)
         return torch.cat([self._encode_at_once(part) for part in parts])
@@ -296,13 +296,13 @@ class PatchTokenEncoder(CheckpointEncoder):
     """
 
     def pixels_of(self, image: Image.Image) -> torch.Tensor:
-        """[3, height, width] float32."""
+        """Return [3, height, width] float32."""
         as_it_is = {"do_resize": False, "do_center_crop": False}
         return self._processor(images=image, **as_it_is, return_tensors="pt")["pixel_values"][0]
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """[n, 3, height, width] -> [n, T, D]."""
+        """Encode [n, 3, height, width] -> [n, T, D]."""
         rows, columns = self.grid_of(pixels)
         pixels = pixels.to(self.device, self.dtype, non_blocking=True)
         # DINOv2 fits its positions to the image by itself

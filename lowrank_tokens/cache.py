@@ -68,8 +68,11 @@ MANIFEST_KEYS = {
 
 
 def read_manifest(cache_dir: Path) -> dict:
-    """The manifest of a finished cache. Raises InputError where it, or a file it names, is not
-    as it should be; of the files only their sizes are looked at."""
+    """Return the manifest of a finished cache.
+
+    Raises InputError where it, or a file it names, is not as it should be; of the files only their
+    sizes are looked at.
+    """
     if not cache_dir.is_dir():
         raise InputError(
             f"--cache_dir {cache_dir} does not exist: make it with extract_features.py, or with "
@@ -100,7 +103,7 @@ def read_manifest(cache_dir: Path) -> dict:
 
 
 def tables_of(manifest: dict) -> list[dict]:
-    """A manifest's entries of its table of rows and, where it has them, its singular values."""
+    """Return a manifest's entries of its rows and, where it has them, its singular values."""
     spectrum = manifest["singular_values"]
     return [manifest["rows"], *([spectrum] if spectrum else [])]
 
@@ -128,8 +131,10 @@ class _Each(Dataset):
 
 
 def stored_spectra(folder: Path, content: str, sizes: Sequence[int]) -> Tensor | None:
-    """Singular values [N, max m_i] float64 of `folder`, zero-padded at the right; None where they
-    are not there, are those of another content, or damaged."""
+    """Return the singular values [N, max m_i] float64 of `folder`, zero-padded at the right.
+
+    None where they are not there, are those of another content, or damaged.
+    """
     values = _read(folder / SPECTRA_FILE, content, sum(sizes))
     if values is None:
         return None
@@ -139,7 +144,7 @@ def stored_spectra(folder: Path, content: str, sizes: Sequence[int]) -> Tensor |
 def compute_spectra(
     folder: Path, content: str, sizes: Sequence[int], spectrum: Callable[[int], Tensor]
 ) -> Tensor:
-    """The same, computed and kept where they are missing, in parts, on all cores.
+    """Return the singular values, computed in parts on all cores, and kept, where they are missing.
 
     content: hash of what the values are of; sizes: m_i of each image; spectrum: i → σ of image i,
     [m_i] float64. An interrupted computation goes on after its last whole part. Of several
@@ -207,7 +212,7 @@ def _write(path: Path, content: str, values: Tensor) -> None:
 
 
 def _read(path: Path, content: str, size: int) -> Tensor | None:
-    """Values [size]; None where they are missing, of another content, or damaged."""
+    """Return values [size]; None where they are missing, of another content, or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             values, said = file.get_tensor("values"), file.metadata() or {}
@@ -352,7 +357,7 @@ class FeatureCache(Dataset):
         return {row_id: row for row, row_id in enumerate(self.rows["row_id"].to_pylist())}
 
     def resident(self, rows: Tensor, grid: Grid) -> Tensor:
-        """Raw features [b, T, D] of rows [b] of one grid, all where the features are held."""
+        """Return raw features [b, T, D] of rows [b] of one grid, on the device that holds them."""
         if not self.ragged:
             return self._resident.unflatten(0, (len(self), -1))[rows]
         first = self._first_tokens[rows]
@@ -371,7 +376,7 @@ class FeatureCache(Dataset):
 
     @property
     def spectra_are_known(self) -> bool:
-        """Whether `singular_values` takes no computation."""
+        """Say whether `singular_values` takes no computation."""
         if "singular_values" in self.__dict__:
             return True
         stored = stored_spectra(self.cache_dir, self.content_sha256, self._spectrum_sizes)
@@ -383,7 +388,7 @@ class FeatureCache(Dataset):
 
     @property
     def content_sha256(self) -> str:
-        """SHA-256 of the features and rows: results of one cache are told from another's by it."""
+        """Return the SHA-256 of features and rows, which tells results of caches apart."""
         files = [*self.manifest["shards"], self.manifest["rows"]]
         return hashlib.sha256(" ".join(f["sha256"] for f in files).encode()).hexdigest()
 
@@ -392,12 +397,12 @@ class FeatureCache(Dataset):
 
     @property
     def is_demo(self) -> bool:
-        """Whether the images are the demo's, whatever encoded them."""
+        """Say whether the images are the demo's, whatever encoded them."""
         return self.manifest["kind"] == "demo"
 
     @property
     def label(self) -> str:
-        """What the numbers were made from, for first lines and figure footers."""
+        """Name what numbers were made from, for first lines and figure footers."""
         encoder = self.manifest["encoder"]["id"]
         demo = "DEMO data, " if self.is_demo else ""
         if not demo and encoder.startswith("demo-"):  # a user's own images
@@ -406,11 +411,11 @@ class FeatureCache(Dataset):
         return f"{demo}{encoder}, {len(self)} images, T={tokens}, D={self.feature_dim}"
 
     def mean_tokens(self, rows: Sequence[int]) -> float:
-        """Mean T of these images; an int where it is a whole number."""
+        """Return the mean T of these images; an int where it is a whole number."""
         return statistics.mean(math.prod(self.grids[row]) for row in rows)
 
     def of_main_grid(self, rows: Tensor) -> Tensor:
-        """Those of rows [n] int64 whose image has the most frequent grid."""
+        """Return those of rows [n] int64 whose image has the most frequent grid."""
         return rows[[self.grids[row] == self.grid for row in rows.tolist()]] if len(rows) else rows
 
     def image_record(self, row: int) -> dict:
@@ -539,7 +544,7 @@ class FeatureCache(Dataset):
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device, or on this host; 0 where the system does not tell."""
+    """Return the free bytes of the device, or of this host; 0 where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

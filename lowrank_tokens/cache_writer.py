@@ -281,7 +281,7 @@ class FeatureCacheWriter(ShardWriter):
 
 
 def grids_of(rows: pa.Table) -> list[Grid]:
-    """The grid of each row."""
+    """Return the grid of each row."""
     return list(zip(rows["grid_rows"].to_pylist(), rows["grid_columns"].to_pylist(), strict=True))
 
 

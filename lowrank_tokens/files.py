@@ -69,7 +69,7 @@ def sync_folder(folder: Path) -> None:
 def sweep_temporaries(folder: Path) -> None:
     """Remove what a killed process left half-written in `folder`.
 
-    Only its one writer may (locks.sole_writer): another's temporary files would go too.
+    Only its one writer may (`sole_writer`): another's temporary files would go too.
     """
     for pattern in (f".*{TEMPORARY_SUFFIX}", ".tmp??????"):  # ours, safetensors' own
         for leftover in folder.glob(pattern):
@@ -113,16 +113,13 @@ def _no_constant(name: str) -> float:
 
 
 def with_content_hash(value: dict) -> dict:
-    """`value` with a hash of itself, by which `content_hash_fits` finds a flipped digit."""
+    """Return `value` with a hash of itself, by which `content_hash_fits` finds a flipped digit."""
     return {**value, CONTENT_HASH: _content_hash(value)}
 
 
 def content_hash_fits(value: dict) -> bool:
-    """Whether `value` is as it was written; true of files of older versions, without a hash."""
-    if CONTENT_HASH in value:
-        return value[CONTENT_HASH] == _content_hash(value)
-    last = next(reversed(value.values()), None)  # a hash there has lost its key to damage
-    return not (isinstance(last, str) and len(last) == 64)
+    """Say whether `value` is as it was written, by the hash of itself that it holds."""
+    return value.get(CONTENT_HASH) == _content_hash(value)
 
 
 def _content_hash(value: dict) -> str:
@@ -142,7 +139,7 @@ def save_tensors(
 
 
 def load_tensors(path: Path, remedy: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, memory-mapped: nothing is read yet.
+    """Return the tensors of a safetensors file, memory-mapped: nothing is read yet.
 
     Raises InputError, ending in `remedy`, where the file is missing or damaged.
     """
@@ -168,13 +165,13 @@ def check_tensors(
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
+    """Return the SHA-256 of a file's bytes, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_entry(path: Path) -> dict[str, str | int]:
-    """What a manifest says of a file: its name, size and hash."""
+    """Return what a manifest says of a file: its name, size and hash."""
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
 
 
@@ -236,7 +233,10 @@ def check_same_header(
 
 
 def first_difference(before: dict, now: dict) -> tuple[str, object, object] | None:
-    """(dotted name, before, now) of the first entry that differs, None where absent; or None."""
+    """Return (dotted name, before, now) of the first entry that differs, or None.
+
+    An entry that is absent on one side counts as None there.
+    """
     before, now = _flat(before), _flat(now)
     for key in {**now, **before}:
         if before.get(key) != now.get(key):
@@ -245,7 +245,7 @@ def first_difference(before: dict, now: dict) -> tuple[str, object, object] | No
 
 
 def _flat(header: dict) -> dict:
-    """Nested entries by their dotted names: the value that differs is shown, not all around it."""
+    """Flatten nested entries to dotted names, so that the value that differs is shown alone."""
     flat = {}
     for key, value in header.items():
         nested = isinstance(value, dict)
@@ -254,7 +254,7 @@ def _flat(header: dict) -> dict:
 
 
 def locate(package: str, path: str) -> Path:
-    """Where a file of an installed package lies; the package is not imported.
+    """Return where a file of an installed package lies; the package is not imported.
 
     `package` is its name on the package index, `path` relative to site-packages. Raises InputError
     where the package or the file is missing.

@@ -14,13 +14,13 @@ Grid = tuple[int, int]
 
 
 def most_frequent(grids: Sequence[Grid]) -> Grid:
-    """The grid that most images have; of several the one with most tokens, then most rows."""
+    """Return the grid that most images have; of several that with most tokens, then most rows."""
     counts = Counter(grids)
     return max(counts, key=lambda grid: (counts[grid], math.prod(grid), grid))
 
 
 def token_range(grids: Sequence[Grid]) -> str:
-    """Tokens an image in words: "256", or "120 to 256" where they differ."""
+    """Say the tokens of an image in words: "256", or "120 to 256" where they differ."""
     tokens = {math.prod(grid) for grid in grids}
     least, most = min(tokens), max(tokens)
     return str(most) if least == most else f"{least} to {most}"
@@ -29,7 +29,9 @@ def token_range(grids: Sequence[Grid]) -> str:
 def batches_of_one_grid(
     rows: Iterable[int], grids: Sequence[Grid], batch_size: int
 ) -> Iterator[list[int]]:
-    """Rows in batches of one grid each, grids in the order of their first row; grids: of all rows.
+    """Yield rows in batches of one grid each, grids in the order of their first row.
+
+    grids: of all rows.
 
     Which rows stand together depends on nothing but `rows`.
     """
@@ -60,7 +62,7 @@ Box = tuple[float, float, float, float]
 
 
 def box_in_view(record: dict, resize: str | None) -> Box | None:
-    """The answer's box (x, y, w, h) as fractions of what the encoder saw.
+    """Return the answer's box (x, y, w, h) as fractions of what the encoder saw.
 
     record: a row with bbox in pixels of the original and its width and height; resize: the
     manifest's rule. None where the row has no box.
@@ -77,7 +79,7 @@ def box_in_view(record: dict, resize: str | None) -> Box | None:
 
 
 def tokens_in_box(box: Box | None, grid: tuple[int, int]) -> Tensor:
-    """Tokens [T] bool, in raster order, whose cell of the grid shares area with the box.
+    """Return tokens [T] bool, in raster order, whose cell of the grid shares area with the box.
 
     A box smaller than a cell covers the cell it lies in. None, a box without area and one beside
     the image cover no token.
@@ -91,7 +93,7 @@ def tokens_in_box(box: Box | None, grid: tuple[int, int]) -> Tensor:
 
 
 def _cells(start: float, length: float, count: int) -> Tensor:
-    """Of `count` equal cells of [0, 1] those that share a length with [start, start + length]."""
+    """Return which of `count` equal cells of [0, 1] share a length with [start, start + length]."""
     left = torch.arange(count, dtype=torch.float64)
     first, last = start * count, (start + length) * count
     shared = (left + 1).clamp(max=last) - left.clamp(min=first)
@@ -99,6 +101,6 @@ def _cells(start: float, length: float, count: int) -> Tensor:
 
 
 def default_grid(tokens: int) -> Grid:
-    """The grid of T tokens where none was noted: a square if T is one, else one row."""
+    """Return the grid of T tokens where none was noted: a square if T is one, else one row."""
     side = math.isqrt(tokens)
     return (side, side) if side * side == tokens else (1, tokens)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -11,6 +13,7 @@ from experiments import estimate_metric
 from heads import metric as task_metric
 from heads import saliency as heads
 from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.files import file_entry
 from lowrank_tokens.linalg import denormalise, exact_factors
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import truncated_svd
@@ -109,9 +112,16 @@ def test_a_metric_is_stored_whole_and_refused_with_another_cache_or_head(
     again = tmp_path / "again.safetensors"
     task_metric.save_metric(again, metric)
     assert torch.equal(task_metric.load_metric(again, dataset).matrix, metric.matrix)
-    manifest = cache_copy / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"stretch"', '"pad"'))
-    with pytest.raises(InputError, match="made from another cache.*manifest_sha256"):
+    manifest = json.loads((cache_copy / "manifest.json").read_text())
+    # other bits of singular values, as another number of threads gives them, are no other cache
+    sigma = cache_copy / "singular_values.safetensors"
+    save_file({"singular_values": dataset.singular_values * (1 + 1e-15)}, sigma)
+    manifest["singular_values"] = file_entry(sigma)
+    (cache_copy / "manifest.json").write_text(json.dumps(manifest))
+    task_metric.load_metric(metric_file, RealQwenVLDataset(cache_copy))
+    manifest["shards"][0]["sha256"] = "0" * 64
+    (cache_copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="made from another cache.*content_sha256"):
         task_metric.load_metric(metric_file, RealQwenVLDataset(cache_copy))
     other = LinearHead(torch.eye(2))
     with pytest.raises(InputError, match="that of the head saliency, not of --head linear"):
