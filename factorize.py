@@ -23,7 +23,7 @@ import torch
 from common import arguments, processes
 from heads.metric import load_metric, network_in_metric
 from lowrank_tokens import progress
-from lowrank_tokens.codec import Codec, CodedImage, coded_image, image_for_target
+from lowrank_tokens.codec import FACTORS, FORMS, TRANSFORM, Codec, CodedImage, coded_image
 from lowrank_tokens.errors import rel_error
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.factor_files import (
@@ -51,35 +51,88 @@ TRIED_FIRST = 4  # images whose target is tried before anything is written
 
 def get_args_parser() -> arguments.Parser:
     parser = arguments.Parser(__doc__)
-    what = parser.flags("factors")
-    what("--arch")
-    ranks = what.one_of()
-    ranks("--rank", help="of every image; default the trained (effective) rank")
-    ranks("--target_error")(
-        "rel_error that each image has to meet, as stored, at its own smallest rank"
+    group = parser.add_argument_group("factors")
+    group.add_argument(
+        "--arch", type=arguments.name, default="ResMLP", help="architecture of the trained network"
     )
-    ranks("--step", arguments.Number(float, 1e-4, 1e4))(
-        "with --codec: the step of every image, in units of normalised tokens"
+    size = group.add_mutually_exclusive_group()
+    size.add_argument(
+        "--rank",
+        type=arguments.positive_int,
+        metavar="N",
+        help="rank of every image's factors; default the trained (effective) rank",
     )
-    ranks(
+    size.add_argument(
+        "--target_error",
+        type=arguments.fraction,
+        metavar="X",
+        help="error that each image has to meet as stored, at its own smallest rank: rel_error; "
+        "with --codec raw_error of the decoded tokens",
+    )
+    size.add_argument(
+        "--step",
+        type=arguments.Number(float, 1e-4, 1e4),
+        metavar="X",
+        help="with --codec: quantiser step of every image, in units of normalised tokens; a "
+        "coarser step takes fewer bytes at a larger error",
+    )
+    size.add_argument(
         "--target_kb",
-        arguments.positive,
-        None,
-        "with --codec: the most of each image, in 1000 bytes",
+        type=arguments.positive_float,
+        metavar="X",
+        help="with --codec: most bytes of each image, in units of 1000",
     )
-    what("--codec", arguments.file)(
-        "of experiments.fit_codec: coded factors, a fraction of int8's bytes, at --step, "
-        "--target_kb or --target_error (then of raw tokens, as decoded)"
+    group.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="bf16",
+        help="type of A and B on disk; int8 has half the bytes of bf16 and the larger error",
     )
-    what.switch("--exact", "with --codec: exact factors, no trained network")
-    what("--dtype", DTYPES, "bf16")(
-        "of A and B on disk; int8 has half the bytes of bf16 and the larger error"
+    group.add_argument(
+        "--batch_size",
+        type=arguments.batch_size,
+        default=8,
+        metavar="N",
+        help="images factored at once",
     )
-    what("--out", arguments.folder, None, "folder to write; default factors/<arch>")
-    what.switch("--overwrite", "replace what is in --out")
-    what.switch("--verify", "only check the factors in --out against their hashes")
-    what("--batch_size")
-    arguments.add_evaluation_flags(parser)
+    group = parser.add_argument_group("coded tokens")
+    group.add_argument(
+        "--codec",
+        type=arguments.file,
+        metavar="FILE",
+        help="codec of experiments.fit_codec: write coded tokens, a fraction of int8's bytes, at "
+        "--step, --target_error or --target_kb",
+    )
+    group.add_argument(
+        "--form",
+        choices=FORMS,
+        default=FACTORS,
+        help="what a stream holds: A and B, or the transform of the tokens themselves, which has "
+        "no A and B, needs no network, and codes and reads without a decomposition",
+    )
+    group.add_argument(
+        "--exact", action="store_true", help="code exact factors, without a trained network"
+    )
+    group.add_argument(
+        "--other_encoder",
+        action="store_true",
+        help="accept a codec that was fitted to another encoder's tokens; it takes two to five "
+        "times the bytes",
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--out",
+        type=arguments.folder,
+        metavar="DIR",
+        help="folder to write; default factors/<arch>",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace what is in --out")
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="only check the files in --out against their hashes",
+    )
+    arguments.add_data_arguments(parser)
     return parser
 
 
@@ -89,9 +142,9 @@ def main(args: argparse.Namespace) -> None:
             verify(args)
         return
     check_coded_flags(args)
-    if args.exact:
+    if args.exact or args.form == TRANSFORM:
         device, dataset = arguments.pick_device(args.device), RealQwenVLDataset(args.cache_dir)
-        header, model, rank = {"arch": "exact"}, None, None
+        header, model, rank = {"arch": arch_name(args)}, None, None
     else:
         results, device, dataset, model, state = open_trained(args)
         header = {
@@ -119,7 +172,8 @@ def main(args: argparse.Namespace) -> None:
     } | ({"metric_sha256": metric.sha256} if metric else {})
     codec = open_codec(args, dataset, metric) if args.codec else None
     if codec:
-        header |= {"codec_sha256": codec.sha256, "step": args.step, "target_kb": args.target_kb}
+        header |= {"codec_sha256": codec.sha256, "form": args.form}
+        header |= {"step": args.step, "target_kb": args.target_kb}
         if args.step is None:
             check_coded_target(args, codec, model, dataset, device)
     folder = Path(args.out) if args.out else Path("factors") / header["arch"]
@@ -130,17 +184,23 @@ def main(args: argparse.Namespace) -> None:
 def check_coded_flags(args: argparse.Namespace) -> None:
     """Refuse flags that only coded factors have without --codec, and the others with it."""
     if not args.codec:
-        for flag in ("step", "target_kb", "exact"):
+        for flag in ("step", "target_kb", "exact", "form", "other_encoder"):
             if flag in args.typed:
-                raise InputError(f"--{flag} is of coded factors: name a --codec beside it")
+                raise InputError(f"--{flag} is of coded tokens: name a --codec beside it")
         return
     for flag in ("rank", "dtype"):
         if flag in args.typed:
             raise InputError(f"--{flag} does nothing beside --codec: omit it")
     if args.step is None and args.target_kb is None and args.target_error is None:
         raise InputError("--codec needs one of --step, --target_error and --target_kb")
-    if args.exact and args.metric:
-        raise InputError("--metric does nothing beside --exact: the codec has its own metric")
+    if args.metric and (args.exact or args.form == TRANSFORM):
+        beside = "--exact" if args.exact else "--form transform"
+        raise InputError(f"--metric does nothing beside {beside}: the codec has its own metric")
+
+
+def arch_name(args: argparse.Namespace) -> str:
+    """Return the name of what factors where no network does."""
+    return "transform" if args.form == TRANSFORM else "exact"
 
 
 def open_codec(args: argparse.Namespace, dataset: RealQwenVLDataset, metric) -> Codec:
@@ -152,8 +212,15 @@ def open_codec(args: argparse.Namespace, dataset: RealQwenVLDataset, metric) -> 
             f"{dataset.feature_dim}: fit one with experiments.fit_codec --cache_dir "
             f"{dataset.cache_dir}"
         )
+    if not args.other_encoder and (other := codec.other_encoder(dataset.manifest["encoder"])):
+        raise InputError(
+            f"--codec {args.codec} {other}: fit one with experiments.fit_codec --cache_dir "
+            f"{dataset.cache_dir}, or type --other_encoder to go on all the same"
+        )
+    if args.exact or args.form == TRANSFORM:
+        return codec
     own = codec.info.get("metric_sha256")
-    if not args.exact and own != (metric.sha256 if metric else None):
+    if own != (metric.sha256 if metric else None):
         raise InputError(
             f"--codec {args.codec} was fitted {'in' if own else 'without'} a metric: the network "
             "has to factor in the same one, type the --metric of experiments.fit_codec or --exact"
@@ -245,23 +312,29 @@ def coded_rows(
     """The rows' images, coded. Raises InputError that names an image whose target cannot be met."""
     images = []
     for row in rows:
-        raw, grid = dataset[[row]].float(), dataset.grids[row]
+        raw, grid = dataset[[row]][0].float().cpu(), dataset.grids[row]
         factors = None
         if model is not None:
             rank = evaluated_rank(model, None)
-            a, b = (f[0].cpu() for f in model(normalise(raw.to(device))[0], rank, grid=grid))
+            x = normalise(codec.clean(raw)[None].to(device))[0]
+            a, b = (f[0].cpu() for f in model(x, rank, grid=grid))
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise InputError("the model's factors are not finite: train it again")
             factors = a, torch.ones(a.shape[1]), b.mT
-        raw = raw[0].cpu()
         try:
-            if args.step is not None:
-                image = coded_image(codec, raw, grid, args.step, factors)
-            else:
-                target = {"target_error": args.target_error, "target_kb": args.target_kb}
-                image = image_for_target(codec, raw, grid, factors, **target)
+            image = coded_image(
+                codec,
+                raw,
+                grid,
+                step=args.step,
+                error=args.target_error,
+                max_bytes=None if args.target_kb is None else 1000 * args.target_kb,
+                form=args.form,
+                factors=factors,
+            )
         except InputError as error:
-            raise InputError(f"row {row}: {error}") from None
+            flag = next(f for f in ("step", "target_error", "target_kb") if vars(args)[f])
+            raise InputError(f"row {row}: --{flag}: {error}: type a larger one") from None
         images.append(image)
         bar.update(1)
     return images

@@ -53,7 +53,6 @@ from lowrank_tokens.codec import Codec
 from lowrank_tokens.errors import summarise
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import write_json
-from lowrank_tokens.grids import batches_of_one_grid
 from lowrank_tokens.linalg import normalise
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import interval_95
@@ -194,12 +193,9 @@ def every_rival(
         rivals.TokensDropped(shape),
     ]
     for codec in codecs:
-        train = list(batches_of_one_grid(dataset.split.train.tolist(), dataset.grids, 8))
-        train = progress.over(train, "variances of coefficients", "batches")
-        batches = ((dataset[rows], dataset.grids[rows[0]]) for rows in train)
         found += [
             Coded(codec, shape, statistics),
-            KltDct(codec, shape, statistics, dataset.grid, batches),
+            KltDct(codec, shape, statistics),
         ]
         if has_metric(codec) and head is not None:
             found.append(CodedHeadSteps(codec, shape, statistics, head, device))

@@ -13,6 +13,8 @@ Legend: T tokens, D features, d directions of the codec, Z = C X P [T, d] as in 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,6 @@ from experiments.rivals import FactorsQuantised, Knob, Statistics, TokenImage
 from heads.refinement import refine_factors
 from heads.task_head import TaskHead
 from lowrank_tokens.codec import Codec, Prepared
-from lowrank_tokens.transform import leading
 from qwenvl_dataloader import Batch
 
 HEAD_STEPS = 4
@@ -55,23 +56,24 @@ def encode_with_head_steps(
 
     Cost: a try is one encoding, one decoding, and one pass of the head forward and back.
     """
-    z, _, _, statistics, grid = prepared
-    wanted, best, lowest = z, b"", float("inf")
+    moved, grid = prepared, prepared.grid
+    best, lowest = b"", float("inf")
     for i in range(steps + 1):
-        data = codec.encode_prepared(Prepared(z, *leading(z), statistics, grid), step)
-        a, b, mean, std = codec.factors(data)
-        x = (a @ b).requires_grad_(i < steps)
-        loss = reader.loss(x * std[:, None] + mean[:, None])
+        data = codec.encode_prepared(moved, step)
+        x, mean, std = codec.normalised(data)
+        x.requires_grad_(i < steps)
+        extremes = codec.header(data).extremes
+        loss = reader.loss(codec.finished(x * std[:, None] + mean[:, None], extremes))
         if (here := float(loss.detach())) < lowest:
             best, lowest = data, here
         if i == steps:
             break
         (gradient,) = torch.autograd.grad(loss, x)
         gradient = codec.of_gradient(gradient, grid)  # [T, d], of the loss by the decoded Z
-        error = codec.transformed(x.detach(), grid) - wanted
+        error = codec.transformed(x.detach(), grid) - prepared.z
         square = gradient.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
         length = ((error * gradient).sum() / square).clamp_min(0)
-        z = z - LENGTH * length * gradient
+        moved = replace(moved, z=moved.z - LENGTH * length * gradient)
     return best
 
 
@@ -115,7 +117,9 @@ class FactorsHeadSteps(FactorsQuantised):
 
 
 def reader_of(image: TokenImage, head: TaskHead, device: torch.device | str) -> Reader:
-    """The image's reader, made once."""
-    if "reader" not in image.__dict__:
-        image.__dict__["reader"] = Reader(head, image.raw, image.row, device)
-    return image.__dict__["reader"]
+    """Return the image's reader, made once for each head and device."""
+    readers = image.__dict__.setdefault("readers", {})
+    key = head, str(device)
+    if key not in readers:
+        readers[key] = Reader(head, image.raw, image.row, device)
+    return readers[key]

@@ -23,17 +23,19 @@ Tokens are A·B · std + mean. How such folders are begun, gone on with and fini
 
 from __future__ import annotations
 
+import operator
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lowrank_tokens.codec import Codec, CodedImage, grid_of
+from lowrank_tokens.codec import TRANSFORM, Codec, CodedImage, grid_of
 from lowrank_tokens.errors import summarise
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import (
@@ -41,7 +43,6 @@ from lowrank_tokens.files import (
     check_keys,
     check_tensors,
     content_hash_fits,
-    file_entry,
     load_tensors,
     save_tensors,
     sha256_file,
@@ -50,7 +51,7 @@ from lowrank_tokens.grids import Grid
 from lowrank_tokens.linalg import Factors, denormalise
 from lowrank_tokens.shards import ShardReader, ShardWriter, check_shards, read_finished
 
-FORMAT = 2  # of format 1 are folders of images with one number of tokens
+FORMAT = 1
 KIND = "factors"
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 ERRORS = ("rel_error", "rel_error_float32", "rel_error_original")
@@ -117,7 +118,7 @@ def restore(stored: Stored) -> Factors:
 #     offsets [n + 1] int64      image i is streams[offsets[i] : offsets[i + 1]]
 #     ranks [n] int64, steps [n] float64, and the errors of each image, [n] float64
 #
-# The grid of an image is in its stream. Formats 1 and 2 of the folder differ in nothing here.
+# The grid of an image and the form of its stream are in the stream.
 
 CODED = "coded"
 CODEC_FILE = "codec.safetensors"
@@ -148,26 +149,51 @@ def copy_codec(source: Path, folder: Path) -> None:
         shutil.copyfile(source, temporary)
 
 
+# open folders of one codec share it: it is megabytes
+_CODECS: WeakValueDictionary[str, Codec] = WeakValueDictionary()
+
+
 def read_codec(folder: Path, manifest: dict) -> Codec:
-    """The codec of a finished folder. Raises InputError where it is missing or another one."""
+    """Return the codec of a finished folder, the same object for all folders that it wrote.
+
+    Raises InputError where it is missing or another one.
+    """
     path = folder / CODEC_FILE
     if not path.is_file():
         raise InputError(f"{path} is missing: put the codec there that wrote the factors")
-    if sha256_file(path) != manifest.get("codec_sha256"):
+    sha256 = sha256_file(path)
+    if sha256 != manifest.get("codec_sha256"):
         raise InputError(
             f"{path} is another codec than the one that {folder} was written with, or damaged: "
             "put that one there"
         )
-    return Codec.load(path)
+    codec = _CODECS.get(sha256)
+    if codec is None:
+        codec = _CODECS[sha256] = Codec.load(path)
+    return codec
 
 
 class CodedShards(ShardReader):
-    """Images of a finished folder of coded factors, by row."""
+    """Images of a finished folder of coded tokens, by row."""
 
     def __init__(self, folder: str | Path, manifest: dict) -> None:
         super().__init__(folder, manifest)
         self.codec = read_codec(self.folder, manifest)
-        self.feature_dim = self.codec.feature_dim
+
+    def __getstate__(self) -> dict:
+        """Leave the codec out: a worker process reads it from the folder."""
+        state = super().__getstate__()
+        del state["codec"]
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self.codec = read_codec(self.folder, self.manifest)
+
+    @property
+    def feature_dim(self) -> int:
+        """Return D."""
+        return self.codec.feature_dim
 
     def open(self, path: Path, rows: int) -> tuple[Tensor, list[int]]:
         """The streams and the offsets of a shard."""
@@ -194,8 +220,15 @@ class CodedShards(ShardReader):
         return self._named(row, self.codec.factors)
 
     def tokens(self, row: int) -> Tensor:
-        """Raw tokens [T, D] float32. Errors as `factors`."""
+        """Return raw tokens [T, D] float32. Errors as `factors`."""
         return self._named(row, self.codec.decode)
+
+    def tokens_of(self, rows: list[int]) -> list[Tensor]:
+        """Return raw tokens of several rows, decoded together. Errors as `factors`."""
+        try:
+            return self.codec.decode_batch([self.bytes_of(row) for row in rows])
+        except InputError:
+            return [self.tokens(row) for row in rows]  # names the row
 
     def _named(self, row: int, read: Callable[[bytes], T]) -> T:
         try:
@@ -215,7 +248,7 @@ class FactorWriter(ShardWriter):
     """
 
     flag, kinds = "--out", (KIND,)
-    commit, others = "factors-{:05d}.safetensors", (CODEC_FILE,)
+    commit, others = "factors-{:05d}.json", ("factors-*.safetensors", CODEC_FILE)
 
     def __init__(
         self, folder: str | Path, header: dict, overwrite: bool = False, most_tokens: int = 1
@@ -227,8 +260,12 @@ class FactorWriter(ShardWriter):
     def what(self, manifest: dict) -> str:
         return "a finished folder of factors"
 
+    def shard_path(self, shard: int) -> Path:
+        """Return the file of a shard."""
+        return self.folder / f"factors-{shard:05d}.safetensors"
+
     def check_shard(self, path: Path) -> None:
-        load_tensors(path, "start again with --overwrite")
+        self.committed_file(path)
 
     def write_shard(self, shard: int, images: list[StoredImage]) -> None:
         """Write one shard."""
@@ -246,21 +283,23 @@ class FactorWriter(ShardWriter):
             tensors["B_scale"] = torch.cat([s.b_scale for s in stored])
         for name in ERRORS:
             tensors[name] = torch.tensor([i.errors[name] for i in images], dtype=torch.float64)
-        save_tensors(self.commit_path(shard), tensors)
+        save_tensors(self.shard_path(shard), tensors)
+        self.commit_file(shard, self.shard_path(shard))
 
     def write_coded(self, shard: int, images: list[CodedImage]) -> None:
         """Write one shard of coded images."""
-        write_coded_shard(self.commit_path(shard), images)
+        write_coded_shard(self.shard_path(shard), images)
+        self.commit_file(shard, self.shard_path(shard))
 
     def finish(self) -> dict:
         """Write the manifest, which commits the folder, once every shard is there; return it."""
-        paths = [self.commit_path(shard) for shard in self.shards]
-        tensors = [load_tensors(path, WRITE_AGAIN) for path in paths]
+        entries = [self.committed_file(self.commit_path(shard)) for shard in self.shards]
+        tensors = [load_tensors(self.shard_path(shard), WRITE_AGAIN) for shard in self.shards]
         ranks = torch.cat([t["ranks"] for t in tensors])
-        entries = zip(paths, map(self.rows_of, self.shards), strict=True)
+        rows = map(self.rows_of, self.shards)
         manifest = {
             **self.header,
-            "shards": [{**file_entry(path), "rows": len(rows)} for path, rows in entries],
+            "shards": [{**e, "rows": len(own)} for e, own in zip(entries, rows, strict=True)],
             "ranks": summarise(ranks.double()) | {"min": int(ranks.min()), "max": int(ranks.max())},
             "errors": {
                 name: summarise(torch.cat([t[name] for t in tensors])) for name in self.errors
@@ -293,10 +332,10 @@ def read_manifest(folder: str | Path) -> dict:
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise InputError(f"{path} is not of factors: name a folder that factorize.py wrote")
     check_keys(path, manifest, MANIFEST_KEYS, WRITE_AGAIN)
-    if manifest["format"] not in (1, FORMAT) or manifest["dtype"] not in {*DTYPES, CODED}:
+    if manifest["format"] != FORMAT or manifest["dtype"] not in {*DTYPES, CODED}:
         raise InputError(
             f"{path} has format {manifest['format']} and dtype {manifest['dtype']}, this version "
-            f"reads formats 1 and {FORMAT} and {', '.join(DTYPES)}: {WRITE_AGAIN}"
+            f"reads format {FORMAT} and {', '.join([*DTYPES, CODED])}: {WRITE_AGAIN}"
         )
     check_shards(path, manifest, WRITE_AGAIN)
     return manifest
@@ -330,8 +369,6 @@ class FactorShards(ShardReader):
         """Tensors and grids; the first token, component and number in A_columns of each image, and
         behind the last."""
         tensors = load_tensors(path, WRITE_AGAIN)
-        if self.manifest["format"] == 1:
-            tensors = _in_format_2(path, tensors, self.manifest, rows)
         sizes = {"ranks": (rows, torch.int64), "grids": (rows, 2, torch.int32)}
         check_tensors(path, tensors, sizes, WRITE_AGAIN)
         ranks, grids = tensors["ranks"].tolist(), list(map(tuple, tensors["grids"].tolist()))
@@ -372,25 +409,9 @@ class FactorShards(ShardReader):
         a, b, mean, std = self.factors(row)
         return denormalise(a @ b, mean.unsqueeze(-1), std.unsqueeze(-1))
 
-
-def _in_format_2(
-    path: Path, tensors: dict[str, Tensor], manifest: dict, rows: int
-) -> dict[str, Tensor]:
-    """A shard of format 1: A [n, T, r], B [n, r, D], scales [n, r] at one rank, else A_columns
-    [Σ r_i, T]; mean and std [n, T]. Its grids were not kept, the tokens are T × 1."""
-    tokens, rank = manifest["num_tokens"], manifest["rank"]
-    tensors = dict(tensors)
-    try:
-        if rank is not None:
-            tensors["ranks"] = torch.full((rows,), rank)
-            tensors["A_columns"] = tensors["A"].view(rows, tokens, rank).mT
-            tensors["B_rows"] = tensors["B"].view(rows * rank, manifest["feature_dim"])
-        for name in {"A_columns", "A_scale", "B_scale", "mean", "std"} & set(tensors):
-            tensors[name] = tensors[name].flatten()
-        tensors["grids"] = torch.tensor([[tokens, 1]], dtype=torch.int32).expand(rows, 2)
-    except (KeyError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged ({error}): {WRITE_AGAIN}") from None
-    return tensors
+    def tokens_of(self, rows: list[int]) -> list[Tensor]:
+        """Return raw tokens of several rows."""
+        return [self.tokens(row) for row in rows]
 
 
 def open_shards(folder: str | Path, manifest: dict) -> FactorShards | CodedShards:
@@ -401,9 +422,16 @@ def open_shards(folder: str | Path, manifest: dict) -> FactorShards | CodedShard
 def read_factors(folder: str | Path, rows: list[int] | range | None = None) -> StoredImages:
     """A, B, mean and std of `rows` of the cache, in that order; default all.
 
-    Raises InputError as `read_manifest` does, for a row that is not there, for rows of more than
-    one grid, and for a damaged shard.
+    Of coded tokens they are as `Codec.clean` gives them: extreme entries are put back by
+    `load_factors` alone. Raises InputError as `read_manifest` does, for a row that is not there,
+    for rows of more than one grid, for a damaged shard, and for coded tokens of the form
+    `transform`, which have no factors.
     """
+    if read_manifest(folder).get("form") == TRANSFORM:
+        raise InputError(
+            f"{folder} holds coded tokens of the form transform, which have no factors A and B: "
+            "read tokens with lowrank_tokens.load_factors or VisionTokens"
+        )
     shards, rows, grid = _rows_of_one_grid(folder, rows)
     images = [shards.factors(row) for row in rows]
     ranks = torch.tensor([len(b) for _, b, _, _ in images], dtype=torch.int64)
@@ -449,35 +477,63 @@ def _rows_of_one_grid(
     return shards, rows, grids[0]
 
 
-# Raw tokens of a folder of factors, as a torch data set with random access.
-#
-# tokens = VisionTokens("factors/exact")
-# loader = DataLoader(tokens, batch_size=64, shuffle=True, num_workers=4)  # [64, T, D] raw
-
-
 class VisionTokens(Dataset):
     """Raw tokens of a folder of factors, coded or not: `tokens[row]` is [T, D] float32.
 
-    Random access, one image at a time, in DataLoader's worker processes too. Images of other grids
-    have another T: then a loader needs a collate_fn, or batch_size=None. Errors as `read_factors`.
+        tokens = VisionTokens("factors/exact")
+        loader = DataLoader(tokens, batch_size=64, shuffle=True, num_workers=4)  # [64, T, D]
+
+    Random access, in DataLoader's worker processes too, forked or spawned; it pickles. A negative
+    row counts from the end; a slice or a list of rows gives [n, T, D], of one grid only.
+
+    ragged: images have several grids, so several T. A loader's batch is then a list of tokens that
+    a collate_fn of yours takes, e.g. `collate_fn=list`. Errors as `read_factors`.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, ragged: bool = False) -> None:
+        self.folder, self.ragged = Path(folder), ragged
         self._shards = open_shards(self.folder, read_manifest(folder))
 
     def __len__(self) -> int:
         return self._shards.manifest["count"]
 
-    def __getitem__(self, row: int) -> Tensor:
+    def __getitem__(self, row: int | slice | list[int]) -> Tensor:
+        if isinstance(row, slice):
+            row = list(range(len(self))[row])
+        if isinstance(row, list | range):
+            return self._stacked([self._checked(r) for r in row])
         return self._shards.tokens(self._checked(row))
 
+    def __getitems__(self, rows: list[int]) -> list[Tensor]:
+        """Return the tokens of a loader's batch, decoded together."""
+        rows = [self._checked(row) for row in rows]
+        if not self.ragged:
+            self._check_one_grid(rows)
+        return self._shards.tokens_of(rows)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[row] for row in range(len(self)))
+
     def grid(self, row: int) -> Grid:
-        """(rows, columns) of an image's tokens, which stand in raster order."""
+        """Return (rows, columns) of an image's tokens, which stand in raster order."""
         return self._shards.grid(self._checked(row))
 
+    def _stacked(self, rows: list[int]) -> Tensor:
+        self._check_one_grid(rows)
+        empty = torch.empty(0, self._shards.manifest["num_tokens"], self._shards.feature_dim)
+        return torch.stack(self._shards.tokens_of(rows)) if rows else empty
+
+    def _check_one_grid(self, rows: list[int]) -> None:
+        if len(grids := list(dict.fromkeys(map(self._shards.grid, rows)))) > 1:
+            (h, w), (other_h, other_w) = grids[:2]
+            raise InputError(
+                f"{self.folder} has images of {h} x {w} and of {other_h} x {other_w} tokens, "
+                "which do not stack: open it with VisionTokens(folder, ragged=True) and give the "
+                "DataLoader collate_fn=list, or a batch_size of 1"
+            )
+
     def _checked(self, row: int) -> int:
-        row = int(row)
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} is not in {self.folder}: type 0 to {len(self) - 1}")
-        return row
+        number = operator.index(row)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"row {number} is not in {self.folder}: give 0 to {len(self) - 1}")
+        return number % len(self)

@@ -20,6 +20,7 @@ from lowrank_tokens.files import (
     check_files,
     check_keys,
     check_same_header,
+    file_entry,
     first_difference,
     read_json,
     sweep_temporaries,
@@ -44,6 +45,11 @@ class ShardWriter:
     A subclass says what it is about: `flag`, under which the folder is typed; `kinds` of header
     that are its own; `commit`, the name, but for the number, of the file that commits a shard;
     `others`, patterns of its further files.
+
+    A subclass whose shard is one file commits it by `commit_file`: a small JSON file, written after
+    it, with its size and the hash that it had when it was written. `committed_file` gives these
+    back for the manifest, so that damage between two runs is never sealed. A cache's shards do the
+    same in their row fragments, with `file_entry`.
 
     Args:
         folder: to write. A finished one in it is refused unless `overwrite`; a folder of another
@@ -97,6 +103,20 @@ class ShardWriter:
         """The file that commits a shard."""
         return self.folder / self.commit.format(shard)
 
+    def commit_file(self, shard: int, path: Path) -> None:
+        """Commit a shard that is the file `path`, with its size and hash."""
+        write_json(self.commit_path(shard), file_entry(path))
+
+    def committed_file(self, commit_path: Path) -> dict:
+        """Return name, size and hash of a shard's file, as it was when it was committed.
+
+        Raises InputError where the file is missing or has another size.
+        """
+        remedy = "start again with --overwrite"
+        entry = read_json(commit_path, remedy)
+        check_files(commit_path, [entry], remedy)
+        return entry
+
     def rows_of(self, shard: int) -> range:
         """Rows that belong to a shard."""
         first = shard * self.rows_per_shard
@@ -126,6 +146,9 @@ class ShardWriter:
     def remove_leftovers(self) -> None:
         """Remove what a finished folder does not need: a run killed after its manifest left it."""
         (self.folder / "partial.json").unlink(missing_ok=True)
+        if (self.folder / "manifest.json").exists():
+            for path in sorted(self.folder.glob(self._pattern), reverse=True):
+                path.unlink()
         sweep_temporaries(self.folder)
 
     def _refuse_others(self, begun: dict, overwrite: bool) -> None:

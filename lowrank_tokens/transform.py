@@ -1,11 +1,10 @@
 """The parts of the codec: transform of a grid, integer levels on it, and rounding.
 
-Whatever decides a level is integers or decimals; floats decide symbols only where they are encoded.
+Whatever decides a level is integers; floats decide symbols only where they are encoded.
 """
 
 from __future__ import annotations
 
-from decimal import Decimal
 from functools import lru_cache
 
 import numpy as np
@@ -17,9 +16,7 @@ from lowrank_tokens.entropy import (
     LARGEST_TABLE,
     LOWEST,
     STEPS_AN_OCTAVE,
-    Table,
-    bits_table,
-    table,
+    Tables,
 )
 from lowrank_tokens.grids import Grid
 
@@ -71,21 +68,28 @@ def leading(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sigma_levels(s: Tensor, step: float) -> np.ndarray:
-    """i_σ [r] int64, never rising: σ_k / Δ on the grid of levels."""
+    """Return i_σ [r] int64, never rising: σ_k / Δ on the grid of levels."""
     levels = (STEPS_AN_OCTAVE * (s.double() / step).log2()).round().to(torch.int64).numpy()
     return np.minimum.accumulate(levels) if len(levels) else levels
 
 
 def to_levels(units: np.ndarray) -> np.ndarray:
-    """The nearest whole level of what is counted in UNITS a level."""
+    """Round what is counted in UNITS per level to the nearest whole level."""
     return (units + UNITS // 2) // UNITS
 
 
-def tokens_shift(fitted: tuple[int, int], grid: tuple[int, int]) -> int:
-    """What a unit vector's entries are smaller by on a grid with more tokens, in UNITS."""
-    ratio = Decimal(fitted[0] * fitted[1]) / Decimal(grid[0] * grid[1])
-    octaves = ratio.ln() / Decimal(2).ln() / 2
-    return int((octaves * STEPS_AN_OCTAVE * UNITS).to_integral_value())
+def to_coded(levels: np.ndarray) -> np.ndarray:
+    """Return the levels whose tables are used: coefficients' are at most HIGHEST."""
+    return np.minimum(levels, HIGHEST)
+
+
+def tokens_shift(fitted: Grid, grid: Grid) -> int:
+    """Return how much smaller a unit vector's entries are on a grid with more tokens, in UNITS.
+
+    It is 32 · log2(tokens of `fitted` / tokens of `grid`), rounded, in integers.
+    """
+    ratio = ((fitted[0] * fitted[1]) ** 64 << 4096) // (grid[0] * grid[1]) ** 64
+    return (ratio.bit_length() - 1 - 4096 + 1) // 2
 
 
 def on_grid(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
@@ -123,32 +127,42 @@ def _about(side: int, fitted: int) -> Tensor:
 
 
 def rate_rounded(
-    values: np.ndarray, levels: np.ndarray, of_level: Table = table, weight: float = LAMBDA
+    values: np.ndarray, levels: np.ndarray, tables: Tables, weight: float = LAMBDA
 ) -> np.ndarray:
-    """Integers q of values [n, m]: of the nearest, one nearer to 0, and 0 the one with the least
-    (value − q)² + weight · bits(q)."""
-    size = np.abs(values)
+    """Round values [n, m] to integers q: of the nearest, one nearer to 0, and 0 the one with the
+    least (value − q)² + weight · bits(q)."""
+    best = np.zeros(values.shape, dtype=np.int64)
+    at = np.flatnonzero(np.abs(values) > 0.5)
+    signed = values.ravel()[at]
+    size = np.abs(signed)
     nearest = np.rint(size).astype(np.int64)
     # a flat view: one gather a candidate
-    bits, width = bits_table(of_level).ravel(), LARGEST_TABLE + 2
-    base = (np.clip(levels, LOWEST, HIGHEST) - LOWEST) * width
-    best = np.zeros_like(nearest)
-    todo = nearest > 0
-    size, nearest, base = size[todo], nearest[todo], base[todo]
+    bits, width = tables.bits.ravel(), LARGEST_TABLE + 2
+    base = (np.clip(levels.ravel()[at], LOWEST, HIGHEST) - LOWEST) * width
     cost = size**2 + weight * bits[base]
     chosen = np.zeros_like(nearest)
     for q in (nearest, np.maximum(nearest - 1, 0)):
         own = (size - q) ** 2 + weight * bits[base + np.minimum(q, LARGEST_TABLE + 1)]
         better = own < cost
         chosen, cost = np.where(better, q, chosen), np.where(better, own, cost)
-    best[todo] = chosen
-    return np.where(values < 0, -best, best)
+    best.ravel()[at] = np.where(signed < 0, -chosen, chosen)
+    return best
 
 
-def level_offsets(q: np.ndarray, levels: np.ndarray, of_level: Table = table) -> np.ndarray:
-    """What to add to the levels of each column of symbols q [n, r]: that of OFFSETS with which the
-    column and the offset itself take the fewest bits, [r] int64."""
-    bits, r, most = bits_table(of_level), q.shape[1], max(OFFSETS)
+def column_bits(q: np.ndarray, levels: np.ndarray, tables: Tables) -> np.ndarray:
+    """Return the bits of each column of symbols q [n, r] at levels [n, r]: [r] float64."""
+    rows = np.clip(levels, LOWEST, HIGHEST) - LOWEST
+    total = tables.bits[:, 0][rows].sum(0, dtype=np.float64)
+    at, columns = np.nonzero(q)
+    rows, size = rows[at, columns], np.minimum(np.abs(q[at, columns]), LARGEST_TABLE + 1)
+    more = tables.bits[rows, size] - tables.bits[rows, 0]
+    return total + np.bincount(columns, more, minlength=q.shape[1])
+
+
+def level_offsets(q: np.ndarray, levels: np.ndarray, tables: Tables) -> np.ndarray:
+    """Return what to add to the levels of each column of symbols q [n, r]: that of OFFSETS with
+    which the column and the offset itself take the fewest bits, [r] int64."""
+    bits, r, most = tables.bits, q.shape[1], max(OFFSETS)
     lowest, count = LOWEST - most, HIGHEST - LOWEST + 2 * most + 1
     at = np.clip(levels, lowest, HIGHEST + most) - lowest  # [n, r]
     # most symbols are 0: those are counted by level, the others looked up one by one
@@ -165,13 +179,13 @@ def level_offsets(q: np.ndarray, levels: np.ndarray, of_level: Table = table) ->
 
 
 def adapted(
-    values: np.ndarray, levels: np.ndarray, of_level: Table = table
+    values: np.ndarray, levels: np.ndarray, tables: Tables, weight: float = LAMBDA
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Symbols of values [n, r], rounded by the rates of the levels that suit each column, and what
-    those differ by from `levels`: [n, r], [r] int64."""
-    offsets = level_offsets(rate_rounded(values, levels, of_level), levels, of_level)
-    q = rate_rounded(values, levels + offsets, of_level)
-    return q, level_offsets(q, levels, of_level)
+    """Round values [n, r] by the rates of the levels that suit each column; return the symbols
+    [n, r] and what those levels differ by from `levels`, [r] int64."""
+    offsets = level_offsets(rate_rounded(values, levels, tables, weight), levels, tables)
+    q = rate_rounded(values, levels + offsets, tables, weight)
+    return q, level_offsets(q, levels, tables)
 
 
 def independent(q: np.ndarray) -> np.ndarray:
@@ -189,8 +203,11 @@ def independent(q: np.ndarray) -> np.ndarray:
 
 
 def orthonormal(q: np.ndarray) -> Tensor:
-    """Orthonormal basis of the columns of q [T, r], in their order and direction: float32."""
+    """Return an orthonormal basis of the columns of q [T, r] in their order and direction, float32.
+
+    By the Cholesky factor of the float64 Gram matrix; `independent` keeps its condition small.
+    """
     unit = torch.from_numpy(q.astype(np.float64))
     unit = unit / unit.norm(dim=0).clamp_min(1e-30)
-    basis, upper = torch.linalg.qr(unit)
-    return (basis * upper.diagonal().sign()).float()
+    lower = torch.linalg.cholesky(unit.mT @ unit)
+    return torch.linalg.solve_triangular(lower, unit.mT, upper=False).mT.float()

@@ -16,7 +16,7 @@ from common import arguments
 from experiments.coded_rivals import Coded, KltDct
 from experiments.rivals import PcaDeflate, decompose
 from heads.saliency import SaliencyHead, split_neighbours
-from lowrank_tokens.codec import Codec, fit, image_for_target
+from lowrank_tokens.codec import Codec
 from lowrank_tokens.errors import optimum, rel_error
 from lowrank_tokens.factor_files import VisionTokens
 from lowrank_tokens.grids import batches_of_one_grid, resampled
@@ -237,7 +237,7 @@ def test_a_codec_of_all_grids_takes_fewer_bytes_on_a_rarer_grid_than_one_of_the_
         parts = batches_of_one_grid(rows.tolist(), dataset.grids, 8)
         return [(dataset[part], dataset.grids[part[0]]) for part in parts]
 
-    alone = fit(lambda: batches(dataset.of_main_grid(train)), dataset.grid)
+    alone = Codec.fit(batches(dataset.of_main_grid(train)), grid=dataset.grid)
     out = tmp_path / "all.safetensors"
     done = script("experiments.fit_codec", "--cache_dir", ragged_cache, "--out", out)
     assert f"{len(train)} training images of 4 grids, tables of 8 x 8" in done.stdout
@@ -246,10 +246,7 @@ def test_a_codec_of_all_grids_takes_fewer_bytes_on_a_rarer_grid_than_one_of_the_
     held_out = torch.cat([dataset.split.val, dataset.split.test]).tolist()
     sizes = torch.tensor(
         [
-            [
-                len(image_for_target(codec, raw, grid, target_error=0.3).data)
-                for codec in (alone, both)
-            ]
+            [len(codec.encode(raw, grid, error=0.3)) for codec in (alone, both)]
             for row in held_out
             if (grid := dataset.grids[row]) != dataset.grid
             for raw in [dataset[[row]][0].float()]
@@ -283,7 +280,7 @@ def test_bytes_are_compared_on_test_images_of_every_grid_by_every_method(
     one_by_one = []
     for row in rows:
         raw, grid = dataset[[row]][0].float(), dataset.grids[row]
-        data = Codec.load(codec).encode(raw, grid, 1.0)
+        data = Codec.load(codec).encode(raw, grid, step=1.0)
         apart = Codec.load(codec).decode(data) - raw
         one_by_one.append([len(data), float(apart.norm() / raw.norm())])
     size, error = torch.tensor(one_by_one).double().mean(0).tolist()

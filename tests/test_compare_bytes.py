@@ -1,9 +1,9 @@
 """Rivals at equal bytes: real streams round trip, tables interpolate and never extrapolate."""
 
+import copy
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from tiny import TinyEncoder, steep_tokens
@@ -13,11 +13,10 @@ from experiments.bytes_tables import Point, bytes_at, jackknife_95, tables
 from experiments.coded_rivals import (
     CodecStatistics,
     Coded,
-    CountedTables,
     KltDct,
 )
 from experiments.compare_bytes import thinned
-from experiments.head_steps import CodedHeadSteps, FactorsHeadSteps
+from experiments.head_steps import CodedHeadSteps, FactorsHeadSteps, reader_of
 from experiments.rivals import (
     BITS,
     PICTURE_FORMS,
@@ -32,8 +31,7 @@ from experiments.rivals import (
     quantise,
 )
 from heads.task_head import TaskHead, squared_error
-from lowrank_tokens.codec import fit
-from lowrank_tokens.entropy import TOTAL, bits_table, decode_symbols, encode_symbols, table
+from lowrank_tokens.codec import Codec
 from lowrank_tokens.linalg import denormalise, normalise
 from svd_baseline import interval_95
 
@@ -198,16 +196,12 @@ def test_pca_comes_back_from_its_bytes(image):
 def test_coded_rivals_come_back_from_their_bytes_with_the_statistics_of_the_codec(in_metric):
     training = steep_tokens(24, T, D, seed=1)
     metric = torch.diag(torch.linspace(0.5, 1.5, D)) if in_metric else None
-    codec = fit(lambda: [(x, GRID) for x in training.split(8)], GRID, metric)
+    codec = Codec.fit([(x, GRID) for x in training.split(8)], metric=metric)
     statistics = CodecStatistics(codec)
     image = TokenImage(0, steep_tokens(1, T, D)[0].bfloat16(), GRID, statistics)
     assert image.statistics == statistics.encode(image.raw, GRID)
     assert torch.allclose(denormalise(image.x, image.mean, image.std), image.raw, atol=1e-3)
-    batches = [(x, GRID) for x in training.split(8)]
-    codes = [
-        Coded(codec, (T, D), statistics),
-        KltDct(codec, (T, D), statistics, GRID, batches),
-    ]
+    codes = [Coded(codec, (T, D), statistics), KltDct(codec, (T, D), statistics)]
     names = ["coded", "transform"]
     if in_metric:
         names = [f"{name}_in_metric" for name in names]
@@ -220,27 +214,22 @@ def test_coded_rivals_come_back_from_their_bytes_with_the_statistics_of_the_code
         assert found[1] < 0.1 and found[1] < found[0], code.name
 
 
-def test_tables_of_counted_symbols_take_fewer_bytes_for_symbols_of_their_shape():
-    rng = np.random.default_rng(0)
-    levels = rng.integers(-6, 20, 40_000)
-    # all of one size, which no mixture of Gaussians is
-    symbols = np.rint(2.0 ** (levels / 4) * rng.choice([-1, 1], 40_000)).astype(np.int64)
-    counted = CountedTables()
-    counted.count(symbols[:20_000], levels[:20_000])
-    for level in (-24, -6, 0, 7, 19, 48):
-        assert sum(counted(level)) == TOTAL and min(counted(level)) >= 1
-        assert len(counted(level)) == len(table(level))
-    own, shared = symbols[20_000:], levels[20_000:]
-    own[:2] = 70_000, -3000  # beyond every table
-    data = encode_symbols(own, shared, counted)
-    assert np.array_equal(decode_symbols(data, shared, counted), own)
-    assert len(data) < 0.8 * len(encode_symbols(own, shared))
-    assert not np.array_equal(bits_table(counted), bits_table())
+def test_two_codecs_of_one_kind_and_two_heads_do_not_share_what_they_prepared(linear_head):
+    """Prepared factors were kept under "in a metric or not", a head's reader under nothing."""
+    image = TokenImage(0, steep_tokens(1, T, D)[0].bfloat16(), GRID)
+    codecs = [Codec.fit([(steep_tokens(24, T, D, seed=s), GRID)]) for s in (1, 2)]
+    for codec in codecs:
+        code = Coded(codec, (T, D), CodecStatistics(codec))
+        assert code.encode(image, 0.5) == codec.encode(image.raw, GRID, step=0.5)
+    other = copy.deepcopy(linear_head)
+    other.weight = -other.weight
+    readers = [reader_of(image, head, "cpu") for head in (linear_head, other, linear_head)]
+    assert torch.allclose(readers[1].full, -readers[0].full) and readers[2] is readers[0]
 
 
 def test_head_steps_lower_the_head_s_error_at_nearly_the_same_bytes(linear_head):
     training = steep_tokens(24, T, D, seed=1)
-    codec = fit(lambda: [(x, GRID) for x in training.split(8)], GRID, torch.eye(D))
+    codec = Codec.fit([(x, GRID) for x in training.split(8)], metric=torch.eye(D))
     statistics = CodecStatistics(codec)
     plain, steps = (
         Coded(codec, (T, D), statistics),
@@ -279,10 +268,10 @@ def test_an_image_of_any_grid_comes_back_from_its_own_bytes_by_every_code(
     tokens = grid[0] * grid[1]
     linear_head.weight = linear_head.weight[: tokens * D]
     batches = [(steep_tokens(24, T, D, seed=1), GRID), (steep_tokens(9, 6, D, seed=2), (2, 3))]
-    codec = fit(lambda: batches, GRID, torch.eye(D) if in_metric else None)
+    codec = Codec.fit(batches, metric=torch.eye(D) if in_metric else None)
     statistics, shape, basis = CodecStatistics(codec), (T, D), of_training()
     image = TokenImage(0, steep_tokens(1, tokens, D)[0].bfloat16(), grid, statistics)
-    codes = [Coded(codec, shape, statistics), KltDct(codec, shape, statistics, GRID, batches)]
+    codes = [Coded(codec, shape, statistics), KltDct(codec, shape, statistics)]
     if in_metric:
         codes += [CodedHeadSteps(codec, shape, statistics, linear_head, "cpu")]
     else:

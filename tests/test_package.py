@@ -9,7 +9,7 @@ import tiny
 import torch
 from commands import ROOT
 
-from lowrank_tokens.codec import coded_image, fit
+from lowrank_tokens.codec import Codec, coded_image
 from lowrank_tokens.factor_files import CODED, FactorWriter, copy_codec
 
 GRID = (4, 6)
@@ -38,9 +38,9 @@ print(list(tokens.shape), float(tokens.norm()))
 def coded_folder(tmp_path):
     """A finished folder of two coded images."""
     raw = tiny.steep_tokens(8, 24)
-    codec = fit(lambda: [(raw, GRID)], GRID)
+    codec = Codec.fit([(raw, GRID)])
     codec.save(tmp_path / "codec.safetensors")
-    images = [coded_image(codec, one, GRID, 0.3) for one in raw[:2]]
+    images = [coded_image(codec, one, GRID, step=0.3) for one in raw[:2]]
     header = {"dtype": CODED, "count": 2, "num_tokens": 24, "feature_dim": 48, "rank": None}
     header |= {"codec_sha256": codec.sha256}
     writer = FactorWriter(tmp_path / "out", header)
