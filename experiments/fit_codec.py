@@ -24,6 +24,7 @@ from lowrank_tokens.codec import Codec
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.grids import Grid, batches_of_one_grid, most_frequent
 from qwenvl_dataloader import RealQwenVLDataset
+from training.unseen import images_of
 
 GOLDEN = 0.6180339887
 
@@ -88,23 +89,22 @@ def main(args: argparse.Namespace) -> None:
         for part in progress.over(parts, "training images", "batches"):
             yield dataset[part].to(device), dataset.grids[part[0]]
 
-    records = [dataset.image_record(row) for row in rows]
+    seen = images_of(dataset, torch.tensor(rows))
     info = {
         "data": dataset.label,
         "encoder": dataset.manifest["encoder"],
         "cache": cache_hashes(dataset),
         "metric_sha256": metric.sha256 if metric else None,
         "head": metric.head if metric else None,
-        "groups": sorted({record["group"] for record in records}),
+        "groups": seen["group"],
     }
-    hashes = [record["image_sha256"] for record in records]
     start = time.perf_counter()
     codec = Codec.fit(
         batches,
         grid=grid,
         metric=metric.matrix if metric else None,
         info=info,
-        image_hashes=hashes if all(hashes) else (),
+        image_hashes=seen["image_sha256"],
     )
     try:
         codec.save(path, args.overwrite)

@@ -246,6 +246,18 @@ class Codec:
         self.sha256 = sha256_file(path)
 
     @property
+    def seen(self) -> dict[str, list[str]] | None:
+        """Return 16 digits of the hash of each image that it was fitted on, and their groups.
+
+        None where the file does not say.
+        """
+        hashes = self.tensors.get(PROVENANCE)
+        if hashes is None and "groups" not in self.info:
+            return None
+        digits = [] if hashes is None else [bytes(one).hex() for one in hashes.tolist()]
+        return {"image_sha256": digits, "group": self.info.get("groups", [])}
+
+    @property
     def num_directions(self) -> int:
         """Return d, the directions of the KLT that are kept."""
         return self._klt.shape[1]

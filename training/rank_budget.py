@@ -98,30 +98,6 @@ def first_rank_as_stored(curve: Tensor, target_error: float) -> Tensor:
     return first_rank_within(curve, target_error * (1 - ROUNDING))
 
 
-def split_ranks(
-    singular_values: Tensor, mean_rank: int, least: int = 1, most: int | None = None
-) -> Tensor:
-    """Ranks r_i with Σ r_i = n · mean_rank and the least total error Σ_i Σ_{j>r_i} σ_ij².
-
-    Args: singular_values [n, S] float64, largest first; least ≤ r_i ≤ most (default S).
-    Returns: [n] int64. Raises InputError where mean_rank is not between least and most.
-    Water-filling on σ²: the error is the energy that is left out, so the n · mean_rank largest σ²
-    of all images together leave out the least; because each image's σ² fall, those of one image are
-    its first r_i, and the choice is a rank for each image: exactly optimal. The bounds keep that:
-    the first `least` of each image are taken beforehand, those after `most` are not on offer.
-    Ties go to the earlier image. Cost O(n S log n S), one sort.
-    """
-    n, size = singular_values.shape
-    most = size if most is None else min(most, size)
-    if not least <= mean_rank <= most:
-        raise InputError(f"--mean_rank {mean_rank} is out of range: type {least} to {most}")
-    on_offer = singular_values[:, least:most].square()
-    # stable: of equal values in one image the first is taken first
-    order = on_offer.flatten().argsort(descending=True, stable=True)
-    taken = order[: n * (mean_rank - least)] // max(1, most - least)
-    return least + torch.bincount(taken, minlength=n)
-
-
 # -------------------------------------------------------------------------------------------- gain
 
 
