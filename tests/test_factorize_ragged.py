@@ -111,7 +111,7 @@ def test_a_ragged_cache_is_gone_on_with_to_the_same_bytes_coded_or_not(
         codec = tmp_path / "codec.safetensors"
         done = script("experiments.fit_codec", "--cache_dir", ragged_cache, "--out", codec)
         assert "training images of 4 grids" in done.stdout, done.stderr
-        flags, name = ["--exact", "--codec", codec, "--target_error", 0.25], "image_for_target"
+        flags, name = ["--exact", "--codec", codec, "--target_error", 0.25], "coded_image"
     write(*flags)
     whole = hashes(tmp_path / "out")
     errors = raw_errors(tmp_path / "out", RealQwenVLDataset(ragged_cache))

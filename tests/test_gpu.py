@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import steep_tokens
 
-from lowrank_tokens.codec import fit
+from lowrank_tokens.codec import Codec
 from lowrank_tokens.errors import rel_error
 from lowrank_tokens.linalg import (
     exact_factors,
@@ -114,12 +114,13 @@ def test_a_training_step_never_waits_for_the_host(options, x):
 
 def test_what_a_gpu_factors_is_coded_and_decoded_as_what_the_cpu_factors():
     raw = steep_tokens(24, T, D)
-    codec = fit(lambda: [(raw, (8, 8))], (8, 8))
+    codec = Codec.fit([(raw, (8, 8))])
     errors = []
     for device in DEVICES:
         x = normalise(raw[0].to(device))[0]
         u, b = exact_factors(x, RANK)
         s = b.norm(dim=-1)
-        stream = codec.encode(raw[0], (8, 8), 0.05, (u.cpu(), s.cpu(), (b / s[:, None]).mT.cpu()))
+        factors = u.cpu(), s.cpu(), (b / s[:, None]).mT.cpu()
+        stream = codec.encode(raw[0], (8, 8), step=0.05, factors=factors)
         errors.append(float((codec.decode(stream) - raw[0]).norm() / raw[0].norm()))
     assert abs(errors[1] - errors[0]) <= 1e-3 * errors[0]
