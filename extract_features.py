@@ -347,7 +347,7 @@ def import_pt(args: argparse.Namespace) -> list[dict]:
             f"{features.feature_dim} an image, stored in bfloat16"
         )
         with processes.Progress(len(features), "import", writer.rows_done) as bar:
-            for shard in processes.deal(writer.shards_to_do()):
+            for shard in processes.own_part(writer.shards_to_do()):
                 row_ids = [features.row_ids[i] for i in writer.rows_of(shard)]
                 tokens = torch.stack([features[i].to(torch.bfloat16) for i in row_ids])
                 writer.write_shard(shard, tokens, [features.record(i) for i in row_ids], [])

@@ -267,7 +267,7 @@ def write_factors(
 
     start = time.perf_counter()
     with processes.Progress(len(dataset), "factors", done) as bar:
-        for shard in processes.deal(writer.shards_to_do()):
+        for shard in processes.own_part(writer.shards_to_do()):
             # batches begin anew with each shard: bits do not depend on where a run was interrupted,
             # nor on the number of processes
             if codec:

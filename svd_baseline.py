@@ -12,6 +12,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from lowrank_tokens.errors import image_metrics
@@ -22,7 +23,7 @@ MOMENT_MAX_IMAGES = 1000
 
 
 def evaluate(factorise: Callable[[Tensor], Factors], batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """`evaluate_batches` of a method that needs no grid: `factorise(x)`."""
+    """Call `evaluate_batches` for a method that needs no grid: `factorise(x)`."""
     return evaluate_batches(lambda batch: factorise(batch.x), batches)
 
 
@@ -30,7 +31,7 @@ def evaluate(factorise: Callable[[Tensor], Factors], batches: Iterable[Batch]) -
 def evaluate_batches(
     factorise: Callable[[Batch], Factors], batches: Iterable[Batch], rank: int | None = None
 ) -> dict[str, Tensor]:
-    """`image_metrics` of `factorise(batch)` on one batch after another: each [n] on the CPU.
+    """Return `image_metrics` of `factorise(batch)` over all batches: each [n] on the CPU.
 
     Without any batch the dict is empty.
     """
@@ -42,7 +43,7 @@ def evaluate_batches(
 
 
 def report_ranks(rank: int) -> list[int]:
-    """Ranks that tables and figures show: 8 to 128 below `rank`, and `rank` itself."""
+    """Return the ranks that tables and figures show: 8 to 128 below `rank`, and `rank` itself."""
     return [r for r in (8, 16, 32, 64, 128) if r < rank] + [rank]
 
 
@@ -51,27 +52,8 @@ def report_ranks(rank: int) -> list[int]:
 FEWEST_GROUPS = 4  # below that a t interval is wider than what it is of, and is not given
 
 
-def student_t_95(freedom: int) -> float:
-    """t with P(|T| < t) = 0.95 of Student's distribution with `freedom` ≥ 1 degrees, to 1e-12.
-
-    Abramowitz & Stegun 26.7.3 and 26.7.4: with θ = arctan(t / √ν), P is a finite sum in cos θ.
-    """
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        theta = (low + high) / 2
-        term, total = (math.cos(theta), 0.0) if freedom % 2 else (1.0, 0.0)
-        for k in range(1 + freedom % 2, freedom, 2):  # powers of cos θ up to ν − 2
-            total += term
-            term *= k / (k + 1) * math.cos(theta) ** 2
-        inside = math.sin(theta) * total
-        if freedom % 2:
-            inside = 2 / math.pi * (theta + inside)
-        low, high = (theta, high) if inside < 0.95 else (low, theta)
-    return math.sqrt(freedom) * math.tan((low + high) / 2)
-
-
 def interval_95(values: Tensor, groups: list[str]) -> list[float] | None:
-    """Approximate 95 % interval of the mean of `values` [n]: Student's t over their groups.
+    """Return an approximate 95 % interval of the mean of `values` [n]: Student's t over groups.
 
     Crops of one photograph are not independent: what scatters is a group's mean. Groups of one size
     give the t interval of their means; of differing sizes each counts by its images, so that the
@@ -85,7 +67,7 @@ def interval_95(values: Tensor, groups: list[str]) -> list[float] | None:
 
 
 def gain(own: Tensor, base: Tensor, groups: list[str]) -> dict[str, float | list[float] | None]:
-    """By how many per cent the mean of `own` [n] is below that of `base` [n], and its interval.
+    """Return by how many per cent the mean of `own` [n] is below that of `base` [n].
 
     Returns: {"mean": 100 (1 − mean own / mean base), "interval_95"}. The interval is that of the
     logarithm of the ratio, where each group counts by own / mean own − base / mean base (the ratio
@@ -106,7 +88,7 @@ def gain(own: Tensor, base: Tensor, groups: list[str]) -> dict[str, float | list
 
 
 def gain_text(gain: dict | None) -> str:
-    """A `gain` in per cent, as tables print it: mean [interval]; a dash where there is none."""
+    """Format a `gain` in per cent for tables: mean [interval]; a dash where there is none."""
     if gain is None or gain["mean"] is None:
         return "-"
     # + 0.0: as little below as above is 0.0 and not -0.0
@@ -115,14 +97,14 @@ def gain_text(gain: dict | None) -> str:
 
 
 def _half_width(deviations: Tensor, groups: list[str]) -> float | None:
-    """t · standard error of a mean over n images, from deviations [n] that add up to 0."""
+    """Return t · standard error of a mean over n images, from deviations [n] that add up to 0."""
     names, index = np.unique(groups, return_inverse=True)
     count = len(names)
     if count < FEWEST_GROUPS:
         return None
     sums = np.bincount(index, deviations.numpy(), minlength=count)
     error = math.sqrt(count / (count - 1) * float(np.square(sums).sum())) / len(groups)
-    return student_t_95(count - 1) * error
+    return float(student_t.ppf(0.975, count - 1)) * error
 
 
 def _known(groups: list[str], known: Tensor) -> list[str]:
@@ -133,13 +115,13 @@ def _known(groups: list[str], known: Tensor) -> list[str]:
 
 
 def truncated_svd(x: Tensor, rank: int, driver: str | None = None) -> Factors:
-    """The optimum itself, by torch.linalg.svd: A = U_r, B = diag(σ_r) V_rᵀ. O(T D min(T, D))."""
+    """Return the optimum by torch.linalg.svd: A = U_r, B = diag(σ_r) V_rᵀ. O(T D min(T, D))."""
     u, sigma, vh = torch.linalg.svd(x, full_matrices=False, driver=driver)
     return u[..., :rank], sigma[..., :rank, None] * vh[..., :rank, :]
 
 
 def randomized_svd(x: Tensor, rank: int, seed: int = 0) -> Factors:
-    """torch.svd_lowrank with its two power iterations and 10 extra columns (Halko et al. 2011)."""
+    """Call torch.svd_lowrank with two power iterations and 10 extra columns (Halko et al. 2011)."""
     q = min(rank + 10, *x.shape[-2:])
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         torch.manual_seed(seed)
@@ -169,7 +151,7 @@ def _nothing_learned(
 
 
 def second_moment(images: Iterable[Tensor]) -> Tensor:
-    """Σ XᵀX over training images, not centred: [D, D] float64 on their device.
+    """Sum XᵀX over training images, not centred: [D, D] float64 on their device.
 
     images: batches x [b, T, D], of which the first 1000 images are used.
     """
@@ -184,7 +166,7 @@ def second_moment(images: Iterable[Tensor]) -> Tensor:
 
 
 def fit_pca(images: Iterable[Tensor]) -> Tensor:
-    """Principal axes of training tokens, shared by all images: [D, D] float32, largest first.
+    """Fit principal axes of training tokens, shared by all images: [D, D] float32, largest first.
 
     Not centred, so that X V_r V_rᵀ has rank ≤ r.
     """
@@ -192,13 +174,13 @@ def fit_pca(images: Iterable[Tensor]) -> Tensor:
 
 
 def pca(x: Tensor, rank: int, axes: Tensor) -> Factors:
-    """One basis for all images: A = X V_r, B = V_rᵀ, V the axes of `fit_pca`."""
+    """Project on one basis for all images: A = X V_r, B = V_rᵀ, V the axes of `fit_pca`."""
     basis = axes[:, :rank]
     return x @ basis, basis.mT.expand(*x.shape[:-2], rank, x.shape[-1])
 
 
 def principal_coordinates(x: Tensor, others: Iterable[Tensor], count: int) -> list[Tensor]:
-    """Coordinates on the first principal components of X's tokens: of X, then of each of `others`.
+    """Return coordinates on the first principal components of X's tokens, of X and of `others`.
 
     x and others: [T, D]; of each [T, count] float64 on the CPU. Components and centre are X's alone
     (mean token removed), so that what an X_hat has lost of X is seen as flat, not rescaled.

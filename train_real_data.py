@@ -7,7 +7,8 @@
 
 Writes results/<arch>/: best_model.pt, last_model.pt, history.json, test_results.json and four
 figures; log/logs_<timestamp>/: config.json, training.log, final_summary.json. Goes on with --resume
-(from the best model, --epochs more) or --resume last (exactly where an interrupted run was).
+(from the best model, --epochs more) or --resume last (exactly where an interrupted run was; a
+finished one with --epochs to add).
 Processes share every step's images, --batch_size each (gradients averaged over images, so the
 losses are those of one process with all of them, up to rounding and to dropout's masks).
 """
@@ -33,7 +34,7 @@ from model import ARCHITECTURES, canonical_arch
 from qwenvl_dataloader import Batch, Loaders, RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import evaluate_batches
 from training.checkpoint import save_checkpoint
-from training.final_results import test_and_draw
+from training.final_results import evaluate_best_model
 from training.run_log import RunLog, epoch_line, print_header, report, task_words
 from training.state import SHIFT_LR_FACTOR, TERMS, TrainState, open_run, start_from_data
 from training.trained_norm import in_own_norm, task_record, task_terms
@@ -45,83 +46,258 @@ CHECK_EVERY = 50  # steps between looks at the non-finite flag, each a wait for 
 
 def get_args_parser() -> arguments.Parser:
     parser = arguments.Parser(__doc__)
-    where = parser.flags("files")
-    where("--cache_dir")
-    where("--results_dir", help="results go to its <arch>/ folder")
-    where("--log_dir", help="logs go to its logs_<timestamp>/ folder")
-    where.switch("--tensorboard", "write TensorBoard events too")
-    model = parser.flags("model")
-    model("--arch", help=f"{', '.join(ARCHITECTURES)}, or an alias of one")
-    model("--rank", default=128, help="r, columns of A: error against r (T + D) stored numbers")
-    model("--factors", ("projected", "direct"), "projected")(
-        "projected: branches propose a subspace, X is projected on it; direct: branches predict A "
-        "and B outright"
+
+    group = parser.add_argument_group("files and device")
+    arguments.add_cache_dir(group)
+    arguments.add_results_dir(group, help="results go to its <arch>/ folder")
+    group.add_argument(
+        "--log_dir",
+        type=arguments.folder,
+        default="log",
+        metavar="DIR",
+        help="logs go to its logs_<timestamp>/ folder",
     )
-    model(
-        "--refine_steps", arguments.few, None, "K, refinement steps, default 1: error against time"
+    group.add_argument(
+        "--tensorboard", action="store_true", help="write TensorBoard events to the log as well"
     )
-    model("--oversample", arguments.whole)(
-        "p, extra sketch columns, default 32: error against time"
+    arguments.add_device(group)
+
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--arch",
+        type=arguments.name,
+        default="ResMLP",
+        help=f"architecture: {', '.join(ARCHITECTURES)}, or an alias of one",
     )
-    model("--hidden_dim", arguments.size, 256, "branch width")
-    model("--num_blocks", arguments.few, None, "residual blocks (default 1) or hidden layers (2)")
-    model("--selected_features", ("pivoted", "even"), "pivoted")(
-        "which 256 features the branches read: chosen from the training tokens by pivoted "
-        "Cholesky, or evenly spaced"
+    group.add_argument(
+        "--rank",
+        type=arguments.positive_int,
+        default=128,
+        metavar="N",
+        help="r, columns of A: a higher rank has a smaller error and stores r (T + D) numbers",
     )
-    share = arguments.Number(float, 0, below=1)
-    model("--dropout", share, 0.0, "dropout in the branches, 0 to 1")
-    train = parser.flags("training")
-    train("--epochs", arguments.count, 20, "epochs, or epochs to add with --resume")
-    train("--batch_size", help="images a step, of each process")
-    train("--lr", arguments.positive, 1e-4, f"AdamW's; shifts get {SHIFT_LR_FACTOR} times it")
-    train("--weight_decay", arguments.weight, 1e-5, "AdamW's")
-    train("--patience", arguments.count, 10)(
-        "epochs without a smaller validation mse above its optimum (with --task_head: the head's "
-        "loss) before stopping; that decides the best epoch too"
+    group.add_argument(
+        "--factors",
+        choices=("projected", "direct"),
+        default="projected",
+        help="projected: the branches propose a subspace and X is projected on it. direct: the "
+        "branches predict A and B, beside a basis shared by all images",
     )
-    train("--lambda_B", arguments.weight, 1e-4, "ridge of B, and weight of ‖B‖²/(TD)")
-    train(
+    group.add_argument(
+        "--refine_steps",
+        type=arguments.small_int,
+        metavar="N",
+        help="K, refinement steps of projected factors (default 1): more are nearer to the SVD and "
+        "slower",
+    )
+    group.add_argument(
+        "--oversample",
+        type=arguments.non_negative_int,
+        metavar="N",
+        help="p, extra sketch columns of projected factors (default 32): more are nearer to the "
+        "SVD and slower",
+    )
+    group.add_argument(
+        "--selected_features",
+        choices=("pivoted", "even"),
+        default="pivoted",
+        help="which 256 features the branches of projected factors read: chosen from the training "
+        "tokens by pivoted Cholesky, or evenly spaced",
+    )
+    group.add_argument(
+        "--hidden_dim",
+        type=arguments.layer_width,
+        default=256,
+        metavar="N",
+        help="width of the branches' hidden layers",
+    )
+    group.add_argument(
+        "--num_blocks",
+        type=arguments.small_int,
+        metavar="N",
+        help="residual blocks (default 1) or hidden layers (default 2) of a branch",
+    )
+    group.add_argument(
+        "--dropout",
+        type=arguments.Number(float, 0, below=1),
+        default=0.0,
+        metavar="X",
+        help="share of hidden units that a training step leaves out: more overfits less",
+    )
+    group.add_argument(
+        "--precision",
+        choices=("float32", "bf16"),
+        default="float32",
+        help="of the branches; the linear algebra is float64",
+    )
+
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--epochs",
+        type=arguments.positive_int,
+        default=20,
+        metavar="N",
+        help="passes over the training images; with --resume as many more",
+    )
+    group.add_argument(
+        "--batch_size",
+        type=arguments.batch_size,
+        default=8,
+        metavar="N",
+        help="images a step of each process",
+    )
+    group.add_argument(
+        "--lr",
+        type=arguments.positive_float,
+        default=1e-4,
+        metavar="X",
+        help=f"AdamW's learning rate; shifts get {SHIFT_LR_FACTOR} times it",
+    )
+    group.add_argument(
+        "--weight_decay",
+        type=arguments.loss_weight,
+        default=1e-5,
+        metavar="X",
+        help="AdamW's weight decay",
+    )
+    group.add_argument(
+        "--patience",
+        type=arguments.positive_int,
+        default=10,
+        metavar="N",
+        help="epochs without a better validation before the run stops; better is a smaller mse "
+        "above its optimum, with --task_head a smaller loss of the head",
+    )
+    group.add_argument(
+        "--lambda_B",
+        type=arguments.loss_weight,
+        default=1e-4,
+        metavar="X",
+        help="ridge of B, and weight of ‖B‖²/(TD) in the loss",
+    )
+    group.add_argument(
         "--lambda_ortho",
-        arguments.weight,
-        1e-3,
-        "weight of the sketch's, SVDLinear's orthogonality",
+        type=arguments.loss_weight,
+        default=1e-3,
+        metavar="X",
+        help="weight of the orthogonality penalties on the sketch and on SVDLinear",
     )
-    train("--lambda_act", arguments.weight, 0.0, "weight of the orthogonality of row_net's output")
-    train("--seed", help="of weights, order and dropout; the split has its own")
-    precisions = ("float32", "bf16")
-    train("--precision", precisions, "float32", "of the branches; the linear algebra is float64")
-    train("--device")
-    train("--resume", ("best", "last"), nargs="?", const="best")(
-        "go on from best_model.pt, or exactly from last_model.pt"
+    group.add_argument(
+        "--lambda_act",
+        type=arguments.loss_weight,
+        default=0.0,
+        metavar="X",
+        help="weight of the orthogonality penalty on row_net's output",
     )
-    task = parser.flags("training for a task")
-    task("--task_head", arguments.name)(
-        "saliency or qwen-answer: its error joins the loss, and the norm that X is factored in is "
-        "learned"
+    group.add_argument(
+        "--seed",
+        type=arguments.random_seed,
+        default=42,
+        metavar="N",
+        help="seed of weights, order and dropout; the split has its own",
     )
-    task(
-        "--lambda_task", arguments.positive, 1.0, "weight of the mean log task error, ranks 4 to 32"
+    group.add_argument(
+        "--resume",
+        choices=("best", "last"),
+        nargs="?",
+        const="best",
+        help="best (or no word): go on from best_model.pt for --epochs more. last: go on exactly "
+        "where last_model.pt was; a finished run needs --epochs to add",
     )
-    task("--metric")(
-        "of experiments.estimate_metric: X is factored in it; with --task_head the start of the "
-        "learned norm, which is else the plain one"
+
+    group = parser.add_argument_group("training for a task")
+    group.add_argument(
+        "--task_head",
+        type=arguments.name,
+        metavar="NAME",
+        help="saliency or qwen-answer: the head's error joins the loss, and the norm that X is "
+        "factored in is learned",
     )
-    task("--head_model")
-    alloc = parser.flags("rank allocator (AdaLoRA)")
-    alloc.switch("--use_rank_allocator", "lower the rank in training")
-    alloc("--allocator_init_warmup", arguments.whole, 1000, "steps at full rank")
-    alloc("--allocator_final_warmup", arguments.count, 1000, "steps during which the rank falls")
-    alloc("--allocator_mask_interval", arguments.count, 20, "steps between masks")
-    kept = arguments.Number(float, above=0, at_most=1)
-    alloc("--allocator_keep_ratio", kept, 0.25, "final rank as a fraction of --rank")
-    kinds = ("energy", "sensitivity")
-    alloc("--allocator_importance", kinds, "energy", "what decides which component goes")
+    group.add_argument(
+        "--lambda_task",
+        type=arguments.positive_float,
+        default=1.0,
+        metavar="X",
+        help="weight of the mean log task error at the ranks 4 to 32",
+    )
+    group.add_argument(
+        "--metric",
+        type=arguments.file,
+        metavar="FILE",
+        help="metric of experiments.estimate_metric to factor X in; with --task_head the learned "
+        "norm starts from it, which else starts from the Frobenius norm",
+    )
+    arguments.add_head_model(group)
+
+    group = parser.add_argument_group("rank allocator (AdaLoRA)")
+    group.add_argument(
+        "--use_rank_allocator", action="store_true", help="lower the rank while training"
+    )
+    group.add_argument(
+        "--allocator_init_warmup",
+        type=arguments.non_negative_int,
+        default=1000,
+        metavar="N",
+        help="optimiser steps at the full rank",
+    )
+    group.add_argument(
+        "--allocator_final_warmup",
+        type=arguments.positive_int,
+        default=1000,
+        metavar="N",
+        help="optimiser steps after those during which the rank falls",
+    )
+    group.add_argument(
+        "--allocator_mask_interval",
+        type=arguments.positive_int,
+        default=20,
+        metavar="N",
+        help="optimiser steps between two masks",
+    )
+    group.add_argument(
+        "--allocator_keep_ratio",
+        type=arguments.Number(float, above=0, at_most=1),
+        default=0.25,
+        metavar="X",
+        help="final rank as a fraction of --rank",
+    )
+    group.add_argument(
+        "--allocator_importance",
+        choices=("energy", "sensitivity"),
+        default="energy",
+        help="which component goes first: the one with least energy, or (direct factors) the one "
+        "that AdaLoRA's sensitivity rates least",
+    )
     return parser
 
 
+# flags that do nothing without another one
+NEEDED = {
+    "lambda_task": "task_head",
+    "allocator_init_warmup": "use_rank_allocator",
+    "allocator_final_warmup": "use_rank_allocator",
+    "allocator_mask_interval": "use_rank_allocator",
+    "allocator_keep_ratio": "use_rank_allocator",
+    "allocator_importance": "use_rank_allocator",
+}
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise InputError where one flag does nothing, or cannot be, beside the others."""
+    if args.use_rank_allocator and args.arch != "AdaLoRA":
+        raise InputError(f"--use_rank_allocator needs --arch AdaLoRA, not {args.arch}")
+    if "selected_features" in args.typed and args.factors == "direct":
+        raise InputError("--factors direct reads all features: omit --selected_features")
+    if args.resume:  # `open_run` compares every flag with the run's own
+        return
+    arguments.check_head_model(args.head_model, args.task_head)
+    for flag, needed in NEEDED.items():
+        if flag in args.typed and not vars(args)[needed]:
+            raise InputError(f"--{flag} does nothing without --{needed}: type both")
+
+
 def loss_weights(args: argparse.Namespace) -> dict[str, float]:
-    """The weight of each term of the loss, by its name in TERMS; the others are only logged."""
+    """Return the weight of each term of the loss; the other TERMS are only logged."""
     return {
         "reconstruction": 1.0,
         "B": args.lambda_B,
@@ -132,7 +308,7 @@ def loss_weights(args: argparse.Namespace) -> dict[str, float]:
 
 
 def train_step(run: TrainState, batch: Batch) -> tuple[Tensor, Tensor]:
-    """One optimiser step of all processes, on this process's images of it.
+    """Take one optimiser step of all processes, on this process's images of it.
 
     Returns the means of TERMS over the step's images [len(TERMS)] float64 and a scalar flag, 1
     where the step is not finite; then it changed no weight. On CUDA only the eigenproblem of the
@@ -219,7 +395,7 @@ def train(
 
 
 def check_finite(broken: Tensor, folder: Path) -> None:
-    """Raises InputError where any step so far had a non-finite loss or gradient."""
+    """Raise InputError where any step so far had a non-finite loss or gradient."""
     if steps := int(broken.item()):
         good = [n for n in ("best_model.pt", "last_model.pt") if (folder / n).exists()]
         kept = f"{folder / good[0]} is kept" if good else "no checkpoint was written yet"
@@ -230,10 +406,10 @@ def check_finite(broken: Tensor, folder: Path) -> None:
 
 
 def validate(run: TrainState, loaders: Loaders) -> dict:
-    """Validation part of a history entry: whole-matrix errors of A·B itself, in the norm that the
-    model trains in; of a learned norm the excess in the Frobenius norm too.
+    """Return the validation part of a history entry: whole-matrix errors of A·B itself.
 
-    Each process evaluates its part of the images; the entry is of all of them, in all.
+    They are taken in the norm that the model trains in; a learned norm has the excess in the
+    Frobenius norm too. Each process evaluates its part of the images, and all get the whole entry.
     """
     model = run.model.eval()
     rank = model.current_effective_rank()
@@ -241,14 +417,14 @@ def validate(run: TrainState, loaders: Loaders) -> dict:
     core, batches = in_own_norm(model, batches)
     spectra: dict[str, list[Tensor]] = {"mean_square": [], "optimum": []}
 
-    def noted() -> Iterator[Batch]:
+    def with_spectra_kept() -> Iterator[Batch]:
         for batch in batches:
             sigma = batch.singular_values.cpu()
             spectra["mean_square"].append(sigma.square().sum(-1) / batch.x[0].numel())
             spectra["optimum"].append(optimum(sigma, rank))
             yield batch
 
-    own = evaluate_batches(lambda batch: core(batch.x, grid=batch.grid), noted(), rank)
+    own = evaluate_batches(lambda batch: core(batch.x, grid=batch.grid), with_spectra_kept(), rank)
     own |= {name: torch.cat(parts) for name, parts in spectra.items() if own}
     metrics = processes.gather_columns(own)
     mean_square = metrics["mean_square"]
@@ -268,7 +444,7 @@ def validate(run: TrainState, loaders: Loaders) -> dict:
 
 
 def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int) -> dict:
-    """The history entry of the epoch whose last step is done."""
+    """Return the history entry of the epoch whose last step is done."""
     images = loaders.train.num_images
     mean = dict(zip(TERMS, (run.sums / images).tolist(), strict=True))
     weighted = {f"loss_{name}": w * mean[name] for name, w in loss_weights(run.args).items()}
@@ -299,8 +475,8 @@ def kept_components(run: TrainState) -> dict[str, list[int]]:
 def save(run: TrainState, path: Path, log: Callable[[str], None]) -> None:
     """Write a checkpoint; a fresh run's first one moves the results of an earlier run aside.
 
-    test_results.json marks a run as complete (`test_and_draw` writes it last), so a run that goes
-    on takes it away.
+    test_results.json marks a run as complete (`evaluate_best_model` writes it last), so a run that
+    goes on takes it away.
     """
     state = run.checkpoint()
     if processes.is_main():
@@ -335,20 +511,43 @@ def keep_copy(folder: Path, run: TrainState, log: Callable[[str], None]) -> None
     log(f"the history after epoch {run.best_epoch} is kept in {target}")
 
 
+def begin(run: TrainState, dataset: RealQwenVLDataset, loaders: Loaders, log: RunLog) -> None:
+    """Start a new model from the training tokens, and enter it as epoch 0."""
+    start_from_data(run, dataset)
+    initial = processes.from_main(validate(run, loaders))
+    run.history.append({"epoch": 0, **initial})
+    run.keep_start()
+    log(
+        f"untrained   val_mse {initial['val_mse']:.6e}  optimum "
+        f"{initial['val_optimum_mse']:.6e}  excess "
+        + percent_text(initial["val_excess_pct"])
+        + (f"  {task_words(initial)}" if run.head else "")
+    )
+
+
+def log_resumed(run: TrainState, log: RunLog) -> None:
+    """Log where a resumed run goes on, and what else one could type."""
+    args, lr = run.args, run.optimizer.param_groups[0]["lr"]
+    trained_for = f" trained for --task_head {args.task_head}" if args.task_head else ""
+    of = f"epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}"
+    log(f"going on with the run{trained_for}: {of}; without --resume a new run begins")
+    if run.note:
+        log(run.note)
+    if args.resume == "best" and run.best_epoch == 0:
+        log(
+            "epoch 0 is the best: training has not helped so far, and starts again from the "
+            f"untrained network; type --resume last --epochs {args.epochs} to go on from the last "
+            "epoch instead, or --lr to train otherwise"
+        )
+    elif args.resume == "best":
+        later = "later ones, if there were any, are left behind and come out the same again"
+        log(f"epoch {run.epoch - 1} is the best: {later}; type --lr to train otherwise")
+
+
 def main(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     args.arch = canonical_arch(args.arch)
-    if args.use_rank_allocator and args.arch != "AdaLoRA":
-        raise InputError(f"--use_rank_allocator needs --arch AdaLoRA, not {args.arch}")
-    unused = sorted(name for name in args.typed if name.startswith("allocator_"))
-    if unused and not (args.use_rank_allocator or args.resume):
-        raise InputError(f"--{unused[0]} does nothing without --use_rank_allocator: type both")
-    if not args.resume:
-        arguments.check_head_model(args.head_model, args.task_head)
-    if "lambda_task" in args.typed and not (args.task_head or args.resume):
-        raise InputError("--lambda_task does nothing without --task_head: type both")
-    if "selected_features" in args.typed and args.factors == "direct":
-        raise InputError("--factors direct reads all features: omit --selected_features")
+    check_flags(args)
     folder = Path(args.results_dir) / args.arch
     dataset = RealQwenVLDataset(args.cache_dir)
     run = open_run(args, folder, dataset)
@@ -370,26 +569,9 @@ def main(args: argparse.Namespace) -> int:
             sweep_temporaries(folder)
         print_header(run, dataset, loaders, log)
         if args.resume:
-            lr = run.optimizer.param_groups[0]["lr"]
-            trained_for = f" trained for --task_head {args.task_head}" if args.task_head else ""
-            of = f"epoch {run.epoch} of {run.last_epoch}, lr {lr:.3e}"
-            log(f"going on with the run{trained_for}: {of}; without --resume a new run begins")
-            if run.note:
-                log(run.note)
-            if args.resume == "best":
-                later = "later ones, if there were any, are left behind and come out the same again"
-                log(f"epoch {run.epoch - 1} is the best: {later}; type --lr to train otherwise")
+            log_resumed(run, log)
         else:
-            start_from_data(run, dataset)
-            initial = processes.from_main(validate(run, loaders))
-            run.history.append({"epoch": 0, **initial})
-            run.keep_start()
-            log(
-                f"untrained   val_mse {initial['val_mse']:.6e}  optimum "
-                f"{initial['val_optimum_mse']:.6e}  excess "
-                + percent_text(initial["val_excess_pct"])
-                + (f"  {task_words(initial)}" if run.head else "")
-            )
+            begin(run, dataset, loaders, log)
         with processes.Stop() as stop:
             train(run, loaders, folder, log, stop)
         if stop.signal and not run.finished:
@@ -400,7 +582,7 @@ def main(args: argparse.Namespace) -> int:
             )
             return 128 + stop.signal
         if processes.is_main():
-            results = test_and_draw(folder, dataset, loaders, run.history, run.head)
+            results = evaluate_best_model(folder, dataset, loaders, run.history, run.head)
             report(run, results, folder, log, time.perf_counter() - started)
     return 0
 

@@ -5,8 +5,8 @@ torch.distributed.
 
 `run` is what a script calls in place of `arguments.run`. Without torchrun nothing is joined, and
 every function here answers as for one process. With it every process has to call the collectives
-(gloo on the CPU, nccl between GPUs), in one order. The first process that fails says so and ends;
-torchrun ends the others.
+(gloo on the CPU, nccl between GPUs), in one order. A process that fails says so and ends; torchrun
+ends the others.
 
 rank: number of a process, 0 is the main one; world: how many there are, on all hosts.
 """
@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import os
+import re
 import signal
 import sys
 import traceback
@@ -46,18 +46,18 @@ T = TypeVar("T")
 
 
 def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.ArgumentParser) -> None:
-    """`arguments.run` for a script that torchrun may start: joins the others, calls `main`, leaves.
+    """Do what `arguments.run` does, for a script that torchrun may start: join, call `main`, leave.
 
-    What the first process to fail prints is all that is printed: one line and status 2 for a user's
-    mistake, a traceback and 1 for a programming error. Where one has ended, collectives of the
-    others fail too: that is silent. All but the main process print nothing on stdout.
+    Each process prints its own error, one line and status 2 for a user's mistake, a traceback and 1
+    for a programming error; torchrun then ends the others. All but the main process print nothing
+    on stdout.
     """
     if not dist.is_torchelastic_launched():
         arguments.run(main, parser)
     store, rank, world = next(dist.rendezvous("env://"))  # torchrun's store outlives the processes
     if rank:
         sys.stdout = open(os.devnull, "w")
-    args = _parse(parser, store)
+    args = arguments.parse(parser)
     try:
         device = _own_device(args.device)
         args = argparse.Namespace(**{**vars(args), "device": str(device)})
@@ -70,20 +70,23 @@ def run(main: Callable[[argparse.Namespace], int | None], parser: argparse.Argum
         status = main(args) or 0
         barrier()
     except KeyboardInterrupt:
-        _is_first(store)  # the others may notice by a collective that fails, which is no error
         _leave(128 + signal.SIGINT)
     except Exception as error:
         message = arguments.mistake(error, args)
-        if _is_first(store):
-            if message is None:
-                traceback.print_exc()
-            else:
-                tqdm.write(
-                    f"error: {arguments.one_line(message)}", file=sys.stderr
-                )  # leaves a bar whole
-        _leave(1 if message is None else 2)
+        if message is None and _LOST.search(str(error)):
+            message = f"process {rank} lost the others: see the first error"
+        if message is None:
+            traceback.print_exc()
+            _leave(1)
+        # tqdm's write leaves a bar whole
+        tqdm.write(f"error: {arguments.one_line(message)}", file=sys.stderr)
+        _leave(2)
     dist.destroy_process_group()
     _leave(status)
+
+
+# what gloo and nccl say in a process whose peer has ended
+_LOST = re.compile(r"gloo|closed by peer|Connection reset|NCCL|Socket", re.IGNORECASE)
 
 
 def _leave(status: int) -> NoReturn:
@@ -94,28 +97,8 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _is_first(store: dist.Store) -> bool:
-    """Whether no other process has failed before (asked once in each that fails)."""
-    try:
-        return store.add("failed", 1) == 1
-    except dist.DistError:  # torchrun has ended, nobody else may be there to say it
-        return True
-
-
-def _parse(parser: argparse.ArgumentParser, store: dist.Store) -> argparse.Namespace:
-    """`arguments.parse`; a mistake, or the help, is printed by the first process that finds it."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return arguments.parse(parser)
-    except SystemExit as end:
-        if _is_first(store):
-            print(said.getvalue(), end="", file=sys.stderr if end.code else sys.__stdout__)
-        raise
-
-
 def _own_device(name: str) -> torch.device:
-    """The device of `--device` for this process: each has a GPU of its own."""
+    """Return the device of `--device` for this process: each has a GPU of its own."""
     device = arguments.pick_device(name)
     if device.type != "cuda":
         return device
@@ -138,22 +121,22 @@ def _own_device(name: str) -> torch.device:
 
 
 def rank() -> int:
-    """Number of this process, 0 to world() − 1."""
+    """Return the number of this process, 0 to world() − 1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world() -> int:
-    """Number of processes that work together."""
+    """Return the number of processes that work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def local_world() -> int:
-    """Processes on this host."""
+    """Return the number of processes on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
-    """Whether this process writes what is written once."""
+    """Return whether this process writes what is written once."""
     return rank() == 0
 
 
@@ -166,7 +149,7 @@ def barrier() -> None:
 
 
 def largest(value: int) -> int:
-    """The largest of all processes' values; waits for no GPU."""
+    """Return the largest of all processes' values; waits for no GPU."""
     if world() == 1:
         return value
     number = torch.tensor(value)
@@ -175,7 +158,7 @@ def largest(value: int) -> int:
 
 
 def gather(value: T) -> list[T]:
-    """All processes' values (anything that pickles; tensors on the CPU), by rank, on all."""
+    """Return all processes' values by rank, on all: anything that pickles, tensors on the CPU."""
     if world() == 1:
         return [value]
     values: list = [None] * world()
@@ -184,7 +167,7 @@ def gather(value: T) -> list[T]:
 
 
 def gather_columns(columns: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Columns name → [n_i, …] of all processes, in order of rank: each [Σ n_i, …], on all.
+    """Join columns name → [n_i, …] of all processes, in order of rank: each [Σ n_i, …], on all.
 
     A process without rows (n_i = 0) may give an empty dict.
     """
@@ -193,12 +176,12 @@ def gather_columns(columns: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_main(value: T) -> T:
-    """The main process's value, on all: for decisions that must not differ in the last bit."""
+    """Return the main process's value on all: for decisions that must not differ in a last bit."""
     return gather(value)[0]
 
 
 def check_same(what: str, value: object) -> None:
-    """Raises InputError where a process has another value than the main one."""
+    """Raise InputError where a process has another value than the main one."""
     values = gather(value)
     differ = [str(i) for i, other in enumerate(values) if other != values[0]]
     if differ:
@@ -248,24 +231,24 @@ class Stop:
         self.heard = number
 
     def requested(self) -> bool:
-        """Whether any process was asked to stop (all call it together)."""
+        """Return whether any process was asked to stop (all call it together)."""
         self.signal = largest(self.heard)
         return self.signal != 0
 
 
-# ------------------------------------------------------------------------------------ dealing work
+# ------------------------------------------------------------------------------------ sharing work
 
 
 @contextlib.contextmanager
 def sole_writer(folder: str | Path, flag: str) -> Iterator[None]:
-    """`locks.sole_writer` for all processes together: the main one holds the lock."""
+    """Hold `locks.sole_writer` for all processes together: the main one has the lock."""
     with locks.sole_writer(folder, flag) if is_main() else contextlib.nullcontext():
         yield
 
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """The main process runs the body first, then the others do; all of them go on together."""
+    """Let the main process run the body first, then the others; all of them go on together."""
     if not is_main():
         barrier()
     yield
@@ -274,8 +257,8 @@ def main_first() -> Iterator[None]:
     barrier()
 
 
-def deal(items: list[T]) -> list[T]:
-    """This process's part of the main process's list: every world-th, in the list's order.
+def own_part(items: list[T]) -> list[T]:
+    """Return this process's part of the main process's list: every world-th, in the list's order.
 
     So the first item that is not done waits for none: all before it are.
     """
@@ -293,7 +276,7 @@ class Progress:
         self.total = total
 
     def update(self, count: int) -> None:
-        """`count` more of them are done by this process."""
+        """Count `count` more of them as done by this process."""
         self.bar.update(min(count * world(), self.total - self.bar.n))
 
     def __enter__(self) -> Progress:

@@ -167,7 +167,7 @@ def batches_to_do(
 ) -> Iterator[RowBatch]:
     """Yield batches of the shards that this process makes; no batch is of two shards or grids."""
     every = (row for batch in rows.batches(READ_AT_ONCE) for row in batch)
-    for shard in processes.deal(writer.shards_to_do()):
+    for shard in processes.own_part(writer.shards_to_do()):
         wanted = writer.rows_of(shard)
         here = dropwhile(lambda row, first=wanted.start: row[0] < first, every)
         by_grid: dict[Grid, list[Row]] = {}

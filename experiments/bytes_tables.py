@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from common.tables import print_columns
 from experiments.rivals import Knob
-from svd_baseline import FEWEST_GROUPS, student_t_95
+from svd_baseline import FEWEST_GROUPS
 
 TARGETS = {"raw_error": (0.24, 0.16, 0.10, 0.05), "task_error": (0.10, 0.05, 0.037, 0.03)}
 SHARED_BY = (328, 4370)  # images that a table shares the codec file between
@@ -75,7 +76,7 @@ def jackknife_95(
     left_out = [statistic(index != g) for g in range(len(names))] if len(names) > 1 else []
     if len(names) >= FEWEST_GROUPS and None not in left_out:
         variance = (len(names) - 1) * float(np.var(left_out))
-        spread = student_t_95(len(names) - 1) * math.sqrt(variance)
+        spread = float(student_t.ppf(0.975, len(names) - 1)) * math.sqrt(variance)
         found["interval_95"] = [math.exp(whole - spread), math.exp(whole + spread)]
     return found
 

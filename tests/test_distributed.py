@@ -322,17 +322,18 @@ def test_processes_share_the_validation_images_also_where_some_get_none(tiny_cac
 
 
 def assert_one_line(process, message):
-    """A group that failed: one error line, status 2 of the first; the rest is torchrun's."""
+    """A group that failed: one line of each process that found the mistake, and no traceback."""
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1 and stdout == ""
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and message in lines[0]
+    assert any(message in line for line in lines)
+    assert all(message in line or "lost the others" in line for line in lines)
     assert "2" in statuses(stderr)
     assert stderr.count("Traceback") == 1  # torchrun's own
 
 
 @pytest.mark.slow
-def test_a_mistake_is_one_line_of_all_processes(tmp_path):
+def test_a_mistake_is_one_line_of_each_process(tmp_path):
     flags = ["--cache_dir", tmp_path / "nowhere", "--results_dir", tmp_path / "results"]
     process = torchrun("train_real_data.py", *flags, "--log_dir", tmp_path / "log")
     assert_one_line(process, "nowhere does not exist")

@@ -231,7 +231,7 @@ def test_a_run_killed_while_it_writes_its_figures_is_not_taken_for_a_finished_on
         run_train(where)
     # added epochs take the test numbers away until they are made again
     with monkeypatch.context() as patch:
-        patch.setattr(train_real_data, "test_and_draw", lambda *_: 1 / 0)
+        patch.setattr(train_real_data, "evaluate_best_model", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run_train([*where[:4], "--resume", "--epochs", "1"])
     assert not (folder / "test_results.json").exists()

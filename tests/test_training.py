@@ -13,7 +13,7 @@ from lowrank_tokens.errors import optimum
 from lowrank_tokens.exceptions import InputError
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import evaluate, fit_pca, pca
-from training.checkpoint import load_checkpoint, load_model
+from training.checkpoint import load_checkpoint, load_model, save_checkpoint
 from training.state import TrainState
 
 SMALL = ["--rank", "4", "--hidden_dim", "16", "--batch_size", "8", "--lr", "1e-3"]
@@ -176,10 +176,37 @@ def test_a_patience_typed_with_resume_is_the_schedulers_too(tiny_cache, tmp_path
 
 def test_a_finished_run_is_not_resumed_and_a_contradicting_flag_is_named(tiny_cache, tmp_path):
     train(tmp_path, tiny_cache, "--epochs", "1")
-    with pytest.raises(InputError, match="finished run"):
+    with pytest.raises(InputError, match="finished run: type --resume last --epochs N to add N"):
         train(tmp_path, tiny_cache, "--resume", "last")
     with pytest.raises(InputError, match="--weight_decay 0.5 differs from the 1e-05"):
         train(tmp_path, tiny_cache, "--resume", "--weight_decay", "0.5")
+
+
+def test_epochs_added_to_a_finished_run_end_in_the_unbroken_run_bit_for_bit(tiny_cache, tmp_path):
+    train(tmp_path / "whole", tiny_cache, "--epochs", "3")
+    train(tmp_path / "parts", tiny_cache, "--epochs", "1")
+    train(tmp_path / "parts", tiny_cache, "--resume", "last", "--epochs", "2")
+    whole, parts = (
+        load_checkpoint(tmp_path / name / "results" / "ResMLP" / "last_model.pt")
+        for name in ("whole", "parts")
+    )
+    for key in ("model", "optimizer", "scheduler", "rng", "progress"):
+        assert equal(whole[key], parts[key]), key
+    with pytest.raises(InputError, match="finished run"):  # as the whole one is
+        train(tmp_path / "parts", tiny_cache, "--resume", "last")
+
+
+def test_a_run_is_not_resumed_on_other_images_of_the_same_groups(tiny_cache, tmp_path):
+    train(tmp_path, tiny_cache, "--epochs", "1")
+    path = tmp_path / "results" / "ResMLP" / "last_model.pt"
+    state = load_checkpoint(path)
+    known = state["images"]["image_sha256"]
+    # as if the cache had been extracted again from other files under the same group names
+    changed = [value[::-1] for value in known[:2]] + known[2:]
+    images = state["images"] | {"image_sha256": sorted(changed)}
+    save_checkpoint(path, state | {"images": images})
+    with pytest.raises(InputError, match="was trained on other images: 2 of its"):
+        train(tmp_path, tiny_cache, "--resume", "last", "--epochs", "1")
 
 
 def test_flags_that_say_what_the_run_already_has_may_be_typed_again(tiny_cache, tmp_path):
@@ -206,7 +233,7 @@ def test_a_twice_interrupted_run_still_knows_its_epochs(tiny_cache, tmp_path, mo
         with monkeypatch.context() as patch:
             interrupt_after(patch, step)
             train(tmp_path, tiny_cache, *more)
-    with pytest.raises(InputError, match="begun with 3"):
+    with pytest.raises(InputError, match="unfinished run of 3 epochs"):
         train(tmp_path, tiny_cache, "--resume", "last", "--epochs", "20")
     assert train(tmp_path, tiny_cache, "--resume", "last", "--epochs", "3") == 0
     history = json.loads((tmp_path / "results" / "ResMLP" / "history.json").read_text())
@@ -297,7 +324,7 @@ def test_the_final_numbers_come_from_the_best_checkpoint_and_not_from_the_last(
 
 
 def test_where_training_only_makes_it_worse_the_untrained_model_is_the_best_one(
-    tiny_cache, tmp_path
+    tiny_cache, tmp_path, capsys
 ):
     more = ["--epochs", "1", "--oversample", "0", "--lr", "0.5"]
     train(tmp_path, tiny_cache, *more)
@@ -308,7 +335,11 @@ def test_where_training_only_makes_it_worse_the_untrained_model_is_the_best_one(
     assert best["progress"]["best_epoch"] == best["progress"]["step"] == 0
     assert json.loads((folder / "test_results.json").read_text())["best_epoch"] == 0
     # going on from it is training from the start, as it was the first time
+    capsys.readouterr()
     train(tmp_path, tiny_cache, "--resume", "--epochs", "1", "--lr", "0.5")
+    said = capsys.readouterr().out
+    assert "epoch 0 is the best: training has not helped" in said
+    assert "--resume last --epochs 1 to go on from the last epoch" in said
     again = json.loads((folder / "history.json").read_text())
     assert equal(history, again)
 

@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     from heads.task_head import TaskHead
 
 
-def test_and_draw(
+def evaluate_best_model(
     folder: Path,
     dataset: RealQwenVLDataset,
     loaders: Loaders,
     history: list[dict],
     head: TaskHead | None = None,
 ) -> dict:
-    """Test numbers and figures of the best checkpoint; returns what test_results.json holds.
+    """Write test numbers and figures of the best checkpoint; return what test_results.json holds.
 
-    head: that the run trained for, if any. That file is written last: a run that has it has
+    head: that the run trained for, if any. The file is written last: a run that has it has
     everything.
     """
     write_json(folder / "history.json", history)  # a run cut off after its last checkpoint has none
@@ -59,7 +59,7 @@ def test_and_draw(
         batches = loaders.test.with_progress(f"test, rank {r}")
         metrics = evaluate_batches(lambda batch, r=r: model(batch.x, r, grid=batch.grid), batches)
         results["ranks"][str(r)] = {name: summarise(v) for name, v in metrics.items()}
-    per_image = test_statistics(model, loaders.test)
+    per_image = per_image_statistics(model, loaders.test)
     footer = f"{dataset.label}; rank {rank}; {results['arch']}, seed {state['args']['seed']}"
     curves = folder / "train_val_loss_comparison.png", history, results["best_epoch"]
     if head:
@@ -83,8 +83,10 @@ def test_and_draw(
 def untrained_references(
     model: TaskFactorModel, head: TaskHead, dataset: RealQwenVLDataset, loaders: Loaders
 ) -> dict[str, float]:
-    """Validation task error of what needs no training, as `task_record` means it: of the plain SVD,
-    and of the SVD in the task's metric where its default file is at hand."""
+    """Return the validation task error, as `task_record` means it, of what needs no training.
+
+    That is the plain SVD, and the SVD in the task's metric where its default file is at hand.
+    """
     methods = {"svd": cut_at_ranks(lambda batch, r: exact_factors(batch.x, r))}
     if metric := metric_at_hand(head, dataset):
         methods["svd_in_metric"] = closed_form(metric.to(loaders.val.device))
@@ -99,9 +101,9 @@ def untrained_references(
 
 
 @torch.inference_mode()
-def test_statistics(model: LowRankFactorModel, loader: BatchLoader) -> dict[str, Tensor]:
-    """Mean error of each token, network and svd [T]; of each image σ of X and of A·B [n, r], the
-    ridge's factor 1/(1 + λ_B) taken out, and ‖X‖² [n].
+def per_image_statistics(model: LowRankFactorModel, loader: BatchLoader) -> dict[str, Tensor]:
+    """Return the mean error of each token, network and svd [T], and of each image σ of X and of
+    A·B [n, r], the ridge's factor 1/(1 + λ_B) taken out, and ‖X‖² [n].
 
     T is of the cache's most frequent grid: maps of others are resampled to it. σ beyond an image's
     own min(T, D) are 0.

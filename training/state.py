@@ -46,7 +46,7 @@ FREE_ON_RESUME |= {"log_dir", "device", "tensorboard", "batch_size"}
 
 @dataclass
 class TrainState:
-    """Everything that changes while a run trains; `checkpoint()` is all of it."""
+    """Everything that changes while a run trains; `checkpoint` returns all of it."""
 
     args: argparse.Namespace
     model: LowRankFactorModel
@@ -72,7 +72,10 @@ class TrainState:
     cuts_history: bool = False  # the folder's history has later epochs, which the next save ends
 
     def checkpoint(self) -> dict:
-        """Several processes have to call it together: each hands in its generators' state."""
+        """Return all that is needed to go on exactly here.
+
+        Several processes have to call it together: each hands in its generators' state.
+        """
         rng = processes.gather(rng_state())
         return {
             "config": asdict(self.model.config),
@@ -91,7 +94,7 @@ class TrainState:
         }
 
     def distance(self, record: dict) -> float:
-        """What decides which epoch is the best, of a history entry: the smaller, the better.
+        """Return what decides which epoch is the best: the smaller, the better.
 
         With a head it is what the head's loss measures.
         """
@@ -130,7 +133,7 @@ class TrainState:
 
 
 def seed_process(seed: int, step: int) -> None:
-    """A stream of its own (dropout's) for each process beside the main one."""
+    """Give each process beside the main one a random stream of its own, for dropout."""
     key = np.random.SeedSequence([seed, processes.rank(), step]).generate_state(2, np.uint64)
     torch.manual_seed(int(key[0]) >> 1)
 
@@ -138,7 +141,7 @@ def seed_process(seed: int, step: int) -> None:
 def build_run(
     args: argparse.Namespace, dataset: RealQwenVLDataset, device: torch.device
 ) -> TrainState:
-    """Model, optimiser, scheduler and allocator of a run that has not begun."""
+    """Build model, optimiser, scheduler and allocator of a run that has not begun."""
     torch.manual_seed(args.seed)
     config = ModelConfig(
         arch=args.arch,
@@ -187,16 +190,17 @@ def build_run(
         seed_process(args.seed, step=0)
     sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
     identity = cache_identity(dataset)
-    own = {
-        "sums": sums,
-        "head": head,
-        "images": images_of(dataset, torch.cat([dataset.split.train, dataset.split.val])),
-    }
+    own = {"sums": sums, "head": head, "images": fitted_images(dataset)}
     return TrainState(args, model, optimizer, scheduler, allocator, identity, args.epochs, **own)
 
 
+def fitted_images(dataset: RealQwenVLDataset) -> dict[str, list[str]]:
+    """Return hashes and groups of the training and validation images, which choose the epoch."""
+    return images_of(dataset, torch.cat([dataset.split.train, dataset.split.val]))
+
+
 def plateau_patience(patience: int) -> int:
-    """Epochs without progress before the rate is halved, where `patience` of them end the run."""
+    """Return the epochs without progress after which the rate is halved."""
     return max(1, patience // 2 - 1)
 
 
@@ -206,7 +210,7 @@ def in_learned_norm(
     dataset: RealQwenVLDataset,
     device: torch.device,
 ) -> tuple[TaskFactorModel, TaskHead | None]:
-    """`core` in the norm of --metric, or the plain one, which --task_head, frozen, trains on.
+    """Put `core` in the norm of --metric, or in the plain one, for --task_head to train on.
 
     Without a head the metric stays as it is.
     """
@@ -234,25 +238,25 @@ def in_learned_norm(
 
 
 def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset) -> TrainState:
-    """A new run, or the one that --resume names. Raises InputError where flags contradict it."""
+    """Return a new run, or the one that --resume names.
+
+    Raises InputError where flags or the cache's images contradict the run that is resumed.
+    """
     device = arguments.pick_device(args.device)
     if not args.resume:
         return build_run(args, dataset, device)
     path = folder / f"{args.resume}_model.pt"
     state = load_checkpoint(path, dataset)
+    check_same_images(path, state, dataset)
     # the model's own values where a flag was left to its default
     before = state["args"] | state["config"]
     for name in sorted(args.typed - FREE_ON_RESUME):
-        if getattr(args, name) != before[name]:
+        if vars(args)[name] != before[name]:
             raise InputError(
-                f"--{name} {getattr(args, name)} differs from the {before[name]} that {path} was "
+                f"--{name} {vars(args)[name]} differs from the {before[name]} that {path} was "
                 f"trained with: omit --{name} to go on, or --resume to start anew"
             )
-    if args.resume == "last" and "epochs" in args.typed and args.epochs != before["epochs"]:
-        raise InputError(
-            f"--epochs {args.epochs}: --resume last goes on to the end of its run, which was begun "
-            f"with {before['epochs']}: omit --epochs, or add epochs with --resume"
-        )
+    check_finished(args, path, state)
     kept = {k: v for k, v in state["args"].items() if k not in FREE_ON_RESUME}
     typed_size = args.batch_size if "batch_size" in args.typed else None
     kept["batch_size"], note = batch_size_on_resume(state, path, typed_size)
@@ -265,18 +269,10 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
     images_done = run.batches_done * images_a_step(state)
     run.batches_done = images_done // (args.batch_size * processes.world())
     run.note = note
-    if args.resume == "last":
-        # a run that was cut off after its last epoch still has its test and figures to make
-        results = folder / "test_results.json"
-        if run.finished and results.exists():
-            test = read_json(results, "remove it and type --resume last again")
-            if test.get("epochs") == run.epoch - 1:  # and not of an earlier run
-                raise InputError(
-                    f"{path} is of a finished run: add epochs with --resume --epochs N instead"
-                )
-    else:
+    if args.resume == "best" or ("epochs" in args.typed and run.finished):  # epochs are added
         run.last_epoch = run.epoch - 1 + args.epochs
         run.bad_epochs, run.finished = 0, False
+    if args.resume == "best":
         run.cuts_history = _differs(folder / "history.json", run.history)
     if "patience" in args.typed:
         run.scheduler.patience = plateau_patience(args.patience)
@@ -284,6 +280,46 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
         for group, factor in zip(run.optimizer.param_groups, (1, 1, SHIFT_LR_FACTOR), strict=True):
             group["lr"] = args.lr * factor
     return run
+
+
+def check_same_images(path: Path, state: dict, dataset: RealQwenVLDataset) -> None:
+    """Raise InputError where the cache holds other images than the run was trained on.
+
+    Groups may have kept their names, and with them the split, when images were replaced; and what
+    a run has seen is left out of its test numbers.
+    """
+    known, here = set(state["images"]["image_sha256"]), set(fitted_images(dataset)["image_sha256"])
+    if known != here:
+        raise InputError(
+            f"{path} was trained on other images: {len(known - here)} of its {len(known)} are not "
+            f"among the training and validation images of {dataset.cache_dir}, and "
+            f"{len(here - known)} there are new: name the cache it was trained on, or train anew"
+        )
+
+
+def check_finished(args: argparse.Namespace, path: Path, state: dict) -> None:
+    """Raise InputError where --resume last and --epochs do not fit together.
+
+    A finished run needs epochs to add, unless it was cut off before its test and figures; an
+    unfinished one goes on to its own end.
+    """
+    if args.resume != "last":
+        return
+    progress, begun_with = state["progress"], state["args"]["epochs"]
+    if not progress["finished"]:
+        if "epochs" in args.typed and args.epochs != begun_with:
+            raise InputError(
+                f"--epochs {args.epochs}: {path} is of an unfinished run of {begun_with} epochs, "
+                "to whose end --resume last goes on: omit --epochs"
+            )
+        return
+    results = path.parent / "test_results.json"
+    if "epochs" not in args.typed and results.exists():
+        test = read_json(results, "remove it and type --resume last again")
+        if test.get("epochs") == progress["epoch"] - 1:  # and not of an earlier run
+            raise InputError(
+                f"{path} is of a finished run: type --resume last --epochs N to add N epochs"
+            )
 
 
 def start_from_data(run: TrainState, dataset: RealQwenVLDataset) -> None:
@@ -307,7 +343,7 @@ def start_from_data(run: TrainState, dataset: RealQwenVLDataset) -> None:
 
 
 def batch_size_on_resume(state: dict, path: Path, typed: int | None) -> tuple[int, str]:
-    """Images a step of each process, the `typed` ones or as before; and what changes, or ""."""
+    """Return the images a step of each process, and a note of what that changes, or ""."""
     before, now = images_a_step(state), (typed or 0) * processes.world()
     if typed is None or now == before:
         return own_batch_size(state, path), ""
@@ -325,12 +361,12 @@ def batch_size_on_resume(state: dict, path: Path, typed: int | None) -> tuple[in
 
 
 def images_a_step(state: dict) -> int:
-    """Of all processes together, as the checkpoint's run had them."""
+    """Return the images a step of all processes together, as the checkpoint's run had them."""
     return state["args"]["batch_size"] * state["processes"]
 
 
 def own_batch_size(state: dict, path: Path) -> int:
-    """Images a step of each process, so that all together have as many as the run began with."""
+    """Return the images a step of each process: together as many as the run began with."""
     images = images_a_step(state)
     world = processes.world()
     if images % world:
@@ -343,7 +379,7 @@ def own_batch_size(state: dict, path: Path) -> int:
 
 
 def _differs(path: Path, history: list[dict]) -> bool:
-    """Whether history.json holds something else than `history`; damaged, it does too."""
+    """Return whether history.json holds something else than `history`, or is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) != history
     except FileNotFoundError:
