@@ -1,7 +1,6 @@
 import json
 import shutil
 
-import large_cache
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -249,16 +248,3 @@ def test_features_are_known_by_their_encoder_and_not_by_row_number(tiny_cache, c
     before = cache_identity(RealQwenVLDataset(tiny_cache))
     edit_manifest(cache_copy, encoder={"id": "other", "weights_sha256": "0"})
     assert cache_identity(RealQwenVLDataset(cache_copy)) != before
-
-
-@pytest.mark.parametrize("sides", [(2, 2), (1, 3)])
-def test_the_caches_whose_opening_is_measured_by_hand_are_ones_that_open(
-    tmp_path, monkeypatch, sides
-):
-    for name, value in {"COUNT": 9, "WIDTH": 6, "ROWS_PER_SHARD": 4}.items():
-        monkeypatch.setattr(large_cache, name, value)
-    large_cache.write_cache(tmp_path, *sides)
-    dataset = RealQwenVLDataset(tmp_path)
-    assert len(dataset) == 9 and dataset.ragged == (sides[0] < sides[1])
-    assert all(dataset[[i]].shape == (1, r * c, 6) for i, (r, c) in enumerate(dataset.grids))
-    assert dataset.spectra_are_known
