@@ -451,7 +451,7 @@ def print_summary(dataset: RealQwenVLDataset, verify: bool) -> None:
     images = "images not known" if None in hashes else f"of {len(hashes)} different images"
     skipped = sum(entry.get("count", 1) for entry in manifest["skipped"])
     print(f"  rows       {len(dataset)}, {images}; {skipped} skipped as unreadable or missing")
-    for entry in manifest.get("notes", []):
+    for entry in manifest["notes"]:
         print(f"  note       {entry['note']}: {count_rows(entry)}")
     megabytes = sum(shard["bytes"] for shard in manifest["shards"]) / 1e6
     many = f"{len(set(dataset.grids))} grids, most often " if dataset.ragged else "grid "

@@ -58,12 +58,13 @@ from lowrank_tokens.grids import Grid, most_frequent, token_range
 from lowrank_tokens.linalg import LARGEST_FEATURE, exact_singular_values, normalise, usable_features
 from lowrank_tokens.shards import check_shards, read_finished
 
-FORMAT = 2
+FORMAT = 1
 BUILD_CACHE = "build the cache again with extract_features.py --overwrite"
 MANIFEST_KEYS = {
     **{"format": int, "kind": str, "encoder": dict, "resize": (str, type(None)), "grid": list},
     **{"num_tokens": int, "feature_dim": int, "count": int, "shards": list, "skipped": list},
     **{"rows": dict, "singular_values": (dict, type(None)), "dtype": str, "split_by": str},
+    "notes": list,
 }
 
 
