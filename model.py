@@ -588,8 +588,8 @@ class LowRankFactorModel(nn.Module):
         """Start a new model from the second moment Σ XᵀX of training tokens, [D, D] float64.
 
         The branches of projected factors read the features that `pivoted_features` chooses: the
-        sketch of another image is then half as far from the optimum as with evenly spaced ones, at
-        the same cost. The basis of direct factors becomes the leading principal axes, so that they
+        excess of another image is then two thirds of that with evenly spaced ones, at the same
+        cost. The basis of direct factors becomes the leading principal axes, so that they
         start as PCA.
         """
         if self.config.factors == "direct":
