@@ -69,6 +69,7 @@ def write_large_cache(folder):
         "shards": shards,
         "rows": file_entry(rows),
         "singular_values": file_entry(sigma),
+        "notes": [],
         "skipped": [],
         "dtype": "bfloat16",
         "split_by": "image",
