@@ -256,6 +256,7 @@ def test_a_codec_of_all_grids_takes_fewer_bytes_on_a_rarer_grid_than_one_of_the_
     assert float((sizes[:, 1] / sizes[:, 0]).log().mean().exp()) < 0.97
 
 
+@pytest.mark.slow
 def test_bytes_are_compared_on_test_images_of_every_grid_by_every_method(
     dataset, ragged_cache, script, tmp_path, monkeypatch
 ):
@@ -309,6 +310,7 @@ def test_the_saliency_head_reads_an_image_of_any_grid_as_its_decoder_does(datase
         assert torch.allclose(logits, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_metric_and_task_error_are_of_images_of_every_grid(
     dataset, ragged_cache, trained, script, tmp_path
 ):
@@ -344,6 +346,7 @@ def test_a_flipped_byte_of_a_ragged_cache_is_found_and_its_file_named(
     assert name in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_benchmark_judges_a_network_of_a_ragged_cache_at_its_most_frequent_grid(
     dataset, ragged_cache, tiny_cache, script, tmp_path
 ):

@@ -359,6 +359,7 @@ def test_knobs_are_thinned_to_both_ends():
     assert thinned([None], 5) == [None]
 
 
+@pytest.mark.slow
 def test_the_command_writes_bytes_of_every_method_that_the_cache_allows(
     script, tiny_cache, tiny_data, tmp_path, monkeypatch
 ):

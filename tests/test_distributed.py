@@ -95,6 +95,7 @@ def extraction(data, cache):
     return torchrun("extract_features.py", *flags, "--batch_size", "4")
 
 
+@pytest.mark.slow
 def test_two_processes_extract_the_bytes_of_one(data, cache, tmp_path):
     stdout = finished(extraction(data, tmp_path / "cache"))
     assert hashes(tmp_path / "cache") == hashes(cache)
