@@ -1,14 +1,15 @@
-"""What a comparison at equal bytes comes to: bytes at an error, and how many times another's.
+"""What a comparison at equal bytes comes to: bytes at an error, and readers' scores at some bytes.
 
-Every method is a curve of mean bytes over mean error, swept by one global knob. Bytes at an error
-between two knobs are interpolated (log bytes, linearly in the error); nothing is extrapolated.
+Every method is a curve over mean bytes, swept by one global knob. Between two knobs it is
+interpolated (log bytes, linearly in the error or score); nothing is extrapolated. Differences are
+paired by image, their intervals are over groups: only they say that one method is better.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,19 +18,92 @@ from torch import Tensor
 
 from common.tables import print_columns
 from experiments.rivals import Knob
-from svd_baseline import FEWEST_GROUPS
+from lowrank_tokens.errors import summarise
+from svd_baseline import FEWEST_GROUPS, interval_95
 
 TARGETS = {"raw_error": (0.24, 0.16, 0.10, 0.05), "task_error": (0.10, 0.05, 0.037, 0.03)}
 SHARED_BY = (328, 4370)  # images that a table shares the codec file between
 BASES = ("coded", "coded_in_metric", "coded_in_metric_head_steps")  # that others are set against
+AT_BYTES = (600, 1500, 5000, 20_000)  # an image, at which readers are asked
+READERS = {
+    "box_precision": "average precision of a probe for boxes",
+    "box_precision_trained": "the same, of a probe fitted on decoded tokens and read on full ones",
+    "box_iou": "overlap with the nearest box",
+    "matching_query_full": "matching, full tokens looked for among decoded ones",
+    "matching_decoded": "matching, both decoded",
+}
+# that readers' scores are set against: full tokens, the two forms of the codec, and a picture
+READER_BASES = ("bf16", "coded", "transform", "avif")
 
 
-class Point(NamedTuple):
-    """A method at one knob: of each image [n] float64."""
+@dataclass
+class Point:
+    """A method at one knob: of each image [n] float64.
+
+    values: bytes, raw_error, rel_error, task_error and the readers' scores, as far as known.
+    """
 
     knob: Knob
-    shared_bytes: int
-    values: dict[str, Tensor]  # bytes, raw_error, rel_error, retrieval, …
+    shared_bytes: float
+    needs_tower: bool  # to be read
+    read_ms: float  # of one core, for an image
+    values: dict[str, Tensor]
+
+    def as_json(self) -> dict:
+        """Return all but the knob as plain values."""
+        values = {name: value.tolist() for name, value in self.values.items()}
+        return {**vars(self), "values": values}
+
+    @classmethod
+    def from_json(cls, knob: Knob, record: dict) -> Point:
+        """Undo `as_json`."""
+        values = {k: torch.tensor(v, dtype=torch.float64) for k, v in record["values"].items()}
+        return cls(**record | {"knob": knob, "values": values})
+
+    def with_images_of(self, other: Point) -> Point:
+        """Return the point of these images and then the other's, which is of the same knob."""
+        names = self.values.keys() & other.values.keys()
+        values = {name: torch.cat([self.values[name], other.values[name]]) for name in names}
+        mine, more = len(self.values["bytes"]), len(other.values["bytes"])
+
+        def mean(own: float, others: float) -> float:
+            return (mine * own + more * others) / (mine + more)
+
+        shared = mean(self.shared_bytes, other.shared_bytes)
+        read_ms = mean(self.read_ms, other.read_ms)
+        return Point(self.knob, shared, self.needs_tower, read_ms, values)
+
+
+def only_images(point: Point, images: Sequence[bool]) -> Point:
+    """Return the point of those of its images that are marked."""
+    mask = torch.tensor(images)
+    values = {name: value[mask] for name, value in point.values.items()}
+    return Point(point.knob, point.shared_bytes, point.needs_tower, point.read_ms, values)
+
+
+def summarise_point(point: Point, groups: list[str]) -> dict:
+    """Return the JSON's entry: what reading takes, and mean, p90 and interval of each value."""
+    entry: dict = {
+        "knob": point.knob,
+        "shared_bytes": point.shared_bytes,
+        "needs": needs(point),
+        "read_ms": point.read_ms,
+    }
+    for name, value in point.values.items():
+        entry[name] = summarise(value) | {"interval_95": interval_or_none(value, groups)}
+    return entry
+
+
+def needs(point: Point) -> str:
+    """Return in words what reading needs beside the image's bytes."""
+    if point.needs_tower:
+        return "the encoder"
+    return f"a file of {point.shared_bytes / 1e6:.1f} MB" if point.shared_bytes else "nothing"
+
+
+def interval_or_none(values: Tensor, groups: list[str]) -> list[float] | None:
+    """Return the 95 % interval of the mean; None where no value is known."""
+    return None if values.isnan().all() else interval_95(values, groups)
 
 
 def bytes_at(error: list[float], size: list[float], target: float) -> float | None:
@@ -82,7 +156,66 @@ def jackknife_95(
 
 
 def tables(measured: dict[str, list[Point]], groups: list[str]) -> dict:
-    """error → target → method → bytes an image.
+    """Return bytes_at (`bytes_tables`) and reader_at (`reader_tables`)."""
+    return {
+        "bytes_at": bytes_tables(measured, groups),
+        "reader_at": reader_tables(measured, groups),
+    }
+
+
+def scores_at(points: list[Point], key: str, size: float) -> Tensor | None:
+    """Return each image's score at mean bytes `size`, [n]; None outside the sweep.
+
+    Between two knobs the scores are mixed linearly in the logarithm of the mean bytes. A method
+    without a knob, full tokens, has its score at every size.
+    """
+    known = [point for point in points if key in point.values]
+    if known and known[0].knob is None:
+        return known[0].values[key]
+    known.sort(key=lambda point: float(point.values["bytes"].mean()))
+    logs = [math.log(float(point.values["bytes"].mean())) for point in known]
+    for i in range(len(known) - 1):
+        if logs[i] <= math.log(size) <= logs[i + 1] and logs[i] < logs[i + 1]:
+            share = (math.log(size) - logs[i]) / (logs[i + 1] - logs[i])
+            low, high = known[i].values[key], known[i + 1].values[key]
+            return (1 - share) * low + share * high
+    return None
+
+
+def reader_tables(measured: dict[str, list[Point]], groups: list[str]) -> dict:
+    """Return reader → bytes → method → {"mean", "interval_95", "minus": base → the same}.
+
+    minus: the mean difference to a base at the same bytes (bf16: full tokens), paired by image,
+    with its interval over groups.
+    """
+    reports: dict = {}
+    for key in READERS:
+        for size in AT_BYTES:
+            scores = {
+                name: values
+                for name, points in measured.items()
+                if (values := scores_at(points, key, size)) is not None and not values.isnan().all()
+            }
+            if set(scores) <= {"bf16"}:
+                continue
+            entries = reports.setdefault(key, {}).setdefault(str(size), {})
+            for name, values in scores.items():
+                entries[name] = with_interval(values, groups)
+                entries[name]["minus"] = {
+                    base: with_interval(values - scores[base], groups)
+                    for base in READER_BASES
+                    if base in scores and base != name
+                }
+    return reports
+
+
+def with_interval(values: Tensor, groups: list[str]) -> dict:
+    """Return the mean of what is known, and its interval over groups."""
+    return {"mean": float(values.nanmean()), "interval_95": interval_or_none(values, groups)}
+
+
+def bytes_tables(measured: dict[str, list[Point]], groups: list[str]) -> dict:
+    """Return error → target → method → bytes an image.
 
     alone, with `interval_95` over groups; shared_by_N, with its share of what is shared between N
     images; each_image, where every image reaches the target by a knob of its own; and times → base
@@ -132,7 +265,48 @@ def each_image(points: list[Point], key: str, target: float) -> float | None:
 # ---------------------------------------------------------------------------------------- printed
 
 
-def print_tables(found: dict) -> None:
+def print_tables(results: dict) -> None:
+    """Print what bytes.json holds: bytes at an error, readers at some bytes, what reading takes."""
+    print_bytes(results["tables"]["bytes_at"])
+    print_readers(results["tables"]["reader_at"], results["chance"])
+    print("to read an image: what is needed beside its bytes, and milliseconds of one core")
+    rows = [
+        [
+            f"  {name}",
+            points[len(points) // 2]["needs"],
+            f"{points[len(points) // 2]['read_ms']:.1f}",
+        ]
+        for name, points in results["methods"].items()
+    ]
+    print_columns(rows)
+
+
+def print_readers(reports: dict, chance: dict[str, float]) -> None:
+    """Print a table for each reader: score at some bytes, and the difference to full tokens."""
+    for key, sizes in reports.items():
+        guess = f"; chance {chance[key]:.3f}" if key in chance else ""
+        title = f"{READERS[key]}, at so many bytes an image{guess}"
+        print(f"{title} [difference to full tokens, 95 % over groups]")
+        names = list(dict.fromkeys(name for entries in sizes.values() for name in entries))
+        rows = [
+            [f"  {name}", *(_score(entries.get(name)) for entries in sizes.values())]
+            for name in names
+        ]
+        print_columns([["", *sizes], *rows])
+
+
+def _score(entry: dict | None) -> str:
+    if entry is None:
+        return "-"
+    apart = entry["minus"].get("bf16")
+    if apart is None or apart["interval_95"] is None:
+        return f"{entry['mean']:.3f}"
+    low, high = apart["interval_95"]
+    return f"{entry['mean']:.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def print_bytes(found: dict) -> None:
+    """Print bytes at an error, with and without what all images share, and times another's."""
     titles = {
         "alone": "without what all images share",
         **{f"shared_by_{n}": f"with the share of one of {n} images" for n in SHARED_BY},

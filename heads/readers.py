@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +32,8 @@ from lowrank_tokens.grids import Grid, box_in_view, tokens_in_box
 from qwenvl_dataloader import RealQwenVLDataset
 
 PROBE_TOKENS = 50_000  # of training images, drawn evenly over them
-PENALTIES = (1.0, 1e-1, 1e-2, 1e-3)  # of mean loss + penalty / 2 ‖w‖², features of unit variance
-PROBE_ITERATIONS = 60  # of L-BFGS, for each penalty; it goes on from the stronger one's weights
+PENALTIES = (1e-1, 1e-2, 1e-3)  # of mean loss + penalty / 2 ‖w‖², features of unit variance
+PROBE_ITERATIONS = 20  # of L-BFGS, for each penalty; it goes on from the stronger one's weights
 MATCH_RADIUS = 1.5  # cells of the grid that is searched
 VIEW_COLUMNS = ("photograph", "view", "mirrored")
 
@@ -93,14 +94,16 @@ class ProbeSample(NamedTuple):
     std: Tensor  # [D]
 
 
-def sample_tokens(images: Iterable[tuple[Tensor, Tensor]], count: int) -> ProbeSample:
-    """Draw at most PROBE_TOKENS tokens evenly over `count` images.
+def sample_tokens(
+    images: Iterable[tuple[Tensor, Tensor]], count: int, most: int = PROBE_TOKENS
+) -> ProbeSample:
+    """Draw at most `most` tokens evenly over `count` images.
 
     images: raw tokens [T, D] and their labels [T] bool, of which at most one is held at a time.
     The places drawn depend on the image's number alone, so that full and decoded tokens of one
     image are compared at the same places.
     """
-    each = max(1, PROBE_TOKENS // max(1, count))
+    each = max(1, most // max(1, count))
     tokens, inside = [], []
     for number, (raw, mask) in enumerate(images):
         order = torch.randperm(len(raw), generator=torch.Generator().manual_seed(number))[:each]
@@ -278,16 +281,22 @@ def matched(
 ) -> tuple[Tensor, Tensor]:
     """Count the tokens of each image that are found within MATCH_RADIUS, and those looked for.
 
-    queries, targets: raw tokens [T, D] of each image. Returns two tensors [n] float64.
+    queries, targets: tokens [T, D] of norm 1 (`unit`) of each image. Returns two tensors [n]
+    float64.
     """
     hits, all_tokens = torch.zeros(2, len(queries), dtype=torch.float64)
     for pair in pairs:
-        query = F.normalize(queries[pair.query][pair.tokens].float(), dim=-1)
-        target = F.normalize(targets[pair.target][pair.candidates].float(), dim=-1)
-        nearest = (query @ target.mT).argmax(-1)
-        hits[pair.query] += pair.near[torch.arange(len(nearest)), nearest].sum()
+        # one product for the whole image is as fast as for some of its tokens, without copies
+        cosine = (queries[pair.query] @ targets[pair.target].mT)[pair.tokens][:, pair.candidates]
+        nearest = cosine.argmax(-1, keepdim=True)
+        hits[pair.query] += pair.near.gather(1, nearest).sum()
         all_tokens[pair.query] += len(nearest)
     return hits, all_tokens
+
+
+def unit(tokens: Tensor) -> Tensor:
+    """Return raw tokens [T, D] divided by their norms, float32."""
+    return F.normalize(tokens.float(), dim=-1)
 
 
 # --------------------------------------------------------------------------------------- retrieval
@@ -338,33 +347,36 @@ class Readers:
                 precision.append(average_precision(logits, union(boxes, len(raw))))
                 overlap.append(box_overlap(logits, self.threshold, boxes, self.dataset.grids[row]))
             if self.pairs:
-                kept.append(raw)
+                kept.append(unit(raw))
         found = {}
         if self.probe:
             found["box_precision"] = torch.tensor(precision, dtype=torch.float64)
             found["box_iou"] = torch.tensor(overlap, dtype=torch.float64)
         if self.pairs:
-            full = [self.dataset[[row]][0] for row in self.rows]
-            for name, queries in (("matching_query_full", full), ("matching_decoded", kept)):
+            queries_of = {"matching_query_full": self._full_units, "matching_decoded": kept}
+            for name, queries in queries_of.items():
                 hits, tokens = matched(queries, kept, self.pairs)
                 found[name] = hits / tokens  # NaN where 0 / 0
         groups = self.dataset.rows["group"].take(self.rows).to_pylist()
         found["retrieval"] = nearest_is_kin(torch.stack(means), groups)
         return found
 
-    def precision_trained_on(self, decoded: Iterable[Tensor]) -> Tensor:
-        """Fit the probe on decoded tokens of `train` and read full tokens: precision, [n] float64.
+    def precision_trained_on(self, rows: Sequence[int], decoded: Iterable[Tensor]) -> Tensor:
+        """Fit the probe on decoded tokens of `rows` and read full tokens: precision, [n] float64.
 
-        The penalty is the one chosen for full tokens. Needs a probe.
+        rows: training rows with boxes; decoded: their raw tokens [T, D]. The penalty is the one
+        chosen for full tokens. Needs a probe.
         """
-        labels = (union(self.boxes[row], math.prod(self.dataset.grids[row])) for row in self.train)
-        sample = sample_tokens(zip(decoded, labels, strict=True), len(self.train))
+        labels = (union(self.boxes[row], math.prod(self.dataset.grids[row])) for row in rows)
+        sample = sample_tokens(zip(decoded, labels, strict=True), len(rows))
         strongest_first = [p for p in PENALTIES if p >= self.probe.penalty]
         probe = fit_probes(sample, strongest_first)[-1]
-        return self._precision(probe, self.rows)
+        return box_precision(self.dataset, self.boxes, probe, self.rows)
 
-    def _precision(self, probe: BoxProbe, rows: list[int]) -> Tensor:
-        return box_precision(self.dataset, self.boxes, probe, rows)
+    @cached_property
+    def _full_units(self) -> list[Tensor]:
+        """Full tokens of each of the rows, of norm 1."""
+        return [unit(self.dataset[[row]][0]) for row in self.rows]
 
     def chance(self) -> dict[str, float]:
         """Return what guessing scores: the share of tokens in boxes, and of near candidates."""
@@ -407,11 +419,16 @@ def box_precision(
 
 
 def fit_readers(
-    dataset: RealQwenVLDataset, train: Sequence[int], validation: Sequence[int], rows: Sequence[int]
+    dataset: RealQwenVLDataset,
+    train: Sequence[int],
+    validation: Sequence[int],
+    rows: Sequence[int],
+    tokens: int = PROBE_TOKENS,
 ) -> Readers:
     """Fit the readers of `rows`: the probe on `train`, its penalty and threshold on `validation`.
 
     train, validation, rows: rows of the cache; of the first two those without a box are not used.
+    tokens: of training images that the probe is fitted to, at most.
     """
     boxes = boxes_of_images(dataset)
     rows = list(rows)
@@ -421,7 +438,7 @@ def fit_readers(
         labelled = (
             (dataset[[row]][0], union(boxes[row], math.prod(dataset.grids[row]))) for row in train
         )
-        probes = fit_probes(sample_tokens(labelled, len(train)))
+        probes = fit_probes(sample_tokens(labelled, len(train), tokens))
         probe = max(probes, key=lambda p: mean(box_precision(dataset, boxes, p, validation)))
         threshold = best_threshold(dataset, boxes, probe, validation)
     masks = [union(boxes[row], math.prod(dataset.grids[row])) for row in rows]

@@ -6,16 +6,24 @@ import math
 
 import pytest
 import torch
+from conftest import picture, write_parquet
+from filelock import FileLock
 from tiny import TinyEncoder, steep_tokens
 
 from experiments import compare_bytes, rivals
-from experiments.bytes_tables import Point, bytes_at, jackknife_95, tables
+from experiments.bytes_tables import (
+    Point,
+    bytes_at,
+    bytes_tables,
+    jackknife_95,
+    reader_tables,
+)
 from experiments.coded_rivals import (
     CodecStatistics,
     Coded,
     KltDct,
 )
-from experiments.compare_bytes import thinned
+from experiments.compare_bytes import fold_parts, thinned
 from experiments.head_steps import CodedHeadSteps, FactorsHeadSteps, reader_of
 from experiments.rivals import (
     BITS,
@@ -332,11 +340,13 @@ def test_a_method_that_takes_thrice_the_bytes_everywhere_is_said_to_with_no_doub
 
     def curve(times):
         return [
-            Point(k, 0, {"bytes": times * 1000 * k * scale, "raw_error": 0.4 / k * scale})
+            Point(
+                k, 0, False, 1.0, {"bytes": times * 1000 * k * scale, "raw_error": 0.4 / k * scale}
+            )
             for k in (1, 2, 4, 8)
         ]
 
-    entry = tables({"coded": curve(1), "transform": curve(3)}, groups)["raw_error"]["0.16"]
+    entry = bytes_tables({"coded": curve(1), "transform": curve(3)}, groups)["raw_error"]["0.16"]
     times = entry["transform"]["times"]["coded"]
     assert times["mean"] == pytest.approx(3)
     assert times["interval_95"] == pytest.approx([3, 3])
@@ -359,6 +369,141 @@ def test_knobs_are_thinned_to_both_ends():
     assert thinned([None], 5) == [None]
 
 
+def test_scores_at_some_bytes_are_interpolated_and_their_differences_paired():
+    """However much the images differ: what all methods share is no doubt about a difference."""
+    rng = torch.Generator().manual_seed(1)
+    level = torch.rand(12, generator=rng, dtype=torch.float64)
+    groups = [name for name in "abcdef" for _ in range(2)]
+    sizes = torch.ones(12, dtype=torch.float64)
+
+    def curve(shift):
+        return [
+            Point(k, 0, False, 1.0, {"bytes": size * sizes, "box_precision": level + gain + shift})
+            for k, size, gain in ((1, 500.0, 0.0), (2, 50_000.0, 0.2))
+        ]
+
+    full = [Point(None, 0, False, 1.0, {"bytes": 8e5 * sizes, "box_precision": level + 0.5})]
+    report = reader_tables({"bf16": full, "coded": curve(0.0), "transform": curve(-0.1)}, groups)
+    entry = report["box_precision"]["5000"]
+    assert entry["coded"]["mean"] == pytest.approx(float(level.mean()) + 0.1)  # half way, in log
+    low, high = entry["coded"]["interval_95"]
+    assert high - low > 0.1
+    assert entry["transform"]["minus"]["coded"]["mean"] == pytest.approx(-0.1)
+    assert entry["transform"]["minus"]["coded"]["interval_95"] == pytest.approx([-0.1, -0.1])
+    assert entry["coded"]["minus"]["bf16"]["mean"] == pytest.approx(-0.4)
+    few = reader_tables({"bf16": full, "coded": curve(0.0)[:1]}, groups)
+    assert few == {}  # nothing is extrapolated
+
+
+def test_every_group_is_measured_once_by_what_was_fitted_to_others(dataset):
+    parts = fold_parts(dataset, 3, None)
+    groups = dataset.rows["group"].to_pylist()
+    measured = [groups[row] for part in parts for row in part.test]
+    assert set(measured) == set(groups)
+    assert max(measured.count(group) for group in groups) == compare_bytes.CROPS
+    for part in parts:
+        own = {groups[row] for row in part.test}
+        assert not own & {groups[row] for row in part.train + part.validation}
+        assert not {groups[row] for row in part.train} & {groups[row] for row in part.validation}
+
+
+@pytest.mark.slow
+def test_images_that_codec_or_probe_has_seen_are_not_measured(
+    dataset, script, tiny_cache, tmp_path
+):
+    """Before, a codec of the very test images was compared as if it knew none."""
+    test = dataset.split.test.tolist()
+    hashes = dataset.rows["image_sha256"].take(test[:1]).to_pylist()
+    codec = Codec.fit([(dataset[test], dataset.grid)], image_hashes=hashes)
+    codec.save(tmp_path / "leaky.safetensors")
+    done = script(
+        *("experiments.compare_bytes", "--quick", "--cache_dir", tiny_cache, "--device", "cpu"),
+        *("--codec", tmp_path / "leaky.safetensors", "--results_dir", tmp_path / "r"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 test images left out that the codec has seen" in done.stdout
+    found = json.loads((tmp_path / "r" / "bytes.json").read_text())
+    assert found["n_images"] == len(test) - 1 and "codec has seen" in found["left_out"]
+
+
+def test_two_comparisons_do_not_mix_their_results(script, tiny_cache, tmp_path):
+    """Before, there was no lock: partial results of both went into one file."""
+    (tmp_path / "r").mkdir()
+    with FileLock(tmp_path / "r" / ".bytes.lock"):
+        done = script(
+            *("experiments.compare_bytes", "--quick", "--cache_dir", tiny_cache),
+            *("--results_dir", tmp_path / "r"),
+        )
+    assert done.returncode == 2
+    assert "another compare_bytes writes bytes.json there" in done.stderr
+
+
+def qwen_data_set(folder):
+    """Twelve pictures, three questions with a box of its own each."""
+    records = [
+        {
+            "image": {"bytes": picture(number), "path": f"{number}.png"},
+            "question": f"question {question}",
+            "answer": ["that"],
+            "bbox": [20.0 * question, 10.0 * question, 20.0, 12.0],
+        }
+        for number in range(12)
+        for question in range(3)
+    ]
+    columns = {name: [record[name] for record in records] for name in records[0]}
+    write_parquet(folder / "data" / "train-00000-of-00001.parquet", columns)
+    return folder
+
+
+@pytest.mark.slow
+def test_readers_judge_folds_of_a_qwen_cache_with_several_boxes_an_image_and_a_cut_run_goes_on(
+    encode, script, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compare_bytes, "FEW_KNOBS", 2)
+    monkeypatch.setattr(compare_bytes, "FEW", {})
+    assert encode(qwen_data_set(tmp_path / "data")).returncode == 0
+    command = ["experiments.compare_bytes", "--cache_dir", tmp_path / "cache", "--folds", 2]
+    command += ["--results_dir", tmp_path / "r", "--dataset_dir", tmp_path / "data"]
+    real, calls = compare_bytes.errors, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) > 100:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(compare_bytes, "errors", interrupted)
+        assert script(*command).returncode == 130
+    partial = tmp_path / "r" / "bytes.partial.jsonl"
+    kept = len(partial.read_text().splitlines()) - 1
+    assert kept > 3
+    with partial.open("a") as file:
+        file.write('{"stage": "part 0 factors_quantised", "row": 8, "val')  # killed in a line
+    done = script(*command)
+    assert done.returncode == 0, done.stderr
+    assert f"{kept} points are already there" in done.stdout and not partial.exists()
+    assert not (tmp_path / "r" / "bytes.towers").exists()
+    found = json.loads((tmp_path / "r" / "bytes.json").read_text())
+    assert found["split"] == "2 folds" and found["cache_sha256"]
+    assert found["all_groups"]["n_groups"] == 12 > found["n_groups"]
+    names = "bf16 coded transform factors_quantised factors_deflate pca_deflate tokens_averaged"
+    names += " tokens_dropped jpeg webp avif"
+    assert found["methods"].keys() == set(names.split())
+    for name, points in found["methods"].items():
+        for point in points:
+            assert point["bytes"]["mean"] > 0 and point["read_ms"] >= 0
+            assert 0 < point["box_precision"]["mean"] <= 1
+            assert {"raw_error", "rel_error", "box_iou", "retrieval"} <= set(point)
+        assert any("box_precision_trained" in point for point in points), name
+    assert found["methods"]["bf16"][0]["raw_error"]["mean"] == 0
+    assert found["methods"]["avif"][0]["needs"] == "the encoder"
+    assert any("no matching" in note for note in found["notes"])
+    # three boxes an image: the share of tokens that any of them covers
+    assert 0.2 < found["chance"]["box_precision"] < 0.9
+    assert (tmp_path / "r" / "bytes.png").stat().st_size > 10_000
+
+
 @pytest.mark.slow
 def test_the_command_writes_bytes_of_every_method_that_the_cache_allows(
     script, tiny_cache, tiny_data, tmp_path, monkeypatch
@@ -375,27 +520,8 @@ def test_the_command_writes_bytes_of_every_method_that_the_cache_allows(
         "--device",
         "cpu",
     ]
-    real, calls = compare_bytes.errors, []
-
-    def interrupted(*args):
-        calls.append(1)
-        if len(calls) > 100:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(compare_bytes, "errors", interrupted)
-        assert script("experiments.compare_bytes", *flags).returncode == 130
-    partial = tmp_path / "r" / "bytes.partial.jsonl"
-    kept = len(partial.read_text().splitlines()) - 1
-    assert kept > 5
-    with partial.open("a") as file:
-        file.write(
-            '{"stage": "factors_quantised", "row": 8, "val'
-        )  # killed in the middle of a line
     done = script("experiments.compare_bytes", *flags)
     assert done.returncode == 0, done.stderr
-    assert f"{kept} points are already there" in done.stdout and not partial.exists()
     found = json.loads((tmp_path / "r" / "bytes.json").read_text())
     assert found["data"].startswith("DEMO") and found["split"] == "test"
     names = "bf16 factors_quantised factors_deflate factors_head_steps pca_deflate"

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from heads import readers
 from heads.readers import (
     Correspondence,
     View,
@@ -21,6 +20,7 @@ from heads.readers import (
     nearest_is_kin,
     sample_tokens,
     union,
+    unit,
 )
 from lowrank_tokens.grids import tokens_in_box
 
@@ -129,14 +129,13 @@ def test_the_probe_minimises_the_penalised_logistic_loss():
     )
 
 
-def test_tokens_are_drawn_evenly_and_at_the_same_places_of_full_and_decoded_images(monkeypatch):
-    monkeypatch.setattr(readers, "PROBE_TOKENS", 30)
+def test_tokens_are_drawn_evenly_and_at_the_same_places_of_full_and_decoded_images():
     tokens = torch.arange(16.0)[:, None] + 100 * torch.arange(3.0)[:, None, None]
     labelled = [(image, image[:, 0] > 0) for image in tokens]
-    sample = sample_tokens(labelled, 3)
+    sample = sample_tokens(labelled, 3, 30)
     values = (sample.tokens * sample.std + sample.mean).round()[:, 0]
     assert (values // 100).long().bincount().tolist() == [10, 10, 10]
-    moved = sample_tokens([(image + 7, mask) for image, mask in labelled], 3)
+    moved = sample_tokens([(image + 7, mask) for image, mask in labelled], 3, 30)
     assert torch.allclose(moved.tokens, sample.tokens, atol=1e-4)
 
 
@@ -158,12 +157,12 @@ def test_readers_find_boxes_in_full_tokens_and_less_of_them_where_tokens_lost_th
 def test_a_probe_fitted_on_decoded_tokens_is_read_on_full_ones():
     dataset = signs()
     fitted = fit_readers(dataset, range(12), range(12, 18), range(18, 24))
-    full = fitted.precision_trained_on(dataset[[row]][0] for row in range(12))
+    full = fitted.precision_trained_on(range(12), (dataset[[row]][0] for row in range(12)))
     assert full.mean() == pytest.approx(
         float(fitted.scores(dataset.tokens[18:24])["box_precision"].mean()), abs=0.02
     )
     shuffled = torch.randn(12, 256, 32, generator=torch.Generator().manual_seed(1))
-    assert fitted.precision_trained_on(shuffled).mean() < full.mean() - 0.2
+    assert fitted.precision_trained_on(range(12), shuffled).mean() < full.mean() - 0.2
 
 
 def photographed(mirrored=False, resize="stretch", seed=0):
@@ -193,7 +192,8 @@ def test_tokens_are_looked_for_where_the_photograph_says_also_mirrored(mirrored)
         query, target = dataset.tokens[pair.query], dataset.tokens[pair.target]
         same = (query[pair.tokens][:, None] == target[pair.candidates]).all(-1)
         assert same.sum() == 32 and pair.near[same].all()
-    hits, tokens = matched(list(dataset.tokens), list(dataset.tokens), pairs)
+    units = [unit(tokens) for tokens in dataset.tokens]
+    hits, tokens = matched(units, units, pairs)
     assert hits.tolist() == tokens.tolist() == [32, 32]
     fitted = fit_readers(dataset, [], [], [0, 1])
     scores = fitted.scores(dataset.tokens)
