@@ -4,14 +4,15 @@
     logits = head.outputs(tokens, rows)             # next-token logits at the answer's positions
     answers = head.generate(tokens, rows)           # greedy
 
-The tokens take the place of the image through the library's own input for encoder outputs. Beside
-the encoders' modules the only one that imports transformers.
+`embed_tokens` puts vision tokens in the place of an image. Beside the encoders' modules this is the
+only one that imports transformers.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, GenerationConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from encoders.checkpoints import (
     checkpoint_weights_sha256,
@@ -28,7 +28,7 @@ from encoders.checkpoints import (
 )
 from heads.task_head import Score, TaskHead
 from lowrank_tokens.exceptions import InputError
-from lowrank_tokens.grids import Box, box_in_view
+from lowrank_tokens.grids import Box, Grid, box_in_view
 from qwenvl_dataloader import RealQwenVLDataset
 
 # Qwen2.5-VL's chat template for one image and one request, written out
@@ -79,7 +79,8 @@ class QwenAnswerHead(TaskHead):
         for image, row in zip(tokens, rows.split(1), strict=True):
             prompt, wanted = self._ids(self.prompt(int(row))), self._wanted(int(row))
             # the logits at one position are those of the next token
-            inputs = self._inputs([torch.cat([prompt, wanted[:-1]])], image[None], row)
+            ids = torch.cat([prompt, wanted[:-1]])[None]
+            inputs = embed_tokens(self.model, ids, [image], [self.dataset.grids[int(row)]])
             found.append(self.model(**inputs, logits_to_keep=len(wanted)).logits[0].float())
         longest = max(map(len, found))
         return torch.stack([F.pad(logits, (0, 0, 0, longest - len(logits))) for logits in found])
@@ -118,9 +119,14 @@ class QwenAnswerHead(TaskHead):
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
         )
         prompts = [self._ids(self.prompt(row, request)) for row in rows.tolist()]
-        inputs = self._inputs(prompts, tokens, rows, padding=end)
-        ids = self.model.generate(**inputs, generation_config=greedy)
-        new = ids[:, inputs["input_ids"].shape[1] :]
+        # padded on the left: the next word of each comes last
+        ids = pad_sequence(prompts, True, end, "left")  # [b, L]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        places = torch.arange(ids.shape[1], device=self.device)
+        mask = (places >= ids.shape[1] - lengths[:, None]).long()
+        grids = [self.dataset.grids[row] for row in rows.tolist()]
+        inputs = embed_tokens(self.model, ids, list(tokens), grids, mask)
+        new = self.model.generate(**inputs, generation_config=greedy)
         answers = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [answer.strip() for answer in answers]
 
@@ -173,25 +179,49 @@ class QwenAnswerHead(TaskHead):
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return torch.tensor(ids, device=self.device)
 
-    def _inputs(
-        self, prompts: list[Tensor], images: Tensor, rows: Tensor, padding: int = 0
-    ) -> dict:
-        """Of several prompts, padded on the left: the next word of each comes last."""
-        ids = pad_sequence(prompts, True, padding, "left")  # [b, L]
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        places = torch.arange(ids.shape[1], device=self.device)
-        grids = [self.dataset.grids[row] for row in rows.tolist()]
-        # frames, and patches down and across
-        patches = [[1, down * self.merge, across * self.merge] for down, across in grids]
-        return {
-            "input_ids": ids,
-            "attention_mask": (places >= ids.shape[1] - lengths[:, None]).long(),
-            "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
-            "image_grid_thw": torch.tensor(patches, device=self.device),
-            "mm_encoder_outputs": {
-                "image": BaseModelOutputWithPooling(pooler_output=tuple(images))
-            },
-        }
+
+def embed_tokens(
+    model: Qwen2_5_VLForConditionalGeneration,
+    ids: Tensor,
+    images: Sequence[Tensor],
+    grids: Sequence[Grid],
+    mask: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Return the inputs of a Qwen2.5-VL model that reads the given vision tokens as its images.
+
+    The result goes into `model(**inputs)` or `model.generate(**inputs)`. It has the positions that
+    the pixel path would have: without them the model takes an image for a line of words, and its
+    logits differ in silence.
+
+    Args:
+        model: with or without its vision tower.
+        ids: [b, L] int64, with one `image_token_id` for each vision token.
+        images: raw tokens [T_i, D] of each image, in the order of their places in `ids`.
+        grids: (rows, columns) of each image.
+        mask: [b, L], 0 where `ids` is padding; default none is.
+    Raises ValueError where there are more or fewer places than tokens.
+    """
+    is_image = ids == model.config.image_token_id
+    embeds = model.get_input_embeddings()(ids)
+    tokens = torch.cat([image.to(embeds) for image in images])
+    if len(tokens) != int(is_image.sum()):
+        raise ValueError(f"ids has {int(is_image.sum())} places for {len(tokens)} vision tokens")
+    mask = torch.ones_like(ids) if mask is None else mask
+    merge = model.config.vision_config.spatial_merge_size
+    # frames, and patches down and across
+    patches = [[1, down * merge, across * merge] for down, across in grids]
+    positions, offsets = model.model.get_rope_index(
+        ids,
+        mm_token_type_ids=is_image.int(),
+        image_grid_thw=torch.tensor(patches, device=ids.device),
+        attention_mask=mask,
+    )
+    model.model.rope_deltas = offsets  # where generated words go on
+    return {
+        "inputs_embeds": embeds.masked_scatter(is_image[..., None], tokens),
+        "attention_mask": mask,
+        "position_ids": positions,
+    }
 
 
 def consensus(answers: list[str] | None) -> str | None:

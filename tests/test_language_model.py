@@ -28,6 +28,7 @@ from encoders import towers as encoders
 from heads import qwen_answer as language_model
 from heads.load_head import load_head
 from heads.metric import probe_gradients
+from lowrank_tokens import Codec
 from lowrank_tokens.exceptions import InputError
 from qwenvl_dataloader import BatchLoader, RealQwenVLDataset
 
@@ -141,7 +142,9 @@ def test_the_greedy_answer_is_the_argmax_of_one_forward_after_another(qwen_head,
     new = []
     for _ in range(4):
         logits = qwen_head.model(
-            **qwen_head._inputs([ids], tokens[:1], torch.tensor([row]))
+            **language_model.embed_tokens(
+                qwen_head.model, ids[None], [tokens[0]], [dataset.grids[row]]
+            )
         ).logits[0, -1]
         ids = torch.cat([ids, logits.argmax()[None]])
         new.append(int(ids[-1]))
@@ -376,3 +379,48 @@ def test_every_step_runs_end_to_end_on_qwens_own_head(qwen_cache, script, tmp_pa
         "compare_svd_nn.py", "--cache_dir", qwen_cache, "--results_dir", tmp_path / "task"
     )
     assert done.returncode == 0 and "task error of the head qwen-answer" in done.stdout
+
+
+def into_qwen(folder, *flags):
+    """Run examples/into_qwen.py on a picture, in this process."""
+    import importlib.util
+
+    path = Path(__file__).parents[1] / "examples" / "into_qwen.py"
+    spec = importlib.util.spec_from_file_location("into_qwen", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    photograph().save(folder / "picture.png")
+    argv = [str(folder / "picture.png"), "What is it?", "--image_size", "112", *map(str, flags)]
+    module.main(arguments.parse(module.get_args_parser(), argv))
+
+
+def test_uncoded_tokens_give_the_logits_of_the_pixel_path_in_the_example(
+    small_qwen, tmp_path, capsys
+):
+    into_qwen(tmp_path, "--model", small_qwen, "--check")
+    assert "largest difference of a logit to the pixel path: 0\n" in capsys.readouterr().out
+
+
+def test_coded_tokens_go_back_into_the_model_in_the_example(
+    small_qwen, qwen_cache, tmp_path, capsys
+):
+    dataset = RealQwenVLDataset(qwen_cache)
+    rows = dataset.split.train.tolist()
+    Codec.fit([(dataset[rows], dataset.grid)]).save(tmp_path / "codec.safetensors")
+    into_qwen(tmp_path, "--model", small_qwen, "--codec", tmp_path / "codec.safetensors")
+    said = capsys.readouterr().out
+    assert "2048 bytes of tokens (bf16) became" in said and "answer:" in said
+
+
+def test_qwen3s_deepstack_features_are_refused_by_the_example(small_qwen, tmp_path):
+    folder = Path(shutil.copytree(small_qwen, tmp_path / "qwen3"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen3_vl"}))
+    with pytest.raises(InputError, match="deepstack features"):
+        into_qwen(tmp_path, "--model", folder, "--check")
+
+
+def test_more_tokens_than_places_are_refused(qwen_head):
+    ids = torch.tensor([[3, 3, 0]])
+    with pytest.raises(ValueError, match="2 places for 4 vision tokens"):
+        language_model.embed_tokens(qwen_head.model, ids, [torch.zeros(4, 64)], [(2, 2)])
