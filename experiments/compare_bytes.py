@@ -94,10 +94,11 @@ def get_args_parser() -> arguments.Parser:
     )
     either.add_argument(
         "--folds",
-        type=arguments.Number(int, 2, 20),
+        type=arguments.Number(int, 3, 20),
         metavar="N",
         help=f"measure every group once, {CROPS} images of each, in N parts; codec, metric, "
-        "rivals' tables and probe are fitted anew to the other parts. Takes hours, resumes",
+        "rivals' tables and probe are fitted anew to the other parts, at least two. Takes hours, "
+        "resumes",
     )
     group.add_argument(
         "--head",
@@ -446,7 +447,9 @@ class Towers:
             return
         from encoders.towers import load_encoder
 
-        name = "demo" if dataset.is_demo else manifest["encoder"]["id"]
+        # a checkpoint in a folder is found there, one of the hub by its id
+        name = manifest.get("encoder_folder") or manifest["encoder"]["id"]
+        name = "demo" if dataset.is_demo else name
         self.encoder = load_encoder(
             name, device=device, image_size=size_in(manifest), resize=manifest["resize"]
         )

@@ -269,7 +269,7 @@ def test_bytes_are_compared_on_test_images_of_every_grid_by_every_method(
     flags = [*where, "--codec", codec, "--results_dir", tmp_path, "--device", "cpu"]
     done = script("experiments.compare_bytes", *flags)
     assert done.returncode == 0, done.stderr
-    assert "note: no JPEG and WebP of a native-resolution cache" in done.stdout
+    assert "note: no picture codecs of a native-resolution cache" in done.stdout
     found = json.loads((tmp_path / "bytes.json").read_text())
     rows = dataset.split.test.tolist()
     tokens = torch.tensor([math.prod(dataset.grids[row]) for row in rows]).double()

@@ -462,7 +462,7 @@ def test_readers_judge_folds_of_a_qwen_cache_with_several_boxes_an_image_and_a_c
     monkeypatch.setattr(compare_bytes, "FEW_KNOBS", 2)
     monkeypatch.setattr(compare_bytes, "FEW", {})
     assert encode(qwen_data_set(tmp_path / "data")).returncode == 0
-    command = ["experiments.compare_bytes", "--cache_dir", tmp_path / "cache", "--folds", 2]
+    command = ["experiments.compare_bytes", "--cache_dir", tmp_path / "cache", "--folds", 3]
     command += ["--results_dir", tmp_path / "r", "--dataset_dir", tmp_path / "data"]
     real, calls = compare_bytes.errors, []
 
@@ -485,7 +485,7 @@ def test_readers_judge_folds_of_a_qwen_cache_with_several_boxes_an_image_and_a_c
     assert f"{kept} points are already there" in done.stdout and not partial.exists()
     assert not (tmp_path / "r" / "bytes.towers").exists()
     found = json.loads((tmp_path / "r" / "bytes.json").read_text())
-    assert found["split"] == "2 folds" and found["cache_sha256"]
+    assert found["split"] == "3 folds" and found["cache_sha256"]
     assert found["all_groups"]["n_groups"] == 12 > found["n_groups"]
     names = "bf16 coded transform factors_quantised factors_deflate pca_deflate tokens_averaged"
     names += " tokens_dropped jpeg webp avif"

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 import train_real_data
 from common import arguments
-from experiments.token_reduction import average_tokens, drop_tokens
 from lowrank_tokens import factor_files
 from lowrank_tokens.errors import image_metrics, token_error
 from lowrank_tokens.exceptions import InputError
@@ -131,13 +130,12 @@ def test_references_and_metrics_stay_on_their_device(method, x):
     assert {t.device for t in (a, b, token_error(x, a, b), *found.values())} == {META}
 
 
-def test_normalisation_storage_and_fewer_tokens_stay_on_their_device(x):
+def test_normalisation_and_storage_stay_on_their_device(x):
     assert denormalise(*normalise(x)).device == META
     a, b = exact_factors(x, 4)
     assert rank_budget.error_curve(x, a, b).device == META
     for dtype in ("bf16", "int8"):
         assert factor_files.restore(factor_files.store(a, b, dtype))[0].device == META
-    assert drop_tokens(x, 4, (4, 4)).device == average_tokens(x, 2, (4, 4)).device == META
 
 
 def test_a_mistake_found_in_a_loaders_worker_process_is_told_in_its_own_words():
