@@ -52,6 +52,7 @@ def test_out_of_memory_ends_a_script_with_one_line(tiny_cache, script, monkeypat
     assert done.returncode == 2 and "try --batch_size 4" in done.stderr
 
 
+@pytest.mark.slow
 def test_each_next_line_repeats_the_typed_flags_that_its_command_needs(
     tiny_cache, tmp_path, script, monkeypatch
 ):

@@ -343,6 +343,7 @@ def test_a_generated_box_is_held_against_the_rows_own_in_the_square_that_the_tow
     assert scores.tolist() == [pytest.approx(1), 0] and "bbox" in asked[0]
 
 
+@pytest.mark.slow
 def test_every_step_runs_end_to_end_on_qwens_own_head(qwen_cache, script, tmp_path):
     options = ["--cache_dir", qwen_cache, "--head", "qwen-answer"]  # the checkpoint: the cache's
     path = tmp_path / "qwen.safetensors"

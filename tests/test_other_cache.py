@@ -50,6 +50,7 @@ def comparison(folder):
     return json.loads((folder / "ResMLP" / "svd_nn_comparison.json").read_text())
 
 
+@pytest.mark.slow
 def test_compare_leaves_out_the_test_images_that_the_network_was_trained_on_and_says_how_many(
     results, tiny_cache, other_cache, script
 ):
