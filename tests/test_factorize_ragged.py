@@ -37,7 +37,9 @@ def results(ragged_cache, tmp_path_factory):
     writer = FeatureCacheWriter(folder / "cache", header | {"resize": "stretch"}, len(square))
     parts = square[range(36)].unflatten(1, square.grid)[:, :8, :8].flatten(1, 2)
     rows = [tiny.part_of_row(square, i, (8, 8)) for i in range(36)]
-    writer.write_shard(0, parts, rows, [])
+    for shard in writer.shards:
+        own = slice(writer.rows_of(shard).start, writer.rows_of(shard).stop)
+        writer.write_shard(shard, parts[own], rows[own], [])
     writer.finish()
     where = ["--cache_dir", folder / "cache", "--results_dir", folder, "--log_dir", folder / "log"]
     argv = [str(a) for a in (*where, *TRAIN, "--rank", RANK)]
