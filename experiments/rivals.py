@@ -203,7 +203,7 @@ class FactorsQuantised(Rival):
     name = "factors_quantised"
     knobs = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
     # bits of each rank, of 4, 5, 6 and 8: see `bits`
-    BITS = {2: 4, 4: 4, 8: 4, 16: 5, 24: 5, 32: 6, 48: 6, 64: 6, 96: 8, 128: 8}
+    BITS = {2: 4, 4: 4, 8: 5, 16: 5, 24: 5, 32: 6, 48: 6, 64: 6, 96: 6, 128: 8}
 
     def __init__(
         self, shape: tuple[int, int], statistics: Statistics | None = None, bits: int | None = None
@@ -488,9 +488,11 @@ class PcaDeflate(Rival):
 
 # ---------------------------------------------------------------------------------------- pictures
 
-# the best settings that Pillow offers for each form; the knob is the quality
+# the best settings that Pillow offers for each form; the knob is the quality. At equal bytes 4:4:4
+# has less raw_error than 4:2:0 on validation images of the demo: JPEG 0.09 and 0.12 at 27 kB, AVIF
+# 0.105 and 0.129 at 19.5 kB. WebP has 4:2:0 alone
 PICTURE_FORMS: dict[str, dict] = {
-    "jpeg": {"optimize": True, "subsampling": "4:2:0"},
+    "jpeg": {"optimize": True, "subsampling": "4:4:4"},
     "webp": {"method": 6},
     "avif": {"subsampling": "4:4:4"},
 }
