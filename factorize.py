@@ -24,7 +24,7 @@ from common import arguments, processes
 from heads.metric import load_metric, network_in_metric
 from lowrank_tokens import progress
 from lowrank_tokens.codec import FACTORS, FORMS, TRANSFORM, Codec, CodedImage, coded_image
-from lowrank_tokens.errors import rel_error
+from lowrank_tokens.errors import rel_error, rest_note
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.factor_files import (
     CODED,
@@ -33,6 +33,7 @@ from lowrank_tokens.factor_files import (
     FactorWriter,
     Stored,
     StoredImage,
+    VisionTokens,
     copy_codec,
     damaged_files,
     restore,
@@ -47,6 +48,7 @@ from training.checkpoint import cache_identity, evaluated_rank, open_trained
 from training.rank_budget import error_curve, first_rank_as_stored, nested_factors, optimum_curve
 
 TRIED_FIRST = 4  # images whose target is tried before anything is written
+NOTED_IMAGES = 16  # whose error is measured without the channels or tokens that dominate it
 
 
 def get_args_parser() -> arguments.Parser:
@@ -289,6 +291,12 @@ def write_factors(
     seconds = time.perf_counter() - start
     if processes.is_main():
         report(writer.finish(), folder, to_do / seconds if to_do else None)
+        if args.target_error is not None:
+            rows = range(0, len(dataset), -(-len(dataset) // NOTED_IMAGES))
+            written = VisionTokens(folder, ragged=True)
+            note = rest_note([dataset[row] for row in rows], [written[row] for row in rows])
+            if note:
+                print(f"note: {note}")
 
 
 def how_coded(args: argparse.Namespace) -> str:

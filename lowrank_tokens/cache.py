@@ -54,7 +54,7 @@ from lowrank_tokens.files import (
     save_tensors,
     sha256_file,
 )
-from lowrank_tokens.grids import Grid, most_frequent, token_range
+from lowrank_tokens.grids import MAX_SIDE, Grid, most_frequent, token_range
 from lowrank_tokens.linalg import LARGEST_FEATURE, exact_singular_values, normalise, usable_features
 from lowrank_tokens.shards import check_shards, read_finished
 
@@ -226,9 +226,6 @@ def _read(path: Path, content: str, size: int) -> Tensor | None:
 
 def _sha256(values: Tensor) -> str:
     return hashlib.sha256(values.contiguous().numpy()).hexdigest()
-
-
-MAX_SIDE = 65536  # tokens
 
 
 class FeatureCache(Dataset):

@@ -26,6 +26,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import numbers
+import operator
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -53,7 +55,7 @@ from lowrank_tokens.entropy import (
 )
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import save_tensors, sha256_file
-from lowrank_tokens.grids import Grid
+from lowrank_tokens.grids import MAX_SIDE, Grid
 from lowrank_tokens.linalg import LARGEST_FEATURE, normalise, usable_features
 from lowrank_tokens.transform import (
     LAMBDA,
@@ -81,6 +83,8 @@ EXTREMES = 2  # bit of a stream's first byte: extreme entries follow its header
 # 16 · format + bits, first four bytes of the codec's identity, CRC-32 of all other bytes
 HEADER = struct.Struct("<B4sI")
 STEP_UNITS = 64  # of an octave of Δ: the grid of levels, UNITS to a level
+LARGEST_STEP_INDEX = 1024 * STEP_UNITS  # Δ beyond is no float64
+MOST_TOKENS = 2**20  # of an image: 14336 pixels square at 14 a token
 FINEST, COARSEST = -12 * STEP_UNITS, 14 * STEP_UNITS  # of a search
 
 DROPPED_BELOW = 2.0  # components with σ_k less than this many steps
@@ -326,7 +330,7 @@ class Codec:
         Channels that were far larger than the others in training tokens are scaled down, and
         extreme entries of a token are replaced by the mean of its others.
         """
-        return self._without_extremes(self._scaled_down(tokens.float()))[0]
+        return self._without_extremes(self._scaled_down(float_on_cpu(tokens)))[0]
 
     def _scaled_down(self, tokens: Tensor) -> Tensor:
         return tokens if self._channels is None else tokens / self._channels
@@ -347,16 +351,17 @@ class Codec:
 
     def prepare(self, tokens: Tensor, grid: Grid, factors: Factors | None = None) -> Prepared:
         """Do all of `encode` that does not depend on the step; arguments and errors as there."""
+        grid = checked_grid(grid)
         check_tokens(tokens, grid, self.feature_dim)
-        raw, extremes = self._without_extremes(self._scaled_down(tokens.float()))
+        raw, extremes = self._without_extremes(self._scaled_down(float_on_cpu(tokens)))
         statistics, mean, std = self._round_statistics(raw, grid)
         if factors is None:
             z = self.transformed((raw - mean) / std, grid)
         else:
-            u, s, v = factors
+            u, s, v = map(float_on_cpu, factors)
             # they are of X by the exact statistics; what is stored divides by the rounded ones
             u = u * (normalise(raw)[2] / std)
-            z = dct(u.float() * s, grid) @ (v.float().mT @ self._klt)
+            z = dct(u * s, grid) @ (v.mT @ self._klt)
         return Prepared(z, statistics, mean, std, grid, extremes)
 
     def transformed(self, x: Tensor, grid: Grid) -> Tensor:
@@ -519,11 +524,19 @@ class Codec:
 
         Raises InputError where the bytes are damaged, of another format or of another codec.
         """
-        header = stream_header(data, self.feature_dim)
+        header = stream_header(data)
         if data[1:5].hex() != self.identity[:8]:
             raise InputError(
                 f"a coded image was written with another codec ({data[1:5].hex()}) than this one "
                 f"({self.identity[:8]}): decode it with that one"
+            )
+        positions = header.extremes[0] if header.extremes else np.zeros(0, dtype=np.int64)
+        tokens = math.prod(header.grid)
+        fits = header.rank <= min(tokens, self.num_directions)
+        if not fits or (positions >= tokens * self.feature_dim).any():
+            raise InputError(
+                "a coded image is damaged (its rank or its extreme entries do not fit its tokens): "
+                "write it again"
             )
         return header
 
@@ -651,6 +664,25 @@ def iter_once(batches: object) -> bool:
     return not callable(batches) and iter(batches) is batches
 
 
+def float_on_cpu(tensor: Tensor) -> Tensor:
+    """Return a tensor as float32 on the CPU, where symbols are made, outside any gradient."""
+    return tensor.detach().to("cpu", torch.float32)
+
+
+def checked_grid(grid: Sequence[int]) -> Grid:
+    """Return (rows, columns) of any sequence. Raises InputError where it is no grid of tokens."""
+    try:
+        rows, columns = map(operator.index, grid)
+    except (TypeError, ValueError):
+        raise InputError(f"grid = {grid!r} is not (rows, columns) in whole numbers") from None
+    return rows, columns
+
+
+def is_grid(grid: Grid) -> bool:
+    """Return whether rows and columns are those of an image that can be coded."""
+    return 0 < min(grid) <= max(grid) <= MAX_SIDE and math.prod(grid) <= MOST_TOKENS
+
+
 def check_tokens(tokens: Tensor, grid: Grid, feature_dim: int) -> None:
     """Raise TypeError or InputError, naming the argument, where tokens cannot be encoded."""
     if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
@@ -660,7 +692,7 @@ def check_tokens(tokens: Tensor, grid: Grid, feature_dim: int) -> None:
             f"tokens {list(tokens.shape)} are not [T, {feature_dim}], as the codec's: give one "
             "image's tokens, or fit a codec on a cache of this encoder"
         )
-    if min(grid) < 1 or grid[0] * grid[1] != len(tokens):
+    if not is_grid(grid) or grid[0] * grid[1] != len(tokens):
         raise InputError(f"a grid of {grid[0]} x {grid[1]} does not fit {len(tokens)} tokens")
     if not usable_features(tokens[None]).all():
         raise InputError(
@@ -705,13 +737,23 @@ def side_information(
 
 def step_index(step: float) -> int:
     """Return the index of the nearest step 2^(i / 64). Raises InputError where it is not > 0."""
-    if not (isinstance(step, int | float) and math.isfinite(step) and step > 0):
-        raise InputError(f"step = {step!r} is not a finite number above 0")
-    return round(STEP_UNITS * math.log2(step))
+    return round(STEP_UNITS * math.log2(positive_number("step", step)))
 
 
-def stream_header(data: bytes, feature_dim: int = 1) -> StreamHeader:
-    """Return the header of a stream of any codec, with D features.
+def positive_number(name: str, value: float | np.number | Tensor) -> float:
+    """Return a number of Python, numpy or a tensor of one entry as a float.
+
+    Raises InputError, naming the argument, where it is no number, not finite or not above 0.
+    """
+    scalar = isinstance(value, Tensor | np.ndarray) and value.ndim == 0
+    number = float(value) if scalar or isinstance(value, numbers.Real) else math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise InputError(f"{name} = {value!r} is not a finite number above 0")
+    return number
+
+
+def stream_header(data: bytes) -> StreamHeader:
+    """Return the header of a stream of any codec.
 
     Raises InputError where the bytes are damaged or of another format.
     """
@@ -723,6 +765,12 @@ def stream_header(data: bytes, feature_dim: int = 1) -> StreamHeader:
     height, at = read_varint(data, HEADER.size)
     width, at = read_varint(data, at)
     index, at = read_varint(data, at)
+    if not is_grid((height, width)):
+        raise InputError(
+            f"a coded image is damaged (its grid is {height} x {width} tokens): write it again"
+        )
+    if abs(unzigzag(index)) > LARGEST_STEP_INDEX:
+        raise InputError("a coded image is damaged (its step is no number): write it again")
     rank = first = 0
     if form == FACTORS:
         rank, at = read_varint(data, at)
@@ -740,6 +788,10 @@ def read_extremes(data: bytes, at: int) -> tuple[tuple[np.ndarray, np.ndarray], 
     for _ in range(count):
         step, at = read_varint(data, at)
         steps.append(step)
+    if at + 2 * count > len(data) or sum(steps) >= 2**62:
+        raise InputError(
+            "a coded image is damaged (its extreme entries do not end): write it again"
+        )
     bits = np.frombuffer(data, "<u2", count, at).astype(np.uint32) << 16
     positions = np.cumsum(np.array(steps, dtype=np.int64))
     return (positions, bits.view(np.float32)), at + 2 * count
@@ -1047,18 +1099,16 @@ def coded_image(
         )
     if form not in FORMS:
         raise InputError(f"form = {form!r} is not one of {', '.join(FORMS)}")
-    value = targets[named[0]]
-    if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
-        raise InputError(f"{named[0]} = {value!r} is not a finite number above 0")
+    value = positive_number(named[0], targets[named[0]])
     prepared = codec.prepare(tokens, grid, factors)
     if step is not None:
-        rounded = codec._rounded(prepared, step_index(step), form)
+        rounded = codec._rounded(prepared, step_index(value), form)
         data = codec._written(rounded)
     elif error is not None:
-        rounded = _for_error(codec, prepared, tokens, error, form)
+        rounded = _for_error(codec, prepared, tokens, value, form)
         data = codec._written(rounded)
     else:
-        rounded, data = _for_bytes(codec, prepared, max_bytes, form)
+        rounded, data = _for_bytes(codec, prepared, value, form)
     errors = measured_errors(codec, tokens, data) if measured else {}
     return CodedImage(data, rounded.rank, 2.0 ** (rounded.step_index / STEP_UNITS), errors)
 
@@ -1075,7 +1125,7 @@ def _for_error(
     codec: Codec, prepared: Prepared, tokens: Tensor, error: float, form: str
 ) -> Rounded:
     """Return the symbols at the coarsest step found with which the error is met."""
-    tokens = tokens.float()
+    tokens = float_on_cpu(tokens)
     norm = float(tokens.double().norm())
 
     def at(index: int) -> Tried:
@@ -1180,7 +1230,7 @@ def measured_errors(codec: Codec, tokens: Tensor, data: bytes) -> dict[str, floa
     decoded = codec.finished(x * std[:, None] + mean[:, None], header.extremes)
     return {
         "rel_error": relative(normalise(codec.clean(tokens))[0], x),
-        "rel_error_original": relative(tokens.float(), decoded),
+        "rel_error_original": relative(float_on_cpu(tokens), decoded),
     }
 
 

@@ -6,7 +6,7 @@ Shapes: X [..., T, D] normalised tokens, A [..., T, r], B [..., r, D], σ [..., 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -125,6 +125,30 @@ def energy_note(images: Iterable[Tensor]) -> str | None:
     if not held:
         return None
     return f"{' and '.join(held)}: raw_error says little about the rest"
+
+
+def rest_note(images: Sequence[Tensor], decoded: Sequence[Tensor]) -> str | None:
+    """Return one line on the error of the rest where 1 % of the channels or tokens dominate.
+
+    The error is ‖F − F̂‖ / ‖F‖ over the channels, or else over each image's tokens, that are not
+    among those; mean over images. images, decoded: raw tokens F and F̂ [T_i, D] each. None where
+    the energy is spread, and raw_error says what it should.
+    """
+    if (note := energy_note(images)) is None:
+        return None
+    share = energy_share(images)
+    errors = []
+    for tokens, found in zip(images, decoded, strict=True):
+        energy = tokens.double().square()
+        dominant = torch.zeros_like(energy, dtype=torch.bool)
+        if share.channel_share > MOST_ENERGY:
+            dominant[:, share.channels] = True
+        else:
+            dominant[energy.sum(1).topk(math.ceil(len(energy) / 100)).indices] = True
+        lost = (found.double() - tokens.double()).square().masked_fill(dominant, 0).sum()
+        kept = energy.masked_fill(dominant, 0).sum().clamp_min(1e-300)
+        errors.append(float((lost / kept).sqrt()))
+    return f"{note}: there it is {sum(errors) / len(errors):.3f}"
 
 
 def percent_text(value: float | None) -> str:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int]
+MAX_SIDE = 65536  # tokens of a side: a file that says more is damaged
 
 
 def most_frequent(grids: Sequence[Grid]) -> Grid:

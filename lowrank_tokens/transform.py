@@ -52,6 +52,7 @@ def _of_sides(down: Tensor, across: Tensor, maps: Tensor) -> Tensor:
     """kron(down, across) maps, of maps [..., H W, n]."""
     *images, _, n = maps.shape
     height, width = len(down), len(across)
+    down, across = down.to(maps), across.to(maps)
     maps = down @ maps.reshape(*images, height, width * n)
     return (across @ maps.reshape(*images, height, width, n)).reshape(*images, height * width, n)
 

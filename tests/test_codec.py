@@ -2,6 +2,8 @@
 
 import json
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader
 import factorize
 from lowrank_tokens import shards as shard_folder
 from lowrank_tokens import transform
-from lowrank_tokens.codec import FORMS, Codec, coded_image
+from lowrank_tokens.codec import FORMS, HEADER, Codec, coded_image
 from lowrank_tokens.entropy import (
     CODED_FROM,
     HIGHEST,
@@ -22,6 +24,8 @@ from lowrank_tokens.entropy import (
     SymbolReader,
     Tables,
     encode_symbols,
+    read_varint,
+    varint,
 )
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.factor_files import VisionTokens, load_factors, read_factors
@@ -257,6 +261,50 @@ def test_tokens_and_arguments_that_cannot_be_coded_are_refused_by_name(codec):
         codec.encode(raw.numpy(), GRID, step=1.0)
     with pytest.raises(TypeError, match="batches can be read only once"):
         Codec.fit(iter(of_grid([raw[None]])))
+
+
+def with_grid(data, *grid):
+    """The stream, its grid replaced and its checksum made to fit."""
+    _, at = read_varint(data, HEADER.size)
+    _, at = read_varint(data, at)
+    rest = b"".join(map(varint, grid)) + data[at:]
+    return data[:5] + struct.pack("<I", zlib.crc32(rest, zlib.crc32(data[:5]))) + rest
+
+
+@by_form
+def test_a_stream_of_a_huge_grid_or_none_is_refused_though_its_checksum_fits(codec, form):
+    data = codec.encode(some_tokens(1)[0], GRID, step=0.3, form=form)
+    assert with_grid(data, *GRID) == data
+    for grid in ((0, 24), (1, 65537), (2**40, 2**40), (65536, 65536)):
+        with pytest.raises(InputError, match=f"its grid is {grid[0]} x {grid[1]} tokens"):
+            codec.decode(with_grid(data, *grid))
+
+
+@by_form
+def test_numbers_of_numpy_and_torch_a_list_as_a_grid_and_tokens_with_gradient_are_taken(
+    codec, form
+):
+    raw = some_tokens(1)[0]
+    for name in ("step", "error", "max_bytes"):
+        value = {"step": 0.25, "error": 0.125, "max_bytes": 500.0}[name]
+        wanted = codec.encode(raw, GRID, form=form, **{name: value})
+        for same in (np.float32(value), np.float64(value), torch.tensor(value), np.array(value)):
+            data = codec.encode(raw.clone().requires_grad_(), list(GRID), form=form, **{name: same})
+            assert data == wanted
+    assert codec.encode(raw, GRID, step=np.int64(2)) == codec.encode(raw, torch.Size(GRID), step=2)
+    for grid in ((4.0, 6), 24, (4, 6, 1), None):
+        with pytest.raises(InputError, match="is not .rows, columns. in whole numbers"):
+            codec.encode(raw, grid, step=1.0)
+
+
+@by_form
+def test_all_products_of_a_batch_are_done_on_the_device_that_is_asked_for(codec, form):
+    """The DCT's matrices stayed on the CPU. The meta device refuses to mix, as CUDA does."""
+    raw = some_tokens(2, seed=3)
+    streams = [codec.encode(one, GRID, step=0.3, form=form) for one in raw]
+    found = codec.decode_batch(streams, device="meta")
+    assert [one.device.type for one in found] == ["meta"] * 2
+    assert [one.shape for one in found] == [one.shape for one in raw]
 
 
 @by_form

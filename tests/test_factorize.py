@@ -8,12 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import hashes
+from tiny import steep_tokens
 
 import factorize
+from lowrank_tokens import errors as error_measures
 from lowrank_tokens import shards as shard_folder
-from lowrank_tokens.errors import rel_error
+from lowrank_tokens.errors import rel_error, rest_note
 from lowrank_tokens.exceptions import InputError
-from lowrank_tokens.factor_files import load_factors, read_factors, restore, store
+from lowrank_tokens.factor_files import (
+    FactorWriter,
+    load_factors,
+    read_factors,
+    restore,
+    store,
+)
 from lowrank_tokens.linalg import normalise
 from qwenvl_dataloader import RealQwenVLDataset
 from training import checkpoint, rank_budget
@@ -184,6 +192,49 @@ def test_an_interrupted_run_goes_on_and_its_folder_is_byte_identical(
     assert "was begun with" in other and "now it is 3" in other
     assert "images are already there" in write(*flags).stdout
     assert hashes(tmp_path / "out") == whole
+
+
+def test_damage_to_a_finished_shard_between_two_runs_is_never_sealed(
+    write, script, tmp_path, monkeypatch
+):
+    """The manifest took the hash of the shard as it was at the end: --verify found it whole."""
+    monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 18)
+    write_shard = FactorWriter.write_shard
+
+    def interrupted(self, shard, images):
+        if shard == 1:
+            raise KeyboardInterrupt
+        write_shard(self, shard, images)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FactorWriter, "write_shard", interrupted)
+        write("--rank", 12, status=130)
+    path = tmp_path / "out" / "factors-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-8192:-4096] = bytes(4096)
+    path.write_bytes(data)
+    write("--rank", 12)
+    done = script("factorize.py", "--verify", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "factors-00000.safetensors does not match" in done.stderr
+
+
+def test_a_target_that_few_channels_meet_alone_is_reported_with_the_error_of_the_rest():
+    """Two of many channels × 1000: a raw error of 0.16 was met while the others had 1.13."""
+    images = list(steep_tokens(3, 16, 200))
+    assert rest_note(images, images) is None
+    for tokens in images:
+        tokens[:, [7, 50]] *= 1000
+    decoded = [torch.zeros_like(tokens) for tokens in images]
+    for tokens, found in zip(images, decoded, strict=True):
+        found[:, [7, 50]] = 1.01 * tokens[:, [7, 50]]
+    note = rest_note(images, decoded)
+    assert note.startswith("2 channels (") and note.endswith("about the rest: there it is 1.000")
+
+
+def test_a_run_with_a_target_prints_that_note(write, monkeypatch):
+    assert "about the rest" not in write("--target_error", TARGET).stdout
+    monkeypatch.setattr(error_measures, "MOST_ENERGY", 0.0)
+    assert "about the rest: there it is 0." in write("--target_error", TARGET, "--overwrite").stdout
 
 
 def test_a_finished_folder_is_replaced_only_when_asked_to(write, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import steep_tokens
 
-from lowrank_tokens.codec import Codec
+from lowrank_tokens.codec import FORMS, Codec
 from lowrank_tokens.errors import rel_error
 from lowrank_tokens.linalg import (
     exact_factors,
@@ -124,3 +124,15 @@ def test_what_a_gpu_factors_is_coded_and_decoded_as_what_the_cpu_factors():
         stream = codec.encode(raw[0], (8, 8), step=0.05, factors=factors)
         errors.append(float((codec.decode(stream) - raw[0]).norm() / raw[0].norm()))
     assert abs(errors[1] - errors[0]) <= 1e-3 * errors[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gpu_encodes_its_tokens_and_decodes_streams_as_the_cpu_does(form):
+    raw = steep_tokens(24, T, D)
+    codec = Codec.fit([(raw, (8, 8))])
+    streams = [codec.encode(one, (8, 8), step=0.05, form=form) for one in raw[:3]]
+    assert streams[0] == codec.encode(raw[0].cuda(), (8, 8), step=0.05, form=form)
+    found = codec.decode_batch(streams, "cuda")
+    for cpu, cuda in zip(codec.decode_batch(streams), found, strict=True):
+        assert cuda.is_cuda
+        torch.testing.assert_close(cuda.cpu(), cpu, rtol=0, atol=1e-3 * float(cpu.std()))
