@@ -23,7 +23,7 @@ import torch
 from common import arguments, processes
 from heads.metric import load_metric, network_in_metric
 from lowrank_tokens import progress
-from lowrank_tokens.codec import FACTORS, FORMS, TRANSFORM, Codec, CodedImage, coded_image
+from lowrank_tokens.codec import Codec, CodedImage, SvdFactors
 from lowrank_tokens.errors import rel_error, rest_note
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.factor_files import (
@@ -42,6 +42,7 @@ from lowrank_tokens.factor_files import (
 from lowrank_tokens.files import sha256_file
 from lowrank_tokens.grids import Grid, batches_of_one_grid
 from lowrank_tokens.linalg import denormalise, normalise
+from lowrank_tokens.stream import FACTORS, FORMS, TRANSFORM
 from model import LowRankFactorModel, canonical_arch
 from qwenvl_dataloader import RealQwenVLDataset
 from training.checkpoint import cache_identity, evaluated_rank, open_trained
@@ -328,10 +329,9 @@ def coded_rows(
             a, b = (f[0].cpu() for f in model(x, rank, grid=grid))
             if not (a.isfinite().all() and b.isfinite().all()):
                 raise InputError("the model's factors are not finite: train it again")
-            factors = a, torch.ones(a.shape[1]), b.mT
+            factors = SvdFactors(a, torch.ones(a.shape[1]), b.mT)
         try:
-            image = coded_image(
-                codec,
+            image = codec.coded_image(
                 raw,
                 grid,
                 step=args.step,

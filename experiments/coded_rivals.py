@@ -8,8 +8,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from experiments.rivals import Knob, Rival, Statistics, TokenImage
-from lowrank_tokens.codec import FACTORS, TRANSFORM, Codec, Prepared
+from lowrank_tokens.codec import Codec, Prepared
 from lowrank_tokens.grids import Grid
+from lowrank_tokens.stream import FACTORS, TRANSFORM
 
 STEPS = (32.0, 22.6, 16.0, 11.3, 8.0, 5.6, 4.0, 2.8, 2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25, 0.18)
 
@@ -25,11 +26,6 @@ class CodecStatistics(Statistics):
 
     def decode(self, data: bytes, grid: Grid) -> tuple[Tensor, Tensor]:
         return self.codec.decode_statistics(data, grid)
-
-
-def has_metric(codec: Codec) -> bool:
-    """Return whether the codec was fitted in a head's metric."""
-    return codec.in_metric
 
 
 class Coded(Rival):

@@ -30,7 +30,7 @@ from encoders.image_sources import image_bytes, open_source, read_image
 from encoders.native_size import size_in
 from experiments import rivals
 from experiments.bytes_tables import Point, only_images, print_tables, summarise_point, tables
-from experiments.coded_rivals import CodecStatistics, Coded, KltDct, has_metric
+from experiments.coded_rivals import CodecStatistics, Coded, KltDct
 from experiments.head_steps import CodedHeadSteps, FactorsHeadSteps
 from experiments.partial_results import PartialResults
 from experiments.rivals import PICTURE_FORMS, Pictures, Rival, Statistics, TokenImage
@@ -262,7 +262,7 @@ def split_part(
     split = dataset.split
     fitted = {"probe": images_of(dataset, torch.cat([split.train, split.val]))}
     for codec in codecs:
-        fitted["codec in a metric" if has_metric(codec) else "codec"] = codec.seen
+        fitted["codec in a metric" if codec.in_metric else "codec"] = codec.seen
     judged = unseen_test(create_data_loaders_real(dataset), fitted)
     rows = judged.loaders.test.sampler.rows.tolist()
     most = args.images or (QUICK_IMAGES if args.quick else None)
@@ -333,7 +333,7 @@ def load_codecs(paths: list[str], dataset: RealQwenVLDataset) -> list[Codec]:
             )
         if words := codec.other_encoder(dataset.manifest["encoder"]):
             raise InputError(f"--codec {path} {words}: fit one with experiments.fit_codec")
-    if len({has_metric(codec) for codec in codecs}) < len(codecs):
+    if len({codec.in_metric for codec in codecs}) < len(codecs):
         raise InputError("--codec: type one file without a metric, one with a metric, or both")
     return codecs
 
@@ -341,7 +341,7 @@ def load_codecs(paths: list[str], dataset: RealQwenVLDataset) -> list[Codec]:
 def describe(paths: list[str], codecs: list[Codec], in_metric: bool) -> dict | None:
     """Return the JSON's entry of the codec with or without a metric."""
     for path, codec in zip(paths, codecs, strict=True):
-        if has_metric(codec) == in_metric:
+        if codec.in_metric == in_metric:
             size = Path(path).stat().st_size
             return {"file": str(path), "sha256": codec.sha256, "bytes": size}
     return None
@@ -401,7 +401,7 @@ def every_method(
     if setting.quick:
         return methods
     if head is not None:
-        in_metric = [codec for codec in codecs if has_metric(codec)]
+        in_metric = [codec for codec in codecs if codec.in_metric]
         methods += [CodedHeadSteps(c, shape, statistics, head, device) for c in in_metric]
         methods.append(FactorsHeadSteps(shape, statistics, head, device))
     loader = BatchLoader(dataset, torch.tensor(part.train), 8, device)

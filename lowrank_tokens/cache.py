@@ -58,7 +58,7 @@ from lowrank_tokens.grids import MAX_SIDE, Grid, most_frequent, token_range
 from lowrank_tokens.linalg import LARGEST_FEATURE, exact_singular_values, normalise, usable_features
 from lowrank_tokens.shards import check_shards, read_finished
 
-FORMAT = 1
+CACHE_FORMAT = 1
 BUILD_CACHE = "build the cache again with extract_features.py --overwrite"
 MANIFEST_KEYS = {
     **{"format": int, "kind": str, "encoder": dict, "resize": (str, type(None)), "grid": list},
@@ -68,7 +68,7 @@ MANIFEST_KEYS = {
 }
 
 
-def read_manifest(cache_dir: Path) -> dict:
+def read_cache_manifest(cache_dir: Path) -> dict:
     """Return the manifest of a finished cache.
 
     Raises InputError where it, or a file it names, is not as it should be; of the files only their
@@ -82,8 +82,10 @@ def read_manifest(cache_dir: Path) -> dict:
     again = "the extraction was interrupted, run the same extract_features.py command to finish it"
     path, manifest = read_finished(cache_dir, again, BUILD_CACHE)
     check_keys(path, manifest, MANIFEST_KEYS, BUILD_CACHE)
-    if manifest["format"] != FORMAT:
-        raise InputError(f"{path} has format {manifest['format']}, not {FORMAT}: {BUILD_CACHE}")
+    if manifest["format"] != CACHE_FORMAT:
+        raise InputError(
+            f"{path} has format {manifest['format']}, not {CACHE_FORMAT}: {BUILD_CACHE}"
+        )
     check_shards(path, manifest, BUILD_CACHE, tables_of(manifest))
     check_keys(path, manifest["encoder"], {"id": str}, BUILD_CACHE)
     wrong = {
@@ -255,7 +257,7 @@ class FeatureCache(Dataset):
 
     def __init__(self, cache_dir: str | Path, *, lists: bool = False) -> None:
         self.cache_dir, self.lists = Path(cache_dir), lists
-        self.manifest = read_manifest(self.cache_dir)
+        self.manifest = read_cache_manifest(self.cache_dir)
         self.num_tokens: int = self.manifest["num_tokens"]
         self.feature_dim: int = self.manifest["feature_dim"]
         self.grid: Grid = tuple(self.manifest["grid"])

@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lowrank_tokens.cache import FORMAT, FeatureCache
+from lowrank_tokens.cache import CACHE_FORMAT, FeatureCache
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import (
     atomic_path,
@@ -141,7 +141,7 @@ class FeatureCacheWriter(ShardWriter):
         conditions: dict | None = None,
         most_tokens: int = 1,
     ) -> None:
-        header = {"format": FORMAT, **header}
+        header = {"format": CACHE_FORMAT, **header}
         most_tokens = max(most_tokens, header.get("num_tokens", 1))
         super().__init__(cache_dir, header, num_rows, overwrite, conditions, most_tokens)
         self._places: dict[int, dict[int, slice]] = {}  # of shards that images were read back from

@@ -19,7 +19,7 @@ MOST_ENERGY = 0.5  # from this share on, one number for all channels says little
 
 
 def optimum(singular_values: Tensor, rank: int) -> Tensor:
-    """Least rel_error of any rank-r matrix (Eckart–Young): (Σ_{i>r} σ_i²)^½ / ‖X‖_F.
+    """Return the least rel_error of any rank-r matrix (Eckart–Young): (Σ_{i>r} σ_i²)^½ / ‖X‖_F.
 
     Args: singular_values [..., S] float64, rank r ≥ 0. Returns: [...] float64; 0 for X = 0.
     """
@@ -32,7 +32,7 @@ def optimum(singular_values: Tensor, rank: int) -> Tensor:
 
 
 def rel_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """‖X − A·B‖_F / ‖X‖_F of each whole matrix, [...] float64.
+    """Return ‖X − A·B‖_F / ‖X‖_F of each whole matrix, [...] float64.
 
     Where X = 0 (an image of constant tokens) ‖A·B‖_F / (T D)^½: (T D)^½ is the norm of every other
     normalised X.
@@ -44,17 +44,17 @@ def rel_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def excess_pct(error: Tensor, best: Tensor) -> Tensor:
-    """(rel_error / optimum − 1) in per cent, [...] float64; NaN where optimum ≤ 1e-6."""
+    """Return (rel_error / optimum − 1) in per cent, [...] float64; NaN where optimum ≤ 1e-6."""
     return torch.where(best > NO_EXCESS_BELOW, 100 * (error / best - 1), torch.nan)
 
 
 def token_cosine(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Mean over the T tokens of the cosine between a token and its reconstruction, [...]."""
+    """Return the mean over tokens of the cosine between a token and its reconstruction, [...]."""
     return torch.nn.functional.cosine_similarity(x, a @ b, dim=-1).mean(-1).double()
 
 
 def token_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """‖x_t − x̂_t‖ / ‖x_t‖ of each token, [..., T] float32: where on the grid the error sits."""
+    """Return ‖x_t − x̂_t‖ / ‖x_t‖ of each token, [..., T] float32."""
     norm = torch.linalg.vector_norm(x, dim=-1)
     return torch.linalg.vector_norm(x - a @ b, dim=-1) / norm.clamp_min(1e-12)
 
@@ -62,7 +62,7 @@ def token_error(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def image_metrics(
     x: Tensor, a: Tensor, b: Tensor, singular_values: Tensor, rank: int | None = None
 ) -> dict[str, Tensor]:
-    """rel_error, excess_pct and cosine of each image, each [...].
+    """Measure rel_error, excess_pct and cosine of each image, each [...].
 
     rank: what the excess refers to, by default the number of columns of A; less where some of them
     are masked.
@@ -77,7 +77,7 @@ def image_metrics(
 
 
 def summarise(values: Tensor) -> dict[str, float | None]:
-    """Mean and 90th percentile over images; null where a value is undefined (NaN) for all."""
+    """Return mean and 90th percentile over images; None where a value is NaN for all."""
     values = values[~values.isnan()].cpu().numpy()
     if values.size == 0:
         return {"mean": None, "p90": None}
@@ -152,6 +152,6 @@ def rest_note(images: Sequence[Tensor], decoded: Sequence[Tensor]) -> str | None
 
 
 def percent_text(value: float | None) -> str:
-    """An excess as tables and logs print it; a dash where it is undefined."""
+    """Format an excess as tables and logs print it; a dash where it is undefined."""
     # + 0.0: rounding below the optimum is 0.0000 and not -0.0000
     return "-" if value is None else f"{round(value, 4) + 0.0:.4f} %"

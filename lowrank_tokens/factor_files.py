@@ -16,9 +16,17 @@ tokens, stand one after another in the images' order:
 
 and the errors of each image, [n] float64, as measured when it was written: `rel_error` of what is
 stored, `rel_error_float32` before rounding to the dtype, and `rel_error_original`, ‖F − F̂‖ / ‖F‖
-of the tokens F in the encoder's own units. Coded factors (dtype "coded"): see coded_files.
+of the tokens F in the encoder's own units. Tokens are A·B · std + mean.
 
-Tokens are A·B · std + mean. How such folders are begun, gone on with and finished: shard_folder.
+A folder of coded tokens (dtype "coded") holds codec.safetensors beside its shards, by its sha256
+the one that they were written with. Without it nothing is read. A shard of n images holds
+
+    streams [bytes] uint8      coded images end to end, as `Codec.encode` gives them
+    offsets [n + 1] int64      image i is streams[offsets[i] : offsets[i + 1]]
+    ranks [n] int64, steps [n] float64, and the errors of each image, [n] float64
+
+The grid of an image and the form of its stream are in the stream. `shards` says how such folders
+are begun, gone on with and finished.
 """
 
 from __future__ import annotations
@@ -35,7 +43,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lowrank_tokens.codec import TRANSFORM, Codec, CodedImage, grid_of
+from lowrank_tokens.codec import Codec, CodedImage, ImageFactors
 from lowrank_tokens.errors import summarise
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import (
@@ -50,12 +58,13 @@ from lowrank_tokens.files import (
 from lowrank_tokens.grids import Grid
 from lowrank_tokens.linalg import Factors, denormalise
 from lowrank_tokens.shards import ShardReader, ShardWriter, check_shards, read_finished
+from lowrank_tokens.stream import TRANSFORM, grid_of
 
-FORMAT = 1
+FACTORS_FORMAT = 1
 KIND = "factors"
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
 ERRORS = ("rel_error", "rel_error_float32", "rel_error_original")
-WRITE_AGAIN = "write the factors again with factorize.py --overwrite"
+WRITE_AGAIN = "write the factors again (in the checkout: factorize.py --overwrite)"
 MANIFEST_KEYS = {
     **{"format": int, "dtype": str, "rank": (int, type(None)), "num_tokens": int},
     **{"feature_dim": int, "count": int, "shards": list},
@@ -100,7 +109,7 @@ def store(a: Tensor, b: Tensor, dtype: str) -> Stored:
 
 
 def restore(stored: Stored) -> Factors:
-    """A [n, T, r] and B [n, r, D] float32 of what is stored."""
+    """Return A [n, T, r] and B [n, r, D] float32 of what is stored."""
     a, b = stored.a.float(), stored.b.float()
     if stored.a_scale is None:
         return a, b
@@ -108,23 +117,11 @@ def restore(stored: Stored) -> Factors:
 
 
 # ---------------------------------------------------------------------------------- coded images
-# Coded factors on disk: folders of coded images, written and read.
-#
-# As a folder of factors (factor_files) with the dtype "coded": manifest.json, written last, and
-# shards of 128 images, each whole or absent. Beside them stands the codec, without which nothing is
-# read: codec.safetensors, by its sha256 the one they were written with. A shard of n images holds
-#
-#     streams [bytes] uint8      coded images end to end, as `Codec.encode` gives them
-#     offsets [n + 1] int64      image i is streams[offsets[i] : offsets[i + 1]]
-#     ranks [n] int64, steps [n] float64, and the errors of each image, [n] float64
-#
-# The grid of an image and the form of its stream are in the stream.
 
 CODED = "coded"
 CODEC_FILE = "codec.safetensors"
 CODED_ERRORS = ("rel_error", "rel_error_original")
 
-Image = tuple[Tensor, Tensor, Tensor, Tensor]  # A [T, r], B [r, D], mean [T] and std [T] float32
 T = TypeVar("T")
 
 
@@ -196,7 +193,7 @@ class CodedShards(ShardReader):
         return self.codec.feature_dim
 
     def open(self, path: Path, rows: int) -> tuple[Tensor, list[int]]:
-        """The streams and the offsets of a shard."""
+        """Read the streams and the offsets of a shard."""
         tensors = load_tensors(path, WRITE_AGAIN)
         check_tensors(path, tensors, {"offsets": (rows + 1, torch.int64)}, WRITE_AGAIN)
         offsets = tensors["offsets"]
@@ -207,16 +204,16 @@ class CodedShards(ShardReader):
         return tensors["streams"], offsets.tolist()
 
     def bytes_of(self, row: int) -> bytes:
-        """The coded image of a row. Raises InputError for a row that is not there."""
+        """Return the coded image of a row. Raises InputError for a row that is not there."""
         (streams, offsets), i = self.find(row)
         return streams[offsets[i] : offsets[i + 1]].numpy().tobytes()
 
     def grid(self, row: int) -> Grid:
-        """Rows and columns of an image's tokens. Errors as `factors`."""
+        """Return rows and columns of an image's tokens. Errors as `factors`."""
         return self._named(row, grid_of)
 
-    def factors(self, row: int) -> Image:
-        """A [T, r], B [r, D], mean [T] and std [T] float32. Raises InputError where damaged."""
+    def factors(self, row: int) -> ImageFactors:
+        """Return the factors of an image. Raises InputError where they are damaged."""
         return self._named(row, self.codec.factors)
 
     def tokens(self, row: int) -> Tensor:
@@ -253,7 +250,7 @@ class FactorWriter(ShardWriter):
     def __init__(
         self, folder: str | Path, header: dict, overwrite: bool = False, most_tokens: int = 1
     ) -> None:
-        header = {"format": FORMAT, "kind": KIND, **header}
+        header = {"format": FACTORS_FORMAT, "kind": KIND, **header}
         super().__init__(folder, header, header["count"], overwrite, most_tokens=most_tokens)
         self.errors = CODED_ERRORS if header["dtype"] == CODED else ERRORS
 
@@ -321,32 +318,32 @@ class StoredImages(NamedTuple):
     ranks: Tensor  # [n] int64
 
 
-def read_manifest(folder: str | Path) -> dict:
-    """The manifest of a finished folder of factors.
+def read_factors_manifest(folder: str | Path) -> dict:
+    """Read the manifest of a finished folder of factors.
 
     Raises InputError where the folder is missing, unfinished or something else, or where a file of
     it is missing or has another size. sha256 of each file is there for `sha256sum`.
     """
-    again = "factorize.py was interrupted, run the same command to finish it"
-    path, manifest = read_finished(Path(folder), again, "name a folder that factorize.py wrote")
+    again = "its writing was interrupted, run the same command to finish it"
+    path, manifest = read_finished(Path(folder), again, "name a folder of factors")
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
-        raise InputError(f"{path} is not of factors: name a folder that factorize.py wrote")
+        raise InputError(f"{path} is not of factors: name a folder of factors")
     check_keys(path, manifest, MANIFEST_KEYS, WRITE_AGAIN)
-    if manifest["format"] != FORMAT or manifest["dtype"] not in {*DTYPES, CODED}:
+    if manifest["format"] != FACTORS_FORMAT or manifest["dtype"] not in {*DTYPES, CODED}:
         raise InputError(
             f"{path} has format {manifest['format']} and dtype {manifest['dtype']}, this version "
-            f"reads format {FORMAT} and {', '.join([*DTYPES, CODED])}: {WRITE_AGAIN}"
+            f"reads format {FACTORS_FORMAT} and {', '.join([*DTYPES, CODED])}: {WRITE_AGAIN}"
         )
     check_shards(path, manifest, WRITE_AGAIN)
     return manifest
 
 
 def damaged_files(folder: str | Path) -> list[str]:
-    """Names of the files that are not as they were written, by their sha256; all are read whole.
+    """List the files that are not as they were written, by their sha256; all are read whole.
 
-    Errors as `read_manifest`.
+    Errors as `read_factors_manifest`.
     """
-    manifest = read_manifest(folder)
+    manifest = read_factors_manifest(folder)
     bad = [
         s["file"] for s in manifest["shards"] if sha256_file(Path(folder, s["file"])) != s["sha256"]
     ]
@@ -362,12 +359,11 @@ class FactorShards(ShardReader):
 
     @property
     def feature_dim(self) -> int:
-        """D."""
+        """Return D."""
         return self.manifest["feature_dim"]
 
     def open(self, path: Path, rows: int) -> tuple[dict[str, Tensor], list[Grid], list, list, list]:
-        """Tensors and grids; the first token, component and number in A_columns of each image, and
-        behind the last."""
+        """Read tensors and grids, and where each image's tokens, components and numbers begin."""
         tensors = load_tensors(path, WRITE_AGAIN)
         sizes = {"ranks": (rows, torch.int64), "grids": (rows, 2, torch.int32)}
         check_tensors(path, tensors, sizes, WRITE_AGAIN)
@@ -391,21 +387,21 @@ class FactorShards(ShardReader):
         return tensors, grids, *starts
 
     def grid(self, row: int) -> Grid:
-        """Rows and columns of an image's tokens."""
+        """Return rows and columns of an image's tokens."""
         (_, grids, *_), i = self.find(row)
         return grids[i]
 
-    def factors(self, row: int) -> Image:
-        """A [T, r], B [r, D], mean [T] and std [T] float32."""
+    def factors(self, row: int) -> ImageFactors:
+        """Return the factors of an image."""
         (tensors, _, *starts), i = self.find(row)
         tokens, components, numbers = (slice(s[i], s[i + 1]) for s in starts)
         b, mean = tensors["B_rows"][components], tensors["mean"][tokens]
         a = tensors["A_columns"][numbers].view(len(b), len(mean)).mT
         scales = (tensors[n][components] for n in ("A_scale", "B_scale") if n in tensors)
-        return *restore(Stored(a, b, *scales)), mean, tensors["std"][tokens]
+        return ImageFactors(*restore(Stored(a, b, *scales)), mean, tensors["std"][tokens])
 
     def tokens(self, row: int) -> Tensor:
-        """Raw tokens [T, D] float32."""
+        """Return raw tokens [T, D] float32."""
         a, b, mean, std = self.factors(row)
         return denormalise(a @ b, mean.unsqueeze(-1), std.unsqueeze(-1))
 
@@ -415,19 +411,19 @@ class FactorShards(ShardReader):
 
 
 def open_shards(folder: str | Path, manifest: dict) -> FactorShards | CodedShards:
-    """The images of a finished folder by row: grid, factors and tokens; coded or not."""
+    """Open the images of a finished folder by row: grid, factors and tokens; coded or not."""
     return (CodedShards if manifest["dtype"] == CODED else FactorShards)(folder, manifest)
 
 
 def read_factors(folder: str | Path, rows: list[int] | range | None = None) -> StoredImages:
-    """A, B, mean and std of `rows` of the cache, in that order; default all.
+    """Read A, B, mean and std of `rows` of the cache, in that order; default all.
 
     Of coded tokens they are as `Codec.clean` gives them: extreme entries are put back by
-    `load_factors` alone. Raises InputError as `read_manifest` does, for a row that is not there,
-    for rows of more than one grid, for a damaged shard, and for coded tokens of the form
+    `load_factors` alone. Raises InputError as `read_factors_manifest` does, for a row that is not
+    there, for rows of more than one grid, for a damaged shard, and for coded tokens of the form
     `transform`, which have no factors.
     """
-    if read_manifest(folder).get("form") == TRANSFORM:
+    if read_factors_manifest(folder).get("form") == TRANSFORM:
         raise InputError(
             f"{folder} holds coded tokens of the form transform, which have no factors A and B: "
             "read tokens with lowrank_tokens.load_factors or VisionTokens"
@@ -446,7 +442,7 @@ def read_factors(folder: str | Path, rows: list[int] | range | None = None) -> S
 
 
 def load_factors(folder: str | Path, rows: list[int] | range | None = None) -> Tensor:
-    """Tokens in the encoder's own units, A·B · std + mean, of `rows` (default all) of the cache.
+    """Read tokens in the encoder's own units, A·B · std + mean, of `rows` (default all).
 
     Returns: [n, T, D] float32, 4·T·D bytes an image: name rows where all of them are too many.
     Errors as `read_factors`.
@@ -462,8 +458,8 @@ def load_factors(folder: str | Path, rows: list[int] | range | None = None) -> T
 def _rows_of_one_grid(
     folder: str | Path, rows: list[int] | range | None
 ) -> tuple[FactorShards | CodedShards, list[int], Grid]:
-    """What reads a folder, the rows, and their one grid."""
-    manifest = read_manifest(folder)
+    """Open a folder; return its reader, the rows, and their one grid."""
+    manifest = read_factors_manifest(folder)
     shards = open_shards(folder, manifest)
     rows = list(range(manifest["count"])) if rows is None else [int(row) for row in rows]
     grids = list(dict.fromkeys(map(shards.grid, rows))) or [(manifest["num_tokens"], 1)]
@@ -492,7 +488,7 @@ class VisionTokens(Dataset):
 
     def __init__(self, folder: str | Path, ragged: bool = False) -> None:
         self.folder, self.ragged = Path(folder), ragged
-        self._shards = open_shards(self.folder, read_manifest(folder))
+        self._shards = open_shards(self.folder, read_factors_manifest(folder))
 
     def __len__(self) -> int:
         return self._shards.manifest["count"]

@@ -44,8 +44,10 @@ def batches_of_one_grid(
 
 
 def resampled(maps: Tensor, grid: Grid, wanted: Grid) -> Tensor:
-    """maps [n, T] over the tokens of `grid` as maps over `wanted`'s, bilinear; as they are where
-    both are one."""
+    """Resample maps [n, T] over the tokens of `grid` to those of `wanted`, bilinear.
+
+    They are as they were where both grids are one.
+    """
     if grid == wanted:
         return maps
     cells = maps.unflatten(-1, grid)[:, None]

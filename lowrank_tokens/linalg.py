@@ -22,9 +22,10 @@ NORM_FLOOR = 1e-20  # norms are clamped here, so that zero tokens give zeros and
 
 
 def _ridged_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower factor of a Gram matrix with unit diagonal, and kept [..., c]: its independent columns.
+    """Return the lower factor of a Gram matrix with unit diagonal, and kept [..., c].
 
-    One relative ridge keeps every factorisation alive without a look at its status.
+    kept: its independent columns. One relative ridge keeps every factorisation alive without a
+    look at its status.
     """
     ridge = 4 * gram.shape[-1] * torch.finfo(gram.dtype).eps
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -34,7 +35,7 @@ def _ridged_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cholesky_qr(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass: y = q · upper, with dependent columns of q set to zero; kept [..., c] says which.
+    """Do one pass y = q · upper, with dependent columns of q set to zero; kept [..., c] says which.
 
     Columns are scaled to unit norm first, which takes out the grading of their lengths.
     """
@@ -70,7 +71,7 @@ class _Orth(torch.autograd.Function):
 
 
 def orth(y: Tensor, passes: int = 2) -> Tensor:
-    """Orthonormal basis of the columns of y, in their order (the Q of a QR factorisation).
+    """Return an orthonormal basis of the columns of y, in their order (the Q of a QR).
 
     Args:
         y: [..., T, c], c ≤ T. float64 for real tokens: their Gram matrix is beyond float32.
@@ -88,7 +89,7 @@ def orth(y: Tensor, passes: int = 2) -> Tensor:
 
 
 def start_shifts(steps: int) -> Tensor:
-    """Rising shifts s_k = k / (K + 1/3), k = 1 … K, as fractions of the smallest Ritz value.
+    """Return rising shifts s_k = k / (K + 1/3), k = 1 … K, as fractions of the smallest Ritz value.
 
     Chosen on validation images: 0.75 for one step (0.069 % against 0.102 % with 0.5 at rank 128,
     p = 32), 0.43 and 0.86 for two; without extra columns some smaller shifts are a little better.
@@ -97,7 +98,7 @@ def start_shifts(steps: int) -> Tensor:
 
 
 def smallest_ritz_estimate(h: Tensor) -> Tensor:
-    """Smallest Cholesky pivot of H = QᵀGQ, [..., 1, 1]: an estimate of its smallest eigenvalue.
+    """Return the smallest Cholesky pivot of H = QᵀGQ, [..., 1, 1], for its smallest eigenvalue.
 
     Each pivot is what is left of a column's energy outside the columns before it, so the smallest
     bounds the smallest Ritz value from above, more tightly than the diagonal of H does, at c³/3.
@@ -113,13 +114,13 @@ def smallest_ritz_estimate(h: Tensor) -> Tensor:
 
 
 def gram_is_cheaper(tokens: int, features: int, columns: int, products: int) -> bool:
-    """Whether products X XᵀQ cost less by a float64 G than as X (XᵀQ), float64 counted twice."""
+    """Tell if products X XᵀQ cost less by a float64 G than as X (XᵀQ), float64 counted twice."""
     with_gram = 2 * tokens * tokens * (features + products * columns)
     return with_gram < products * 2 * tokens * features * columns
 
 
 def gram_operator(x: Tensor, columns: int, products: int) -> Callable[[Tensor], Tensor]:
-    """Q ↦ X XᵀQ [b, T, c] float64, the cheaper way for that many products with c columns.
+    """Return Q ↦ X XᵀQ [b, T, c] float64, the cheaper way for that many products with c columns.
 
     Either G = X Xᵀ is formed in float64, or X (XᵀQ) in the precision of X: on a graded basis its
     rounding is ε σ_1 σ_k in direction k, where a float32 G has ε σ_1² in every direction.
@@ -132,7 +133,7 @@ def gram_operator(x: Tensor, columns: int, products: int) -> Callable[[Tensor], 
 
 
 def _nystrom_factor(gram_q: Tensor, h: Tensor) -> Tensor:
-    """F [b, T, c] with F Fᵀ = GQ H⁻¹ QᵀG, H = QᵀGQ; columns of dependent directions are zero.
+    """Return F [b, T, c] with F Fᵀ = GQ H⁻¹ QᵀG, H = QᵀGQ; dependent directions give zero columns.
 
     With R the Cholesky factor of H, P = XᵀQ R⁻¹ is an orthonormal basis on the other side of X and
     F = X P. So F Fᵀ = X P Pᵀ Xᵀ: half a step of subspace iteration more than Q, for one solve.
@@ -154,7 +155,7 @@ class Subspace(NamedTuple):
 
 
 def refine(sketch: Tensor, x: Tensor, shifts: Tensor, columns: int, ordered: bool) -> Subspace:
-    """The leading left subspace of X [b, T, D] by shifted subspace iteration from a sketch.
+    """Refine a sketch to the leading left subspace of X [b, T, D] by shifted subspace iteration.
 
     Q = orth(sketch); K times Q ← orth((G − s_k μ I) Q); then the left singular vectors of X P,
     P = orth(XᵀQ), largest first, cut to `columns` (Halko et al. 2011, sec. 4.5 and 5.5; Nyström).
@@ -191,12 +192,12 @@ def refine(sketch: Tensor, x: Tensor, shifts: Tensor, columns: int, ordered: boo
 
 @lru_cache(maxsize=8)
 def gaussian(rows: int, columns: int) -> Tensor:
-    """[rows, columns] float32 from N(0, 1) on the CPU, always the same draw."""
+    """Draw [rows, columns] float32 from N(0, 1) on the CPU, always the same draw."""
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
 
 
 def truncate_product(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best rank-r' approximation of A·B, factored again: A [b, T, r'], B [b, r', D]."""
+    """Return the best rank-r' approximation of A·B, factored again: A [b, T, r'], B [b, r', D]."""
     q_a, r_a = torch.linalg.qr(a)
     q_b, r_b = torch.linalg.qr(b.mT)
     u, sigma, vh = torch.linalg.svd(r_a @ r_b.mT)
@@ -210,29 +211,64 @@ Factors = tuple[Tensor, Tensor]  # A [b, T, r], B [b, r, D]
 # ---------------------------------------------------------------------------- exact factorisation
 
 
+def smaller_gram(x: Tensor) -> Tensor:
+    """Return X Xᵀ or XᵀX of x [..., T, D], whichever is smaller."""
+    return x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
+
+
+class GramEigen(NamedTuple):
+    """Eigenvalues [..., m] and eigenvectors [..., m, m], in columns, largest first."""
+
+    values: Tensor
+    vectors: Tensor
+
+
+def gram_eigen(x: Tensor) -> GramEigen:
+    """Decompose the smaller Gram matrix of x [..., T, D], in its dtype; m = min(T, D)."""
+    values, vectors = torch.linalg.eigh(smaller_gram(x))
+    return GramEigen(values.flip(-1), vectors.flip(-1))
+
+
+class LeftSingular(NamedTuple):
+    """Left singular vectors u [T, m] and singular values s [m], largest first."""
+
+    u: Tensor
+    s: Tensor
+
+
+def left_singular(x: Tensor) -> LeftSingular:
+    """Return the left singular vectors and values of x [T, D] float32, by float64.
+
+    Where D < T a vector whose σ is 0 is not of unit length.
+    """
+    wide = x.double()
+    values, vectors = gram_eigen(wide)
+    s = values.clamp_min(0).sqrt()
+    u = vectors if x.shape[0] <= x.shape[1] else wide @ vectors / s.clamp_min(1e-12)
+    return LeftSingular(u.float(), s.float())
+
+
 def exact_singular_values(x: Tensor) -> Tensor:
-    """Singular values of X by the float64 Gram matrix of its shorter side, largest first.
+    """Return the singular values of X, largest first, by the float64 Gram matrix.
 
     Args: x [..., T, D]. Returns: [..., m] float64, m = min(T, D). Cost O(T D m + m³).
     The Gram matrix squares the condition: values below 1e-8 σ_1 are rounding, no more.
     """
-    x = x.double()
-    gram = x @ x.mT if x.shape[-2] <= x.shape[-1] else x.mT @ x
-    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0).sqrt()
+    return torch.linalg.eigvalsh(smaller_gram(x.double())).flip(-1).clamp_min(0).sqrt()
 
 
 def exact_factors(x: Tensor, rank: int, dtype: torch.dtype = torch.float64) -> Factors:
-    """The optimum by eigenvectors of X's smaller Gram matrix, in `dtype`: A = U_r, B = U_rᵀ X.
+    """Return the optimum A = U_r, B = U_rᵀ X by eigenvectors of X's smaller Gram matrix.
 
     Args: x [..., T, D], rank r. Cost O(T D m + m³), m = min(T, D); where D < T, U_r is an
     orthonormal basis of X V_r: O(T r²) more.
-    In float32 the Gram matrix squares the condition, which costs a few tenths of a per cent of
-    excess on real tokens at rank 128; in float64 it is exact, and the cheapest exact method here.
+    dtype: of the eigenproblem. In float32 the Gram matrix squares the condition, which costs a few
+    tenths of a per cent of excess on real tokens at rank 128; in float64 it is exact, and the
+    cheapest exact method here.
     """
     wide = x.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
-    _, vectors = torch.linalg.eigh(wide.mT @ wide if tall else wide @ wide.mT)
-    vectors = vectors[..., -rank:].flip(-1)
+    vectors = gram_eigen(wide).vectors[..., :rank]
     # orthonormal also where σ_i = 0, which a division by σ_i would not be
     u = torch.linalg.qr(wide @ vectors)[0] if tall else vectors
     u = u.to(x.dtype)
@@ -256,7 +292,7 @@ LARGEST_FEATURE = 1e15
 
 
 def normalise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm over D without affine parameters, the only normalisation of the project.
+    """Apply LayerNorm over D without affine parameters, the only normalisation of the project.
 
     Args: features [..., T, D], any float dtype, as cached.
     Returns: x [..., T, D] float32, mean [..., T, 1] and std [..., T, 1] float32, where
@@ -270,7 +306,7 @@ def normalise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def usable_features(features: Tensor) -> Tensor:
-    """Which images of features [n, T, D] have finite numbers within ±LARGEST_FEATURE: [n] bool."""
+    """Find images of features [n, T, D] of finite numbers within ±LARGEST_FEATURE: [n] bool."""
     # by the extremes, infinite or NaN if any number is: a twentieth of isfinite's time on bfloat16
     low, high = features.flatten(1).aminmax(dim=1)
     return (low >= -LARGEST_FEATURE) & (high <= LARGEST_FEATURE)

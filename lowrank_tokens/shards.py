@@ -33,7 +33,7 @@ TOKENS_PER_SHARD = 2**18  # at most: a shard is in memory whole when it is writt
 
 
 def finished_words(flag: str, folder: Path, what: str) -> str:
-    """That a folder is finished, and what to type."""
+    """Say that a folder is finished, and what to type."""
     return (
         f"{flag} {folder} holds {what}: use it, type another {flag}, or --overwrite to replace it"
     )
@@ -92,7 +92,7 @@ class ShardWriter:
             self.check_shard(path)
 
     def what(self, manifest: dict) -> str:
-        """What a finished folder with this manifest is."""
+        """Say what a finished folder with this manifest is."""
         raise NotImplementedError
 
     def check_shard(self, path: Path) -> None:
@@ -100,7 +100,7 @@ class ShardWriter:
         raise NotImplementedError
 
     def commit_path(self, shard: int) -> Path:
-        """The file that commits a shard."""
+        """Return the file that commits a shard."""
         return self.folder / self.commit.format(shard)
 
     def commit_file(self, shard: int, path: Path) -> None:
@@ -118,22 +118,22 @@ class ShardWriter:
         return entry
 
     def rows_of(self, shard: int) -> range:
-        """Rows that belong to a shard."""
+        """Return the rows that belong to a shard."""
         first = shard * self.rows_per_shard
         return range(first, min(first + self.rows_per_shard, self.num_rows))
 
     @property
     def shards(self) -> range:
-        """All shards."""
+        """Return the numbers of all shards."""
         return range(-(-self.num_rows // self.rows_per_shard))
 
     def shards_to_do(self) -> list[int]:
-        """Shards that are not on disk yet, lowest first."""
+        """Return the shards that are not on disk yet, lowest first."""
         return [shard for shard in self.shards if not self.commit_path(shard).exists()]
 
     @property
     def rows_done(self) -> int:
-        """Rows whose shards are on disk."""
+        """Return how many rows have their shards on disk."""
         return self.num_rows - sum(len(self.rows_of(shard)) for shard in self.shards_to_do())
 
     def seal(self, manifest: dict) -> dict:
@@ -202,8 +202,11 @@ class ShardWriter:
 
 
 def read_finished(folder: Path, again: str, remedy: str) -> tuple[Path, dict]:
-    """Path and content of a folder's manifest.json. Raises InputError where it is missing or no
-    JSON, with `again` as the remedy of a folder that was begun, else `remedy`."""
+    """Return path and content of a folder's manifest.json.
+
+    Raises InputError where it is missing or no JSON, with `again` as the remedy of a folder that
+    was begun, else `remedy`.
+    """
     path = folder / "manifest.json"
     return path, read_json(path, again if (folder / "partial.json").exists() else remedy)
 
@@ -230,14 +233,17 @@ class ShardReader:
         self._opened: dict[int, object] = {}
 
     def open(self, path: Path, rows: int):
-        """A shard of so many rows. Raises InputError where it is damaged."""
+        """Open a shard of so many rows. Raises InputError where it is damaged."""
         raise NotImplementedError
 
     def find(self, row: int) -> tuple[object, int]:
-        """The opened shard of a row, and the row's number in it. Raises InputError without it."""
+        """Return the opened shard of a row, and the row's number in it.
+
+        Raises InputError where the row is not there.
+        """
         if not 0 <= row < self.manifest["count"]:
             raise InputError(
-                f"row {row} is not in {self.folder}: type 0 to {self.manifest['count'] - 1}"
+                f"row {row} is not in {self.folder}: give 0 to {self.manifest['count'] - 1}"
             )
         index = int(torch.searchsorted(self._ends, row, right=True))
         entry = self.manifest["shards"][index]

@@ -5,6 +5,7 @@ Whatever decides a level is integers; floats decide symbols only where they are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +20,7 @@ from lowrank_tokens.entropy import (
     Tables,
 )
 from lowrank_tokens.grids import Grid
+from lowrank_tokens.linalg import normalise
 
 LAMBDA = 0.12  # rounding minimises (z / Δ − q)² + λ bits(q)
 OFFSETS = sorted(range(-8, 9), key=abs)  # of a component's levels, in an image; 0 if nothing is won
@@ -28,7 +30,7 @@ UNITS = 16  # of a level, in which the codec's file keeps variances
 
 @lru_cache(64)
 def cosines(side: int) -> Tensor:
-    """Orthonormal DCT of one side of a grid: [side, side] float32, a row each frequency."""
+    """Return the orthonormal DCT of a side: [side, side] float32, a row each frequency."""
     k = torch.arange(side, dtype=torch.float64)
     matrix = torch.cos(torch.pi / side * (k + 0.5) * k[:, None]) * (2 / side) ** 0.5
     matrix[0] *= 0.5**0.5
@@ -36,7 +38,7 @@ def cosines(side: int) -> Tensor:
 
 
 def dct(maps: Tensor, grid: Grid) -> Tensor:
-    """C maps: the orthonormal 2-D DCT of maps [..., T, n] over a grid's tokens, row by row.
+    """Return C maps, the orthonormal 2-D DCT of maps [..., T, n] over the tokens of a grid.
 
     Cost: O(T n (H + W)), one side after the other.
     """
@@ -44,12 +46,12 @@ def dct(maps: Tensor, grid: Grid) -> Tensor:
 
 
 def inverse_dct(maps: Tensor, grid: Grid) -> Tensor:
-    """Cᵀ maps: undo `dct`."""
+    """Return Cᵀ maps, which undoes `dct`."""
     return _of_sides(cosines(grid[0]).mT, cosines(grid[1]).mT, maps)
 
 
 def _of_sides(down: Tensor, across: Tensor, maps: Tensor) -> Tensor:
-    """kron(down, across) maps, of maps [..., H W, n]."""
+    """Return kron(down, across) maps, of maps [..., H W, n]."""
     *images, _, n = maps.shape
     height, width = len(down), len(across)
     down, across = down.to(maps), across.to(maps)
@@ -57,15 +59,12 @@ def _of_sides(down: Tensor, across: Tensor, maps: Tensor) -> Tensor:
     return (across @ maps.reshape(*images, height, width, n)).reshape(*images, height * width, n)
 
 
-def leading(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors [T, r] and singular values [r] of z [T, d], largest first."""
-    wide = z.double()
-    if z.shape[0] <= z.shape[1]:
-        values, u = torch.linalg.eigh(wide @ wide.mT)
-        return u.flip(-1).float(), values.flip(-1).clamp_min(0).sqrt().float()
-    values, v = torch.linalg.eigh(wide.mT @ wide)
-    s = values.flip(-1).clamp_min(0).sqrt()
-    return (wide @ v.flip(-1) / s.clamp_min(1e-12)).float(), s.float()
+def statistics_dct(raw: Tensor, grid: Grid, scales: Sequence[float]) -> Tensor:
+    """Return the DCT of LayerNorm's mean and log std of tokens, in their steps: [2, T]."""
+    mean_step, log_step, log_std = scales
+    _, mean, std = normalise(raw)
+    both = torch.cat([mean / mean_step, (std.log() - log_std) / log_step], dim=1)  # [T, 2]
+    return dct(both, grid).mT
 
 
 def sigma_levels(s: Tensor, step: float) -> np.ndarray:
@@ -94,8 +93,10 @@ def tokens_shift(fitted: Grid, grid: Grid) -> int:
 
 
 def on_grid(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """maps [n, H, W] int64 over frequency, read at the same frequencies of another grid, bilinear,
-    in integers: [n, *grid]."""
+    """Read maps [n, H, W] int64 over frequency at the same frequencies of another grid: [n, *grid].
+
+    Bilinear, in integers.
+    """
     for axis, side in ((1, grid[0]), (2, grid[1])):
         fitted = maps.shape[axis]
         if fitted == side:
@@ -111,8 +112,10 @@ def on_grid(maps: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def off_grid(squares: Tensor, grid: Grid, fitted: Grid) -> Tensor:
-    """squares [n, T] over the frequencies of `grid` as their means about those of `fitted`: what
-    `on_grid` reads is put back, in floats."""
+    """Average squares [n, T] over the frequencies of `grid` about those of `fitted`, in floats.
+
+    It puts back what `on_grid` reads.
+    """
     if grid == fitted:
         return squares
     down, across = (_about(*sides) for sides in zip(grid, fitted, strict=True))
@@ -120,8 +123,10 @@ def off_grid(squares: Tensor, grid: Grid, fitted: Grid) -> Tensor:
 
 
 def _about(side: int, fitted: int) -> Tensor:
-    """Shares [fitted, side] of frequencies k / side in that of each k / fitted: a triangle over
-    the distance of neighbours on the coarser side."""
+    """Return the shares [fitted, side] of frequencies k / side in that of each k / fitted.
+
+    They are a triangle over the distance of neighbours on the coarser side.
+    """
     at = torch.arange(fitted)[:, None] * side / fitted
     weights = (1 - (at - torch.arange(side)).abs() / max(1, side / fitted)).clamp_min(0)
     return weights / weights.sum(1, keepdim=True)
@@ -190,7 +195,8 @@ def adapted(
 
 
 def independent(q: np.ndarray) -> np.ndarray:
-    """Indices of the columns of q [T, r] that are not all but a combination of those before."""
+    """Find the columns of q [T, r] that are not all but a combination of those before; return their
+    indices."""
     norms = np.linalg.norm(q.astype(np.float64), axis=0)
     keep = np.flatnonzero(norms > 0)
     while len(keep):

@@ -124,7 +124,7 @@ def finish_cache(folder: Path) -> str:
 
 
 def read_factors(folder: Path) -> str:
-    return digest(factor_files.read_factors(folder), factor_files.read_manifest(folder))
+    return digest(factor_files.read_factors(folder), factor_files.read_factors_manifest(folder))
 
 
 def build(work: Path) -> dict[str, Kind]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import factorize
 from lowrank_tokens import shards as shard_folder
 from lowrank_tokens import transform
-from lowrank_tokens.codec import FORMS, HEADER, Codec, coded_image
+from lowrank_tokens.codec import Codec
 from lowrank_tokens.entropy import (
     CODED_FROM,
     HIGHEST,
@@ -30,6 +30,7 @@ from lowrank_tokens.entropy import (
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.factor_files import VisionTokens, load_factors, read_factors
 from lowrank_tokens.linalg import normalise
+from lowrank_tokens.stream import FORMS, HEADER
 from lowrank_tokens.transform import OFFSETS, dct, inverse_dct, level_offsets, off_grid, on_grid
 from qwenvl_dataloader import RealQwenVLDataset
 
@@ -226,7 +227,7 @@ def test_a_target_is_met_nearly_and_one_out_of_reach_is_refused(codec, form, mon
     monkeypatch.setattr(Codec, "_rounded", lambda *a: tries.append(1) or rounded(*a))
     for target in (0.3, 0.1, 0.05):
         tries.clear()
-        image = coded_image(codec, raw, GRID, error=target, form=form)
+        image = codec.coded_image(raw, GRID, error=target, form=form)
         assert 0.92 * target <= image.errors["rel_error_original"] <= target
         assert image.errors["rel_error_original"] == pytest.approx(
             raw_error(raw, codec.decode(image.data)), rel=1e-4
@@ -516,14 +517,14 @@ def test_an_interrupted_run_goes_on_and_its_coded_folder_is_byte_identical(
     assert len(whole) == 6
     calls = []
 
-    def interrupted(*args, coded_image=factorize.coded_image, **more):
+    def interrupted(*args, coded_image=Codec.coded_image, **more):
         calls.append(1)
         if len(calls) > 25:
             raise KeyboardInterrupt
         return coded_image(*args, **more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(factorize, "coded_image", interrupted)
+        patched.setattr(Codec, "coded_image", interrupted)
         write("--step", 2, "--overwrite", fails=130)
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert "was begun with" in write("--step", 3, fails=2).stderr

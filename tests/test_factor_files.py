@@ -19,7 +19,7 @@ from lowrank_tokens.factor_files import (
     damaged_files,
     load_factors,
     read_factors,
-    read_manifest,
+    read_factors_manifest,
     restore,
     store,
 )
@@ -106,7 +106,7 @@ def coded(made, tmp_path):
 def test_a_flipped_byte_of_any_stream_refuses_its_image_and_no_other(coded):
     path = coded / "factors-00000.safetensors"
     whole = path.read_bytes()
-    clean = CodedShards(coded, read_manifest(coded))
+    clean = CodedShards(coded, read_factors_manifest(coded))
     streams = load_file(path)["streams"].numpy().tobytes()
     first = whole.index(streams)
     sizes = [len(clean.bytes_of(row)) for row in range(40)]

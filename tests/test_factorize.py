@@ -132,7 +132,7 @@ def test_rows_are_read_in_the_order_asked_for(write, tmp_path):
     assert few.ranks.tolist() == every.ranks[rows].tolist()
     assert torch.equal(few.a, every.a[rows][..., : few.ranks.max()])
     for row in (-1, 36):
-        with pytest.raises(InputError, match=f"row {row} .* type 0 to 35"):
+        with pytest.raises(InputError, match=f"row {row} .* give 0 to 35"):
             load_factors(tmp_path / "out", [row])
 
 
@@ -324,7 +324,7 @@ def test_a_damaged_shard_is_refused_with_its_name(flags, write, tmp_path):
     (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match="its manifest says"):
         load_factors(tmp_path / "out")
-    with pytest.raises(InputError, match="name a folder that factorize.py wrote"):
+    with pytest.raises(InputError, match="name a folder of factors"):
         load_factors(tmp_path)
 
 

@@ -11,6 +11,7 @@ from conftest import TRAIN, hashes
 import factorize
 from lowrank_tokens import shards as shard_folder
 from lowrank_tokens.cache_writer import FeatureCacheWriter
+from lowrank_tokens.codec import Codec
 from lowrank_tokens.errors import rel_error
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.factor_files import VisionTokens, load_factors, read_factors
@@ -108,18 +109,19 @@ def test_a_ragged_cache_is_gone_on_with_to_the_same_bytes_coded_or_not(
     coded, write, script, ragged_cache, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(shard_folder, "ROWS_PER_SHARD", 10)
-    flags, name = ["--batch_size", 2], "factorise"
+    flags, owner, name = ["--batch_size", 2], factorize, "factorise"
     if coded:
         codec = tmp_path / "codec.safetensors"
         done = script("experiments.fit_codec", "--cache_dir", ragged_cache, "--out", codec)
         assert "training images of 4 grids" in done.stdout, done.stderr
-        flags, name = ["--exact", "--codec", codec, "--target_error", 0.25], "coded_image"
+        flags = ["--exact", "--codec", codec, "--target_error", 0.25]
+        owner, name = Codec, "coded_image"
     write(*flags)
     whole = hashes(tmp_path / "out")
     errors = raw_errors(tmp_path / "out", RealQwenVLDataset(ragged_cache))
     if coded:
         assert max(errors) <= 0.25 + 1e-6
-    function, calls = getattr(factorize, name), []
+    function, calls = getattr(owner, name), []
 
     def interrupted(*args, **options):
         calls.append(1)
@@ -128,7 +130,7 @@ def test_a_ragged_cache_is_gone_on_with_to_the_same_bytes_coded_or_not(
         return function(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(factorize, name, interrupted)
+        patched.setattr(owner, name, interrupted)
         write(*flags, "--overwrite", status=130)
     assert "images are already there" in write(*flags).stdout
     assert hashes(tmp_path / "out") == whole

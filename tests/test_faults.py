@@ -27,7 +27,7 @@ from lowrank_tokens import files
 from lowrank_tokens import shards as shard_folder
 from lowrank_tokens.errors import image_metrics
 from lowrank_tokens.exceptions import InputError
-from lowrank_tokens.factor_files import load_factors, read_manifest
+from lowrank_tokens.factor_files import load_factors, read_factors_manifest
 from lowrank_tokens.files import LOCK_NAME, sole_writer
 from lowrank_tokens.linalg import exact_singular_values, normalise
 from model import ARCHITECTURES, get_model_by_name
@@ -94,7 +94,7 @@ def test_any_entry_of_a_manifest_may_be_anything_and_is_opened_or_refused_in_wor
         st.sampled_from(
             [
                 (made["manifest.json"], RealQwenVLDataset),
-                (made["factors manifest.json"], read_manifest),
+                (made["factors manifest.json"], read_factors_manifest),
                 (made["ragged manifest.json"], load_factors),
             ]
         )

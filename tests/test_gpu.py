@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import steep_tokens
 
-from lowrank_tokens.codec import FORMS, Codec
+from lowrank_tokens.codec import Codec
 from lowrank_tokens.errors import rel_error
 from lowrank_tokens.linalg import (
     exact_factors,
@@ -19,6 +19,7 @@ from lowrank_tokens.linalg import (
     refine,
     start_shifts,
 )
+from lowrank_tokens.stream import FORMS
 from model import get_model_by_name
 
 pytestmark = [

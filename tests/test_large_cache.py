@@ -12,7 +12,7 @@ import torch
 from forked import forked
 from safetensors.torch import save_file
 
-from lowrank_tokens.cache import FORMAT
+from lowrank_tokens.cache import CACHE_FORMAT
 from lowrank_tokens.cache_writer import ROW_SCHEMA
 from lowrank_tokens.files import file_entry
 from lowrank_tokens.shards import ROWS_PER_SHARD
@@ -58,7 +58,7 @@ def write_large_cache(folder):
     pq.write_table(pa.Table.from_pylist(records, schema=ROW_SCHEMA), rows)
     save_file({"singular_values": torch.rand(COUNT, TOKENS, dtype=torch.float64)}, sigma)
     manifest = {
-        "format": FORMAT,
+        "format": CACHE_FORMAT,
         "kind": "real",
         "encoder": {"id": "size test"},
         "num_tokens": TOKENS,

@@ -9,7 +9,7 @@ import tiny
 import torch
 from commands import ROOT
 
-from lowrank_tokens.codec import Codec, coded_image
+from lowrank_tokens.codec import Codec
 from lowrank_tokens.factor_files import CODED, FactorWriter, copy_codec
 
 GRID = (4, 6)
@@ -40,7 +40,7 @@ def coded_folder(tmp_path):
     raw = tiny.steep_tokens(8, 24)
     codec = Codec.fit([(raw, GRID)])
     codec.save(tmp_path / "codec.safetensors")
-    images = [coded_image(codec, one, GRID, step=0.3) for one in raw[:2]]
+    images = [codec.coded_image(one, GRID, step=0.3) for one in raw[:2]]
     header = {"dtype": CODED, "count": 2, "num_tokens": 24, "feature_dim": 48, "rank": None}
     header |= {"codec_sha256": codec.sha256}
     writer = FactorWriter(tmp_path / "out", header)

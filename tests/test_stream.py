@@ -8,7 +8,8 @@ import pytest
 import torch
 from test_codec import GRID, some_tokens
 
-from lowrank_tokens.codec import FORMS, Codec
+from lowrank_tokens.codec import Codec
+from lowrank_tokens.stream import FORMS
 
 
 class Decoder:
