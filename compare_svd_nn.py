@@ -253,7 +253,7 @@ def network_at_ranks(model: LowRankFactorModel | TaskFactorModel) -> Factorise:
     if model.norm is None:
         return lambda batch, r: model(batch.x, r, grid=batch.grid)
     in_norm = once_a_batch(lambda batch: model.in_norm(batch.x, batch.grid))
-    return lambda batch, r: model.config.factors_of(batch.x, *in_norm(batch), r, batch.grid)
+    return lambda batch, r: model.factors_of(batch.x, *in_norm(batch), r, batch.grid)
 
 
 # --------------------------------------------------------------------------------------- measures

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from compare_svd_nn import network_at_ranks
 from heads import metric as task_metric
 from heads.saliency import SaliencyHead
 from lowrank_tokens.linalg import exact_singular_values
@@ -48,6 +49,18 @@ def test_an_untrained_task_network_is_the_svd_in_its_metric(arch, metric, test_b
             product, z, sigma = model.exact_product(test_batch.x, rank)
             assert (product - expected).norm() < 1e-4 * norm
             assert torch.allclose(sigma, exact_singular_values(z), atol=1e-4 * sigma.max().item())
+
+
+def test_the_comparison_takes_a_network_of_a_learned_norm_at_every_rank_as_it_factors(test_batch):
+    core = get_model_by_name("MLP", input_dim=1536, num_tokens=16, rank=6, hidden_dim=16)
+    model = TaskFactorModel(core, {"head": "saliency", "metric_sha256": None})
+    method = network_at_ranks(model)
+    with torch.no_grad():
+        for rank in (6, 3):
+            for found, expected in zip(
+                method(test_batch, rank), model(test_batch.x, rank), strict=True
+            ):
+                assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
