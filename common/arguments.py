@@ -1,4 +1,4 @@
-"""What every script's command line shares: value types, devices, run header."""
+"""Command lines: the value types, arguments and errors that all scripts share."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(
 
 
 def mistake(error: Exception, args: argparse.Namespace) -> str | None:
-    """What to tell the user of an error that he can mend; None for a programming error."""
+    """Return what the user can do about an error; None for a programming error."""
     if isinstance(error, InputError):
         # of a loader's worker process the message is a traceback, and what it says stands last
         return str(error).rsplit("InputError: ", 1)[-1].strip()
@@ -74,7 +74,7 @@ def mistake(error: Exception, args: argparse.Namespace) -> str | None:
 
 
 def less_memory(args: argparse.Namespace) -> str:
-    """What to type instead where the device's memory is too small."""
+    """Return what to type instead where the device's memory is too small."""
     size = getattr(args, "batch_size", None)
     resume = getattr(args, "resume", None)
     head = getattr(args, "task_head", None) or getattr(args, "head", None)
@@ -98,7 +98,7 @@ def less_memory(args: argparse.Namespace) -> str:
 
 
 def one_line(message: str) -> str:
-    """A message on one line: what libraries say, and what users type, may have more."""
+    """Put a message on one line: what libraries say, and what users type, may have more."""
     return " ".join(message.splitlines())
 
 
@@ -123,10 +123,6 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
-    def flags(self, title: str) -> Flags:
-        """A new group of flags under `title`."""
-        return Flags(self.add_argument_group(title))
-
     def error(self, message: str) -> None:
         """Print one line that names the flag and what it accepts, and exit with status 2."""
         # argparse takes -1e-9 or -inf for a flag, and says only that a value is missing
@@ -141,7 +137,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _program() -> str | None:
-    """What the user typed after `python`: argparse drops the `-m` and the folder."""
+    """Return what the user typed after `python`: argparse drops the `-m` and the folder."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     ours = spec is not None and spec.name.startswith("experiments.")
     return f"python -m {spec.name}" if ours else None
@@ -205,19 +201,19 @@ class Number:
 
 
 def name(text: str) -> str:
-    """The type of a flag that is a name: text, not empty."""
+    """Check the value of a flag that is a name: text, not empty."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is not a name: omit the flag, or type one")
     return text
 
 
 def file(text: str) -> str:
-    """The type of a flag that names a file, which only the script can judge: not empty."""
+    """Check the value of a flag that names a file: not empty. The script judges the file."""
     return name(text)
 
 
 def folder(text: str) -> str:
-    """The type of a flag that names a folder, which may be missing: not empty, and no file."""
+    """Check the value of a flag that names a folder: not empty, no file. It may be missing."""
     path = Path(name(text))
     for part in (path, *path.parents):
         if part.exists() and not part.is_dir():
@@ -280,85 +276,8 @@ def add_head_model(group: argparse._ActionsContainer) -> None:
     )
 
 
-# Scripts that are not converted yet use the layer below; it goes with the last of them.
-count, whole, size, few = positive_int, non_negative_int, batch_size, small_int
-positive, weight = positive_float, loss_weight
-
-_AS_SHARED = object()  # None is a default too
-# the flags of several scripts: type, default and help
-SHARED = {
-    "--arch": (name, "ResMLP", "architecture of the model"),
-    "--batch_size": (size, 8, "images at once"),
-    "--cache_dir": (folder, "feature_cache_real", "feature cache to read"),
-    "--device": (name, "auto", "auto, cpu, cuda or cuda:N"),
-    "--head_model": (name, None, "of qwen-answer: folder or hub id; default the cache's encoder"),
-    "--images": (count, None, "so many test images, of all groups alike; default all"),
-    "--log_dir": (folder, "log", "where the logs_<timestamp>/ are"),
-    "--metric": (file, None, "of experiments.estimate_metric"),
-    "--rank": (count, None, "of A·B; default the trained (effective) rank"),
-    "--results_dir": (folder, "results", "where <arch>/best_model.pt is"),
-    "--seed": (random_seed, 42, "of all that is random"),
-    "--target_error": (fraction, None, "rel_error that each image has to meet"),
-}
-
-
-@dataclass(frozen=True)
-class Flags:
-    """A group of a parser's flags; a call adds one.
-
-    flags("--rank", count, 128, "columns of A")     type, default, help
-    flags("--arch", ("MLP", "ResMLP"), "MLP", "…")  one of these words
-    flags("--ranks", count, [8, 16], "…")           one or more
-    flags("--device")                               of SHARED; what is given here replaces it
-    flags("--rank", count, 128)("a help that needs lines of its own")
-    """
-
-    group: argparse._ActionsContainer
-
-    def __call__(
-        self, flag: str, kind=None, default=_AS_SHARED, help: str | None = None, **more
-    ) -> Callable[[str], None]:
-        of_all = SHARED.get(flag, (None, None, None))
-        kind, help = kind or of_all[0], help or of_all[2]
-        default = of_all[1] if default is _AS_SHARED else default
-        if callable(kind):
-            more = {"type": kind, "metavar": _METAVARS.get(getattr(kind, "kind", kind))} | more
-        else:
-            more["choices"] = kind
-        if isinstance(default, list):
-            more["nargs"] = "+"
-        return self._add(flag, default=default, help=help, **more)
-
-    def switch(self, flag: str, help: str | None = None) -> Callable[[str], None]:
-        """Add a flag without a value, off unless typed."""
-        return self._add(flag, action="store_true", help=help)
-
-    def _add(self, flag: str, **more) -> Callable[[str], None]:
-        action = self.group.add_argument(flag, **more)
-        return lambda text: setattr(action, "help", text)
-
-    def one_of(self) -> Flags:
-        """A group of its own in this one, of which at most one flag may be typed."""
-        return Flags(self.group.add_mutually_exclusive_group())
-
-
-_METAVARS = {int: "N", float: "X", folder: "DIR", file: "FILE"}
-
-
-def add_evaluation_flags(parser: Parser, *, metric: bool = True) -> None:
-    """The flags of every script that judges or uses a trained network.
-
-    metric: with --metric, for scripts that can factor in a task's own metric as well.
-    """
-    where = parser.flags("files and device")
-    for flag in ("--results_dir", "--cache_dir", "--device"):
-        where(flag)
-    if metric:
-        where("--metric")("of experiments.estimate_metric: also factor X M^½ and map B back")
-
-
 def check_head_model(head_model: str | None, head: str | None) -> None:
-    """Raises InputError where --head_model is typed and no head reads it."""
+    """Raise InputError where --head_model is typed and no head reads it."""
     if head_model is not None and head != "qwen-answer":
         raise InputError(
             f"--head_model {head_model} is of the head qwen-answer only: type that head, or omit "
@@ -367,7 +286,7 @@ def check_head_model(head_model: str | None, head: str | None) -> None:
 
 
 def flags_again(args: argparse.Namespace, *names: str) -> str:
-    """Those of the flags that the user typed, as the next command needs them: " --name value"."""
+    """Return those of the flags that the user typed, for the next command: " --name value"."""
     typed = ((f" --{name}", getattr(args, name)) for name in names if name in args.typed)
     return "".join(
         flag if value is True else f"{flag} {shlex.quote(str(value))}" for flag, value in typed
@@ -375,7 +294,7 @@ def flags_again(args: argparse.Namespace, *names: str) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for `--device`: auto (CUDA where present, else CPU), cpu, cuda, cuda:N.
+    """Return the torch device for `--device`: auto (CUDA if present, else CPU), cpu, cuda[:N].
 
     Raises InputError for a device that torch does not know or that is not present.
     """

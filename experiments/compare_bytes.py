@@ -51,7 +51,6 @@ from training.unseen import images_of, rows_seen, unseen_test
 if TYPE_CHECKING:
     from encoders.towers import VisionEncoder
 
-QUICK_METHODS = ("bf16", "factors_quantised", "factors_deflate", "transform", "coded")
 QUICK_IMAGES, QUICK_PROBE_TOKENS = 24, 12_000
 FEW_KNOBS = 5  # of a method in --folds; --quick leaves out the finest
 # of each method, about 0.6 to 20 kB an image of the demo
@@ -114,8 +113,7 @@ def get_args_parser() -> arguments.Parser:
     group.add_argument(
         "--quick",
         action="store_true",
-        help=f"{len(QUICK_METHODS)} methods, {FEW_KNOBS - 1} knobs, {QUICK_IMAGES} images: a "
-        "minute",
+        help=f"5 methods, {FEW_KNOBS - 1} knobs, {QUICK_IMAGES} images: a minute",
     )
     group = parser.add_argument_group("files and device")
     arguments.add_cache_dir(group)
