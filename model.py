@@ -98,24 +98,27 @@ class Resize(NamedTuple):
     Tables are interpolated as a ViT's position table is (Dosovitskiy et al. 2021, sec. 3.2).
     """
 
-    own: Grid
-    images: Grid
+    model_grid: Grid  # rows and columns of the T₀ tokens
+    image_grid: Grid  # those of the T tokens
 
     @property
     def scale(self) -> float:
         """T₀/T: a sum over T samples of one smooth map grows as T."""
-        return math.prod(self.own) / math.prod(self.images)
+        return math.prod(self.model_grid) / math.prod(self.image_grid)
 
     def values(self, table: Tensor, axis: int = 0) -> Tensor:
-        """Interpolate `axis` of a table from the T₀ positions of the own grid to the images' T.
+        """Interpolate `axis` of a table from the T₀ positions of the model's grid to the images' T.
 
         Bicubic; where a side shrinks the filter is widened, as PIL's is, so that no position is
         passed over.
         """
         rows = table.movedim(axis, -1)  #                                      [..., T₀]
-        shrinks = self.images[0] < self.own[0] or self.images[1] < self.own[1]
+        shrinks = self.image_grid[0] < self.model_grid[0] or self.image_grid[1] < self.model_grid[1]
         maps = F.interpolate(
-            rows.reshape(1, -1, *self.own), self.images, mode="bicubic", antialias=shrinks
+            rows.reshape(1, -1, *self.model_grid),
+            self.image_grid,
+            mode="bicubic",
+            antialias=shrinks,
         )  #                                                                   [1, n, rows, columns]
         return maps.reshape(*rows.shape[:-1], -1).movedim(-1, axis)  #         T along `axis`
 
@@ -136,7 +139,7 @@ class Resize(NamedTuple):
         return self.scale * (table + noise * (share * table.detach().square().mean()).sqrt())
 
 
-class Linear(nn.Linear):
+class GridLinear(nn.Linear):
     """A linear layer that keeps the scale of its input: weights N(0, 1/in), bias 0.
 
     `forward` gives the first `columns` outputs (None: all). Where inputs or outputs are positions
@@ -175,7 +178,7 @@ class SVDLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, k: int = 8, alpha: float = 16) -> None:
         super().__init__()
-        base = Linear(in_features, out_features)
+        base = GridLinear(in_features, out_features)
         self.weight_0, self.bias = base.weight, base.bias
         self.scale = alpha / k
         self.lora_A = nn.Parameter(torch.randn(k, in_features) / in_features**0.5)
@@ -204,7 +207,7 @@ class SVDLinear(nn.Module):
         return torch.stack([torch.linalg.matrix_norm(gap) for gap in gaps]).mean()
 
 
-class LayerNorm(nn.LayerNorm):
+class GridLayerNorm(nn.LayerNorm):
     """LayerNorm over positions or features; `resize` interpolates its weights over positions."""
 
     def forward(self, x: Tensor, resize: Resize | None = None) -> Tensor:
@@ -222,8 +225,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, width: int, hidden_dim: int, dropout: float) -> None:
         super().__init__()
-        self.up, self.down = Linear(width, hidden_dim), Linear(hidden_dim, width)
-        self.norm, self.dropout = LayerNorm(width), nn.Dropout(dropout)
+        self.up, self.down = GridLinear(width, hidden_dim), GridLinear(hidden_dim, width)
+        self.norm, self.dropout = GridLayerNorm(width), nn.Dropout(dropout)
 
     def forward(self, x: Tensor, resize: Resize | None = None) -> Tensor:
         hidden = F.gelu(self.up(self.norm(x, resize), inputs=resize))
@@ -237,7 +240,7 @@ class ResidualBranch(nn.Module):
         super().__init__()
         width = (in_features, config.hidden_dim, config.dropout)
         self.blocks = nn.ModuleList(ResidualBlock(*width) for _ in range(config.num_blocks))
-        self.skip = Linear(in_features, out_features)
+        self.skip = GridLinear(in_features, out_features)
         self.head = None
         if config.num_blocks:
             self.head = nn.Linear(in_features, out_features, bias=False)
@@ -250,7 +253,7 @@ class ResidualBranch(nn.Module):
     def forward(self, x: Tensor, columns: int, resize: Resize | None = None) -> Tensor:
         """Return the first `columns` outputs for x [..., in]; `resize` where `in` are positions."""
         straight = self.skip(x, columns, resize)  # [..., c]
-        return straight if self._is_linear(x) else straight + self.curved(x, columns, resize)
+        return straight if self._is_linear(x) else straight + self._nonlinear(x, columns, resize)
 
     def _is_linear(self, x: Tensor) -> bool:
         # blocks of a new branch give zeros, and at T = 4096 they take a third of the time
@@ -258,7 +261,7 @@ class ResidualBranch(nn.Module):
             return True
         return x.is_cpu and not torch.is_grad_enabled() and not self.head.weight.any()
 
-    def curved(self, x: Tensor, columns: int, resize: Resize | None) -> Tensor:
+    def _nonlinear(self, x: Tensor, columns: int, resize: Resize | None) -> Tensor:
         """Return head(blocks(x))."""
         for block in self.blocks:
             x = block(x, resize)
@@ -276,13 +279,13 @@ class ResidualBranch(nn.Module):
         straight = F.linear(x, table, self.skip.bias[:columns])  # [b, D, c]
         if self._is_linear(x):
             return straight
-        return straight.index_add(-2, read, self.curved(x[..., read, :], columns, resize))
+        return straight.index_add(-2, read, self._nonlinear(x[..., read, :], columns, resize))
 
 
 class StackBranch(nn.Module):
     """A plain stack: hidden layers with GELU between, then a linear head."""
 
-    layer: type[Linear | SVDLinear] = Linear
+    layer: type[GridLinear | SVDLinear] = GridLinear
 
     def __init__(self, in_features: int, out_features: int, config: ModelConfig) -> None:
         super().__init__()
@@ -311,8 +314,9 @@ class StackBranch(nn.Module):
         128 on 37 × 37 real tokens; a fresh Gaussian sketch 0.065 %.)
         """
         straight = x @ gaussian(x.shape[-1], columns).to(x)  # [b, D, c]
-        own = self(x[..., read, :], columns, resize).to(straight.dtype)  # [b, n, c]
-        return weighted_sum(straight, torch.zeros_like(straight).index_copy(-2, read, own), 0.1)
+        outputs = self(x[..., read, :], columns, resize).to(straight.dtype)  # [b, n, c]
+        padded = torch.zeros_like(straight).index_copy(-2, read, outputs)
+        return weighted_sum(straight, padded, 0.1)
 
 
 class SVDStackBranch(StackBranch):
@@ -360,9 +364,9 @@ def pivoted_features(moment: Tensor, count: int) -> Tensor:
         left -= factor[:, k].square()
         chosen.append(j)
         left[chosen] = 0
-    own = moment.diagonal().clone()
-    own[chosen] = -1
-    return torch.tensor(sorted(chosen + own.topk(count - len(chosen)).indices.tolist()))
+    energy = moment.diagonal().clone()
+    energy[chosen] = -1
+    return torch.tensor(sorted(chosen + energy.topk(count - len(chosen)).indices.tolist()))
 
 
 def columns_for(rank: int, oversample: int, limit: int) -> int:
@@ -509,10 +513,10 @@ class LowRankFactorModel(nn.Module):
         model's own.
         """
         if self.resize_to(grid):
-            own, images = ("{} × {}".format(*g) for g in (self.config.grid, grid))
+            trained, asked = ("{} × {}".format(*g) for g in (self.config.grid, grid))
             raise InputError(
-                f"direct factors are tied to the grid they were trained on, {own}, not {images}: "
-                "train with --factors projected"
+                f"direct factors are tied to the grid they were trained on, {trained}, not "
+                f"{asked}: train with --factors projected"
             )
         rows, columns = self.branch_outputs(x, self.config.rank)  # [b, T, r], [b, D, r]
         a = x @ self.shared_basis.mT + rows.to(x.dtype)  #          [b, T, r]
@@ -637,7 +641,7 @@ class LowRankProjSymmetric(LowRankFactorModel):
 
 
 class LowRankProjMLP(LowRankFactorModel):
-    """MLP: plain stacks of Linear with GELU between, two hidden layers."""
+    """MLP: plain stacks of GridLinear with GELU between, two hidden layers."""
 
     branch_class = StackBranch
 

@@ -61,213 +61,10 @@ def get_args_parser() -> arguments.Parser:
         "--tensorboard", action="store_true", help="write TensorBoard events to the log as well"
     )
     arguments.add_device(group)
-
-    group = parser.add_argument_group("model")
-    group.add_argument(
-        "--arch",
-        type=arguments.name,
-        default="ResMLP",
-        help=f"architecture: {', '.join(ARCHITECTURES)}, or an alias of one",
-    )
-    group.add_argument(
-        "--rank",
-        type=arguments.positive_int,
-        default=128,
-        metavar="N",
-        help="r, columns of A: a higher rank has a smaller error and stores r (T + D) numbers",
-    )
-    group.add_argument(
-        "--factors",
-        choices=("projected", "direct"),
-        default="projected",
-        help="projected: the branches propose a subspace and X is projected on it. direct: the "
-        "branches predict A and B, beside a basis shared by all images",
-    )
-    group.add_argument(
-        "--refine_steps",
-        type=arguments.small_int,
-        metavar="N",
-        help="K, refinement steps of projected factors (default 1): more are nearer to the SVD and "
-        "slower",
-    )
-    group.add_argument(
-        "--oversample",
-        type=arguments.non_negative_int,
-        metavar="N",
-        help="p, extra sketch columns of projected factors (default 32): more are nearer to the "
-        "SVD and slower",
-    )
-    group.add_argument(
-        "--selected_features",
-        choices=("pivoted", "even"),
-        default="pivoted",
-        help="which 256 features the branches of projected factors read: chosen from the training "
-        "tokens by pivoted Cholesky, or evenly spaced",
-    )
-    group.add_argument(
-        "--hidden_dim",
-        type=arguments.layer_width,
-        default=256,
-        metavar="N",
-        help="width of the branches' hidden layers",
-    )
-    group.add_argument(
-        "--num_blocks",
-        type=arguments.small_int,
-        metavar="N",
-        help="residual blocks (default 1) or hidden layers (default 2) of a branch",
-    )
-    group.add_argument(
-        "--dropout",
-        type=arguments.Number(float, 0, below=1),
-        default=0.0,
-        metavar="X",
-        help="share of hidden units that a training step leaves out: more overfits less",
-    )
-    group.add_argument(
-        "--precision",
-        choices=("float32", "bf16"),
-        default="float32",
-        help="of the branches; the linear algebra is float64",
-    )
-
-    group = parser.add_argument_group("training")
-    group.add_argument(
-        "--epochs",
-        type=arguments.positive_int,
-        default=20,
-        metavar="N",
-        help="passes over the training images; with --resume as many more",
-    )
-    group.add_argument(
-        "--batch_size",
-        type=arguments.batch_size,
-        default=8,
-        metavar="N",
-        help="images a step of each process",
-    )
-    group.add_argument(
-        "--lr",
-        type=arguments.positive_float,
-        default=1e-4,
-        metavar="X",
-        help=f"AdamW's learning rate; shifts get {SHIFT_LR_FACTOR} times it",
-    )
-    group.add_argument(
-        "--weight_decay",
-        type=arguments.loss_weight,
-        default=1e-5,
-        metavar="X",
-        help="AdamW's weight decay",
-    )
-    group.add_argument(
-        "--patience",
-        type=arguments.positive_int,
-        default=10,
-        metavar="N",
-        help="epochs without a better validation before the run stops; better is a smaller mse "
-        "above its optimum, with --task_head a smaller loss of the head",
-    )
-    group.add_argument(
-        "--lambda_B",
-        type=arguments.loss_weight,
-        default=1e-4,
-        metavar="X",
-        help="ridge of B, and weight of ‖B‖²/(TD) in the loss",
-    )
-    group.add_argument(
-        "--lambda_ortho",
-        type=arguments.loss_weight,
-        default=1e-3,
-        metavar="X",
-        help="weight of the orthogonality penalties on the sketch and on SVDLinear",
-    )
-    group.add_argument(
-        "--lambda_act",
-        type=arguments.loss_weight,
-        default=0.0,
-        metavar="X",
-        help="weight of the orthogonality penalty on row_net's output",
-    )
-    group.add_argument(
-        "--seed",
-        type=arguments.random_seed,
-        default=42,
-        metavar="N",
-        help="seed of weights, order and dropout; the split has its own",
-    )
-    group.add_argument(
-        "--resume",
-        choices=("best", "last"),
-        nargs="?",
-        const="best",
-        help="best (or no word): go on from best_model.pt for --epochs more. last: go on exactly "
-        "where last_model.pt was; a finished run needs --epochs to add",
-    )
-
-    group = parser.add_argument_group("training for a task")
-    group.add_argument(
-        "--task_head",
-        type=arguments.name,
-        metavar="NAME",
-        help="saliency or qwen-answer: the head's error joins the loss, and the norm that X is "
-        "factored in is learned",
-    )
-    group.add_argument(
-        "--lambda_task",
-        type=arguments.positive_float,
-        default=1.0,
-        metavar="X",
-        help="weight of the mean log task error at the ranks 4 to 32",
-    )
-    group.add_argument(
-        "--metric",
-        type=arguments.file,
-        metavar="FILE",
-        help="metric of experiments.estimate_metric to factor X in; with --task_head the learned "
-        "norm starts from it, which else starts from the Frobenius norm",
-    )
-    arguments.add_head_model(group)
-
-    group = parser.add_argument_group("rank allocator (AdaLoRA)")
-    group.add_argument(
-        "--use_rank_allocator", action="store_true", help="lower the rank while training"
-    )
-    group.add_argument(
-        "--allocator_init_warmup",
-        type=arguments.non_negative_int,
-        default=1000,
-        metavar="N",
-        help="optimiser steps at the full rank",
-    )
-    group.add_argument(
-        "--allocator_final_warmup",
-        type=arguments.positive_int,
-        default=1000,
-        metavar="N",
-        help="optimiser steps after those during which the rank falls",
-    )
-    group.add_argument(
-        "--allocator_mask_interval",
-        type=arguments.positive_int,
-        default=20,
-        metavar="N",
-        help="optimiser steps between two masks",
-    )
-    group.add_argument(
-        "--allocator_keep_ratio",
-        type=arguments.Number(float, above=0, at_most=1),
-        default=0.25,
-        metavar="X",
-        help="final rank as a fraction of --rank",
-    )
-    group.add_argument(
-        "--allocator_importance",
-        choices=("energy", "sensitivity"),
-        default="energy",
-        help="which component goes first: the one with least energy, or (direct factors) the one "
-        "that AdaLoRA's sensitivity rates least",
-    )
+    add_model_arguments(parser)
+    add_training_arguments(parser)
+    add_task_arguments(parser)
+    add_allocator_arguments(parser)
     return parser
 
 
@@ -370,18 +167,18 @@ def train(
         seconds = time.perf_counter() - begun
         record = close_epoch(run, loaders, seconds, run.batches_done - first_batch)
         record = processes.from_main(record)  # all decide by it: it must not differ in a last bit
-        distance = run.distance(record)
-        if not math.isfinite(distance):
+        score = run.selection_score(record)
+        if not math.isfinite(score):
             raise InputError(f"validation is not finite in epoch {run.epoch}: lower --lr")
         run.history.append(record)
         run.epoch, run.batches_done = run.epoch + 1, 0
         run.sums.zero_()
-        improved = run.rank_is_final and distance < run.best
+        improved = run.rank_is_final and score < run.best
         if run.rank_is_final:
-            run.scheduler.step(distance)
+            run.scheduler.step(score)
             run.bad_epochs = 0 if improved else run.bad_epochs + 1
         if improved:
-            run.best, run.best_epoch = distance, record["epoch"]
+            run.best, run.best_epoch = score, record["epoch"]
         run.finished = run.epoch > run.last_epoch or run.bad_epochs >= run.args.patience
 
         # files, then one line for people
@@ -585,6 +382,228 @@ def main(args: argparse.Namespace) -> int:
             results = evaluate_best_model(folder, dataset, loaders, run.history, run.head)
             report(run, results, folder, log, time.perf_counter() - started)
     return 0
+
+
+# -------------------------------------------------------------------------- arguments by group
+
+
+def add_model_arguments(parser: arguments.Parser) -> None:
+    """Add the architecture, its size and its precision."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--arch",
+        type=arguments.name,
+        default="ResMLP",
+        help=f"architecture: {', '.join(ARCHITECTURES)}, or an alias of one",
+    )
+    group.add_argument(
+        "--rank",
+        type=arguments.positive_int,
+        default=128,
+        metavar="N",
+        help="r, columns of A: a higher rank has a smaller error and stores r (T + D) numbers",
+    )
+    group.add_argument(
+        "--factors",
+        choices=("projected", "direct"),
+        default="projected",
+        help="projected: the branches propose a subspace and X is projected on it. direct: the "
+        "branches predict A and B, beside a basis shared by all images",
+    )
+    group.add_argument(
+        "--refine_steps",
+        type=arguments.small_int,
+        metavar="N",
+        help="K, refinement steps of projected factors (default 1): more are nearer to the SVD and "
+        "slower",
+    )
+    group.add_argument(
+        "--oversample",
+        type=arguments.non_negative_int,
+        metavar="N",
+        help="p, extra sketch columns of projected factors (default 32): more are nearer to the "
+        "SVD and slower",
+    )
+    group.add_argument(
+        "--selected_features",
+        choices=("pivoted", "even"),
+        default="pivoted",
+        help="which 256 features the branches of projected factors read: chosen from the training "
+        "tokens by pivoted Cholesky, or evenly spaced",
+    )
+    group.add_argument(
+        "--hidden_dim",
+        type=arguments.layer_width,
+        default=256,
+        metavar="N",
+        help="width of the branches' hidden layers",
+    )
+    group.add_argument(
+        "--num_blocks",
+        type=arguments.small_int,
+        metavar="N",
+        help="residual blocks (default 1) or hidden layers (default 2) of a branch",
+    )
+    group.add_argument(
+        "--dropout",
+        type=arguments.Number(float, 0, below=1),
+        default=0.0,
+        metavar="X",
+        help="share of hidden units that a training step leaves out: more overfits less",
+    )
+    group.add_argument(
+        "--precision",
+        choices=("float32", "bf16"),
+        default="float32",
+        help="of the branches; the linear algebra is float64",
+    )
+
+
+def add_training_arguments(parser: arguments.Parser) -> None:
+    """Add length, rate and weights of the loss."""
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--epochs",
+        type=arguments.positive_int,
+        default=20,
+        metavar="N",
+        help="passes over the training images; with --resume as many more",
+    )
+    group.add_argument(
+        "--batch_size",
+        type=arguments.batch_size,
+        default=8,
+        metavar="N",
+        help="images a step of each process",
+    )
+    group.add_argument(
+        "--lr",
+        type=arguments.positive_float,
+        default=1e-4,
+        metavar="X",
+        help=f"AdamW's learning rate; shifts get {SHIFT_LR_FACTOR} times it",
+    )
+    group.add_argument(
+        "--weight_decay",
+        type=arguments.loss_weight,
+        default=1e-5,
+        metavar="X",
+        help="AdamW's weight decay",
+    )
+    group.add_argument(
+        "--patience",
+        type=arguments.positive_int,
+        default=10,
+        metavar="N",
+        help="epochs without a better validation before the run stops; better is a smaller mse "
+        "above its optimum, with --task_head a smaller loss of the head",
+    )
+    group.add_argument(
+        "--lambda_B",
+        type=arguments.loss_weight,
+        default=1e-4,
+        metavar="X",
+        help="ridge of B, and weight of ‖B‖²/(TD) in the loss",
+    )
+    group.add_argument(
+        "--lambda_ortho",
+        type=arguments.loss_weight,
+        default=1e-3,
+        metavar="X",
+        help="weight of the orthogonality penalties on the sketch and on SVDLinear",
+    )
+    group.add_argument(
+        "--lambda_act",
+        type=arguments.loss_weight,
+        default=0.0,
+        metavar="X",
+        help="weight of the orthogonality penalty on row_net's output",
+    )
+    group.add_argument(
+        "--seed",
+        type=arguments.random_seed,
+        default=42,
+        metavar="N",
+        help="seed of weights, order and dropout; the split has its own",
+    )
+    group.add_argument(
+        "--resume",
+        choices=("best", "last"),
+        nargs="?",
+        const="best",
+        help="best (or no word): go on from best_model.pt for --epochs more. last: go on exactly "
+        "where last_model.pt was; a finished run needs --epochs to add",
+    )
+
+
+def add_task_arguments(parser: arguments.Parser) -> None:
+    """Add a head that the network is trained for."""
+    group = parser.add_argument_group("training for a task")
+    group.add_argument(
+        "--task_head",
+        type=arguments.name,
+        metavar="NAME",
+        help="saliency or qwen-answer: the head's error joins the loss, and the norm that X is "
+        "factored in is learned",
+    )
+    group.add_argument(
+        "--lambda_task",
+        type=arguments.positive_float,
+        default=1.0,
+        metavar="X",
+        help="weight of the mean log task error at the ranks 4 to 32",
+    )
+    group.add_argument(
+        "--metric",
+        type=arguments.file,
+        metavar="FILE",
+        help="metric of experiments.estimate_metric to factor X in; with --task_head the learned "
+        "norm starts from it, which else starts from the Frobenius norm",
+    )
+    arguments.add_head_model(group)
+
+
+def add_allocator_arguments(parser: arguments.Parser) -> None:
+    """Add the schedule that lowers the rank."""
+    group = parser.add_argument_group("rank allocator (AdaLoRA)")
+    group.add_argument(
+        "--use_rank_allocator", action="store_true", help="lower the rank while training"
+    )
+    group.add_argument(
+        "--allocator_init_warmup",
+        type=arguments.non_negative_int,
+        default=1000,
+        metavar="N",
+        help="optimiser steps at the full rank",
+    )
+    group.add_argument(
+        "--allocator_final_warmup",
+        type=arguments.positive_int,
+        default=1000,
+        metavar="N",
+        help="optimiser steps after those during which the rank falls",
+    )
+    group.add_argument(
+        "--allocator_mask_interval",
+        type=arguments.positive_int,
+        default=20,
+        metavar="N",
+        help="optimiser steps between two masks",
+    )
+    group.add_argument(
+        "--allocator_keep_ratio",
+        type=arguments.Number(float, above=0, at_most=1),
+        default=0.25,
+        metavar="X",
+        help="final rank as a fraction of --rank",
+    )
+    group.add_argument(
+        "--allocator_importance",
+        choices=("energy", "sensitivity"),
+        default="energy",
+        help="which component goes first: the one with least energy, or (direct factors) the one "
+        "that AdaLoRA's sensitivity rates least",
+    )
 
 
 if __name__ == "__main__":

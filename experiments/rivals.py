@@ -107,14 +107,14 @@ def inflate(data: bytes, shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(symbols.reshape(tuple(shape)))
 
 
-def joined(*parts: bytes) -> bytes:
+def pack_streams(*parts: bytes) -> bytes:
     """Return streams one after another, each but the last behind its length (4 bytes)."""
     head = b"".join(struct.pack("<I", len(part)) + part for part in parts[:-1])
     return head + parts[-1]
 
 
-def parted(data: bytes, count: int) -> list[bytes]:
-    """Undo `joined` of `count` streams."""
+def unpack_streams(data: bytes, count: int) -> list[bytes]:
+    """Undo `pack_streams` of `count` streams."""
     parts = []
     for _ in range(count - 1):
         (size,) = struct.unpack_from("<I", data)
@@ -170,11 +170,11 @@ class Rival(ABC):
         return 0
 
     def _with_statistics(self, image: TokenImage, payload: bytes) -> bytes:
-        return joined(image.statistics, payload)
+        return pack_streams(image.statistics, payload)
 
     def _payload(self, data: bytes, grid: Grid) -> tuple[bytes, Tensor, Tensor]:
         """Return payload, mean, std."""
-        coded, payload = parted(data, 2)
+        coded, payload = unpack_streams(data, 2)
         return payload, *self.statistics.decode(coded, grid)
 
 
@@ -273,12 +273,12 @@ class FactorsDeflate(Rival):
         sigma = sigma[:kept].half()
         scale = sigma.float()[:, None] / knob
         symbols = torch.cat([round_down(scale * u.mT[:kept]), round_down(scale * v[:kept])], -1)
-        return self._with_statistics(image, joined(sigma.numpy().tobytes(), deflate(symbols)))
+        return self._with_statistics(image, pack_streams(sigma.numpy().tobytes(), deflate(symbols)))
 
     def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
         payload, mean, std = self._payload(data, grid)
         tokens, width = math.prod(grid), self.shape[1]
-        sigma, coded = parted(payload, 2)
+        sigma, coded = unpack_streams(payload, 2)
         sigma = torch.from_numpy(np.frombuffer(sigma, np.float16).copy()).float()
         symbols = inflate(coded, (len(sigma), tokens + width)).float() * knob
         u, v = symbols.split([tokens, width], dim=-1)  # σ_k u_k and σ_k v_k
@@ -357,10 +357,10 @@ class TokensDropped(Rival):
 
     def encode(self, image: TokenImage, knob: Knob) -> bytes:
         chosen, filled = self.choose(image.raw, knob)
-        return joined(deflate(filled.short()), tokens_as_bytes(image.raw[chosen]))
+        return pack_streams(deflate(filled.short()), tokens_as_bytes(image.raw[chosen]))
 
     def decode(self, data: bytes, knob: Knob, grid: Grid) -> Tensor:
-        places, tokens = parted(data, 2)
+        places, tokens = unpack_streams(data, 2)
         filled = inflate(places, (math.prod(grid),)).long()
         return tokens_from_bytes(tokens, int(filled.max()) + 1, self.shape[1])[filled]
 

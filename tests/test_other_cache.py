@@ -119,7 +119,7 @@ def test_resume_demands_the_cache_that_the_run_was_begun_with(results, other_cac
     done = script(
         "train_real_data.py", "--resume", "--cache_dir", other_cache, "--results_dir", results
     )
-    assert done.returncode == 2 and "was trained on a cache with split = " in done.stderr
+    assert done.returncode == 2 and "was trained on a cache with split_hash = " in done.stderr
 
 
 def test_tokens_of_another_width_are_refused(results, tmp_path, script):

@@ -275,7 +275,7 @@ def test_the_best_epoch_of_a_head_is_the_one_with_the_least_of_what_is_trained()
         {"val_task_error": 0.6, "val_task_loss": 1.0},
     ]
     run = TrainState(None, None, None, None, None, {}, 1, head=object(), history=entries)
-    assert min(entries, key=run.distance) is entries[1]
+    assert min(entries, key=run.selection_score) is entries[1]
 
 
 def test_training_for_a_head_without_a_metric_starts_at_the_plain_svd(

@@ -154,7 +154,7 @@ def test_a_run_resumed_from_an_early_best_epoch_keeps_a_copy_of_the_later_ones(
     tiny_cache, tmp_path, capsys, monkeypatch
 ):
     with monkeypatch.context() as patch:  # every epoch is worse than the one before
-        patch.setattr(TrainState, "distance", lambda run, record: record["epoch"])
+        patch.setattr(TrainState, "selection_score", lambda run, record: record["epoch"])
         train(tmp_path, tiny_cache, "--epochs", "2")
     folder = tmp_path / "results" / "ResMLP"
     before = {n: (folder / n).read_bytes() for n in ("history.json", "last_model.pt")}

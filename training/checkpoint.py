@@ -34,18 +34,18 @@ SHIFT_ESTIMATOR = "min_cholesky_pivot"
 
 
 def cache_identity(dataset: RealQwenVLDataset) -> dict:
-    """What of the cache a checkpoint depends on: the encoder, the shape and the split."""
+    """Return what of the cache a checkpoint depends on: the encoder, the shape and the split."""
     return {
         "encoder": dataset.manifest["encoder"],
         "num_tokens": dataset.num_tokens,
         "feature_dim": dataset.feature_dim,
-        "split": dataset.split.hash,
+        "split_hash": dataset.split.hash,
         "demo": dataset.is_demo,
     }
 
 
 def rng_state() -> dict:
-    """State of torch's generators (the only ones that training draws from)."""
+    """Return the state of torch's generators, the only ones that training draws from."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -70,8 +70,11 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 
 def load_checkpoint(path: Path, dataset: RealQwenVLDataset | None = None) -> dict:
-    """Read a checkpoint onto the CPU. Raises InputError where it is missing, damaged, or was
-    trained on another cache or split than `dataset`, the one to go on with."""
+    """Read a checkpoint onto the CPU.
+
+    Raises InputError where it is missing, damaged, or was trained on another cache or split than
+    `dataset`, the one to go on with.
+    """
     arch = path.parent.name
     try:
         # torch does not look at the checksums of the zip file that it reads
@@ -109,10 +112,11 @@ def load_model(
     dataset: RealQwenVLDataset | None = None,
     other_images: bool = False,
 ) -> tuple[LowRankFactorModel, dict]:
-    """The trained model in evaluation mode, and its checkpoint; no flag is needed to rebuild it.
+    """Load the trained model in evaluation mode, and its checkpoint.
 
-    dataset: the cache it has to fit; with other_images any of the same encoder and shape, of which
-    who reports test numbers leaves out those it has seen (`training.unseen`).
+    No flag is needed to rebuild it. dataset: the cache it has to fit. With other_images that is any
+    cache of the same encoder and shape; who reports test numbers then leaves out the images that
+    the model has seen (`training.unseen`).
     """
     state = load_checkpoint(path, None if other_images else dataset)
     if other_images and dataset is not None:
@@ -147,7 +151,10 @@ class Trained(NamedTuple):
 
 
 def open_trained(args: argparse.Namespace) -> Trained:
-    """What --arch, --results_dir, --cache_dir and --device name. Raises InputError."""
+    """Open the model and the cache that --arch, --results_dir, --cache_dir and --device name.
+
+    Raises InputError where one is missing, damaged, or does not fit the other.
+    """
     device = arguments.pick_device(args.device)
     folder = Path(args.results_dir) / canonical_arch(args.arch)
     dataset = RealQwenVLDataset(args.cache_dir)
@@ -156,7 +163,7 @@ def open_trained(args: argparse.Namespace) -> Trained:
 
 
 def evaluated_rank(model: LowRankFactorModel, requested: int | None) -> int:
-    """The rank that is evaluated: the requested one, at most the model's effective rank."""
+    """Return the rank to evaluate: the requested one, at most the model's effective rank."""
     effective = model.current_effective_rank()
     limit = min(model.config.num_tokens, model.config.input_dim)
     if requested is not None and requested > limit:

@@ -1,9 +1,13 @@
-"""Lowers the rank of an AdaLoRA model while it trains: schedule, importance, mask.
+"""Rank allocator: lowers the rank of an AdaLoRA model while it trains, by schedule and mask.
 
 AdaLoRA (Zhang et al. 2023) with the schedule in optimiser steps and independent of the run's
 length: rank r for `init_warmup` steps, then the cubic decrease during `final_warmup` steps, then
 k = round(r · keep_ratio) for good. The mask is applied in the model's forward and is nested: what
 is masked stays masked.
+
+Of projected factors the first k components are kept. They stand in Ritz order, largest first, so
+no importance could choose better, and none is gathered. Of direct factors the k components with
+the largest importance are kept.
 """
 
 from __future__ import annotations
@@ -25,9 +29,9 @@ class RankAllocator:
         init_warmup, final_warmup, mask_interval: optimiser steps.
         keep_ratio: final rank as a fraction of r, in (0, 1].
         importance: "energy", the squared error that dropping a component costs, ‖a_i‖² ‖b_i‖²
-            (exact for orthonormal A, so for projected factors); or "sensitivity", AdaLoRA's
-            smoothed |p ∇p| times its uncertainty, which needs
-            `direct` factors: projected ones leave the gate no gradient to speak of.
+            (exact for orthonormal A); or "sensitivity", AdaLoRA's smoothed |p ∇p| times its
+            uncertainty. Projected factors are kept in order: both change nothing there, and
+            "sensitivity" is refused.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class RankAllocator:
         return self.init_warmup + self.final_warmup
 
     def check_fits(self, steps: int, steps_per_epoch: int) -> None:
-        """Raises InputError, with numbers that fit, where `steps` cannot reach the final rank."""
+        """Raise InputError, with numbers that fit, where `steps` cannot reach the final rank."""
         if steps < self.steps_needed:
             epochs = -(-self.steps_needed // steps_per_epoch)
             half = max(1, steps // 3)
@@ -75,7 +79,7 @@ class RankAllocator:
             )
 
     def budget(self, step: int) -> int:
-        """Rank that is kept after `step` optimiser steps (AdaLoRA, eq. 12, over final_warmup)."""
+        """Return the rank kept after `step` steps (AdaLoRA, eq. 12, over final_warmup)."""
         if step < self.init_warmup:
             return self.rank
         if step >= self.steps_needed:
@@ -84,14 +88,17 @@ class RankAllocator:
         return round(self.target + (self.rank - self.target) * left**3)
 
     def is_final(self, step: int) -> bool:
-        """Whether the rank no longer changes."""
+        """Return whether the rank no longer changes."""
         return step >= self.steps_needed
 
     def observe(self, model: AdaptiveLowRankProjAdaLoRA, component_energy: Tensor) -> None:
         """Take one step's evidence, after backward and before the gradients are cleared.
 
-        component_energy: [k] squared error that dropping each computed component would cost.
+        component_energy: [k] squared error that dropping each computed component would cost. Only
+        direct factors are chosen by it.
         """
+        if model.config.factors == "projected":
+            return
         if self.importance == "energy":
             new = torch.zeros_like(self.score)
             new[: len(component_energy)] = component_energy.to(new.dtype)

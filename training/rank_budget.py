@@ -70,7 +70,7 @@ def nested_factors(
 
 
 def first_rank_within(curve: Tensor, target_error: float) -> Tensor:
-    """The smallest r at which an error curve [n, R + 1] is ≤ target_error: [n] int64.
+    """Return the smallest r at which an error curve [n, R + 1] is ≤ target_error: [n] int64.
 
     Raises InputError where an image stays above it at every rank, or its errors are not finite.
     """
@@ -108,7 +108,7 @@ def against_fixed_rank(
     feature_dim: int,
     target_error: float | None = None,
 ) -> tuple[dict, dict[str, Tensor | int | None]]:
-    """What ranks per image gain over one fixed rank at the same number of stored values.
+    """Measure what ranks per image gain over one fixed rank at the same number of stored values.
 
     Args: curves [n, R + 1] float64, ranks [n] int64, tokens T_i [n] int64, feature_dim D.
     Returns: the entry of svd_nn_comparison.json, and for the figure {ranks [n], rel_error [n],

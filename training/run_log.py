@@ -71,7 +71,7 @@ class RunLog:
 def print_header(
     run: TrainState, dataset: RealQwenVLDataset, loaders: Loaders, log: RunLog
 ) -> None:
-    """The first lines: data, hardware, model, images, and the optimum at its rank."""
+    """Write the first lines: data, hardware, model, images, and the optimum at its rank."""
     rank = run.model.current_effective_rank()
     best = optimum(dataset.singular_values[dataset.split.val], rank).mean()
     parameters = sum(p.numel() for p in run.model.parameters())
@@ -101,12 +101,12 @@ def epoch_line(record: dict, run: TrainState) -> str:
 
 
 def task_words(record: dict) -> str:
-    """The task's part of an epoch's line."""
+    """Return the task's part of an epoch's line."""
     return f"val_task_error {record['val_task_error']:.5f} loss {record['val_task_loss']:.3e}"
 
 
 def report(run: TrainState, results: dict, folder: Path, log: RunLog, seconds: float) -> None:
-    """The closing lines, and final_summary.json."""
+    """Write the closing lines, and final_summary.json."""
     best = f"best epoch {run.best_epoch or '0 (the untrained model)'} of {run.epoch - 1}"
     log(f"{best}; on {results['n_images']} test images:")
     for rank, metrics in results["ranks"].items():

@@ -58,7 +58,7 @@ class TrainState:
     epoch: int = 1  # the epoch that is being trained
     batches_done: int = 0  # of that epoch
     step: int = 0  # optimiser steps since the start
-    best: float = float("inf")  # least `distance` on validation images
+    best: float = float("inf")  # least `selection_score` on validation images
     best_epoch: int = 0  # 0: the untrained model, or (best is infinite) none yet
     bad_epochs: int = 0
     finished: bool = False
@@ -93,10 +93,10 @@ class TrainState:
             "images": self.images,
         }
 
-    def distance(self, record: dict) -> float:
-        """Return what decides which epoch is the best: the smaller, the better.
+    def selection_score(self, record: dict) -> float:
+        """Return the number on validation images whose smallest value marks the best epoch.
 
-        With a head it is what the head's loss measures.
+        It is the mean squared error above the optimum's; with a head, the head's loss.
         """
         if self.head:
             return record["val_task_loss"]
@@ -108,7 +108,7 @@ class TrainState:
         Several processes have to call it together.
         """
         if self.rank_is_final:
-            self.best = self.distance(self.history[0])
+            self.best = self.selection_score(self.history[0])
             self.start = copy.deepcopy(self.checkpoint())
 
     def restore(self, state: dict) -> None:
@@ -190,8 +190,8 @@ def build_run(
         seed_process(args.seed, step=0)
     sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
     identity = cache_identity(dataset)
-    own = {"sums": sums, "head": head, "images": fitted_images(dataset)}
-    return TrainState(args, model, optimizer, scheduler, allocator, identity, args.epochs, **own)
+    fields = {"sums": sums, "head": head, "images": fitted_images(dataset)}
+    return TrainState(args, model, optimizer, scheduler, allocator, identity, args.epochs, **fields)
 
 
 def fitted_images(dataset: RealQwenVLDataset) -> dict[str, list[str]]:

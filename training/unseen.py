@@ -52,7 +52,7 @@ class Judged(NamedTuple):
 
     @property
     def words(self) -> str:
-        """What was left out or cannot be known, for first lines and footers; "" for nothing."""
+        """Return what was left out or is unknown, for first lines and footers; "" for nothing."""
         parts = [
             f"{count} test images left out that the {name} has seen"
             for name, count in self.left_out.items()
