@@ -87,7 +87,7 @@ class Batch(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What one process does in one step; the fields are those of a `Batch`."""
+    """The images of one process in one step; the fields are those of a `Batch`."""
 
     rows: list[int]
     images: int

@@ -52,7 +52,7 @@ READING_ERRORS = (
 
 
 class Kind(NamedTuple):
-    """What families share that are read alike.
+    """A family of encoders that are read alike.
 
     prefixes: of the vision tensors' keys, the first of these that a checkpoint has
     processor: the image processor that uses PIL, whatever a checkpoint says: the default one needs

@@ -53,7 +53,7 @@ Row = tuple[int, dict]  # row number in the data set, row
 
 
 class Look(NamedTuple):
-    """What is known of a row's image before it is decoded."""
+    """A row's image as it is known before it is decoded."""
 
     sha256: str | None  # of its file; None where there is none
     grid: Grid  # of its tokens; (1, 1) where it cannot be read

@@ -1,4 +1,4 @@
-"""What a comparison at equal bytes comes to: bytes at an error, and readers' scores at some bytes.
+"""Tables of a comparison at equal bytes: bytes at an error, readers' scores at some bytes.
 
 Every method is a curve over mean bytes, swept by one global knob. Between two knobs it is
 interpolated (log bytes, linearly in the error or score); nothing is extrapolated. Differences are

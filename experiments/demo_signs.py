@@ -106,7 +106,7 @@ FONTS = (
 
 @dataclass(frozen=True)
 class Wording:
-    """What a sign says, how it looks, and what is asked about it."""
+    """The text of a sign, how it looks, and what is asked about it."""
 
     text: str
     question: str

@@ -1,4 +1,4 @@
-"""What is done of a long measurement, in a file from which a run that was cut off goes on.
+"""Finished parts of a long measurement, in a file from which a run that was cut off goes on.
 
 One JSON object a line: a header, what the measurement depends on, then one record for each row of
 a stage (an image, or a knob). Lines are appended and synced; one that a cut left unfinished is

@@ -96,7 +96,7 @@ def front(records: list[dict]) -> list[int]:
 
 
 def _front_corners(records: list[dict]) -> np.ndarray:
-    """The front as steps, [·, 2] of (ms, excess), to 6 times the slowest method; may be empty."""
+    """Return the front as steps, [·, 2] of (ms, excess), to 6 times the slowest method."""
     on = front(records)
     times, excess = as_array([r["ms_median"] for r in records]), _excess(records)
     right = np.append(times[on], 6 * times.max())[1:]  # a step ends where the next begins

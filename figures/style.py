@@ -1,4 +1,4 @@
-"""How every figure looks: colours, scales, labels, title and footer; and the file it becomes.
+"""Style of every figure: colours, scales, labels, title and footer; and the file it becomes.
 
 One visual language: one colour a method (`METHODS`), labels at the curves instead of legends, the
 quantity as title, the numbers' source as footer.

@@ -67,7 +67,7 @@ def _colour_bar(figure: Figure, image, axes, label: str, bins: int = 5, **style)
 
 
 def _photograph(ax: Axes, photo: Image | None, box: Box | None, grid: Grid, **style) -> None:
-    """The photograph in the grid's units, and its box; where there is none, words say so."""
+    """Draw the photograph in the grid's units, and its box; words say where there is none."""
     if photo is None:
         ax.set_axis_off()
         note(ax, 0, 1, "no photograph:\nimported features", va="top")

@@ -23,7 +23,7 @@ def load_head(
     model: str | None = None,
     flag: str = "--head",
 ) -> TaskHead:
-    """The head called `name` for the rows of `dataset`.
+    """Load the head called `name` for the rows of `dataset`.
 
     model: folder or hub id of the Qwen2.5-VL checkpoint of `qwen-answer` (default: the cache's own
     encoder). flag: that names it. Raises InputError for an unknown name, or where the cache holds

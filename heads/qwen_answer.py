@@ -108,7 +108,7 @@ class QwenAnswerHead(TaskHead):
     def generate(
         self, tokens: Tensor, rows: Tensor, max_new_tokens: int = 16, request: str = ANSWER
     ) -> list[str]:
-        """The greedy answers to the `request` of the rows with raw tokens [b, T, D], all at once.
+        """Generate greedy answers to the `request` of the rows with raw tokens [b, T, D], at once.
 
         The answers are those of one row at a time but for rounding, which in bf16 can decide
         between two words that are as good as equally likely.
@@ -165,11 +165,11 @@ class QwenAnswerHead(TaskHead):
         return PROMPT.format(image=IMAGE * math.prod(self.dataset.grids[row]), request=request)
 
     def reference_answer(self, row: int) -> str | None:
-        """The row's consensus; None where it has no answer."""
+        """Return the row's consensus; None where it has no answer."""
         return consensus(self.dataset.image_record(row)["answers"])
 
     def _wanted(self, row: int) -> Tensor:
-        """Tokens of the answer that the row is judged by, and of its end."""
+        """Return the tokens of the answer that the row is judged by, and of its end."""
         answer = self.reference_answer(row)
         if answer is None:
             raise InputError(f"row {row} of {self.dataset.cache_dir} has no answer to judge by")
@@ -225,14 +225,20 @@ def embed_tokens(
 
 
 def consensus(answers: list[str] | None) -> str | None:
-    """The answer that most people gave, as the first of them wrote it; the first one on ties."""
+    """Return the answer that most people gave, as the first of them wrote it.
+
+    On ties it is the first one, and None where nobody answered.
+    """
     answers = [answer for answer in answers or () if answer and answer.strip()]
     plain = [_plain(answer) for answer in answers]
     return max(answers, key=lambda answer: plain.count(_plain(answer)), default=None)
 
 
 def vqa_accuracy(answer: str, answers: list[str] | None) -> float:
-    """min(1, people who gave this answer / 3), as in VQA; 1 or 0 where fewer than 3 were asked."""
+    """Return min(1, people who gave this answer / 3), as in VQA.
+
+    It is 1 or 0 where fewer than 3 were asked.
+    """
     if not answers:
         return float("nan")
     same = sum(_plain(answer) == _plain(other) for other in answers)
@@ -240,7 +246,7 @@ def vqa_accuracy(answer: str, answers: list[str] | None) -> float:
 
 
 def box_in_text(text: str, width: int, height: int) -> Box | None:
-    """The first bbox_2d of an answer, in fractions of an image of width × height pixels."""
+    """Read the first bbox_2d of an answer, in fractions of an image of width × height pixels."""
     match = BOX.search(text)
     if match is None:
         return None
@@ -275,7 +281,7 @@ def _check_rows(dataset: RealQwenVLDataset) -> None:
 
 
 def _folder_of(dataset: RealQwenVLDataset, name: str | None) -> Path:
-    """The folder of the checkpoint called `name`, or (None) of the one the cache was made with.
+    """Find the folder of the checkpoint called `name`, or (None) of the cache's own encoder.
 
     A hub's checkpoint is that of the revision that the cache records. Raises InputError where it
     cannot be found, and where its vision tower is another than the one that made the tokens.

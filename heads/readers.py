@@ -375,7 +375,7 @@ class Readers:
 
     @cached_property
     def _full_units(self) -> list[Tensor]:
-        """Full tokens of each of the rows, of norm 1."""
+        """Return the full tokens of each of the rows, of norm 1."""
         return [unit(self.dataset[[row]][0]) for row in self.rows]
 
     def chance(self) -> dict[str, float]:

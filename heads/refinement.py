@@ -36,7 +36,7 @@ def refine_factors(
     steps: int,
     full: Tensor | None = None,
 ) -> Factors:
-    """A [b, T, r], B [b, r, D] after `steps` Adam steps against the head's output of the full X.
+    """Improve A [b, T, r], B [b, r, D] by Adam steps on the head's loss against the full X.
 
     Steps are taken on A Σ^½ and Σ^-½ B M^½, Σ the norms of the rows of B M^½: there both factors
     have one scale. Without a metric M = I: the steps then know nothing of it. A step moves a number

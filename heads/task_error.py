@@ -1,4 +1,4 @@
-"""What a head makes of factors beside the plain SVD's: the task error of several methods.
+"""Task errors: how far a head's output moves with factors, beside those of the plain SVD.
 
     methods = {"svd": lambda batch, r: truncated_svd(batch.x, r)}
     errors = task_errors(methods, head, loaders.test, [8, 16])
@@ -56,7 +56,7 @@ def cut_at_ranks(factorise: Factorise) -> Factorise:
 
 
 def closed_form(metric: TaskMetric) -> Factorise:
-    """The SVD in a task's metric, `metric_svd`."""
+    """Return the method that is the SVD in a task's metric, `metric_svd`."""
     return cut_at_ranks(lambda batch, rank: metric_svd(batch.x, rank, metric))
 
 
@@ -64,7 +64,7 @@ def closed_form(metric: TaskMetric) -> Factorise:
 def task_errors(
     methods: dict[str, Factorise], head: TaskHead, batches: Iterable[Batch], ranks: list[int]
 ) -> dict[int, dict[str, Tensor]]:
-    """Rank → method → relative error of the head's output, [n] float64 on the CPU.
+    """Measure rank → method → relative error of the head's output, [n] float64 on the CPU.
 
     One pass of the head for the full tokens of a batch, one for each rank and method.
     """
@@ -84,7 +84,7 @@ def task_report(
     metric: TaskMetric | None,
     groups: list[str],
 ) -> dict:
-    """The JSON's entry of `task_errors`: means and intervals, and gain_pct of all but the SVD.
+    """Summarise `task_errors` for the JSON: means, intervals, and gain_pct of all but the SVD.
 
     gain_pct: by how many per cent the mean task error is below the plain SVD's at that rank.
     """
@@ -111,7 +111,7 @@ def head_of_norm(
     device: torch.device | str,
     head_model: str | None,
 ) -> TaskHead | None:
-    """The head that a norm (`model.norm`) was made for; None, with a note, where it is not at hand.
+    """Load the head that a norm (`model.norm`) was made for; None, with a note, if it is not there.
 
     So it is on a cache of another encoder's tokens, or where the head's weights are others by now.
     """

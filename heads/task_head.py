@@ -18,7 +18,7 @@ Score = Callable[[Tensor, Tensor], Tensor]  # (raw tokens [b, T, D], rows [b]) �
 
 
 class TaskHead(ABC):
-    """What reads the tokens of the rows of one cache.
+    """A frozen network that reads the tokens of the rows of one cache.
 
     name: one of HEADS; sha256: of its weights, hexadecimal; output: what `outputs` holds, in words
     """
@@ -34,21 +34,24 @@ class TaskHead(ABC):
 
     @abstractmethod
     def loss(self, outputs: Tensor, full: Tensor) -> Tensor:
-        """What training lowers, [b] ≥ 0, 0 where `outputs` equals the full tokens' `full`."""
+        """Return what training lowers, [b] ≥ 0; 0 where `outputs` equals `full`, of full tokens."""
 
     @abstractmethod
     def agreement(self, outputs: Tensor, full: Tensor) -> Tensor:
-        """[b] in [0, 1]: how much of the answer is the one that the full tokens give."""
+        """Return how much of the answer is the one that the full tokens give: [b] in [0, 1]."""
 
     def of_batch(self, batch: Batch, x: Tensor | None = None) -> Tensor:
-        """`outputs` of a batch's tokens, or of x [b, T, D], normalised as they are, instead."""
+        """Return `outputs` of a batch's tokens, or of x [b, T, D] normalised as they are."""
         tokens = denormalise(batch.x if x is None else x, batch.mean, batch.std)
         return self.outputs(tokens, batch.rows)
 
     @torch.no_grad()
     def of_full(self, batch: Batch) -> Tensor:
-        """`of_batch` of the cache's own tokens. Neither they nor the head change: what fits into
-        FULL_KEPT bytes is kept, which saves every epoch but the first a pass of the head."""
+        """Return `of_batch` of the cache's own tokens.
+
+        Neither they nor the head change. What fits into FULL_KEPT bytes is kept, which saves every
+        epoch but the first a pass of the head.
+        """
         rows = batch.rows.tolist()
         if not all(row in self._kept for row in rows):
             full = self.of_batch(batch)
@@ -64,19 +67,19 @@ class TaskHead(ABC):
 
     @property
     def scores(self) -> dict[str, Score]:
-        """What it generates and how that is scored: name → (raw tokens, rows) → [b] float64."""
+        """Return the scores of what it generates: name → (raw tokens, rows) → [b] float64."""
         return {}
 
     def compared(self, outputs: Tensor) -> Tensor:
-        """`outputs` without what changes nothing in what they mean: the y of error and metric."""
+        """Remove from `outputs` what changes nothing in their meaning: y of error and metric."""
         return outputs
 
     def own_shapes(self, outputs: Tensor, rows: Tensor) -> list[torch.Size]:
-        """The shape of each image's own output, first in a batch's padded one."""
+        """Return the shape of each image's own output, first in a batch's padded one."""
         return [outputs.shape[1:]] * len(outputs)
 
     def error(self, outputs: Tensor, full: Tensor) -> Tensor:
-        """‖ŷ − y‖ / ‖y‖ of each image's `compared` logits, [b] float64: the task error."""
+        """Return the task error ‖ŷ − y‖ / ‖y‖ of each image's `compared` logits, [b] float64."""
         return squared_error(self.compared(outputs), self.compared(full)).double().sqrt()
 
 
