@@ -15,15 +15,7 @@ PAGE = ROOT / "docs" / "flags.md"
 HEAD = """# Every command and its flags
 
 Written by `python tests/flags_page.py` from the parsers; `--help` says the same.
-
-## Old names
-
-What moved to `experiments` is started as a module:
-
-| old | new |
-| --- | --- |
 """
-MOVED = "make_demo_data estimate_metric evaluate_task benchmark ablate make_report".split()
 
 
 def command(name: str) -> str:
@@ -41,8 +33,6 @@ def default(action: argparse.Action) -> str:
 def page() -> str:
     """The whole page, Markdown."""
     text = HEAD
-    for old in MOVED:
-        text += f"| python {old}.py | `{command('experiments.' + old)}` |\n"
     for name in sorted(SCRIPTS, key=lambda name: ("." in name, name)):
         parser = importlib.import_module(name).get_args_parser()
         text += f"\n## `{command(name)}`\n\n{parser.description}\n\n"
