@@ -82,7 +82,7 @@ def test_every_command_of_every_page_is_one_that_the_programs_accept():
 
 def test_commands_in_running_text_name_files_and_flags_that_exist():
     known = {f"--{name}" for script in SCRIPTS for name in flags_of(script)}
-    known |= {"--help", "--all"}  # ./run_tests.sh --all
+    known |= {"--help", "--all", "--check"}  # ./run_tests.sh --all, examples/into_qwen.py --check
     for path in PAGES:
         text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.M | re.S)
         for code in re.findall(r"`([^`\n]+)`", text):
