@@ -258,22 +258,39 @@ def correspondences(
             if same and views[row].photograph == views[other].photograph:
                 pixels = views[row].to_photograph(token_places(dataset, row))
                 there = views[other].from_photograph(pixels)
-                left, top, width, height = image_in_view(dataset, other)
-                grid = dataset.grids[other]
-                cells = torch.tensor([grid[1], grid[0]])
-                cell = (there * torch.tensor([width, height]) + torch.tensor([left, top])) * cells
-                seen = ((there >= 0) & (there < 1)).all(-1) & ~boxes[query]
-                column, line = cell.long().clamp_min(0).unbind(-1)
-                at = (line.clamp_max(grid[0] - 1) * grid[1]) + column.clamp_max(grid[1] - 1)
-                tokens = (seen & ~boxes[target][at]).nonzero()[:, 0]
-                own = token_places(dataset, other)
-                inside = ((own >= 0) & (own <= 1)).all(-1) & ~boxes[target]
-                candidates = inside.nonzero()[:, 0]
+                tokens, cells = _seen_tokens(dataset, other, there, boxes[query], boxes[target])
+                candidates, centres = _candidates(dataset, other, boxes[target])
                 if len(tokens) and len(candidates):
-                    centre = torch.stack([candidates % grid[1], candidates // grid[1]], -1) + 0.5
-                    near = torch.cdist(cell[tokens], centre) <= MATCH_RADIUS
+                    near = torch.cdist(cells, centres) <= MATCH_RADIUS
                     found.append(Correspondence(query, target, tokens, candidates, near))
     return found
+
+
+def _seen_tokens(
+    dataset: RealQwenVLDataset, target: int, places: Tensor, in_box: Tensor, target_in_box: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the query's tokens [m] that row `target` shows, and their places in cells [m, 2].
+
+    places: centres of the query's tokens as fractions (across, down) of the target's image, [T, 2].
+    in_box, target_in_box: tokens [T] bool in boxes of the two, which are left out.
+    """
+    left, top, width, height = image_in_view(dataset, target)
+    rows, columns = dataset.grids[target]
+    in_view = places * torch.tensor([width, height]) + torch.tensor([left, top])
+    cells = in_view * torch.tensor([columns, rows])
+    seen = ((places >= 0) & (places < 1)).all(-1) & ~in_box
+    column, row = cells.long().clamp_min(0).unbind(-1)
+    token = row.clamp_max(rows - 1) * columns + column.clamp_max(columns - 1)
+    tokens = (seen & ~target_in_box[token]).nonzero()[:, 0]
+    return tokens, cells[tokens]
+
+
+def _candidates(dataset: RealQwenVLDataset, target: int, in_box: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tokens [c] of row `target` to search, and their centres in cells [c, 2]."""
+    places = token_places(dataset, target)
+    columns = dataset.grids[target][1]
+    tokens = (((places >= 0) & (places <= 1)).all(-1) & ~in_box).nonzero()[:, 0]
+    return tokens, torch.stack([tokens % columns, tokens // columns], -1) + 0.5
 
 
 def matched(

@@ -163,8 +163,46 @@ def build_run(
     if args.task_head or args.metric:
         model, head = in_learned_norm(core, args, dataset, device)
     model = model.to(device)
+    optimizer = build_optimizer(model, core, args)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=0.5, patience=plateau_patience(args.patience)
+    )
+    allocator = None
+    if args.use_rank_allocator:
+        allocator = RankAllocator(
+            model,
+            init_warmup=args.allocator_init_warmup,
+            final_warmup=args.allocator_final_warmup,
+            mask_interval=args.allocator_mask_interval,
+            keep_ratio=args.allocator_keep_ratio,
+            importance=args.allocator_importance,
+        )
+    if not processes.is_main():  # from here on: all have begun with the same weights
+        seed_process(args.seed, step=0)
+    sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
+    return TrainState(
+        args,
+        model,
+        optimizer,
+        scheduler,
+        allocator,
+        cache_identity(dataset),
+        args.epochs,
+        sums=sums,
+        head=head,
+        images=fitted_images(dataset),
+    )
+
+
+def build_optimizer(
+    model: LowRankFactorModel, core: LowRankFactorModel, args: argparse.Namespace
+) -> torch.optim.AdamW:
+    """Build AdamW over three groups: with weight decay, without, and those that move by factors.
+
+    core: the model itself, or the one that a learned norm stands around.
+    """
     # what all images share of the learned norm moves by factors, as a shift does
-    quick = [core.shift_logits, *(model.weighting.shared() if head else [])]
+    quick = [core.shift_logits, *(model.weighting.shared() if args.task_head else [])]
     quick_ids = {id(p) for p in quick}
     named = [(n, p) for n, p in model.named_parameters() if id(p) not in quick_ids]
     # no decay for biases, norms and the gate: zero is no better a place for them
@@ -177,21 +215,7 @@ def build_run(
         {"params": quick, "weight_decay": 0.0, "lr": args.lr * SHIFT_LR_FACTOR},
     ]
     # fused: one kernel a step, and it skips a step by a flag on the device (see train_step)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=0.5, patience=plateau_patience(args.patience)
-    )
-    allocator = None
-    if args.use_rank_allocator:
-        names = ("init_warmup", "final_warmup", "mask_interval", "keep_ratio", "importance")
-        options = {name: getattr(args, f"allocator_{name}") for name in names}
-        allocator = RankAllocator(model, **options)
-    if not processes.is_main():  # from here on: all have begun with the same weights
-        seed_process(args.seed, step=0)
-    sums = torch.zeros(len(TERMS), dtype=torch.float64, device=device)
-    identity = cache_identity(dataset)
-    fields = {"sums": sums, "head": head, "images": fitted_images(dataset)}
-    return TrainState(args, model, optimizer, scheduler, allocator, identity, args.epochs, **fields)
+    return torch.optim.AdamW(groups, lr=args.lr, fused=True)
 
 
 def fitted_images(dataset: RealQwenVLDataset) -> dict[str, list[str]]:
