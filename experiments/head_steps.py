@@ -52,7 +52,7 @@ class Reader:
 def encode_with_head_steps(
     codec: Codec, prepared: Prepared, step: float, reader: Reader, steps: int = HEAD_STEPS
 ) -> bytes:
-    """The bytes at step Δ with the least loss of the head, of `steps` + 1 tries.
+    """Find the bytes at step Δ with the least loss of the head, of `steps` + 1 tries.
 
     Cost: a try is one encoding, one decoding, and one pass of the head forward and back.
     """
