@@ -142,6 +142,7 @@ def test_processes_killed_while_they_extract_are_gone_on_with_by_one(data, cache
     assert hashes(tmp_path / "cache") == hashes(cache)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_factors_of_one(cache, tmp_path):
     where = ["--cache_dir", cache, "--results_dir", tmp_path / "results"]
     small = "--epochs 1 --rank 4 --oversample 2 --refine_steps 1 --hidden_dim 16".split()
@@ -206,6 +207,7 @@ def alone(tiny_cache, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_the_batch_train_the_network_of_one(alone, tiny_cache, tmp_path):
     flags = [*files(tiny_cache, tmp_path), *RUN, "--epochs", "8", "--batch_size", "5"]
     stdout = finished(torchrun("train_real_data.py", *flags))

@@ -104,6 +104,7 @@ def test_a_target_is_met_by_images_of_every_grid(write, ragged_cache, tmp_path):
     assert len(ranks) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coded", [False, True])
 def test_a_ragged_cache_is_gone_on_with_to_the_same_bytes_coded_or_not(
     coded, write, script, ragged_cache, tmp_path, monkeypatch

@@ -213,6 +213,7 @@ def test_readers_are_not_kept_out(made, tmp_path, script):
 # ------------------------------------------------------------------------------- kills, full disks
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_it_writes_its_figures_is_not_taken_for_a_finished_one(
     train, tmp_path, monkeypatch
 ):
@@ -440,6 +441,7 @@ def test_too_few_images_are_refused_before_anything_is_encoded(tmp_path, script)
 # --------------------------------------------------------------------------------- reproducible
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["ResMLP", "AdaLoRA"])
 def test_the_same_seed_twice_gives_the_same_checkpoints_and_json(arch, tmp_path, script, train):
     cache = tiny.write_cache(tmp_path / "cache", tiny.steep_tokens(12))

@@ -220,6 +220,7 @@ class CutOff(Exception):
     """What ends a script in the middle of its work."""
 
 
+@pytest.mark.slow
 def test_an_estimate_that_was_cut_off_goes_on_and_ends_in_the_same_bits(
     metric_file, tiny_cache, script, tmp_path, monkeypatch
 ):
@@ -278,6 +279,7 @@ def test_a_damaged_partial_estimate_is_refused_in_words(tiny_cache, script, tmp_
     assert done.returncode == 2 and f"remove {partial} to begin anew" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_estimate_of_few_images_uses_that_many(tiny_cache, dataset, script, tmp_path):
     out = tmp_path / "m.safetensors"
     done = script(

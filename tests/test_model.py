@@ -399,6 +399,7 @@ def test_a_config_without_a_grid_is_of_a_square_or_of_one_row():
         build(grid=(5, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "most"), [("ResMLP", 0.1), ("MLP", 0.1), ("AdaLoRA", 0.1)])
 def test_real_tokens_of_a_larger_grid_are_within_a_thousandth_of_the_svd(arch, most, larger_tokens):
     """A model made for 16 × 16, T = 529 of the demo's encoder, rank 128: see the class."""

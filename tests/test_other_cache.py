@@ -130,6 +130,7 @@ def test_tokens_of_another_width_are_refused(results, tmp_path, script):
     assert done.returncode == 2 and "name a cache of the same encoder and size" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_network_factors_compares_and_draws_images_of_another_size(
     results, tiny_data, tmp_path, script
 ):

@@ -192,7 +192,7 @@ MISTAKES = [
     ("compare_svd_nn.py", "--arch MLP", "best_model.pt does not exist"),
     ("extract_features.py", "--verify --cache_dir nowhere", "nowhere does not exist"),
     ("extract_features.py", "", "--dataset_dir is missing"),
-    ("extract_features.py", "--demo --model some/model", "--demo brings its own encoder"),
+    ("extract_features.py", "--demo --model some/model", "--demo, which brings its own encoder"),
     ("extract_features.py", "--demo --dataset_dir nowhere", "nowhere is not a folder"),
 ]
 

@@ -137,6 +137,7 @@ def test_flags_of_training_for_a_task_that_do_not_fit_are_refused(
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_every_table_shows_svd_and_network_in_the_metric_beside_the_plain_ones(
     metric_file, tiny_cache, script, tmp_path
 ):
