@@ -207,7 +207,7 @@ def arch_name(args: argparse.Namespace) -> str:
 
 
 def open_codec(args: argparse.Namespace, dataset: RealQwenVLDataset, metric) -> Codec:
-    """The codec at --codec. Raises InputError where it does not fit the cache or the metric."""
+    """Open --codec. Raises InputError where it does not fit the cache or the metric."""
     codec = Codec.load(args.codec)
     if codec.feature_dim != dataset.feature_dim:
         raise InputError(
@@ -318,7 +318,7 @@ def coded_rows(
     rows: Iterable[int],
     bar,
 ) -> list[CodedImage]:
-    """The rows' images, coded. Raises InputError that names an image whose target cannot be met."""
+    """Code the rows' images. Raises InputError that names one whose target cannot be met."""
     images = []
     for row in rows:
         raw, grid = dataset[[row]][0].float().cpu(), dataset.grids[row]

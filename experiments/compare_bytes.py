@@ -372,7 +372,7 @@ def fit_codecs(
 
 @dataclass
 class Setting:
-    """What all parts of a comparison share. codecs: None where each part fits its own."""
+    """The objects that all parts share. codecs: None where each part fits its own."""
 
     dataset: RealQwenVLDataset
     head: TaskHead | None

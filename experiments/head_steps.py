@@ -45,7 +45,7 @@ class Reader:
         return self.head.outputs(raw[None].to(self.device), self.rows)
 
     def loss(self, raw: Tensor) -> Tensor:
-        """Of decoded tokens [T, D], a scalar, with gradient."""
+        """Return the head's loss of decoded tokens [T, D], a scalar, with gradient."""
         return self.head.loss(self.outputs(raw), self.full)[0]
 
 

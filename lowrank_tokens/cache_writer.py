@@ -298,7 +298,10 @@ def _check_images(images: list[Tensor], rows: list[dict]) -> None:
 
 
 class _Part(NamedTuple):
-    """What commits a shard; entry: the `file_entry` of its shard, None without readable images."""
+    """The table that commits a shard.
+
+    entry: the `file_entry` of its shard, None without readable images.
+    """
 
     rows: pa.Table
     entry: dict | None

@@ -178,7 +178,7 @@ class CodedImage(NamedTuple):
 
 
 class Codec:
-    """What all images share, and `encode` and `decode` of one image's tokens.
+    """The arrays that all images share, with `encode` and `decode` of one image's tokens.
 
     arrays: klt [D, d] bfloat16 (P); inverse [D, d] bfloat16 (back to tokens; absent where it is P);
         scales [3] float32: steps of the mean and of log std, and the mean of log std; statistics

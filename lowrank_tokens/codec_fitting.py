@@ -32,7 +32,7 @@ Batches = Callable[[], Iterable[tuple[Tensor, Grid]]]  # raw tokens [b, T, D] an
 
 @dataclass
 class FittedArrays:
-    """What `Codec` is made of, and of how many training images."""
+    """The arrays of a `Codec`, and the number of training images behind them."""
 
     arrays: dict[str, Tensor]
     images: int

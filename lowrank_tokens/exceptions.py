@@ -1,4 +1,4 @@
-"""What is raised where the caller's input is wrong, as opposed to the code."""
+"""The exception for wrong input of the caller, as opposed to a fault of the code."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def finished_words(flag: str, folder: Path, what: str) -> str:
 
 
 class ShardWriter:
-    """What writers of such folders share; a subclass writes the shards, then calls `seal`.
+    """The base of writers of such folders; a subclass writes the shards, then calls `seal`.
 
     A subclass says what it is about: `flag`, under which the folder is typed; `kinds` of header
     that are its own; `commit`, the name, but for the number, of the file that commits a shard;

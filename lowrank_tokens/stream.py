@@ -42,7 +42,7 @@ class Extremes(NamedTuple):
 
 
 class StreamHeader(NamedTuple):
-    """What stands before the symbols of a coded image."""
+    """The header of a coded image, before its symbols."""
 
     form: str
     grid: Grid
