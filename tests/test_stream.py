@@ -13,7 +13,7 @@ from lowrank_tokens.stream import FORMS
 
 
 class Decoder:
-    """What docs/stream.md says, and nothing of the package."""
+    """A reader by the rules of docs/stream.md, which imports nothing of the package."""
 
     def __init__(self, arrays, identity):
         self.arrays, self.identity = arrays, identity
