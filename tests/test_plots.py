@@ -69,7 +69,7 @@ def maps():
 
 
 def runs() -> dict[str, dict]:
-    """Return runs for the figure of architectures: ResMLP, a direct MLP, and AdaLoRA trained for a head."""
+    """Return three runs: ResMLP, a direct MLP, and AdaLoRA trained for a head."""
     of_task = {"svd": {"mean": 0.1}, "network": {"mean": 0.06}, "svd_in_metric": {"mean": 0.05}}
     task = {"head": "saliency", "ranks": {"2": of_task, "4": of_task}}
 
