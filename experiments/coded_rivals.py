@@ -22,10 +22,10 @@ class CodecStatistics(Statistics):
         self.codec = codec
 
     def encode(self, raw: Tensor, grid: Grid) -> bytes:
-        return self.codec.encode_statistics(raw, grid)
+        return self.codec.statistics.encode(raw, grid)
 
     def decode(self, data: bytes, grid: Grid) -> tuple[Tensor, Tensor]:
-        return self.codec.decode_statistics(data, grid)
+        return self.codec.statistics.decode(data, grid)
 
 
 class Coded(Rival):

@@ -23,45 +23,35 @@ docs/stream.md specifies streams and the codec file to the bit.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowrank_tokens.codec_fitting import fit_arrays
-from lowrank_tokens.entropy import (
-    CODED_FROM,
-    OFFSET_LEVEL,
-    SIGMA_LEVEL,
-    SymbolReader,
-    Tables,
-    encode_symbols,
-    varint,
-    zigzag,
+from lowrank_tokens.codec_file import (
+    FORM_ARRAYS,
+    PROVENANCE,
+    arrays_sha256,
+    read_codec_file,
+    write_codec_file,
 )
+from lowrank_tokens.codec_fitting import fit_arrays
+from lowrank_tokens.entropy import Tables, encode_symbols
 from lowrank_tokens.exceptions import InputError
-from lowrank_tokens.files import save_tensors, sha256_file
-from lowrank_tokens.grids import Grid
+from lowrank_tokens.files import sha256_file
+from lowrank_tokens.grids import Grid, checked_grid
+from lowrank_tokens.levels import Levels, integers
 from lowrank_tokens.linalg import (
     LARGEST_FEATURE,
-    LeftSingular,
-    left_singular,
     normalise,
     usable_features,
 )
 from lowrank_tokens.rate_search import COARSEST, FINEST, Tried, guessed_index, search
 from lowrank_tokens.stream import (
-    EXTREMES,
     FACTORS,
     FORMS,
     STEP_UNITS,
@@ -74,44 +64,16 @@ from lowrank_tokens.stream import (
     positive_number,
     read_extremes,
     replace_extremes,
-    side_information,
     step_index,
     step_of,
     stream_header,
     write_extremes,
 )
-from lowrank_tokens.transform import (
-    LAMBDA,
-    adapted,
-    column_bits,
-    dct,
-    independent,
-    inverse_dct,
-    level_offsets,
-    on_grid,
-    orthonormal,
-    sigma_levels,
-    statistics_dct,
-    to_coded,
-    to_levels,
-    tokens_shift,
-)
+from lowrank_tokens.symbols import Prepared, Rounded, decoded_x, read_symbols, rounded
+from lowrank_tokens.token_statistics import TokenStatistics
+from lowrank_tokens.transform import dct, inverse_dct, orthonormal
 
-KIND, CODEC_FORMAT = "codec", 1
-
-DROPPED_BELOW = 2.0  # components with σ_k less than this many steps
-# Rank by rate: a component is dropped whose squared error is worth less than its bits, and
-# COMPONENT_BITS for what else it sends. In a metric this gained nothing.
-LAMBDA_A = 0.3
-COMPONENT_BITS = 5
-DROP_ROUNDS = 3
 IMAGES_AT_ONCE = 32  # of a batch that is decoded
-
-FORM_ARRAYS = {  # what only one form reads
-    FACTORS: ("rows", "columns", "starts"),
-    TRANSFORM: ("spectrum_left", "spectrum_right"),
-}
-PROVENANCE = "fitted_images"  # array that no decoding uses
 
 
 class SvdFactors(NamedTuple):
@@ -129,35 +91,6 @@ class ImageFactors(NamedTuple):
     b: Tensor  # [r, D]
     mean: Tensor  # [T]
     std: Tensor  # [T]
-
-
-@dataclass
-class Prepared:
-    """An image after all that does not depend on the step."""
-
-    z: Tensor  # Z [T, d] float32
-    statistics: np.ndarray  # symbols [2, T]
-    mean: Tensor  # [T, 1] float32, as decoded from the statistics
-    std: Tensor
-    grid: Grid
-    extremes: bytes = b""
-
-    @cached_property
-    def left_singular(self) -> LeftSingular:
-        """Return the left singular vectors and the singular values of Z."""
-        return left_singular(self.z)
-
-
-@dataclass
-class Rounded:
-    """The symbols of one image at one step."""
-
-    header: bytes  # behind HEADER
-    flags: int
-    parts: list[tuple[np.ndarray, np.ndarray]]  # symbols and levels, in reading order
-    rank: int
-    step_index: int
-    symbols: list[np.ndarray]  # of A [T, r] and B [d, r], or of Z [d, T]
 
 
 class StepChosen(NamedTuple):
@@ -180,14 +113,7 @@ class CodedImage(NamedTuple):
 class Codec:
     """The arrays that all images share, with `encode` and `decode` of one image's tokens.
 
-    arrays: klt [D, d] bfloat16 (P); inverse [D, d] bfloat16 (back to tokens; absent where it is P);
-        scales [3] float32: steps of the mean and of log std, and the mean of log std; statistics
-        [2, H, W] int16; tables int32 and table_sizes int16 (`entropy.Tables`); channel_exponents
-        [D] int8 (absent where all are 0: tokens are divided by 2^exponent).
-        `factors`: rows [buckets, H, W], columns [buckets, d] int16 and starts [buckets] int16, the
-        first component of each bucket. `transform`: spectrum_left [H, W, n] and spectrum_right
-        [n, d] int16, whose product is in 1/256 of a unit. Log variances are in 1/16 of a level.
-        fitted_images [n, 8] uint8: first bytes of the SHA-256 of images that it was fitted on.
+    arrays: as `codec_file` names them.
     info: what it was made from: encoder, data, metric, groups.
     sha256: of the file; None before it is saved.
     """
@@ -197,16 +123,12 @@ class Codec:
         self._klt = arrays["klt"].float()
         self._inverse = arrays.get("inverse", arrays["klt"]).float()
         self.in_metric = "inverse" in arrays
-        self._scales = arrays["scales"].tolist()
-        self._statistics = _integers(arrays["statistics"])
-        if "rows" in arrays:
-            self._rows, self._columns = _integers(arrays["rows"]), _integers(arrays["columns"])
-            self._starts = _integers(arrays["starts"])
-        self.tables = Tables(_integers(arrays["tables"]), arrays["table_sizes"].tolist())
+        self.levels = Levels(arrays)
+        self.tables = Tables(integers(arrays["tables"]), arrays["table_sizes"].tolist())
+        self.statistics = TokenStatistics(arrays["scales"].tolist(), self.levels, self.tables)
         self.feature_dim = len(self._klt)
         exponents = arrays.get("channel_exponents")
         self._channels = None if exponents is None else torch.exp2(exponents.float())  # [D]
-        self._maps: dict[Grid, np.ndarray] = {}
         self.identity = arrays_sha256(arrays)
 
     # ------------------------------------------------------------------------------------- files
@@ -214,20 +136,7 @@ class Codec:
     @classmethod
     def load(cls, path: str | Path) -> Codec:
         """Read a file of `save`. Raises InputError where it is missing, damaged or another."""
-        remedy = "fit one with Codec.fit (in the checkout: python -m experiments.fit_codec)"
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{path} is no codec, or damaged ({error}): {remedy}") from None
-        if metadata.get("kind") != KIND or metadata.get("format") != str(CODEC_FORMAT):
-            raise InputError(f"{path} is not a codec of format {CODEC_FORMAT}: {remedy}")
-        info = metadata.get("info", "")
-        hashes = arrays_sha256(arrays), provenance_sha256(arrays, info)
-        if hashes != (metadata.get("identity"), metadata.get("provenance_sha256")):
-            raise InputError(f"{path} is damaged (its content does not match its hash): {remedy}")
-        return cls(arrays, json.loads(info), sha256_file(path))
+        return cls(*read_codec_file(path), sha256_file(path))
 
     def other_encoder(self, encoder: dict) -> str | None:
         """Return in words how the encoder that the codec was fitted to differs from this one.
@@ -257,16 +166,7 @@ class Codec:
             if found != self.identity:
                 what = "something else" if found is None else f"another codec ({found[:8]})"
                 raise InputError(f"{path} holds {what}, which would be lost: name another file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        info = json.dumps(self.info)
-        metadata = {
-            "kind": KIND,
-            "format": str(CODEC_FORMAT),
-            "info": info,
-            "identity": self.identity,
-        }
-        metadata["provenance_sha256"] = provenance_sha256(self.tensors, info)
-        save_tensors(path, self.tensors, metadata)
+        write_codec_file(path, self.tensors, self.info)
         self.sha256 = sha256_file(path)
 
     @property
@@ -289,20 +189,13 @@ class Codec:
     @property
     def nbytes(self) -> int:
         """Return the bytes of all arrays that decoding uses."""
-        return sum(map(self.form_nbytes, FORMS)) - self._nbytes_of_both
+        return sum(a.nbytes for name, a in self.tensors.items() if name != PROVENANCE)
 
     def form_nbytes(self, form: str) -> int:
         """Return the bytes of the arrays that one form reads."""
-        return self._nbytes_of_both + sum(map(self._array_nbytes, FORM_ARRAYS[form]))
-
-    @property
-    def _nbytes_of_both(self) -> int:
-        own = {PROVENANCE, *FORM_ARRAYS[FACTORS], *FORM_ARRAYS[TRANSFORM]}
-        return sum(map(self._array_nbytes, set(self.tensors) - own))
-
-    def _array_nbytes(self, name: str) -> int:
-        array = self.tensors.get(name)
-        return 0 if array is None else array.numel() * array.element_size()
+        unread = {PROVENANCE, *FORM_ARRAYS[FACTORS], *FORM_ARRAYS[TRANSFORM]}
+        unread -= set(FORM_ARRAYS[form])
+        return sum(a.nbytes for name, a in self.tensors.items() if name not in unread)
 
     # ---------------------------------------------------------------------------------- encoding
 
@@ -446,7 +339,7 @@ class Codec:
         grid = checked_grid(grid)
         check_tokens(tokens, grid, self.feature_dim)
         raw, extremes = self._without_extremes(self._scaled_down(float_on_cpu(tokens)))
-        statistics, mean, std = self._round_statistics(raw, grid)
+        statistics, mean, std = self.statistics.rounded(raw, grid)
         if factors is None:
             z = self.transformed((raw - mean) / std, grid)
         else:
@@ -469,67 +362,7 @@ class Codec:
         return self._written(self._rounded(prepared, step_index(step), form))
 
     def _rounded(self, prepared: Prepared, index: int, form: str) -> Rounded:
-        """Return the symbols at a step of this index."""
-        grid, step = prepared.grid, step_of(index)
-        head = varint(grid[0]) + varint(grid[1]) + varint(zigzag(index))
-        flags = FORMS.index(form) | EXTREMES * bool(prepared.extremes)
-        statistics = prepared.statistics.ravel(), self._statistics_levels(grid)
-        if form == TRANSFORM:
-            levels = self._transform_levels(index, grid)
-            q, offsets = adapted(prepared.z.mT.numpy() / step, levels, self.tables)
-            side = side_information([], offsets)
-            parts = [statistics, *side, (q.ravel(), to_coded(levels + offsets).ravel())]
-            return Rounded(head + prepared.extremes, flags, parts, 0, index, [q])
-        q_a, q_b, sigma = self._rounded_factors(prepared, step)
-        rows, columns = self._row_levels(sigma, grid), self._column_levels(sigma)
-        offsets = [level_offsets(q_a, rows, self.tables), level_offsets(q_b, columns, self.tables)]
-        first = int(sigma[0]) if len(sigma) else 0
-        side = side_information(-np.diff(sigma), *offsets)
-        levels = [(rows + offsets[0]).ravel(), (columns + offsets[1]).ravel()]
-        body = np.concatenate([q_a.ravel(), q_b.ravel()]), to_coded(np.concatenate(levels))
-        head += varint(len(sigma)) + varint(zigzag(first)) + prepared.extremes
-        return Rounded(head, flags, [statistics, *side, body], len(sigma), index, [q_a, q_b])
-
-    def _rounded_factors(
-        self, prepared: Prepared, step: float
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the symbols of A [T, r] and B [d, r], and i_σ [r]."""
-        (u, s), grid = prepared.left_singular, prepared.grid
-        count = int((s >= DROPPED_BELOW * step).sum())
-        sigma = sigma_levels(s[:count], step)
-        weight = LAMBDA if self.in_metric else LAMBDA_A
-        values = (u[:, :count] * (s[:count] / step)).numpy()
-        q_a, _ = adapted(values, self._row_levels(sigma, grid), self.tables, weight)
-        for drops_left in reversed(range(DROP_ROUNDS)):
-            q_a, sigma, rows = self._kept(q_a, sigma, grid)
-            columns = self._column_levels(sigma)
-            values = (orthonormal(q_a).mT @ prepared.z / step).mT.numpy()
-            q_b, offsets_b = adapted(values, columns, self.tables)
-            if self.in_metric or not drops_left:
-                break
-            gain = (values**2 - (values - q_b) ** 2).sum(0)
-            bits = column_bits(q_a, rows, self.tables)
-            bits += column_bits(q_b, columns + offsets_b, self.tables) + COMPONENT_BITS
-            worth = gain >= LAMBDA * bits
-            if worth.all():
-                break
-            q_a, sigma = q_a[:, worth], sigma[worth]
-        return q_a, q_b, sigma
-
-    def _kept(
-        self, q_a: np.ndarray, sigma: np.ndarray, grid: Grid
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the independent columns of A's symbols, their i_σ and the levels they are coded
-        with. Components move up when others go, so that some symbols may have to become 0."""
-        while True:
-            keep = independent(q_a)
-            q_a, sigma = q_a[:, keep], sigma[keep]
-            rows = self._row_levels(sigma, grid)
-            rows = rows + level_offsets(q_a, rows, self.tables)
-            lost = (to_coded(rows) < CODED_FROM) & (q_a != 0)
-            if not lost.any():
-                return q_a, sigma, rows
-            q_a = np.where(lost, 0, q_a)
+        return rounded(prepared, index, form, self.levels, self.tables, self.in_metric)
 
     def _written(self, rounded: Rounded) -> bytes:
         rest = rounded.header + encode_symbols(rounded.parts, self.tables)
@@ -549,7 +382,7 @@ class Codec:
                 "a coded image of the form transform has no factors A and B: decode its tokens"
             )
         statistics, q_a, q_b = self._symbols(data, header)
-        mean, std = self._statistics_of(statistics, header.grid)
+        mean, std = self.statistics.of_symbols(statistics, header.grid)
         a = inverse_dct(orthonormal(q_a), header.grid)
         return ImageFactors(a, self._b(q_b, header.step), mean[:, 0], std[:, 0])
 
@@ -563,11 +396,11 @@ class Codec:
         """Decode X_hat [T, D], mean [T] and std [T] float32 of either form; errors as `decode`."""
         header = self.header(data)
         statistics, *symbols = self._symbols(data, header)
-        mean, std = self._statistics_of(statistics, header.grid)
+        mean, std = self.statistics.of_symbols(statistics, header.grid)
         return self._x_hat(symbols, header.form, header.step, header.grid), mean[:, 0], std[:, 0]
 
     def _x_hat(self, symbols: Sequence[np.ndarray], form: str, step: float, grid: Grid) -> Tensor:
-        return self._x_hat_batch([symbols], form, [step], grid, torch.device("cpu"))[0]
+        return decoded_x([symbols], form, [step], grid, self._inverse)[0]
 
     def decode(self, data: bytes) -> Tensor:
         """Decode tokens [T, D] float32, in the encoder's own units, of either form.
@@ -576,7 +409,7 @@ class Codec:
         """
         header = self.header(data)
         statistics, *symbols = self._symbols(data, header)
-        mean, std = self._statistics_of(statistics, header.grid)
+        mean, std = self.statistics.of_symbols(statistics, header.grid)
         x = self._x_hat(symbols, header.form, header.step, header.grid)
         return self.finished(x.mul_(std).add_(mean), header.extremes)
 
@@ -603,6 +436,7 @@ class Codec:
         Errors as `decode`, naming the position in the list.
         """
         device = torch.device(device or "cpu")
+        inverse = self._inverse.to(device)
         headers, read = [], []
         for i, data in enumerate(streams):
             try:
@@ -618,36 +452,11 @@ class Codec:
             for at in range(0, len(places), IMAGES_AT_ONCE):
                 some = places[at : at + IMAGES_AT_ONCE]
                 steps = [headers[i].step for i in some]
-                x = self._x_hat_batch([read[i][1:] for i in some], form, steps, grid, device)
+                x = decoded_x([read[i][1:] for i in some], form, steps, grid, inverse)
                 for one, i in zip(x, some, strict=True):
-                    mean, std = (t.to(device) for t in self._statistics_of(read[i][0], grid))
+                    mean, std = (t.to(device) for t in self.statistics.of_symbols(read[i][0], grid))
                     tokens[i] = self.finished(one * std + mean, headers[i].extremes)
         return tokens
-
-    def _x_hat_batch(
-        self,
-        symbols: list[list[np.ndarray]],
-        form: str,
-        steps: list[float],
-        grid: Grid,
-        device: torch.device,
-    ) -> Tensor:
-        """Return X_hat [n, T, D] of images of one grid and form."""
-        inverse = self._inverse.to(device)
-        last = [s[-1] for s in symbols]  # [d, r] or [d, T] each
-        used = np.flatnonzero(np.logical_or.reduce([q.any(1) for q in last]))
-        columns = inverse[:, torch.from_numpy(used).to(device)].mT
-        scaled = [
-            torch.from_numpy(q[used].T.astype(np.float32)) * s
-            for q, s in zip(last, steps, strict=True)
-        ]
-        sizes = [len(part) for part in scaled]
-        parts = (torch.cat(scaled).to(device) @ columns).split(sizes)  # one product for all images
-        if form == TRANSFORM:
-            return inverse_dct(torch.stack(parts), grid)
-        bases = [orthonormal(q[0]) for q in symbols]
-        a = inverse_dct(torch.cat(bases, dim=1).to(device), grid).split(sizes, dim=1)
-        return torch.stack([left @ right for left, right in zip(a, parts, strict=True)])
 
     def header(self, data: bytes) -> StreamHeader:
         """Return the header of a stream of this codec.
@@ -671,90 +480,7 @@ class Codec:
         return header
 
     def _symbols(self, data: bytes, header: StreamHeader) -> list[np.ndarray]:
-        """Return the statistics [2, T], and symbols of A [T, r] and B [d, r], or of Z [d, T]."""
-        grid, rank = header.grid, header.rank
-        reader = SymbolReader(data[header.end :], self.tables)
-        tokens = grid[0] * grid[1]
-        statistics = reader.read(self._statistics_levels(grid)).reshape(2, tokens)
-        if header.form == TRANSFORM:
-            offsets = reader.read(np.full(tokens, OFFSET_LEVEL)).cumsum()
-            levels = to_coded(self._transform_levels(header.step_index, grid) + offsets)
-            return [statistics, reader.read(levels.ravel()).reshape(levels.shape)]
-        falls = reader.read(np.full(max(rank - 1, 0), SIGMA_LEVEL))
-        offsets = reader.read(np.full(2 * rank, OFFSET_LEVEL)).reshape(2, rank).cumsum(1)
-        sigma = header.first - np.concatenate([[0], falls.cumsum()])[:rank]
-        rows, columns = self._row_levels(sigma, grid), self._column_levels(sigma)
-        levels = [(rows + offsets[0]).ravel(), (columns + offsets[1]).ravel()]
-        body = reader.read(to_coded(np.concatenate(levels)))
-        split = tokens * rank
-        return [
-            statistics,
-            body[:split].reshape(tokens, rank),
-            body[split:].reshape(self.num_directions, rank),
-        ]
-
-    # ------------------------------------------------------------------------------------ levels
-
-    def _on_grid(self, name: str, maps: np.ndarray, grid: Grid) -> np.ndarray:
-        """Return maps [n, H, W] as they are read on a grid: [n, T], computed once a grid."""
-        key = (name, grid)
-        if key not in self._maps:
-            self._maps[key] = on_grid(maps, grid).reshape(len(maps), -1)
-        return self._maps[key]
-
-    def _row_levels(self, sigma: np.ndarray, grid: Grid) -> np.ndarray:
-        """Return the levels of σ_k u_k: [T, r]."""
-        maps = self._on_grid("rows", self._rows, grid)
-        maps = maps + tokens_shift(self._rows.shape[1:], grid)
-        return to_levels(maps[self._bucket(len(sigma))].T) + sigma
-
-    def _column_levels(self, sigma: np.ndarray) -> np.ndarray:
-        """Return the levels of σ_k v_k: [d, r]."""
-        return to_levels(self._columns[self._bucket(len(sigma))].T) + sigma
-
-    def _bucket(self, rank: int) -> np.ndarray:
-        return np.searchsorted(self._starts, np.arange(rank), side="right") - 1
-
-    def _transform_levels(self, index: int, grid: Grid) -> np.ndarray:
-        """Return the levels of Z / Δ: [d, T]."""
-        if "spectrum_left" not in self.tensors:
-            raise InputError("this codec has no section for the form transform: fit one with it")
-        return to_levels(self._on_grid("spectrum", self._spectrum, grid) - index)
-
-    @cached_property
-    def _spectrum(self) -> np.ndarray:
-        """Return log standard deviations of Z's coefficients, in UNITS: [d, H, W] int64."""
-        left, right = (_integers(self.tensors[f"spectrum_{side}"]) for side in ("left", "right"))
-        return np.moveaxis((left @ right) >> 8, 2, 0)
-
-    def _statistics_levels(self, grid: Grid) -> np.ndarray:
-        """Return the levels of the statistics' symbols: [2 T]."""
-        return to_coded(to_levels(self._on_grid("statistics", self._statistics, grid))).ravel()
-
-    # -------------------------------------------------------------------------------- statistics
-
-    def encode_statistics(self, tokens: Tensor, grid: Grid) -> bytes:
-        """Return LayerNorm's statistics of tokens [T, D] as bytes, as streams hold them."""
-        symbols, _, _ = self._round_statistics(tokens.float(), grid)
-        return encode_symbols([(symbols.ravel(), self._statistics_levels(grid))], self.tables)
-
-    def decode_statistics(self, data: bytes, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Return mean and std [T, 1] float32 from `encode_statistics`' bytes."""
-        symbols = SymbolReader(data, self.tables).read(self._statistics_levels(grid))
-        return self._statistics_of(symbols.reshape(2, -1), grid)
-
-    def _round_statistics(self, raw: Tensor, grid: Grid) -> tuple[np.ndarray, Tensor, Tensor]:
-        """Return symbols [2, T] of LayerNorm's mean and log std, and mean and std [T, 1] as
-        decoded."""
-        symbols = (statistics_dct(raw, grid, self._scales)).round().to(torch.int64).numpy()
-        symbols[to_coded(self._statistics_levels(grid)).reshape(2, -1) < CODED_FROM] = 0
-        return symbols, *self._statistics_of(symbols, grid)
-
-    def _statistics_of(self, symbols: np.ndarray, grid: Grid) -> tuple[Tensor, Tensor]:
-        mean_step, log_step, log_std = self._scales
-        steps = torch.tensor([[mean_step], [log_step]])
-        mean, log = inverse_dct((torch.from_numpy(symbols).float() * steps).mT, grid).mT
-        return mean[:, None], (log + log_std).exp()[:, None]
+        return read_symbols(data, header, self.levels, self.tables, self.num_directions)
 
     # ----------------------------------------------------------------------------------- fitting
 
@@ -789,10 +515,6 @@ class Codec:
         return cls(fitted.arrays, (info or {}) | {"images": fitted.images})
 
 
-def _integers(array: Tensor) -> np.ndarray:
-    return array.numpy().astype(np.int64)
-
-
 def iter_once(batches: object) -> bool:
     """Return whether an iterable ends after it was read once, as generators do."""
     return not callable(batches) and iter(batches) is batches
@@ -801,15 +523,6 @@ def iter_once(batches: object) -> bool:
 def float_on_cpu(tensor: Tensor) -> Tensor:
     """Return a tensor as float32 on the CPU, where symbols are made, outside any gradient."""
     return tensor.detach().to("cpu", torch.float32)
-
-
-def checked_grid(grid: Sequence[int]) -> Grid:
-    """Return (rows, columns) of any sequence. Raises InputError where it is no grid of tokens."""
-    try:
-        rows, columns = map(operator.index, grid)
-    except (TypeError, ValueError):
-        raise InputError(f"grid = {grid!r} is not (rows, columns) in whole numbers") from None
-    return rows, columns
 
 
 def check_tokens(tokens: Tensor, grid: Grid, feature_dim: int) -> None:
@@ -828,27 +541,6 @@ def check_tokens(tokens: Tensor, grid: Grid, feature_dim: int) -> None:
             f"tokens have NaN or infinite entries, or some above {LARGEST_FEATURE:.0e}: leave the "
             "image out, or look at its encoder"
         )
-
-
-def arrays_sha256(arrays: dict[str, Tensor]) -> str:
-    """Return a codec's identity: SHA-256 of the format and of the arrays that decoding uses."""
-    digest = hashlib.sha256(f"lowrank_tokens codec {CODEC_FORMAT}".encode())
-    for name in sorted(set(arrays) - {PROVENANCE}):
-        _add_array(digest, name, arrays[name])
-    return digest.hexdigest()
-
-
-def provenance_sha256(arrays: dict[str, Tensor], info: str) -> str:
-    """Return SHA-256 of what a codec was made from."""
-    digest = hashlib.sha256(info.encode())
-    if PROVENANCE in arrays:
-        _add_array(digest, PROVENANCE, arrays[PROVENANCE])
-    return digest.hexdigest()
-
-
-def _add_array(digest: hashlib._Hash, name: str, array: Tensor) -> None:
-    digest.update(f"{name} {array.dtype} {list(array.shape)}".encode())
-    digest.update(array.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def relative(x: Tensor, decoded: Tensor) -> float:

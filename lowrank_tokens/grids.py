@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lowrank_tokens.exceptions import InputError
 
 Grid = tuple[int, int]
 MAX_SIDE = 65536  # tokens of a side: a file that says more is damaged
@@ -18,6 +21,15 @@ def most_frequent(grids: Sequence[Grid]) -> Grid:
     """Return the grid that most images have; of several that with most tokens, then most rows."""
     counts = Counter(grids)
     return max(counts, key=lambda grid: (counts[grid], math.prod(grid), grid))
+
+
+def checked_grid(grid: Sequence[int]) -> Grid:
+    """Return (rows, columns) of any sequence. Raises InputError where it is no grid of tokens."""
+    try:
+        rows, columns = map(operator.index, grid)
+    except (TypeError, ValueError):
+        raise InputError(f"grid = {grid!r} is not (rows, columns) in whole numbers") from None
+    return rows, columns
 
 
 def token_range(grids: Sequence[Grid]) -> str:
