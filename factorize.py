@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from common import arguments, processes
+from common.codecs import codec_for_cache
 from heads.metric import load_metric, network_in_metric
 from lowrank_tokens import progress
 from lowrank_tokens.codec import Codec, CodedImage, SvdFactors
@@ -208,18 +209,8 @@ def arch_name(args: argparse.Namespace) -> str:
 
 def open_codec(args: argparse.Namespace, dataset: RealQwenVLDataset, metric) -> Codec:
     """Open --codec. Raises InputError where it does not fit the cache or the metric."""
-    codec = Codec.load(args.codec)
-    if codec.feature_dim != dataset.feature_dim:
-        raise InputError(
-            f"--codec {args.codec} is of {codec.feature_dim} features, --cache_dir has "
-            f"{dataset.feature_dim}: fit one with experiments.fit_codec --cache_dir "
-            f"{dataset.cache_dir}"
-        )
-    if not args.other_encoder and (other := codec.other_encoder(dataset.manifest["encoder"])):
-        raise InputError(
-            f"--codec {args.codec} {other}: fit one with experiments.fit_codec --cache_dir "
-            f"{dataset.cache_dir}, or type --other_encoder to go on all the same"
-        )
+    otherwise = ", or type --other_encoder to go on all the same"
+    codec = codec_for_cache(args.codec, dataset, args.other_encoder, otherwise)
     if args.exact or args.form == TRANSFORM:
         return codec
     own = codec.info.get("metric_sha256")

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import arguments
+from common.codecs import codec_for_cache
 from common.results import keep_other_caches_results
 from encoders.image_sources import image_bytes, open_source, read_image
 from encoders.native_size import size_in
@@ -321,16 +322,8 @@ def spread(rows: list[int], most: int | None) -> list[int]:
 
 
 def load_codecs(paths: list[str], dataset: RealQwenVLDataset) -> list[Codec]:
-    """Return the codecs of --codec; InputError for two of one kind, or one of another encoder."""
-    codecs = [Codec.load(path) for path in paths]
-    for path, codec in zip(paths, codecs, strict=True):
-        if codec.feature_dim != dataset.feature_dim:
-            raise InputError(
-                f"--codec {path} codes {codec.feature_dim} features, {dataset.cache_dir} has "
-                f"{dataset.feature_dim}: fit one with experiments.fit_codec"
-            )
-        if words := codec.other_encoder(dataset.manifest["encoder"]):
-            raise InputError(f"--codec {path} {words}: fit one with experiments.fit_codec")
+    """Return the codecs of --codec. Raises InputError where one does not fit, or two are alike."""
+    codecs = [codec_for_cache(path, dataset) for path in paths]
     if len({codec.in_metric for codec in codecs}) < len(codecs):
         raise InputError("--codec: type one file without a metric, one with a metric, or both")
     return codecs

@@ -31,7 +31,7 @@ HEAD_STEPS = 4
 LENGTH = 0.5
 
 
-class Reader:
+class HeadReader:
     """A head, and its output of one image's full raw tokens [T, D], row of the cache."""
 
     def __init__(self, head: TaskHead, raw: Tensor, row: int, device: torch.device | str) -> None:
@@ -41,7 +41,7 @@ class Reader:
             self.full = self.outputs(raw)
 
     def outputs(self, raw: Tensor) -> Tensor:
-        """[1, ...] of raw tokens [T, D]."""
+        """Return the head's output [1, ...] of raw tokens [T, D]."""
         return self.head.outputs(raw[None].to(self.device), self.rows)
 
     def loss(self, raw: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Reader:
 
 
 def encode_with_head_steps(
-    codec: Codec, prepared: Prepared, step: float, reader: Reader, steps: int = HEAD_STEPS
+    codec: Codec, prepared: Prepared, step: float, reader: HeadReader, steps: int = HEAD_STEPS
 ) -> bytes:
     """Find the bytes at step Δ with the least loss of the head, of `steps` + 1 tries.
 
@@ -116,10 +116,10 @@ class FactorsHeadSteps(FactorsQuantised):
         return a[0].cpu(), b[0].cpu()
 
 
-def reader_of(image: TokenImage, head: TaskHead, device: torch.device | str) -> Reader:
+def reader_of(image: TokenImage, head: TaskHead, device: torch.device | str) -> HeadReader:
     """Return the image's reader, made once for each head and device."""
     readers = image.__dict__.setdefault("readers", {})
     key = head, str(device)
     if key not in readers:
-        readers[key] = Reader(head, image.raw, image.row, device)
+        readers[key] = HeadReader(head, image.raw, image.row, device)
     return readers[key]

@@ -13,6 +13,7 @@ from tiny import steep_tokens
 from torch.utils.data import DataLoader
 
 import factorize
+from common.codecs import codec_for_cache
 from lowrank_tokens import shards as shard_folder
 from lowrank_tokens import transform
 from lowrank_tokens.codec import Codec
@@ -563,6 +564,20 @@ def test_another_codec_and_damage_are_refused(write, tiny_cache, codec_file, tmp
     other.save(folder / "codec.safetensors")
     with pytest.raises(InputError, match="another codec"):
         VisionTokens(folder)
+
+
+def test_a_codec_of_another_size_or_encoder_is_refused_unless_that_encoder_is_accepted(
+    codec_file, tiny_cache, tmp_path
+):
+    cache, path = RealQwenVLDataset(tiny_cache), tmp_path / "other.safetensors"
+    Codec.fit(of_grid(some_tokens(8)[..., :20].split(4))).save(path)
+    with pytest.raises(InputError, match=f"is of 20 features, .* has {cache.feature_dim}"):
+        codec_for_cache(path, cache, accept_other_encoder=True)
+    info = {"encoder": {"id": "another"}}
+    Codec(Codec.load(codec_file).tensors, info).save(path, overwrite=True)
+    with pytest.raises(InputError, match="was fitted to encoder another, .*: fit one with .*, or"):
+        codec_for_cache(path, cache, otherwise=", or so")
+    assert codec_for_cache(path, cache, accept_other_encoder=True).info == info
 
 
 @pytest.mark.parametrize(
