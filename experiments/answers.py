@@ -2,10 +2,12 @@
 
     python -m experiments.answers --results_dir results_task
     python -m experiments.answers --boxes --images 200
+    python -m experiments.answers --coded factors/coded-1 factors/coded-4   # answers against bytes
 
-Writes results/<arch>/answers.json: scores of the full tokens, and of network, SVD and (with
---metric) the SVD in the task's metric at each rank, on the same test images, with approximate 95 %
-intervals over groups. The model is loaded once and generates once for each image, method and rank.
+Writes results/<arch>/answers.json: scores of the full tokens, of network, SVD and (with --metric)
+the SVD in the task's metric at each rank, and of coded tokens with their bytes, on the same test
+images, with approximate 95 % intervals over groups. The model is loaded once and generates once for
+each image, method and rank, and for each image and folder of coded tokens.
 Images that are done stand in answers.partial.jsonl: after a cut the same command goes on from it.
 """
 
@@ -27,6 +29,7 @@ from heads.task_error import Factorise, closed_form, cut_at_ranks
 from heads.task_head import Score, TaskHead
 from lowrank_tokens.errors import summarise
 from lowrank_tokens.exceptions import InputError
+from lowrank_tokens.factor_files import CODED, CodedShards, read_factors_manifest
 from lowrank_tokens.files import sha256_file, sole_writer, write_json
 from lowrank_tokens.linalg import denormalise, exact_factors
 from qwenvl_dataloader import Batch, RealQwenVLDataset, create_data_loaders_real
@@ -59,6 +62,15 @@ def get_args_parser() -> arguments.Parser:
         default=[8, 32],
         metavar="R",
         help="ranks of A·B; each is one more answer for each image and method",
+    )
+    group.add_argument(
+        "--coded",
+        type=arguments.folder,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders of coded tokens of this cache (factorize.py --codec): their answers and "
+        "bytes join the table",
     )
     group.add_argument(
         "--images",
@@ -94,6 +106,9 @@ def main(args: argparse.Namespace) -> None:
         check_head(metric, head)
         methods["svd_in_metric"] = closed_form(metric)
         fitted["metric"] = metric.info.get("seen")
+    coded = {str(folder): open_coded(folder, dataset) for folder in args.coded}
+    for shards in coded.values():
+        fitted["codec"] = shards.codec.seen
     ranks = sorted(set(args.ranks))
     most = model.current_effective_rank()
     if ranks[-1] > most:
@@ -114,13 +129,14 @@ def main(args: argparse.Namespace) -> None:
         "metric": sha256_file(args.metric) if args.metric else None,
         "ranks": ranks,
         "scores": list(scores),
+        "coded": [shards.manifest["content_sha256"] for shards in coded.values()],
     }
     with sole_writer(folder, "--results_dir"):
         partial = PartialResults(folder / "answers.partial.jsonl", header, anew=True)
         missing = [row for row in rows if ("test", row) not in partial.records]
         if missing:
             for batch in test.only(torch.tensor(missing)).with_progress("answers"):
-                partial.add("test", answer(batch, methods, ranks, scores))
+                partial.add("test", answer(batch, methods, ranks, scores, coded))
         results = {
             "head": head.name,
             "head_sha256": head.sha256,
@@ -129,14 +145,34 @@ def main(args: argparse.Namespace) -> None:
             "n_images": len(rows),
             "n_seen_left_out": judged.left_out,  # null: overlap unknown
             "data": dataset.label,
+            "bytes": {name: mean_bytes(shards, rows) for name, shards in coded.items()},
             "methods": summarise_scores([partial.records["test", r] for r in rows], dataset, rows),
         }
         path = folder / "answers.json"
         keep_other_caches_results(path, [], dataset.content_sha256)
         write_json(path, results)
         partial.remove()
-    print_scores(results["methods"], ranks)
+    print_scores(results["methods"], ranks, results["bytes"])
     print(f"wrote {path}")
+
+
+def open_coded(folder: str, dataset: RealQwenVLDataset) -> CodedShards:
+    """Open a folder of --coded; InputError where it is not of coded tokens of this cache."""
+    manifest = read_factors_manifest(folder)
+    if manifest["dtype"] != CODED:
+        raise InputError(f"--coded {folder} holds no coded tokens: write it with --codec")
+    own = sha256_file(dataset.cache_dir / "manifest.json")
+    if manifest["cache"]["manifest_sha256"] != own:
+        raise InputError(
+            f"--coded {folder} was written from another cache than {dataset.cache_dir}: name that "
+            "one with --cache_dir"
+        )
+    return CodedShards(folder, manifest)
+
+
+def mean_bytes(shards: CodedShards, rows: list[int]) -> float:
+    """Return the mean bytes of these rows' coded images."""
+    return sum(len(shards.bytes_of(row)) for row in rows) / len(rows)
 
 
 def wanted_scores(head: TaskHead, boxes: bool) -> dict[str, Score]:
@@ -163,17 +199,22 @@ def spread_over_groups(dataset: RealQwenVLDataset, rows: Tensor, count: int) -> 
 
 @torch.no_grad()
 def answer(
-    batch: Batch, methods: dict[str, Factorise], ranks: list[int], scores: dict[str, Score]
+    batch: Batch,
+    methods: dict[str, Factorise],
+    ranks: list[int],
+    scores: dict[str, Score],
+    coded: dict[str, CodedShards],
 ) -> dict[int, dict]:
-    """Return row → "method" or "method, rank" → score → value, of one batch's images."""
-    tokens = {FULL: batch.x}
+    """Return row → method, "method, rank" or folder → score → value, of one batch's images."""
+    tokens = {FULL: denormalise(batch.x, batch.mean, batch.std)}
     for name, factorise in methods.items():
         for rank in ranks:
             a, b = factorise(batch, rank)
-            tokens[key(name, rank)] = a @ b
+            tokens[key(name, rank)] = denormalise(a @ b, batch.mean, batch.std)
+    for name, shards in coded.items():
+        tokens[name] = torch.stack(shards.tokens_of(batch.rows.tolist())).to(batch.x)
     found: dict[int, dict] = {row: {} for row in batch.rows.tolist()}
-    for name, x in tokens.items():
-        raw = denormalise(x, batch.mean, batch.std)
+    for name, raw in tokens.items():
         values = {score: judge(raw, batch.rows).tolist() for score, judge in scores.items()}
         for i, row in enumerate(found):
             found[row][name] = {score: of_images[i] for score, of_images in values.items()}
@@ -197,9 +238,10 @@ def summarise_scores(images: list[dict], dataset: RealQwenVLDataset, rows: list[
     return found
 
 
-def print_scores(methods: dict, ranks: list[int]) -> None:
-    """Print a line for each score and method."""
-    names = list(dict.fromkeys(name.partition(",")[0] for name in methods if name != FULL))
+def print_scores(methods: dict, ranks: list[int], sizes: dict[str, float]) -> None:
+    """Print a line for each score and method; `sizes` are the bytes of the coded folders."""
+    whole = {FULL, *sizes}
+    names = list(dict.fromkeys(name.rpartition(",")[0] for name in methods if name not in whole))
     for score, full in methods[FULL].items():
         print(f"{score}, mean; full tokens {_number(full['mean'])}")
         rows = [["", *(f"rank {rank}" for rank in ranks)]]
@@ -207,6 +249,8 @@ def print_scores(methods: dict, ranks: list[int]) -> None:
             means = [methods[key(name, rank)][score]["mean"] for rank in ranks]
             rows.append([name, *map(_number, means)])
         print_columns(rows)
+        for folder, size in sizes.items():
+            print(f"{folder}, {size:.0f} bytes an image: {_number(methods[folder][score]['mean'])}")
 
 
 def _number(mean: float | None) -> str:

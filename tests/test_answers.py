@@ -75,7 +75,7 @@ def test_each_image_is_asked_about_its_own_tokens_of_every_method_and_rank(datas
     def nothing(of, rank):
         return torch.zeros(len(of.rows), 16, rank), torch.zeros(len(of.rows), rank, 1536)
 
-    found = answers.answer(batch, {"svd": nothing}, [1, 2], {"score": brightness})
+    found = answers.answer(batch, {"svd": nothing}, [1, 2], {"score": brightness}, {})
     raw = dataset[batch.rows.tolist()].double().mean((1, 2))
     for i, row in enumerate(batch.rows.tolist()):
         assert set(found[row]) == {"full_tokens", "svd, rank 1", "svd, rank 2"}

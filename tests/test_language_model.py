@@ -368,12 +368,21 @@ def test_every_step_runs_end_to_end_on_qwens_own_head(qwen_cache, script, tmp_pa
     assert "val_task_error" in done.stdout
     history = json.loads((tmp_path / "task" / "ResMLP" / "history.json").read_text())
     assert history[-1]["val_task_loss"] > 0
+    codec, coded = tmp_path / "codec.safetensors", tmp_path / "coded"
+    cache = ["--cache_dir", qwen_cache]
+    assert script("experiments.fit_codec", *cache, "--out", codec).returncode == 0
+    files = ["--codec", codec, "--out", coded]
+    done = script("factorize.py", *cache, "--exact", *files, "--step", 1)
+    assert done.returncode == 0, done.stderr
     asked = ["--metric", path, "--ranks", 2, 4, "--boxes", "--results_dir", tmp_path / "task"]
+    asked += ["--coded", coded]
     done = script("experiments.answers", *options, *asked)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "task" / "ResMLP" / "answers.json").read_text())
     assert results["head"] == "qwen-answer"
-    methods = ("full_tokens", "network, rank 2", "svd, rank 4", "svd_in_metric, rank 4")
+    assert list(results["bytes"]) == [str(coded)] and results["bytes"][str(coded)] > 8
+    assert f"{coded}, " in done.stdout
+    methods = ("full_tokens", "network, rank 2", "svd, rank 4", "svd_in_metric, rank 4", str(coded))
     for found in (results["methods"][name] for name in methods):
         assert 0 <= found["vqa_accuracy"]["mean"] <= 1 and 0 <= found["box_overlap"]["mean"] <= 1
     done = script(
