@@ -452,7 +452,10 @@ class Codec:
             for at in range(0, len(places), IMAGES_AT_ONCE):
                 some = places[at : at + IMAGES_AT_ONCE]
                 steps = [headers[i].step for i in some]
-                x = decoded_x([read[i][1:] for i in some], form, steps, grid, inverse)
+                try:
+                    x = decoded_x([read[i][1:] for i in some], form, steps, grid, inverse)
+                except InputError as error:
+                    raise InputError(f"one of streams{some}: {error}") from None
                 for one, i in zip(x, some, strict=True):
                     mean, std = (t.to(device) for t in self.statistics.of_symbols(read[i][0], grid))
                     tokens[i] = self.finished(one * std + mean, headers[i].extremes)

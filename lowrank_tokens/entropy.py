@@ -32,6 +32,7 @@ TOTAL = 1 << 24
 LARGEST_TABLE = 255  # symbols of one sign
 SHAPES = (*range(LOWEST, HIGHEST + 1), 0, 1)  # level whose shape a table has
 LEVELS = len(SHAPES)
+LARGEST_NUMBER = 2**62  # a stream that says more is damaged: sums with it are int64
 
 # Shape of a coefficient about its level, fitted to coefficients of training images as rounded by
 # rate: Gaussians of (level difference, weight) and a Laplace distribution for tails.
@@ -200,12 +201,17 @@ def varint(value: int) -> bytes:
 
 
 def read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """Read the integer that begins at byte `at`; return it and where it ends."""
+    """Read the integer that begins at byte `at`; return it and where it ends.
+
+    Raises InputError where it does not end, or is above LARGEST_NUMBER.
+    """
     value = shift = 0
     while at < len(data):
         byte = data[at]
         value |= (byte & 127) << shift
         at, shift = at + 1, shift + 7
+        if value > LARGEST_NUMBER:
+            raise InputError("a coded stream is damaged (a number is too large)")
         if byte < 128:
             return value, at
     raise InputError("a coded stream is damaged (a number does not end)")

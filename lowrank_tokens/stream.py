@@ -23,10 +23,11 @@ STREAM_FORMAT = 1
 FORMS = ("factors", "transform")
 FACTORS, TRANSFORM = FORMS
 EXTREMES = 2  # bit of a stream's first byte: extreme entries follow its header
+KNOWN_BITS = 1 | EXTREMES
 # 16 · format + bits, first four bytes of the codec's identity, CRC-32 of all other bytes
 HEADER = struct.Struct("<B4sI")
 STEP_UNITS = 64  # of an octave of Δ: the grid of levels, UNITS to a level
-LARGEST_STEP_INDEX = 1024 * STEP_UNITS  # Δ beyond is no float64
+LARGEST_STEP_INDEX = 32 * STEP_UNITS  # either way: of finer steps symbols are no integers
 MOST_TOKENS = 2**20  # of an image: 14336 pixels square at 14 a token
 
 # An entry of a token is extreme above this share of the token's energy, and that many of its std.
@@ -59,8 +60,14 @@ class StreamHeader(NamedTuple):
 
 
 def step_index(step: float) -> int:
-    """Return the index of the nearest step 2^(i / 64). Raises InputError where it is not > 0."""
-    return round(STEP_UNITS * math.log2(positive_number("step", step)))
+    """Return the index of the nearest step 2^(i / 64).
+
+    Raises InputError where it is not a number from 2^-32 to 2^32.
+    """
+    index = round(STEP_UNITS * math.log2(positive_number("step", step)))
+    if abs(index) > LARGEST_STEP_INDEX:
+        raise InputError(f"step = {step!r} is out of range: give 2^-32 to 2^32")
+    return index
 
 
 def step_of(index: int) -> float:
@@ -90,7 +97,7 @@ def stream_header(data: bytes) -> StreamHeader:
 
     Raises InputError where the bytes are damaged or of another format.
     """
-    if len(data) < HEADER.size or data[0] >> 4 != STREAM_FORMAT:
+    if len(data) < HEADER.size or data[0] & ~KNOWN_BITS != 16 * STREAM_FORMAT:
         raise InputError("a coded image is damaged, or of another format: write it again")
     if zlib.crc32(data[HEADER.size :], zlib.crc32(data[:5])) != HEADER.unpack_from(data)[2]:
         raise InputError("a coded image is damaged (its checksum differs): write it again")
@@ -103,7 +110,7 @@ def stream_header(data: bytes) -> StreamHeader:
             f"a coded image is damaged (its grid is {height} x {width} tokens): write it again"
         )
     if abs(unzigzag(index)) > LARGEST_STEP_INDEX:
-        raise InputError("a coded image is damaged (its step is no number): write it again")
+        raise InputError("a coded image is damaged (its step is out of range): write it again")
     rank = first = 0
     if form == FACTORS:
         rank, at = read_varint(data, at)
@@ -181,7 +188,7 @@ def write_extremes(tokens: Tensor, extreme: Tensor) -> bytes:
 def read_extremes(data: bytes, at: int) -> tuple[Extremes, int]:
     """Read extreme entries from byte `at`; return them and where they end.
 
-    Raises InputError where they are cut off.
+    Raises InputError where they are cut off, not in rising order or not finite.
     """
     count, at = read_varint(data, at)
     steps = []
@@ -193,5 +200,9 @@ def read_extremes(data: bytes, at: int) -> tuple[Extremes, int]:
             "a coded image is damaged (its extreme entries do not end): write it again"
         )
     bits = np.frombuffer(data, "<u2", count, at).astype(np.uint32) << 16
-    positions = np.cumsum(np.array(steps, dtype=np.int64))
-    return Extremes(positions, bits.view(np.float32)), at + 2 * count
+    positions, values = np.cumsum(np.array(steps, dtype=np.int64)), bits.view(np.float32)
+    if 0 in steps[1:] or not np.isfinite(values).all():
+        raise InputError(
+            "a coded image is damaged (its extreme entries are no order of numbers): write it again"
+        )
+    return Extremes(positions, values), at + 2 * count

@@ -19,6 +19,7 @@ from lowrank_tokens.entropy import (
     STEPS_AN_OCTAVE,
     Tables,
 )
+from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.grids import Grid
 from lowrank_tokens.linalg import normalise
 
@@ -213,8 +214,11 @@ def orthonormal(q: np.ndarray) -> Tensor:
     """Return an orthonormal basis of the columns of q [T, r] in their order and direction, float32.
 
     By the Cholesky factor of the float64 Gram matrix; `independent` keeps its condition small.
+    Raises InputError where columns are a combination of others, which are not what was encoded.
     """
     unit = torch.from_numpy(q.astype(np.float64))
     unit = unit / unit.norm(dim=0).clamp_min(1e-30)
-    lower = torch.linalg.cholesky(unit.mT @ unit)
+    lower, failed = torch.linalg.cholesky_ex(unit.mT @ unit)
+    if failed:
+        raise InputError("a coded image is damaged (its components are dependent): write it again")
     return torch.linalg.solve_triangular(lower, unit.mT, upper=False).mT.float()

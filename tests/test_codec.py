@@ -2,8 +2,6 @@
 
 import json
 import math
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -25,13 +23,11 @@ from lowrank_tokens.entropy import (
     SymbolReader,
     Tables,
     encode_symbols,
-    read_varint,
-    varint,
 )
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.factor_files import VisionTokens, load_factors, read_factors
 from lowrank_tokens.linalg import normalise
-from lowrank_tokens.stream import FORMS, HEADER
+from lowrank_tokens.stream import FORMS
 from lowrank_tokens.transform import OFFSETS, dct, inverse_dct, level_offsets, off_grid, on_grid
 from qwenvl_dataloader import RealQwenVLDataset
 
@@ -169,18 +165,6 @@ def test_constant_tokens_are_coded_at_rank_0(codec, form):
     assert raw_error(raw, codec.decode_batch([data])[0]) < 0.05
 
 
-@by_form
-def test_any_flipped_byte_and_any_shorter_stream_is_refused(codec, form):
-    data = codec.encode(some_tokens(1, seed=4)[0], GRID, step=1.5, form=form)
-    for i in range(len(data)):
-        flipped = bytearray(data)
-        flipped[i] ^= 1 << i % 8
-        with pytest.raises(InputError, match="damaged"):
-            codec.decode(bytes(flipped))
-        with pytest.raises(InputError, match="damaged"):
-            codec.decode(data[:i])
-
-
 def test_a_codec_is_read_as_it_was_saved_and_a_flipped_byte_of_it_is_found(codec, tmp_path):
     path = tmp_path / "codec.safetensors"
     codec.save(path)
@@ -253,6 +237,9 @@ def test_tokens_and_arguments_that_cannot_be_coded_are_refused_by_name(codec):
     for step in (0.0, -1.0, math.nan, "1"):
         with pytest.raises(InputError, match="step = .* is not a finite number above 0"):
             codec.encode(raw, GRID, step=step)
+    for step in (1e-19, 1e30):  # an IndexError of numpy, and zeros
+        with pytest.raises(InputError, match="step = .* is out of range"):
+            codec.encode(raw, GRID, step=step)
     with pytest.raises(InputError, match=r"tokens \[24, 40\] are not \[T, 48\]"):
         codec.encode(raw[:, :40], GRID, step=1.0)
     with pytest.raises(InputError, match="grid of 5 x 5 does not fit 24 tokens"):
@@ -263,23 +250,6 @@ def test_tokens_and_arguments_that_cannot_be_coded_are_refused_by_name(codec):
         codec.encode(raw.numpy(), GRID, step=1.0)
     with pytest.raises(TypeError, match="batches can be read only once"):
         Codec.fit(iter(of_grid([raw[None]])))
-
-
-def with_grid(data, *grid):
-    """The stream, its grid replaced and its checksum made to fit."""
-    _, at = read_varint(data, HEADER.size)
-    _, at = read_varint(data, at)
-    rest = b"".join(map(varint, grid)) + data[at:]
-    return data[:5] + struct.pack("<I", zlib.crc32(rest, zlib.crc32(data[:5]))) + rest
-
-
-@by_form
-def test_a_stream_of_a_huge_grid_or_none_is_refused_though_its_checksum_fits(codec, form):
-    data = codec.encode(some_tokens(1)[0], GRID, step=0.3, form=form)
-    assert with_grid(data, *GRID) == data
-    for grid in ((0, 24), (1, 65537), (2**40, 2**40), (65536, 65536)):
-        with pytest.raises(InputError, match=f"its grid is {grid[0]} x {grid[1]} tokens"):
-            codec.decode(with_grid(data, *grid))
 
 
 @by_form
