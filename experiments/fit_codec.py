@@ -24,7 +24,7 @@ from lowrank_tokens.codec import Codec
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.grids import Grid, batches_of_one_grid, most_frequent
 from qwenvl_dataloader import RealQwenVLDataset
-from training.unseen import images_of
+from training.unseen import all_seen, images_of
 
 GOLDEN = 0.6180339887
 
@@ -90,21 +90,22 @@ def main(args: argparse.Namespace) -> None:
             yield dataset[part].to(device), dataset.grids[part[0]]
 
     seen = images_of(dataset, torch.tensor(rows))
+    if metric:
+        seen = all_seen(seen, metric.info.get("seen"))
     info = {
         "data": dataset.label,
         "encoder": dataset.manifest["encoder"],
         "cache": cache_hashes(dataset),
         "metric_sha256": metric.sha256 if metric else None,
         "head": metric.head if metric else None,
-        "groups": seen["group"],
-    }
+    } | ({"groups": seen["group"]} if seen else {})
     start = time.perf_counter()
     codec = Codec.fit(
         batches,
         grid=grid,
         metric=metric.matrix if metric else None,
         info=info,
-        image_hashes=seen["image_sha256"],
+        image_hashes=seen["image_sha256"] if seen else (),
     )
     try:
         codec.save(path, args.overwrite)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from conftest import hashes
 from tiny import steep_tokens
@@ -235,6 +236,25 @@ def test_a_run_with_a_target_prints_that_note(write, monkeypatch):
     assert "about the rest" not in write("--target_error", TARGET).stdout
     monkeypatch.setattr(error_measures, "MOST_ENERGY", 0.0)
     assert "about the rest: there it is 0." in write("--target_error", TARGET, "--overwrite").stdout
+
+
+def test_a_target_in_bytes_prints_that_note_too(script, tmp_path):
+    """It was printed beside a target of error alone."""
+    tokens = steep_tokens(30)
+    caches = {"even": tokens, "uneven": tokens * torch.ones(48).index_fill(0, torch.tensor(7), 200)}
+    for name, images in caches.items():
+        cache, out = tiny.write_cache(tmp_path / name, images), tmp_path / f"{name}.safetensors"
+        fitted = script("experiments.fit_codec", "--cache_dir", cache, "--out", out)
+        assert fitted.returncode == 0, fitted.stderr
+        flags = "--cache_dir", cache, "--exact", "--codec", out, "--target_kb", 0.2
+        done = script("factorize.py", *flags, "--out", tmp_path / f"coded {name}")
+        assert done.returncode == 0, done.stderr
+        note = "note: 1 channels (7) hold"
+        assert (
+            (note in done.stdout)
+            == ("the rest: there it is 0." in done.stdout)
+            == (name == "uneven")
+        ), done.stdout
 
 
 def test_a_finished_folder_is_replaced_only_when_asked_to(write, tmp_path):

@@ -6,9 +6,11 @@ import signal
 
 import pytest
 import torch
+from tiny import steep_tokens
 
 import train_real_data
 from common import arguments
+from lowrank_tokens.cache_writer import write_cache
 from lowrank_tokens.errors import optimum
 from lowrank_tokens.exceptions import InputError
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
@@ -207,6 +209,18 @@ def test_a_run_is_not_resumed_on_other_images_of_the_same_groups(tiny_cache, tmp
     save_checkpoint(path, state | {"images": images})
     with pytest.raises(InputError, match="was trained on other images: 2 of its"):
         train(tmp_path, tiny_cache, "--resume", "last", "--epochs", "1")
+
+
+def test_a_run_on_tokens_without_images_is_not_resumed_on_others_of_the_same_groups(tmp_path):
+    """No image, no hash: only the groups' names were compared, and the run went on."""
+    for name, seed in (("cache", 0), ("same", 0), ("other", 1)):
+        items = [{"tokens": t, "group": f"g{i}"} for i, t in enumerate(steep_tokens(12, seed=seed))]
+        write_cache(tmp_path / name, items, encoder_id="my-vit")
+    train(tmp_path, tmp_path / "cache", "--epochs", "1")
+    path = tmp_path / "results" / "ResMLP" / "last_model.pt"
+    load_checkpoint(path, RealQwenVLDataset(tmp_path / "same"))
+    with pytest.raises(InputError, match="was trained on a cache with content_sha256 = "):
+        train(tmp_path, tmp_path / "other", "--resume", "last", "--epochs", "1")
 
 
 def test_flags_that_say_what_the_run_already_has_may_be_typed_again(tiny_cache, tmp_path):

@@ -1,8 +1,12 @@
 """No judge of test images counts one that network, metric or codec was fitted to."""
 
 import pytest
+import tiny
 import torch
 
+from experiments import fit_codec
+from heads.metric import TaskMetric, cache_hashes, save_metric
+from lowrank_tokens.codec import Codec
 from lowrank_tokens.exceptions import InputError
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 from training.unseen import images_of, unseen_test
@@ -39,3 +43,32 @@ def test_where_everything_was_seen_there_is_nothing_to_judge(loaders):
     seen = images_of(loaders.test.dataset, loaders.test.sampler.rows)
     with pytest.raises(InputError, match="the codec was fitted to every test image"):
         unseen_test(loaders, {"network": None, "codec": seen})
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_codec_in_a_metric_has_seen_what_the_metric_has(known, tmp_path, script):
+    """Its own images alone were stored: an image that only the metric has seen was judged."""
+    cache = tiny.write_cache(tmp_path / "cache", tiny.steep_tokens(40))
+    dataset = RealQwenVLDataset(cache)
+    info = {"head": "saliency", "head_sha256": "0" * 64, "cache": cache_hashes(dataset)}
+    info |= {"shrinkage": 0.1, "scale": 1.0, "images": 3, "probes": 1}
+    of_metric = images_of(dataset, dataset.split.val[:3])
+    metric = TaskMetric(torch.eye(48).double(), info | ({"seen": of_metric} if known else {}))
+    save_metric(tmp_path / "metric.safetensors", metric)
+    done = script(
+        *("experiments.fit_codec", "--cache_dir", cache, "--images", 20, "--device", "cpu"),
+        *("--metric", tmp_path / "metric.safetensors", "--out", tmp_path / "codec.safetensors"),
+    )
+    assert done.returncode == 0, done.stderr
+    seen = Codec.load(tmp_path / "codec.safetensors").seen
+    loaders = create_data_loaders_real(dataset, 4)
+    if not known:
+        assert seen is None
+        assert "images of the codec unknown" in unseen_test(loaders, {"codec": seen}).words
+        return
+    own = images_of(dataset, fit_codec.spread(dataset.split.train, 20))
+    assert seen == {name: sorted(own[name] + of_metric[name]) for name in own}
+    # as if the images of the metric were another cache's test images
+    loaders = loaders._replace(test=loaders.test.only(dataset.split.val))
+    judged = unseen_test(loaders, {"codec": seen})
+    assert judged.left_out == {"codec": 3}

@@ -34,14 +34,18 @@ SHIFT_ESTIMATOR = "min_cholesky_pivot"
 
 
 def cache_identity(dataset: RealQwenVLDataset) -> dict:
-    """Return what of the cache a checkpoint depends on: the encoder, the shape and the split."""
+    """Return what of the cache a checkpoint depends on: the encoder, the shape and the split.
+
+    Rows without an image's hash are known by the hash of all features and rows.
+    """
+    unnamed = dataset.rows["image_sha256"].null_count
     return {
         "encoder": dataset.manifest["encoder"],
         "num_tokens": dataset.num_tokens,
         "feature_dim": dataset.feature_dim,
         "split_hash": dataset.split.hash,
         "demo": dataset.is_demo,
-    }
+    } | ({"content_sha256": dataset.content_sha256} if unnamed else {})
 
 
 def rng_state() -> dict:

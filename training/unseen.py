@@ -33,6 +33,13 @@ def images_of(dataset: RealQwenVLDataset, rows: Tensor) -> Seen:
     return {name: sorted({v for v in values if v}) for name, values in columns.items()}
 
 
+def all_seen(*parts: Seen | None) -> Seen | None:
+    """Return what several have seen together, sorted, each once; None where one of them is None."""
+    if None in parts:
+        return None
+    return {name: sorted({v for p in parts for v in p[name]}) for name in ("image_sha256", "group")}
+
+
 def rows_seen(seen: Seen, dataset: RealQwenVLDataset, rows: Tensor) -> Tensor:
     """Return which of `rows` [n] of a cache are among the images, by hash or group: [n] bool."""
     hashes = {value[:HASH_DIGITS] for value in seen["image_sha256"]}
