@@ -285,7 +285,7 @@ def write_factors(
         report(writer.finish(), folder, to_do / seconds if to_do else None)
         if args.target_error is not None or args.target_kb is not None:
             rows = range(0, len(dataset), -(-len(dataset) // NOTED_IMAGES))
-            written = VisionTokens(folder, ragged=True)
+            written = VisionTokens(folder)
             note = rest_note([dataset[row] for row in rows], [written[row] for row in rows])
             if note:
                 print(f"note: {note}")

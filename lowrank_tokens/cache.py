@@ -23,7 +23,6 @@ import io
 import itertools
 import json
 import math
-import operator
 import os
 import statistics
 from bisect import bisect_right
@@ -57,6 +56,7 @@ from lowrank_tokens.files import (
 from lowrank_tokens.grids import MAX_SIDE, Grid, most_frequent, token_range
 from lowrank_tokens.linalg import LARGEST_FEATURE, exact_singular_values, normalise, usable_features
 from lowrank_tokens.shards import check_shards, read_finished
+from lowrank_tokens.token_dataset import TokenDataset, row_numbers
 
 CACHE_FORMAT = 1
 BUILD_CACHE = "build the cache again with extract_features.py --overwrite"
@@ -230,7 +230,7 @@ def _sha256(values: Tensor) -> str:
     return hashlib.sha256(values.contiguous().numpy()).hexdigest()
 
 
-class FeatureCache(Dataset):
+class FeatureCache(TokenDataset):
     """A feature cache, opened lazily: manifest, rows and singular values; features by row.
 
         cache = FeatureCache("feature_cache_real")
@@ -256,7 +256,8 @@ class FeatureCache(Dataset):
     """
 
     def __init__(self, cache_dir: str | Path, *, lists: bool = False) -> None:
-        self.cache_dir, self.lists = Path(cache_dir), lists
+        super().__init__(cache_dir, lists)
+        self.cache_dir = self.folder
         self.manifest = read_cache_manifest(self.cache_dir)
         self.num_tokens: int = self.manifest["num_tokens"]
         self.feature_dim: int = self.manifest["feature_dim"]
@@ -275,58 +276,18 @@ class FeatureCache(Dataset):
     def __len__(self) -> int:
         return self.manifest["count"]
 
-    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor | np.ndarray) -> Tensor:
-        """Return one image's features [T, D] bfloat16, or those of several rows, [n, T, D].
+    def grid_of(self, row: int) -> Grid:
+        return self.grids[row]
 
-        Raises IndexError for a row that is not there, ValueError for rows of different grids.
-        """
-        if isinstance(rows, slice):
-            rows = range(len(self))[rows]
-        elif isinstance(rows, Tensor | np.ndarray):
-            if rows.dtype in (torch.bool, np.bool_):
-                rows = np.flatnonzero(np.asarray(rows))
-            rows = rows.tolist()
-        if not isinstance(rows, Sequence):
-            return self._features([self._checked(rows)])[0]
-        rows = [self._checked(row) for row in rows]
-        self._check_one_grid(rows, "read them one by one")
+    def read(self, rows: list[int]) -> Tensor | list[Tensor]:
         if not rows:
             return torch.empty(0, self.num_tokens, self.feature_dim, dtype=torch.bfloat16)
-        features = self._features(rows)
-        return features if isinstance(features, Tensor) else torch.stack(features)
-
-    def __getitems__(self, rows: list[int]) -> list[Tensor]:
-        """Return the features of a loader's batch, [T_i, D] each."""
-        rows = [self._checked(row) for row in rows]
-        if not self.lists:
-            remedy = (
-                f"open it with {type(self).__name__}(folder, lists=True) and give the DataLoader "
-                "collate_fn=list, or a batch_size of 1"
-            )
-            self._check_one_grid(rows, remedy)
-        return list(self._features(rows))
-
-    def _features(self, rows: list[int]) -> Tensor | list[Tensor]:
         if self._resident is None:
             return [self._read_row(row) for row in rows]
         if len({self.grids[row] for row in rows}) == 1:
             on_device = torch.tensor(rows, device=self._resident.device)
             return self.resident(on_device, self.grids[rows[0]])
         return [self._resident[self._tokens[row] : self._tokens[row + 1]] for row in rows]
-
-    def _checked(self, row: int) -> int:
-        number = operator.index(row)
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"row {number} is not in {self.cache_dir}: give 0 to {len(self) - 1}")
-        return number % len(self)
-
-    def _check_one_grid(self, rows: list[int], remedy: str) -> None:
-        if self.ragged and len(grids := list(dict.fromkeys(self.grids[r] for r in rows))) > 1:
-            (h, w), (other_h, other_w) = grids[:2]
-            raise ValueError(
-                f"{self.cache_dir} has images of {h} × {w} and of {other_h} × {other_w} tokens, "
-                f"which do not stack: {remedy}"
-            )
 
     def rows_of_image(self, sha256: str) -> list[int]:
         """Return the rows whose image has this SHA-256 (hexadecimal) of its file; [] without one.
@@ -420,12 +381,13 @@ class FeatureCache(Dataset):
 
     def image_record(self, row: int) -> dict:
         """Return question, answers, bbox, width, height, group … of one row, as a dict."""
-        return self.rows.slice(self._checked(row), 1).to_pylist()[0]
+        number = row_numbers(row, len(self), self.folder)
+        return self.rows.slice(number, 1).to_pylist()[0]
 
     def thumbnail(self, row: int) -> Image.Image | None:
         """Return the image as the encoder saw it, small, RGB; None of imported features."""
         table = pq.read_table(self.cache_dir / "rows.parquet", columns=["thumbnail"])
-        data = table["thumbnail"][self._checked(row)].as_py()
+        data = table["thumbnail"][row_numbers(row, len(self), self.folder)].as_py()
         return None if data is None else Image.open(io.BytesIO(data)).convert("RGB")
 
     def keep_resident(self, device: torch.device, share: float = 0.5) -> bool:
@@ -538,9 +500,9 @@ class FeatureCache(Dataset):
             )
         return grids
 
-    # what is mapped is not sent: a loader's worker process maps the shards for itself
+    # neither what is mapped nor what is resident is sent: a spawned worker maps shards for itself
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_shards": {}}
+        return {**self.__dict__, "_shards": {}, "_resident": None}
 
 
 def free_memory(device: torch.device) -> int:

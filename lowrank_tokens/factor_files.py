@@ -31,9 +31,8 @@ are begun, gone on with and finished.
 
 from __future__ import annotations
 
-import operator
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -41,7 +40,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from lowrank_tokens.codec import Codec, CodedImage, ImageFactors
 from lowrank_tokens.errors import summarise
@@ -59,6 +57,7 @@ from lowrank_tokens.grids import Grid
 from lowrank_tokens.linalg import Factors, denormalise
 from lowrank_tokens.shards import ShardReader, ShardWriter, check_shards, read_finished
 from lowrank_tokens.stream import TRANSFORM, grid_of
+from lowrank_tokens.token_dataset import Rows, TokenDataset, check_one_grid, row_numbers
 
 FACTORS_FORMAT = 1
 KIND = "factors"
@@ -415,13 +414,15 @@ def open_shards(folder: str | Path, manifest: dict) -> FactorShards | CodedShard
     return (CodedShards if manifest["dtype"] == CODED else FactorShards)(folder, manifest)
 
 
-def read_factors(folder: str | Path, rows: list[int] | range | None = None) -> StoredImages:
+def read_factors(folder: str | Path, rows: Rows | None = None) -> StoredImages:
     """Read A, B, mean and std of `rows` of the cache, in that order; default all.
 
+    rows: a list, a slice, an array or a mask, as `FeatureCache` takes them.
+
     Of coded tokens they are as `Codec.clean` gives them: extreme entries are put back by
-    `load_factors` alone. Raises InputError as `read_factors_manifest` does, for a row that is not
-    there, for rows of more than one grid, for a damaged shard, and for coded tokens of the form
-    `transform`, which have no factors.
+    `load_factors` alone. Raises InputError as `read_factors_manifest` does, for a damaged shard,
+    for rows of more than one grid, and for coded tokens of the form `transform`, which have no
+    factors; IndexError for a row that is not there.
     """
     if read_factors_manifest(folder).get("form") == TRANSFORM:
         raise InputError(
@@ -441,7 +442,7 @@ def read_factors(folder: str | Path, rows: list[int] | range | None = None) -> S
     return StoredImages(a, b, mean, std, ranks)
 
 
-def load_factors(folder: str | Path, rows: list[int] | range | None = None) -> Tensor:
+def load_factors(folder: str | Path, rows: Rows | None = None) -> Tensor:
     """Read tokens in the encoder's own units, A·B · std + mean, of `rows` (default all).
 
     Returns: [n, T, D] float32, 4·T·D bytes an image: name rows where all of them are too many.
@@ -456,80 +457,42 @@ def load_factors(folder: str | Path, rows: list[int] | range | None = None) -> T
 
 
 def _rows_of_one_grid(
-    folder: str | Path, rows: list[int] | range | None
+    folder: str | Path, rows: Rows | None
 ) -> tuple[FactorShards | CodedShards, list[int], Grid]:
     """Open a folder; return its reader, the rows, and their one grid."""
     manifest = read_factors_manifest(folder)
     shards = open_shards(folder, manifest)
-    rows = list(range(manifest["count"])) if rows is None else [int(row) for row in rows]
-    grids = list(dict.fromkeys(map(shards.grid, rows))) or [(manifest["num_tokens"], 1)]
-    if len(grids) > 1:
-        (h, w), (other_h, other_w) = grids[:2]
-        raise InputError(
-            f"{folder} has images of {h} x {w} and of {other_h} x {other_w} tokens among the rows "
-            "asked for, which do not stack: read them one by one with "
-            f'lowrank_tokens.VisionTokens("{folder}")'
-        )
+    rows = row_numbers(slice(None) if rows is None else rows, manifest["count"], shards.folder)
+    if isinstance(rows, int):
+        raise TypeError(f"rows = {rows} is one row: give a list, such as [{rows}]")
+    grids = [shards.grid(row) for row in rows] or [(manifest["num_tokens"], 1)]
+    remedy = f'read them one by one with lowrank_tokens.VisionTokens("{folder}")'
+    check_one_grid(grids, shards.folder, remedy)
     return shards, rows, grids[0]
 
 
-class VisionTokens(Dataset):
+class VisionTokens(TokenDataset):
     """Raw tokens of a folder of factors, coded or not: `tokens[row]` is [T, D] float32.
 
         tokens = VisionTokens("factors/exact")
         loader = DataLoader(tokens, batch_size=64, shuffle=True, num_workers=4)  # [64, T, D]
 
-    Random access, in DataLoader's worker processes too, forked or spawned; it pickles. A negative
-    row counts from the end; a slice or a list of rows gives [n, T, D], of one grid only.
-
-    ragged: images have several grids, so several T. A loader's batch is then a list of tokens that
-    a collate_fn of yours takes, e.g. `collate_fn=list`. Errors as `read_factors`.
+    Random access, in DataLoader's worker processes too, forked or spawned; it pickles. Rows are
+    those of the cache that was factored, and are asked for as `FeatureCache`'s. Many open folders
+    of one codec share it. Args as TokenDataset's; errors as `read_factors`.
     """
 
-    def __init__(self, folder: str | Path, ragged: bool = False) -> None:
-        self.folder, self.ragged = Path(folder), ragged
+    def __init__(self, folder: str | Path, *, lists: bool = False) -> None:
+        super().__init__(folder, lists)
         self._shards = open_shards(self.folder, read_factors_manifest(folder))
 
     def __len__(self) -> int:
         return self._shards.manifest["count"]
 
-    def __getitem__(self, row: int | slice | list[int]) -> Tensor:
-        if isinstance(row, slice):
-            row = list(range(len(self))[row])
-        if isinstance(row, list | range):
-            return self._stacked([self._checked(r) for r in row])
-        return self._shards.tokens(self._checked(row))
+    def grid_of(self, row: int) -> Grid:
+        return self._shards.grid(row_numbers(row, len(self), self.folder))
 
-    def __getitems__(self, rows: list[int]) -> list[Tensor]:
-        """Return the tokens of a loader's batch, decoded together."""
-        rows = [self._checked(row) for row in rows]
-        if not self.ragged:
-            self._check_one_grid(rows)
+    def read(self, rows: list[int]) -> list[Tensor] | Tensor:
+        if not rows:
+            return torch.empty(0, self._shards.manifest["num_tokens"], self._shards.feature_dim)
         return self._shards.tokens_of(rows)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[row] for row in range(len(self)))
-
-    def grid(self, row: int) -> Grid:
-        """Return (rows, columns) of an image's tokens, which stand in raster order."""
-        return self._shards.grid(self._checked(row))
-
-    def _stacked(self, rows: list[int]) -> Tensor:
-        self._check_one_grid(rows)
-        empty = torch.empty(0, self._shards.manifest["num_tokens"], self._shards.feature_dim)
-        return torch.stack(self._shards.tokens_of(rows)) if rows else empty
-
-    def _check_one_grid(self, rows: list[int]) -> None:
-        if len(grids := list(dict.fromkeys(map(self._shards.grid, rows)))) > 1:
-            (h, w), (other_h, other_w) = grids[:2]
-            raise InputError(
-                f"{self.folder} has images of {h} x {w} and of {other_h} x {other_w} tokens, "
-                "which do not stack: open it with VisionTokens(folder, ragged=True) and give the "
-                "DataLoader collate_fn=list, or a batch_size of 1"
-            )
-
-    def _checked(self, row: int) -> int:
-        number = operator.index(row)
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"row {number} is not in {self.folder}: give 0 to {len(self) - 1}")
-        return number % len(self)

@@ -217,7 +217,7 @@ def test_factors_and_coded_factors_keep_each_image_on_its_grid_within_the_target
     tokens = VisionTokens(tmp_path / "factors")
     for row, grid in enumerate(dataset.grids):
         raw = dataset[[row]][0].float()
-        assert tokens.grid(row) == grid
+        assert tokens.grid_of(row) == grid
         apart = raw - tokens[row]
         if not coded:  # its target is of the normalised tokens
             apart, raw = (

@@ -52,7 +52,7 @@ def write(folder, dtype):
 def test_images_of_any_grid_and_rank_come_back_as_they_were_stored(dtype, tmp_path):
     stored = write(tmp_path, dtype)
     tokens = VisionTokens(tmp_path)
-    assert [tokens.grid(row) for row in range(len(tokens))] == GRIDS
+    assert [tokens.grid_of(row) for row in range(len(tokens))] == GRIDS
     for row, (a, b, mean, std) in enumerate(stored):
         read = read_factors(tmp_path, [row])
         assert read.ranks.tolist() == [RANKS[row]]

@@ -64,7 +64,7 @@ def raw_errors(folder, dataset):
     tokens, errors = VisionTokens(folder), []
     for row, grid in enumerate(dataset.grids):
         raw = dataset[[row]][0].float()
-        assert tokens.grid(row) == grid and tokens[row].shape == raw.shape
+        assert tokens.grid_of(row) == grid and tokens[row].shape == raw.shape
         errors.append(float((tokens[row] - raw).norm() / raw.norm()))
     return errors
 
