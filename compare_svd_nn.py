@@ -66,7 +66,7 @@ from training.rank_budget import (
     nested_factors,
     optimum_curve,
 )
-from training.unseen import unseen_test
+from training.unseen import Judged, unseen_test
 
 if TYPE_CHECKING:
     from heads.task_head import TaskHead
@@ -124,52 +124,32 @@ def main(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace, trained: Trained) -> None:
     """Write all numbers and figures of the trained model into its folder."""
-    folder, device, dataset, model, state = trained
+    model = trained.model
     rank = evaluated_rank(model, args.rank)
     ranks = report_ranks(rank)
 
     # test images that neither network nor metric has seen
     head = chosen_head(args, trained)
     metric = chosen_metric(args, trained, head)
-    fitted = {"network": state["images"]}
-    if metric:
-        fitted["metric"] = metric.info.get("seen")
-    loaders = create_data_loaders_real(dataset, args.batch_size, device=device)
-    judged = unseen_test(loaders, fitted)
+    judged = unseen_images(args, trained, metric)
     loaders = judged.loaders
     rows = loaders.test.sampler.rows.tolist()
-    groups = dataset.rows["group"].take(rows).to_pylist()
-    footer = (
-        f"{dataset.label}; {len(rows)} test images, {state['config']['arch']}, rank {rank}, "
-        f"seed {state['args']['seed']}"
-    ) + (f"; {judged.words}" if judged.words else "")
+    groups = trained.dataset.rows["group"].take(rows).to_pylist()
+    footer = footer_of(trained, rank, len(rows), judged.words)
     print(footer)
 
     # every method at every rank
     methods = comparison_methods(args, model, metric, loaders)
-    batches = loaders.test.with_progress("every method")
-    measured = measure(methods, head, batches, ranks)
-    results = {
-        "arch": state["config"]["arch"],
-        "factors": model.config.factors,
-        "trained_for": model.norm["head"] if model.norm else None,
-        "rank": rank,
-        "requested_rank": args.rank or rank,
-        "split": "test",
-        "n_images": len(rows),
-        "n_groups": len(set(groups)),
-        "n_seen_left_out": judged.left_out,  # null: overlap unknown
-        "data": dataset.label,
-        "cache_sha256": dataset.content_sha256,
-        "num_tokens": dataset.mean_tokens(rows),
-        "feature_dim": dataset.feature_dim,
-        "ranks": summaries(measured.errors),
-        "network_excess_pct_95": {
-            str(r): interval_95(measured.errors[r]["network"]["excess_pct"], groups) for r in ranks
-        },
-        "task": None,
+    measured = measure(methods, head, loaders.test.with_progress("every method"), ranks)
+    results = origin(trained, rank, args.rank or rank, rows, groups, judged.left_out)
+    results["ranks"] = summaries(measured.errors)
+    results["network_excess_pct_95"] = {
+        str(r): interval_95(measured.errors[r]["network"]["excess_pct"], groups) for r in ranks
     }
+    results["task"] = None
     print_table(results)
+
+    # by the head, by readers with labels, and at a rank for each image
     if head:
         results["task"] = task_report(measured.task_errors, head, metric, groups)
         if model.norm:  # None: begun at the plain norm
@@ -184,14 +164,54 @@ def compare(args: argparse.Namespace, trained: Trained) -> None:
         print_rank_per_image(entry)
 
     # files
+    folder = trained.folder
     path = folder / "svd_nn_comparison.json"
-    keep_other_caches_results(path, FIGURES, dataset.content_sha256)
+    keep_other_caches_results(path, FIGURES, trained.dataset.content_sha256)
     write_json(path, with_content_hash(results))
     draw(folder, results, measured, budget_arrays, footer)
     print(f"wrote {path} and figures: look at {folder}/rank_sweep.png")
-    again = arguments.flags_again(args, "rank", "metric", "results_dir", "cache_dir", "device")
     excess = measured.errors[rank]["network"]["excess_pct"].nan_to_num(nan=-1.0)
-    again = f"--arch {results['arch']} --image_idx {rows[int(excess.argmax())]}{again}"
+    print_next(args, results["arch"], rows[int(excess.argmax())])
+
+
+def footer_of(trained: Trained, rank: int, images: int, left_out: str) -> str:
+    """Name data, images, network and rank, for the first line and the figures."""
+    config, seed = trained.state["config"], trained.state["args"]["seed"]
+    footer = f"{trained.dataset.label}; {images} test images, {config['arch']}, rank {rank}, "
+    return f"{footer}seed {seed}" + (f"; {left_out}" if left_out else "")
+
+
+def origin(
+    trained: Trained,
+    rank: int,
+    requested_rank: int,
+    rows: list[int],
+    groups: list[str],
+    left_out: int | None,
+) -> dict:
+    """Return the JSON's entries that say which network was measured on which images."""
+    dataset, model = trained.dataset, trained.model
+    return {
+        "arch": trained.state["config"]["arch"],
+        "factors": model.config.factors,
+        "trained_for": model.norm["head"] if model.norm else None,
+        "rank": rank,
+        "requested_rank": requested_rank,
+        "split": "test",
+        "n_images": len(rows),
+        "n_groups": len(set(groups)),
+        "n_seen_left_out": left_out,  # null: overlap unknown
+        "data": dataset.label,
+        "cache_sha256": dataset.content_sha256,
+        "num_tokens": dataset.mean_tokens(rows),
+        "feature_dim": dataset.feature_dim,
+    }
+
+
+def print_next(args: argparse.Namespace, arch: str, row: int) -> None:
+    """Print the command that draws the test image with the largest excess, a row of the cache."""
+    again = arguments.flags_again(args, "rank", "metric", "results_dir", "cache_dir", "device")
+    again = f"--arch {arch} --image_idx {row}{again}"
     print(f"next, the test image with the largest excess: python visualize_svd_nn.py {again}")
 
 
@@ -216,6 +236,15 @@ def chosen_metric(
         return load_metric(args.metric, trained.dataset).to(trained.device)
     metric = metric_at_hand(head, trained.dataset) if head else None
     return metric.to(trained.device) if metric else None
+
+
+def unseen_images(args: argparse.Namespace, trained: Trained, metric: TaskMetric | None) -> Judged:
+    """Return loaders without the test images that the network or the metric was fitted to."""
+    fitted = {"network": trained.state["images"]}
+    if metric:
+        fitted["metric"] = metric.info.get("seen")
+    loaders = create_data_loaders_real(trained.dataset, args.batch_size, device=trained.device)
+    return unseen_test(loaders, fitted)
 
 
 def comparison_methods(

@@ -27,6 +27,7 @@ from lowrank_tokens.files import sole_writer, write_json
 from lowrank_tokens.grids import Box, Grid, box_in_view
 from lowrank_tokens.linalg import Factors, exact_singular_values, normalise
 from model import LowRankFactorModel
+from qwenvl_dataloader import RealQwenVLDataset
 from svd_baseline import principal_coordinates, truncated_svd
 from training.checkpoint import Trained, evaluated_rank, open_trained
 from training.unseen import rows_seen
@@ -66,11 +67,7 @@ def main(args: argparse.Namespace) -> None:
 def visualise(args: argparse.Namespace, trained: Trained) -> None:
     """Write all figures and numbers of one image into the model's folder."""
     folder, device, dataset, model, state = trained
-    row = int(dataset.split.test[0]) if args.image_idx is None else args.image_idx
-    if row >= len(dataset):
-        raise InputError(
-            f"--image_idx {row}: the cache has {len(dataset)}, type 0 to {len(dataset) - 1}"
-        )
+    row = chosen_row(args.image_idx, dataset)
     metric = load_metric(args.metric, dataset).to(device) if args.metric else None
     record, grid = dataset.image_record(row), dataset.grids[row]
 
@@ -87,14 +84,8 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
     # figures
     part = dataset.split.part_of(row)
     seen = bool(rows_seen(state["images"], dataset, torch.tensor([row])))
-    arch = state["config"]["arch"]
-    title = f"Image {row} ({side_of(part, seen)}), {arch}, rank {rank}"
-    footer = f"{dataset.label}; rank {rank}, seed {state['args']['seed']}"
-    footer += f"; question: {record['question']}" if record["question"] else ""
-    footer += f"; {record['path']}" if record.get("path") else ""
-    footer += "; rel_error: " + ", ".join(f"{n} {e['rel_error']:.4g}" for n, e in errors.items())
+    info = texts(trained, row, rank, side_of(part, seen), record, errors)
     photo, box = dataset.thumbnail(row), box_in_view(record, dataset.manifest["resize"])
-    info = {"title": title, "footer": footer}
     path = folder / f"image_{row}_comparison_results.json"
     keep_other_caches_results(path, [f"image_{row}_*.png"], dataset.content_sha256)
     stem = folder / f"image_{row}"
@@ -109,8 +100,9 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
         written.append(f"{stem}_rank_comparison.png")
         draw_ranks(written[-1], model, rank, x, photo, box, grid, info)
 
+    # numbers
     results = {
-        "arch": arch,
+        "arch": state["config"]["arch"],
         "image_idx": row,
         "split": part,
         "seen_in_training": seen,
@@ -124,10 +116,32 @@ def visualise(args: argparse.Namespace, trained: Trained) -> None:
         **errors,
     }
     write_json(path, results)
-    print(f"{dataset.label}\n{title}; {footer.rpartition('; ')[2]}")
+    print(f"{dataset.label}\n{info['title']}; {info['footer'].rpartition('; ')[2]}")
     print(f"wrote {', '.join(written)} and {path}: look at {written[-1]}")
     again = arguments.flags_again(args, "results_dir")
     print(f"next, for a page of all results: python -m experiments.report{again}")
+
+
+def chosen_row(image_idx: int | None, dataset: RealQwenVLDataset) -> int:
+    """Return the row of --image_idx, by default that of the first test image."""
+    row = int(dataset.split.test[0]) if image_idx is None else image_idx
+    if row >= len(dataset):
+        raise InputError(
+            f"--image_idx {row}: the cache has {len(dataset)}, type 0 to {len(dataset) - 1}"
+        )
+    return row
+
+
+def texts(
+    trained: Trained, row: int, rank: int, side: str, record: dict, errors: dict[str, dict]
+) -> dict[str, str]:
+    """Return title and footer of the figures. The footer ends with every method's rel_error."""
+    arch, seed = trained.state["config"]["arch"], trained.state["args"]["seed"]
+    footer = f"{trained.dataset.label}; rank {rank}, seed {seed}"
+    footer += f"; question: {record['question']}" if record["question"] else ""
+    footer += f"; {record['path']}" if record.get("path") else ""
+    footer += "; rel_error: " + ", ".join(f"{n} {e['rel_error']:.4g}" for n, e in errors.items())
+    return {"title": f"Image {row} ({side}), {arch}, rank {rank}", "footer": footer}
 
 
 @torch.inference_mode()

@@ -157,29 +157,13 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     head = load_head(head_name, dataset, device=device) if head_name else None
     paths = args.codec or []
     codecs = load_codecs(paths, dataset)
-    if args.folds:
-        parts, left_out = fold_parts(dataset, args.folds, args.images), ""
-    else:
-        part, left_out = split_part(dataset, codecs, args)
-        parts = [part]
+    parts, left_out = chosen_parts(dataset, codecs, args)
     rows = [row for part in parts for row in part.test]
     groups = dataset.rows["group"].take(rows).to_pylist()
-    what = f"{len(rows)} {'held-out' if args.folds else 'test'} images of {len(set(groups))} groups"
-    grids = {dataset.grids[row] for row in rows}
-    what += f" and {len(grids)} grids" if dataset.ragged else ""
-    footer = "; ".join(filter(None, [dataset.label, what, left_out]))
+    footer = footer_of(dataset, rows, args.folds, left_out)
     print(footer + (f"; head {head.name}" if head else "; no head reads these tokens"))
 
-    made = {
-        "cache": dataset.content_sha256,
-        "head": head.sha256 if head else None,
-        "codecs": [codec.identity for codec in codecs],
-        "quick": args.quick,
-        "parts": [list(part) for part in parts],
-    }
-    done = PartialResults(folder / "bytes.partial.jsonl", made, anew=True)
-    if done.records:
-        print(f"{len(done.records)} points are already there, in {done.path}")
+    # every method at every knob, in each part
     setting = Setting(
         dataset=dataset,
         head=head,
@@ -188,11 +172,13 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         device=device,
         quick=args.quick,
     )
+    done = partial_results(folder / "bytes.partial.jsonl", setting, codecs, parts)
     measured: dict[str, list[Point]] = {}
     for number, part in enumerate(parts):
         points, readers = measure_part(part, f"part {number}", setting, done)
         measured = joined(measured, points)
-    notes, chance = readers.notes(), readers.chance()
+
+    # tables
     # constants were chosen on the validation images of the split: the headline leaves them out
     chosen_on = set(dataset.rows["group"].take(dataset.split.val.tolist()).to_pylist())
     headline = [group not in chosen_on for group in groups]
@@ -207,8 +193,8 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         "left_out": left_out,
         "codec": describe(paths, codecs, in_metric=False),
         "codec_in_metric": describe(paths, codecs, in_metric=True),
-        "notes": notes,
-        "chance": chance,
+        "notes": readers.notes(),
+        "chance": readers.chance(),
     }
     results |= summarised(measured, groups, headline)
     if not all(headline):
@@ -216,8 +202,10 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         results["all_groups"] = {"n_images": len(groups), "n_groups": len(set(groups))}
         results["all_groups"] |= summarised(measured, groups, everyone)
     print_tables(results)
-    for note in notes:
+    for note in results["notes"]:
         print(f"note: {note}")
+
+    # files
     results["seconds"] = round(time.perf_counter() - started, 1)
     keep_other_caches_results(folder / "bytes.json", ["bytes.png"], dataset.content_sha256)
     write_json(folder / "bytes.json", results)
@@ -225,6 +213,32 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     done.remove()
     setting.towers.remove()
     print(f"wrote {folder}/bytes.json and bytes.png in {results['seconds']:.0f} s")
+
+
+def footer_of(dataset: RealQwenVLDataset, rows: list[int], folds: int | None, left_out: str) -> str:
+    """Name the data and the images that are measured, for the first line and the figure."""
+    groups = set(dataset.rows["group"].take(rows).to_pylist())
+    images = f"{len(rows)} {'held-out' if folds else 'test'} images of {len(groups)} groups"
+    grids = {dataset.grids[row] for row in rows}
+    images += f" and {len(grids)} grids" if dataset.ragged else ""
+    return "; ".join(filter(None, [dataset.label, images, left_out]))
+
+
+def partial_results(
+    path: Path, setting: Setting, codecs: list[Codec], parts: list[Part]
+) -> PartialResults:
+    """Open the points that an interrupted run of the same inputs has left; begin anew if others."""
+    made = {
+        "cache": setting.dataset.content_sha256,
+        "head": setting.head.sha256 if setting.head else None,
+        "codecs": [codec.identity for codec in codecs],
+        "quick": setting.quick,
+        "parts": [list(part) for part in parts],
+    }
+    done = PartialResults(path, made, anew=True)
+    if done.records:
+        print(f"{len(done.records)} points are already there, in {done.path}")
+    return done
 
 
 def summarised(measured: dict[str, list[Point]], groups: list[str], images: list[bool]) -> dict:
@@ -254,6 +268,16 @@ class Part(NamedTuple):
     train: list[int]
     validation: list[int]
     test: list[int]
+
+
+def chosen_parts(
+    dataset: RealQwenVLDataset, codecs: list[Codec], args: argparse.Namespace
+) -> tuple[list[Part], str]:
+    """Return the folds, or the split as one part; and in words which test images are left out."""
+    if args.folds:
+        return fold_parts(dataset, args.folds, args.images), ""
+    part, left_out = split_part(dataset, codecs, args)
+    return [part], left_out
 
 
 def split_part(

@@ -56,7 +56,7 @@ def search(
     the best try, None where none meets the target, and the least value that was seen.
     """
     last = first + COARSEST - FINEST
-    below = above = before = None
+    below = above = before = None  # best tries on both sides of the target; the secant's other end
     position, least = min(max(start, first), last), math.inf
     for tries in range(COARSEST - FINEST):
         tried = at(position)
@@ -72,18 +72,18 @@ def search(
         if below and above:
             if above.position - below.position <= 1 or tries >= TRIES:
                 break
+            if tries >= SECANTS:  # where secants do not close in, halves do
+                position = (below.position + above.position) // 2
+                continue
             before = below if tried is above else above
-        if below and above and tries >= SECANTS:  # where secants do not close in, halves do
-            position = (below.position + above.position) // 2
-            continue
         if before:
             rise = (tried.value - before.value) / (tried.position - before.position)
             slope = max(rise, slope / 4)
-        wanted = (target - CLOSE / 2 - tried.value) / slope
+        ahead = (target - CLOSE / 2 - tried.value) / slope
         if not (below and above):  # rather too far than once more on the same side
-            wanted *= 1 + tries / 4
+            ahead *= 1 + tries / 4
         before = tried
-        position += round(wanted) or (1 if tried is below else -1)
+        position += round(ahead) or (1 if tried is below else -1)
         lowest = below.position + 1 if below else first
         highest = above.position - 1 if above else last
         position = min(max(position, lowest), highest)
