@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import base64
-import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,19 +29,6 @@ from svd_baseline import gain_text
 from training.checkpoint import load_model
 
 TARGET, SHOWN_RANK = 0.16, "16"  # raw_error and rank of the closing lines, where they were measured
-FIGURES = {  # of a results folder, then of an architecture's: pattern → caption
-    "architectures.png": "Every network over the rank, beside the SVD.",
-    "bytes.png": "Bytes of an image against the error of its tokens, and what readers see.",
-    "benchmark.png": "Error above the SVD's against time, every method.",
-    "*/rank_sweep.png": "Error over the rank: mean, and a band to the 90th percentile.",
-    "*/svd_nn_comparison.png": "Every test image: how far each method's error is above the SVD's.",
-    "*/train_val_loss_comparison.png": "Training: validation error over epochs.",
-    "*/loss_curves.png": "Training: each term of the loss.",
-    "*/error_heatmap.png": "Mean error of each token of the grid.",
-    "*/B_row_norm_hist.png": "Energy of each component, beside the SVD's.",
-    "*/rank_per_image.png": "A rank for each image, against one rank for all.",
-    "*/image_*_comparison.png": "One image: channels, errors of tokens, and ranks.",
-}
 
 
 def get_args_parser() -> arguments.Parser:
@@ -66,7 +52,6 @@ class Run(NamedTuple):
     folder: Path
     comparison: dict  # svd_nn_comparison.json
     test: dict  # test_results.json
-    history: list[dict]
 
 
 def read(path: Path) -> dict:
@@ -83,14 +68,12 @@ def read_runs(results_dirs: list[Path]) -> list[Run]:
     for folder in (d / arch for d in results_dirs for arch in ARCHITECTURES):
         if not (folder / "best_model.pt").exists():
             continue
-        missing = [n for n in ("test_results", "svd_nn_comparison") if not exists(folder, n)]
-        if missing:
-            print(f"note: {folder} is left out: it has no {missing[0]}.json")
+        files = [folder / f"{name}.json" for name in ("svd_nn_comparison", "test_results")]
+        if missing := [path for path in files if not path.exists()]:
+            print(f"note: {folder} is left out: it has no {missing[0].name}")
             continue
-        comparison = read(folder / "svd_nn_comparison.json")
-        test = read(folder / "test_results.json")
-        history = read_json(folder / "history.json", "train again")
-        runs.append(Run(run_name(comparison), folder, comparison, test, history))
+        comparison, test = map(read, files)
+        runs.append(Run(run_name(comparison), folder, comparison, test))
     if not runs:
         where = f" --results_dir {results_dirs[0]}"
         raise InputError(
@@ -105,10 +88,6 @@ def read_runs(results_dirs: list[Path]) -> list[Run]:
     return [run for run in runs if run.comparison["cache_sha256"] == wanted]
 
 
-def exists(folder: Path, name: str) -> bool:
-    return (folder / f"{name}.json").exists()
-
-
 def run_name(comparison: dict) -> str:
     """Return the architecture, and how it was trained where that is not the default."""
     name = comparison["arch"]
@@ -119,28 +98,30 @@ def run_name(comparison: dict) -> str:
 
 def table(runs: list[Run]) -> list[list[str]]:
     """Return the cells of the table of runs; the first row is the header."""
-    header = "network|parameters|rank|rel_error|SVD|above SVD|task error below SVD (%)|images/s"
-    rows = [[*header.split("|"), "best epoch"]]
-    for name, folder, comparison, test, history in runs:
+    header = "network|parameters|rank|rel_error|SVD|above SVD|task error below SVD (%)|best epoch"
+    rows = [header.split("|")]
+    for name, folder, comparison, test in runs:
         rank = str(comparison["rank"])
         methods = comparison["ranks"][rank]
         model, _ = load_model(folder / "best_model.pt", "cpu")
-        speeds = [record["samples_per_s"] for record in history if "samples_per_s" in record]
-        gain = task_gain(comparison, rank, "network")
-        rows.append(
-            [
-                name,
-                f"{sum(p.numel() for p in model.parameters()):,}",
-                rank,
-                f"{methods['network']['rel_error']['mean']:.5f}",
-                f"{methods['svd']['rel_error']['mean']:.5f}",
-                percent_text(methods["network"]["excess_pct"]["mean"]),
-                gain_text(gain),
-                f"{statistics.median(speeds):.1f}",
-                f"{test['best_epoch']} of {test['epochs']}",
-            ]
-        )
+        cells = [
+            name,
+            f"{sum(p.numel() for p in model.parameters()):,}",
+            rank,
+            f"{methods['network']['rel_error']['mean']:.5f}",
+            f"{methods['svd']['rel_error']['mean']:.5f}",
+            above_svd(methods),
+            gain_text(task_gain(comparison, rank, "network")),
+            f"{test['best_epoch']} of {test['epochs']}",
+        ]
+        rows.append(cells)
     return rows
+
+
+def above_svd(methods: dict) -> str:
+    """Format by how much the network's error is above the SVD's; a dash where it is undefined."""
+    excess = methods["network"]["excess_pct"]["mean"]
+    return percent_text(excess) if excess is None or excess < 1 else f"{excess:.1f} %"
 
 
 def task_gain(comparison: dict, rank: str, method: str) -> dict | None:
@@ -157,8 +138,7 @@ def closing_lines(runs: list[Run], coded: dict) -> list[str]:
     run = next((r for r in runs if r.comparison["task"]), runs[0])
     comparison, ranks = run.comparison, run.comparison["ranks"]
     rank = SHOWN_RANK if SHOWN_RANK in ranks else max(ranks, key=int)
-    above = percent_text(ranks[rank]["network"]["excess_pct"]["mean"])
-    lines = bytes_lines(comparison, coded)
+    lines = bytes_lines(coded)
     if gain := task_gain(comparison, rank, "network"):
         closed = task_gain(comparison, rank, "svd_in_metric")
         lines.append(
@@ -167,15 +147,15 @@ def closing_lines(runs: list[Run], coded: dict) -> list[str]:
             + (f"{gain_text(closed)} % by the closed form" if closed else "no closed form measured")
         )
     lines.append(
-        f"reconstruction: at rank {rank} the network's error is {above} above the SVD's, which no "
-        "matrix of this rank can beat"
+        f"reconstruction: at rank {rank} the network's error is {above_svd(ranks[rank])} above the "
+        "SVD's, which no matrix of this rank can beat"
     )
     groups = f"{comparison['n_images']} test images of {comparison['n_groups']} groups"
     epochs = f"epoch {run.test['best_epoch']} of {run.test['epochs']} is the best (0: untrained)"
-    return [*lines, f"training: {epochs}; measured on {groups}; {comparison['data']}"][:5]
+    return [*lines, f"training: {epochs}; measured on {groups}; {comparison['data']}"]
 
 
-def bytes_lines(comparison: dict, coded: dict) -> list[str]:
+def bytes_lines(coded: dict) -> list[str]:
     """Return the size of a coded image, beside quantised SVD factors, and what a reader sees."""
     methods = coded.get("methods", {})
     if "coded" not in methods:
@@ -184,37 +164,30 @@ def bytes_lines(comparison: dict, coded: dict) -> list[str]:
     def nearest(name: str) -> dict:
         return min(methods[name], key=lambda point: abs(point["raw_error"]["mean"] - TARGET))
 
-    own = nearest("coded")
-    size, error = own["bytes"]["mean"], own["raw_error"]["mean"]
-    full = 2 * comparison["num_tokens"] * comparison["feature_dim"]
-    line = f"bytes: {full / 1e3:.0f} kB of tokens become {size / 1e3:.1f} kB an image, raw_error "
-    line += f"{error:.3f}"
-    if "factors_quantised" in methods:
-        other = nearest("factors_quantised")
-        line += f"; quantised SVD factors take {other['bytes']['mean'] / 1e3:.1f} kB at "
-        line += f"{other['raw_error']['mean']:.3f}"
-    box = own.get("box_precision", {}).get("mean")
-    full_box = coded.get("full_tokens", {}).get("box_precision", {}).get("mean")
-    if box is None or full_box is None:
-        return [line]
-    reader = "readers: a probe that looks for the answer's box has average precision "
-    return [line, f"{reader}{box:.3f} on those tokens, {full_box:.3f} on full ones"]
+    def size(point: dict) -> str:
+        kilobytes, error = point["bytes"]["mean"] / 1e3, point["raw_error"]["mean"]
+        return f"{kilobytes:.1f} kB at raw_error {error:.3f}"
+
+    own, full, other = nearest("coded"), coded["full_tokens"], nearest("factors_quantised")
+    line = f"bytes: {full['bytes']['mean'] / 1e3:.0f} kB of tokens become {size(own)} an image; "
+    lines = [line + f"quantised SVD factors take {size(other)}"]
+    seen = own.get("box_precision", {}).get("mean")
+    if seen is not None:
+        reader = "readers: a probe that looks for the answer's box has average precision"
+        of_full = full["box_precision"]["mean"]
+        lines.append(f"{reader} {seen:.3f} on those tokens, {of_full:.3f} on full ones")
+    return lines
 
 
 # ------------------------------------------------------------------------------------------- page
 
 
-def embedded_figures(results_dirs: list[Path], runs: list[Run]) -> list[dict]:
-    """Return caption, path and PNG in base64 of every figure of the runs that are shown."""
-    shown = {run.folder for run in runs} | set(results_dirs)
-    found = []
-    for pattern, caption in FIGURES.items():
-        for folder in results_dirs:
-            for path in sorted(folder.glob(pattern)):
-                if path.parent in shown:
-                    png = base64.b64encode(path.read_bytes()).decode()
-                    found.append({"caption": caption, "path": str(path), "png": png})
-    return found
+def embedded_figures(results_dirs: list[Path], runs: list[Run], left_out: set[str]) -> list[dict]:
+    """Return path and PNG in base64 of the figures, the same of all networks side by side."""
+    folders = dict.fromkeys([*results_dirs, *(run.folder for run in runs)])
+    paths = [path for folder in folders for path in folder.glob("*.png")]
+    shown = sorted((p for p in paths if p.name not in left_out), key=lambda path: path.name)
+    return [{"path": p, "png": base64.b64encode(p.read_bytes()).decode()} for p in shown]
 
 
 def of_this_cache(path: Path, cache_sha256: str) -> dict:
@@ -239,9 +212,9 @@ def main(args: argparse.Namespace) -> None:
     coded = of_this_cache(first / "bytes.json", comparison["cache_sha256"])
     benchmark = of_this_cache(first / "benchmark.json", comparison["cache_sha256"])
     lines = closing_lines(runs, coded)
-    figures = embedded_figures(results_dirs, runs)
-    others = {"bytes.png": coded, "benchmark.png": benchmark}
-    figures = [figure for figure in figures if others.get(Path(figure["path"]).name, True)]
+    of_others = {"bytes.png": coded, "benchmark.png": benchmark}
+    left_out = {name for name, found in of_others.items() if not found}
+    figures = embedded_figures(results_dirs, runs, left_out)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True).get_template("report.html.j2")
     with atomic_path(first / "report.html") as temporary:

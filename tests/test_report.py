@@ -43,7 +43,7 @@ def comparison(arch="ResMLP", cache="a", task=True):
         "cache_sha256": cache,
         "num_tokens": 256,
         "feature_dim": 2048,
-        "ranks": {"8": methods(0.1), "16": methods(1.0)},
+        "ranks": {"8": methods(0.1), "16": methods(15.2802)},
         "task": {"head": "saliency", "ranks": {"16": of_task}} if task else None,
     }
 
@@ -60,7 +60,6 @@ def results(tmp_path, monkeypatch):
         )
         test = with_content_hash({"best_epoch": 1, "epochs": 2})
         write_json(folder / arch / "test_results.json", test)
-        write_json(folder / arch / "history.json", [{"samples_per_s": 7.0}])
         (folder / arch / "best_model.pt").write_bytes(b"")
         (folder / arch / "rank_sweep.png").write_bytes(arch.encode())
     return folder
@@ -98,7 +97,7 @@ def test_results_of_another_cache_are_left_out_with_a_note(results, capsys):
 
 
 def test_the_closing_lines_say_bytes_readers_task_reconstruction_and_training(results, capsys):
-    full = {"box_precision": {"mean": 0.84}}
+    full = {"bytes": {"mean": 1048576}, "box_precision": {"mean": 0.84}}
     found = {
         "coded": [point(3000, 0.3, 0.6), point(9000, 0.17, 0.8)],
         "factors_quantised": [point(40000, 0.15, 0.8)],
@@ -113,11 +112,11 @@ def test_the_closing_lines_say_bytes_readers_task_reconstruction_and_training(re
         "reconstruction",
         "training",
     ]
-    assert "1049 kB of tokens become 9.0 kB an image, raw_error 0.170" in printed[0]
-    assert "40.0 kB at 0.150" in printed[0]
+    assert "1049 kB of tokens become 9.0 kB at raw_error 0.170 an image" in printed[0]
+    assert "quantised SVD factors take 40.0 kB at raw_error 0.150" in printed[0]
     assert "0.800 on those tokens, 0.840 on full ones" in printed[1]
     assert "9.0 % below" in printed[2] and "16.0 % by the closed form" in printed[2]
-    assert "1.0000 % above" in printed[3]
+    assert "15.3 % above" in printed[3]
     assert "epoch 1 of 2" in printed[4]
 
 
