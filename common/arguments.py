@@ -130,8 +130,9 @@ class Parser(argparse.ArgumentParser):
         action = self._option_string_actions.get(lacking[1]) if lacking else None
         if action and isinstance(action.type, Number):
             message += f", {action.type.accepted}"
-        if unknown := re.match(r"unrecognized arguments: (--\w+)", message):
-            if near := difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.5):
+        if unknown := re.match(r"unrecognized arguments: --([\w-]+)", message):
+            typed = "--" + unknown[1].replace("-", "_")
+            if near := difflib.get_close_matches(typed, self._option_string_actions, 1, 0.5):
                 message += f"; {near[0]} is one"
         self.exit(2, f"error: {one_line(message)} (see {self.prog} --help)\n")
 

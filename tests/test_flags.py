@@ -87,6 +87,17 @@ def test_no_flag_can_be_shortened(script):
                 parser_of(script).parse_args([shortened])
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_flag_typed_with_hyphens_is_answered_by_the_one_with_underscores(script, capsys):
+    """`--target-error` was answered by `--target_kb is one`."""
+    for flag, _ in flags_of(script):
+        typed = "--" + flag[2:].replace("_", "-")
+        if typed != flag:
+            with pytest.raises(SystemExit):
+                parser_of(script).parse_args([typed, "1"])
+            assert f"{flag} is one" in capsys.readouterr().err
+
+
 bounds = st.none() | st.integers(-(10**6), 10**6)
 
 
