@@ -14,6 +14,7 @@ import factorize
 from common.codecs import codec_for_cache
 from lowrank_tokens import shards as shard_folder
 from lowrank_tokens import transform
+from lowrank_tokens.cache_writer import write_cache
 from lowrank_tokens.codec import Codec
 from lowrank_tokens.entropy import (
     CODED_FROM,
@@ -204,6 +205,17 @@ def test_no_codec_is_overwritten_by_another_unless_it_is_asked_for(codec, tmp_pa
     assert Codec.load(path).identity == other.identity
 
 
+def test_the_codecs_of_two_encoders_have_files_of_their_own_and_none_is_replaced(script, tmp_path):
+    """The second cache's codec took the file of the first, codecs/real.safetensors."""
+    for name, encoder, seed in (("a", "x/one", 0), ("b", "x/two", 1), ("c", "x/one", 2)):
+        write_cache(tmp_path / name, steep_tokens(12, seed=seed), encoder_id=encoder)
+    fit = [script("experiments.fit_codec", "--cache_dir", tmp_path / name) for name in "abc"]
+    assert [done.returncode for done in fit] == [0, 0, 2]
+    assert "holds another codec" in fit[2].stderr and "--overwrite" in fit[2].stderr
+    names = sorted(path.name for path in (tmp_path / "codecs").iterdir())
+    assert names == ["one.safetensors", "two.safetensors"]
+
+
 @by_form
 def test_a_target_is_met_nearly_and_one_out_of_reach_is_refused(codec, form, monkeypatch):
     raw = some_tokens(1, seed=6)[0]
@@ -283,17 +295,17 @@ def test_all_products_of_a_batch_are_done_on_the_device_that_is_asked_for(codec,
 def test_tokens_in_other_units_take_the_same_bytes_at_the_same_error(form):
     """The mean's step was 0.05 raw units: tokens of a small scale could not be coded."""
     rng = torch.Generator().manual_seed(0)
-    tokens = steep_tokens(65, 24, 192)
-    std = tokens.std(-1, keepdim=True)
-    tokens = tokens + 0.25 * std * torch.randn(65, 24, 1, generator=rng)
+    tokens = steep_tokens(257, 24, 192)
+    tokens = tokens / tokens.std(-1, keepdim=True)
+    tokens = tokens + 0.25 * torch.randn(257, 24, 1, generator=rng)
     found = []
-    for factor in (1, 1 / 8, 0.03 * 8, 8, 64):
+    for factor in (1, 1 / 8, 0.03, 8, 64):  # by 0.03 no step brought the error below 0.196
         scaled = tokens * factor
-        codec = Codec.fit([(scaled[:64], GRID)])
-        data = codec.encode(scaled[64], GRID, step=0.5, form=form)
-        found.append((len(data), raw_error(scaled[64], codec.decode(data))))
+        codec = Codec.fit([(scaled[:-1], GRID)])
+        data = codec.encode(scaled[-1], GRID, step=0.5, form=form)
+        found.append((len(data), raw_error(scaled[-1], codec.decode(data))))
     sizes, errors = zip(*found, strict=True)
-    assert max(sizes) / min(sizes) < 1.005 + 4 / min(sizes)
+    assert max(sizes) / min(sizes) < 1.005
     assert max(errors) - min(errors) < 1e-3 and max(errors) < 0.2
 
 
