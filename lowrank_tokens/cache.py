@@ -59,7 +59,7 @@ from lowrank_tokens.shards import check_shards, read_finished
 from lowrank_tokens.token_dataset import TokenDataset, row_numbers
 
 CACHE_FORMAT = 1
-BUILD_CACHE = "build the cache again with extract_features.py --overwrite"
+BUILD_CACHE = "write the cache again (in the checkout: extract_features.py --overwrite)"
 MANIFEST_KEYS = {
     **{"format": int, "kind": str, "encoder": dict, "resize": (str, type(None)), "grid": list},
     **{"num_tokens": int, "feature_dim": int, "count": int, "shards": list, "skipped": list},
@@ -76,10 +76,10 @@ def read_cache_manifest(cache_dir: Path) -> dict:
     """
     if not cache_dir.is_dir():
         raise InputError(
-            f"--cache_dir {cache_dir} does not exist: make it with extract_features.py, or with "
-            "experiments.make_demo_data and extract_features.py --demo"
+            f"{cache_dir} does not exist: make it with lowrank_tokens.write_cache (in the "
+            "checkout: extract_features.py; for the demo experiments.make_demo_data before it)"
         )
-    again = "the extraction was interrupted, run the same extract_features.py command to finish it"
+    again = "its writing was interrupted, run the same command to finish it"
     path, manifest = read_finished(cache_dir, again, BUILD_CACHE)
     check_keys(path, manifest, MANIFEST_KEYS, BUILD_CACHE)
     if manifest["format"] != CACHE_FORMAT:
@@ -443,8 +443,8 @@ class FeatureCache(TokenDataset):
             row = bisect_right(self._tokens, token) - 1
             raise InputError(
                 f"{self.cache_dir}: the features of row {row} are not finite, or above "
-                f"{LARGEST_FEATURE:.0e}: look for damage with extract_features.py --verify "
-                f"--cache_dir {self.cache_dir}"
+                f"{LARGEST_FEATURE:.0e}: look for damage with FeatureCache.verify (in the "
+                f"checkout: extract_features.py --verify --cache_dir {self.cache_dir})"
             )
 
     def _shard(self, index: int) -> Tensor:

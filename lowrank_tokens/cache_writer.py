@@ -45,7 +45,7 @@ from lowrank_tokens.files import (
 from lowrank_tokens.grids import Grid, most_frequent
 from lowrank_tokens.linalg import LARGEST_FEATURE, exact_singular_values, normalise, usable_features
 from lowrank_tokens.pixels import upright_rgb
-from lowrank_tokens.shards import ShardWriter, finished_words
+from lowrank_tokens.shards import START_ANEW, ShardWriter, finished_words
 
 ROW_SCHEMA = pa.schema(
     [
@@ -105,11 +105,11 @@ def refuse_finished(cache_dir: Path, but_of: str | None = None) -> None:
     """Refuse a `cache_dir` that holds a finished cache; but_of: unless of that encoder."""
     path = cache_dir / "manifest.json"
     if path.exists():
-        remedy = "type another --cache_dir"
+        remedy = "name another folder"
         finished = read_json(path, remedy)
         check_keys(path, finished, {"kind": str, "encoder": dict}, remedy)
         if finished["encoder"].get("id") != but_of:
-            raise InputError(finished_words("--cache_dir", cache_dir, _what(finished)))
+            raise InputError(finished_words(cache_dir, _what(finished)))
 
 
 def _what(manifest: dict) -> str:
@@ -125,7 +125,7 @@ class FeatureCacheWriter(ShardWriter):
     own, and singular values are left to who needs them (`RealQwenVLDataset.singular_values`).
     """
 
-    flag, kinds = "--cache_dir", ("real", "demo", "imported")
+    kinds = ("real", "demo", "imported")
     commit = "part-{:05d}.parquet"
     others = (
         *("features-*.safetensors", "rows.parquet"),
@@ -220,7 +220,7 @@ class FeatureCacheWriter(ShardWriter):
             self._places[shard] = dict(zip(part["row_id"].to_pylist(), places, strict=True))
         if row_id not in self._places[shard]:
             return None
-        tokens = load_tensors(self._shard_path(shard), "start again with --overwrite")["features"]
+        tokens = load_tensors(self._shard_path(shard), START_ANEW)["features"]
         return tokens[self._places[shard][row_id]]
 
     def finish(
@@ -311,7 +311,6 @@ class _Part(NamedTuple):
 
 def _read_part(path: Path) -> _Part:
     """Read what commits a shard. Raises InputError where it, or the shard, is damaged."""
-    remedy = "start again with --overwrite"
     try:
         part = pq.read_table(path, page_checksum_verification=True)
         if not part.schema.equals(_PART_SCHEMA):
@@ -320,8 +319,8 @@ def _read_part(path: Path) -> _Part:
         found = part.schema.metadata or {}
         entry, skipped, notes = (json.loads(found[key]) for key in (SHARD_ENTRY, SKIPPED, NOTES))
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is damaged ({error}): {remedy}") from None
-    check_files(path, [entry] if entry else [], remedy)
+        raise InputError(f"{path} is damaged ({error}): {START_ANEW}") from None
+    check_files(path, [entry] if entry else [], START_ANEW)
     return _Part(part.replace_schema_metadata(None), entry, skipped, notes)
 
 
@@ -342,10 +341,6 @@ ITEM_KEYS = {
 }
 SQUARE_GRID = "its tokens were taken to be a square grid, in raster order"
 THUMBNAIL_SIZE = 224  # pixels, of the longer side
-
-
-class _ItemWriter(FeatureCacheWriter):
-    flag = "folder"
 
 
 def write_cache(
@@ -399,7 +394,7 @@ def write_cache(
         "versions": {"torch": torch.__version__},
     }
     with sole_writer(folder, "folder"):
-        writer = _ItemWriter(folder, header, OPEN_END, overwrite, most_tokens=most_tokens)
+        writer = FeatureCacheWriter(folder, header, OPEN_END, overwrite, most_tokens=most_tokens)
         _write_records(writer, itertools.chain([first], records))
         writer.finish(least_groups=least_groups)
     return FeatureCache(folder)

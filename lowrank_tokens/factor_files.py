@@ -243,7 +243,7 @@ class FactorWriter(ShardWriter):
     target_error, grid, T, D, count).
     """
 
-    flag, kinds = "--out", (KIND,)
+    kinds = (KIND,)
     commit, others = "factors-{:05d}.json", ("factors-*.safetensors", CODEC_FILE)
 
     def __init__(

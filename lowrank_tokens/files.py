@@ -217,18 +217,18 @@ def check_hash(path: Path, entry: dict, remedy: str) -> None:
 
 
 def check_same_header(
-    what: str, started: dict, header: dict, anew: str = "--overwrite to start anew"
+    what: str, started: dict, header: dict, anew: str = "name another folder, or overwrite it"
 ) -> None:
-    """Refuse to go on with `what`, a folder as typed or a file, that another header began.
+    """Refuse to go on with `what`, a folder or a file, that another header began.
 
     Of several differences the first in the header's order is shown, with both values; `anew` says
-    what to type in place of going on.
+    what to do in place of going on.
     """
     if different := first_difference(started, header):
         key, before, now = different
         raise InputError(
-            f"{what} was begun with {key} = {before}, now it is {now}: type the same command "
-            f"again, or {anew}"
+            f"{what} was begun with {key} = {before}, now it is {now}: go on with the same, or "
+            f"{anew}"
         )
 
 

@@ -32,19 +32,19 @@ ROWS_PER_SHARD = 128
 TOKENS_PER_SHARD = 2**18  # at most: a shard is in memory whole when it is written
 
 
-def finished_words(flag: str, folder: Path, what: str) -> str:
-    """Say that a folder is finished, and what to type."""
-    return (
-        f"{flag} {folder} holds {what}: use it, type another {flag}, or --overwrite to replace it"
-    )
+START_ANEW = "start again and overwrite the folder"
+
+
+def finished_words(folder: Path, what: str) -> str:
+    """Say that a folder is finished, and what to do instead of writing it."""
+    return f"{folder} holds {what}: use it, name another folder, or overwrite it"
 
 
 class ShardWriter:
     """The base of writers of such folders; a subclass writes the shards, then calls `seal`.
 
-    A subclass says what it is about: `flag`, under which the folder is typed; `kinds` of header
-    that are its own; `commit`, the name, but for the number, of the file that commits a shard;
-    `others`, patterns of its further files.
+    A subclass says what it is about: `kinds` of header that are its own; `commit`, the name, but
+    for the number, of the file that commits a shard; `others`, patterns of its further files.
 
     A subclass whose shard is one file commits it by `commit_file`: a small JSON file, written after
     it, with its size and the hash that it had when it was written. `committed_file` gives these
@@ -58,11 +58,10 @@ class ShardWriter:
             with another one is refused with both values.
         num_rows: of all shards.
         most_tokens: of a row.
-        conditions: what an unfinished folder has to be gone on with beside the header, and a
-            finished one need not be known by.
+        conditions: settings beside the header that must match when an unfinished folder is gone on
+            with. A finished one need not match them.
     """
 
-    flag: str
     kinds: tuple[str, ...]
     commit: str
     others: tuple[str, ...] = ()
@@ -112,9 +111,8 @@ class ShardWriter:
 
         Raises InputError where the file is missing or has another size.
         """
-        remedy = "start again with --overwrite"
-        entry = read_json(commit_path, remedy)
-        check_files(commit_path, [entry], remedy)
+        entry = read_json(commit_path, START_ANEW)
+        check_files(commit_path, [entry], START_ANEW)
         return entry
 
     def rows_of(self, shard: int) -> range:
@@ -152,11 +150,10 @@ class ShardWriter:
         sweep_temporaries(self.folder)
 
     def _refuse_others(self, begun: dict, overwrite: bool) -> None:
-        where = f"{self.flag} {self.folder}"
         manifest, partial = (self.folder / f"{name}.json" for name in ("manifest", "partial"))
         for path in filter(Path.exists, (manifest, partial)):
             try:
-                found = read_json(path, "start again with --overwrite")
+                found = read_json(path, START_ANEW)
             except InputError:
                 if not self._holds_own_files():
                     found = None
@@ -165,25 +162,24 @@ class ShardWriter:
                 else:
                     raise
             if not isinstance(found, dict) or found.get("kind") not in self.kinds:
-                raise InputError(f"{where} holds something else: type another {self.flag}")
+                raise InputError(f"{self.folder} holds something else: name another folder")
             if overwrite:
                 continue
             if path == partial:
-                other = f"another {self.flag}, or --overwrite to start anew"
-                check_same_header(where, found, begun, other)
+                check_same_header(str(self.folder), found, begun)
             else:
                 # what a manifest says beyond its header is no difference
                 found_header = {key: found.get(key) for key in self.header}
                 if different := first_difference(found_header, self.header):
                     key, before, now = different
                     raise InputError(
-                        f"{where} holds {self.what(found)}, which was begun with {key} = {before}, "
-                        f"now it is {now}: type another {self.flag}, or --overwrite to replace it"
+                        f"{self.folder} holds {self.what(found)}, which was begun with "
+                        f"{key} = {before}, now it is {now}: name another folder, or overwrite it"
                     )
                 self.remove_leftovers()
-                raise InputError(finished_words(self.flag, self.folder, self.what(found)))
+                raise InputError(finished_words(self.folder, self.what(found)))
         if not overwrite and not partial.exists() and any(self.folder.glob(self._pattern)):
-            raise InputError(f"{partial} is missing: start again with --overwrite")
+            raise InputError(f"{partial} is missing: {START_ANEW}")
 
     def _holds_own_files(self) -> bool:
         """Say whether the folder holds files of this kind beside its JSON."""

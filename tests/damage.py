@@ -156,7 +156,7 @@ def build(work: Path) -> dict[str, Kind]:
     }
     kinds |= {
         name: Kind(results / "ResMLP", name, read_results)
-        for name in ("history.json", "test_results.json", "svd_nn_comparison.json")
+        for name in ("test_results.json", "svd_nn_comparison.json")
     }
     kinds["best_model.pt"] = Kind(results / "ResMLP", "best_model.pt", read_checkpoint)
     kinds["data set *.parquet"] = Kind(data, "data/train-00000-of-00001.parquet", read_rows)

@@ -168,7 +168,7 @@ def test_another_encoder_cannot_go_on_with_a_cache_that_was_begun(tmp_path):
 
 def test_a_finished_cache_is_only_replaced_when_asked(tmp_path):
     write(tmp_path, torch.randn(3, 4, 6))
-    with pytest.raises(InputError, match="--overwrite"):
+    with pytest.raises(InputError, match="name another folder, or overwrite it"):
         FeatureCacheWriter(tmp_path, header(), 3)
     FeatureCacheWriter(tmp_path, header(resize="pad"), 3, overwrite=True)
     assert not (tmp_path / "manifest.json").exists()

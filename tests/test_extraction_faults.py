@@ -175,7 +175,7 @@ def test_other_images_on_top_of_a_cache_suggest_another_folder_first(encode, tmp
     assert encode(tmp_path / "a").returncode == 0
     done = encode(tmp_path / "b")
     assert done.returncode == 2
-    assert done.stderr.endswith("type another --cache_dir, or --overwrite to replace it\n")
+    assert done.stderr.endswith("name another folder, or overwrite it\n")
 
 
 @pytest.mark.parametrize("content", ["not JSON", "{}", '{"kind": "else"}'])
@@ -185,8 +185,8 @@ def test_a_folder_that_is_no_cache_is_never_overwritten(content, encode, tmp_pat
     (tmp_path / "cache/manifest.json").write_text(content)
     for flags in ((), ("--overwrite",)):
         done = encode(tmp_path / "set", "cache", *flags)
-        assert done.returncode == 2 and "type another --cache_dir" in done.stderr
-        assert "--overwrite" not in done.stderr
+        assert done.returncode == 2 and "name another folder" in done.stderr
+        assert "overwrite" not in done.stderr
     assert (tmp_path / "cache/manifest.json").read_text() == content
 
 

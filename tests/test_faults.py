@@ -295,7 +295,7 @@ def test_an_overwrite_that_was_cut_off_leaves_no_part_without_its_shard(tmp_path
             assert RealQwenVLDataset(tmp_path).verify() == {}
             assert torch.equal(RealQwenVLDataset(tmp_path)[range(10)], tokens.bfloat16())
         except InputError as error:
-            assert "start again with --overwrite" in str(error)
+            assert "start again and overwrite the folder" in str(error)
 
 
 @pytest.mark.parametrize("size", [3000, *[slow(n) for n in (300, 5_000, 20_000, 45_000)]])
