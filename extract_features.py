@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from encoders.image_sources import ImageSource, open_source
 from encoders.native_size import PixelRange
 from encoders.pt_import import PtFeatures
 from encoders.towers import VisionEncoder, load_encoder
+from lowrank_tokens import progress
 from lowrank_tokens.cache_writer import FeatureCacheWriter, refuse_finished, write_cache
 from lowrank_tokens.errors import energy_note, optimum
 from lowrank_tokens.exceptions import InputError
@@ -318,13 +320,15 @@ def import_tokens(args: argparse.Namespace) -> list[dict]:
     if processes.is_main():
         print(f"{len(files)} images in {files.num_files} files, stored in bfloat16")
         try:
-            write_cache(
-                args.cache_dir,
-                files,
-                encoder_id=args.encoder_id,
-                overwrite=args.overwrite,
-                least_groups=LEAST_GROUPS,
-            )
+            with warnings.catch_warnings(action="ignore", category=UserWarning):
+                # of a square grid: the summary notes it
+                write_cache(
+                    args.cache_dir,
+                    progress.over(files, "import", "images"),
+                    encoder_id=args.encoder_id,
+                    overwrite=args.overwrite,
+                    least_groups=LEAST_GROUPS,
+                )
         except KeyboardInterrupt:
             print("go on with the same command, without --overwrite")
             raise

@@ -12,6 +12,7 @@ or position; numbers in names count as numbers.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from encoders.pt_import import DamagedFile, load_pt
+from lowrank_tokens.cache_writer import MOST_EXTRA_TOKENS
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.grids import Grid
 
@@ -34,34 +36,41 @@ class _Images(NamedTuple):
 
     name: str  # of the file, with "#" and the tensor's name where it has several
     count: int
+    tokens: int  # T, with those that are dropped
     read: Callable[[], Tensor]
 
 
 class FeatureFiles:
     """The images of a folder of .pt, .npy and .safetensors files, one after the other.
 
-    Iterating gives `lowrank_tokens.write_cache`'s items. Nothing but shapes is read before that,
-    and one tensor at a time is in memory.
+    Iterating gives `lowrank_tokens.write_cache`'s items. Nothing but shapes is read and checked
+    before that, and one tensor at a time is in memory.
 
     Args:
         folder: with the files; folders in it are not looked at.
         grid: rows and columns of every image's tokens; None: a square where T is one.
         drop_tokens: how many of each image's first tokens are left out.
 
-    Raises InputError where there is no file, or one that cannot be read or holds no [T, D].
+    Raises InputError where there is no file, or one that cannot be read or holds no [T, D], or
+    tokens that do not fit the grid.
     """
 
     def __init__(self, folder: str | Path, grid: Grid | None = None, drop_tokens: int = 0) -> None:
         self.folder, self.grid, self.drop_tokens = Path(folder), grid, drop_tokens
+        if not self.folder.is_dir():
+            raise InputError(f"--import_features {folder} is no folder: name one of tensors")
         paths = [p for p in self.folder.glob("*") if p.suffix.lower() in SUFFIXES]
         if not paths:
             raise InputError(
-                f"--import_features {folder} has no {', '.join(SUFFIXES)}: name a folder of tensors"
+                f"--import_features {folder} holds no {', '.join(SUFFIXES)} file (folders in it "
+                "are not looked at): name a folder of tensors"
             )
         self.num_files = len(paths)
         self._images: list[_Images] = []
         for path in sorted(paths, key=lambda path: _natural(path.name)):
             self._images += _in_file(path)
+        for images in self._images:
+            self._check_grid(images)
 
     def __len__(self) -> int:
         return sum(images.count for images in self._images)
@@ -72,13 +81,29 @@ class FeatureFiles:
             stacked = tensor.dim() == 3
             for i, tokens in enumerate(tensor if stacked else [tensor]):
                 path = f"{images.name}#{i}" if stacked and images.count > 1 else images.name
-                if len(tokens) <= self.drop_tokens:
-                    raise InputError(
-                        f"{self.folder / path} has {len(tokens)} tokens: --drop_tokens "
-                        f"{self.drop_tokens} leaves none"
-                    )
-                tokens = tokens[self.drop_tokens :]
-                yield {"tokens": tokens, "grid": self.grid, "path": path}
+                yield {"tokens": tokens[self.drop_tokens :], "grid": self.grid, "path": path}
+
+    def _check_grid(self, images: _Images) -> None:
+        """Refuse images whose tokens do not fit the grid, or without one are no square."""
+        left, dropped = images.tokens - self.drop_tokens, f"--drop_tokens {self.drop_tokens}"
+        has = f"{self.folder / images.name} has {images.tokens} tokens"
+        if left < 1:
+            raise InputError(f"{has}: {dropped} leaves none")
+        if self.drop_tokens:
+            has += f", {left} after {dropped}"
+        if self.grid and math.prod(self.grid) != left:
+            h, w = self.grid
+            raise InputError(
+                f"{has}: --grid {h} {w} is of {h * w}; leave out class and register tokens by "
+                "--drop_tokens N"
+            )
+        side = math.isqrt(left)
+        if not self.grid and (more := left - side * side):
+            near = f" (N = {self.drop_tokens + more} leaves {side} x {side})"
+            raise InputError(
+                f"{has}, which is no square: type --grid H W, or leave out class and register "
+                f"tokens by --drop_tokens N{near if more <= MOST_EXTRA_TOKENS else ''}"
+            )
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -108,7 +133,7 @@ def _of(name: str, read: Callable[[], Tensor]) -> _Images:
             f"it holds {tensor.dtype} of shape {tuple(tensor.shape)}, not floats [T, D] or "
             "[n, T, D]"
         )
-    return _Images(name, len(tensor) if tensor.dim() == 3 else 1, read)
+    return _Images(name, len(tensor) if tensor.dim() == 3 else 1, tensor.shape[-2], read)
 
 
 def _from_numpy(path: Path) -> Tensor:

@@ -18,8 +18,10 @@ import itertools
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +44,7 @@ from lowrank_tokens.files import (
     save_tensors,
     sole_writer,
 )
-from lowrank_tokens.grids import Grid, most_frequent
+from lowrank_tokens.grids import Grid, checked_grid, most_frequent
 from lowrank_tokens.linalg import LARGEST_FEATURE, exact_singular_values, normalise, usable_features
 from lowrank_tokens.pixels import upright_rgb
 from lowrank_tokens.shards import START_ANEW, ShardWriter, finished_words
@@ -335,12 +337,22 @@ def _count_notes(notes: Iterable[dict]) -> list[dict]:
 
 # ------------------------------------------------------------------------- tokens of any encoder
 
-ITEM_KEYS = {
-    *("tokens", "grid", "image", "question", "answers", "bbox", "width", "height", "path"),
-    *("group", "photograph", "view", "mirrored"),
+_TEXT, _BOX = (str, "a text"), (list | tuple | np.ndarray | Tensor, "x, y, w, h")
+ITEM_FIELDS = {  # what an item may hold beside its tokens and grid
+    **dict.fromkeys(("question", "path", "group", "photograph"), _TEXT),
+    **dict.fromkeys(("width", "height"), (Integral, "a whole number")),
+    **dict.fromkeys(("bbox", "view"), _BOX),
+    "mirrored": (bool | np.bool_, "True or False"),
+    "image": (bytes, "the bytes of an image file"),
+    "answers": (list | tuple | np.ndarray, "a list of texts"),
 }
+ITEM_KEYS = {"tokens", "grid", *ITEM_FIELDS}
 SQUARE_GRID = "its tokens were taken to be a square grid, in raster order"
+MOST_EXTRA_TOKENS = 16  # class and register tokens that a message takes for such
 THUMBNAIL_SIZE = 224  # pixels, of the longer side
+
+
+_NO_MORE = object()
 
 
 def write_cache(
@@ -366,7 +378,7 @@ def write_cache(
             encoded image's bytes; "question"; "answers", a list of texts; "bbox" (x, y, w, h) in
             pixels, with "image" or "width" and "height"; "path"; "group"; "photograph", "view"
             [x, y, w, h in its pixels] and "mirrored", for matching between views. Without a grid a
-            square is taken where T_i is one, which the manifest's notes say.
+            square is taken where T_i is one, which a warning and the manifest's notes say.
         encoder_id: name of the encoder. Networks and codecs of one cache serve every other of the
             same encoder_id and D.
         groups: name of each item's group. Items of one group stay on one side of the split. By
@@ -412,13 +424,19 @@ class _Record(NamedTuple):
 def _records(
     items: Iterable[Tensor | np.ndarray | Mapping], groups: Iterable[str] | None
 ) -> Iterator[_Record]:
+    is_array = isinstance(items, Tensor | np.ndarray)
+    if isinstance(items, Mapping | str) or (is_array and items.ndim != 3):
+        raise TypeError("items is one item: give a list, or another iterable, of them")
+    if isinstance(groups, str):
+        raise TypeError(f"groups is {groups!r}: give one name an item")
     names = itertools.repeat(None) if groups is None else iter(groups)
-    width = None
+    width, is_said = None, False
     for number, item in enumerate(items):
-        try:
-            group = next(names)
-        except StopIteration:
-            raise InputError(f"groups ends before item {number}: give one name an item") from None
+        group = next(names, _NO_MORE)
+        if group is _NO_MORE:
+            raise InputError(f"groups ends before item {number}: give one name an item")
+        if groups is not None and not isinstance(group, str):
+            raise TypeError(f"groups[{number}] is {group!r}, not a text")
         record = _record(number, item, group)
         width = width or record.tokens.shape[1]
         if record.tokens.shape[1] != width:
@@ -426,40 +444,83 @@ def _records(
                 f"item {number} has {record.tokens.shape[1]} features, the others have {width}: "
                 "tokens of one encoder belong in one cache"
             )
+        if record.notes and not is_said:
+            is_said, side = True, record.row["grid_rows"]
+            warnings.warn(
+                f"item {number} has no grid: its {side * side} tokens are taken to be {side} × "
+                f"{side} in raster order, and so are others without one",
+                stacklevel=3,
+            )
         yield record
+    if groups is not None and next(names, _NO_MORE) is not _NO_MORE:
+        raise InputError(f"groups has more names than there are items, {number + 1}")
 
 
 def _record(number: int, item: Tensor | np.ndarray | Mapping, group: str | None) -> _Record:
     fields = dict(item) if isinstance(item, Mapping) else {"tokens": item}
-    if unknown := sorted(fields.keys() - ITEM_KEYS):
+    if unknown := sorted(map(str, fields.keys() - ITEM_KEYS)):
         raise TypeError(f"item {number} has the unknown key {unknown[0]!r}: {sorted(ITEM_KEYS)}")
     tokens = fields.pop("tokens", None)
-    if isinstance(tokens, np.ndarray):
+    if isinstance(tokens, np.ndarray) and np.issubdtype(tokens.dtype, np.floating):
         tokens = torch.from_numpy(tokens)
     if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
-        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        kind = tokens.dtype if isinstance(tokens, Tensor | np.ndarray) else type(tokens).__name__
         raise TypeError(f"item {number}: its tokens are {kind}, not a float tensor or array [T, D]")
     if tokens.dim() != 2 or 0 in tokens.shape:
-        raise InputError(f"item {number}: its tokens have the shape {tuple(tokens.shape)}: [T, D]")
+        raise InputError(f"item {number}: its tokens are {list(tokens.shape)}, not [T, D]")
     grid, notes = fields.pop("grid", None), []
     if grid is None:
         side = math.isqrt(len(tokens))
-        if side * side != len(tokens):
+        if more := len(tokens) - side * side:
+            near = f" ({more} more than {side} × {side})" if more <= MOST_EXTRA_TOKENS else ""
             raise InputError(
-                f"item {number} has {len(tokens)} tokens, which is no square: say its grid (rows, "
-                "columns), or leave out class and register tokens first"
+                f"item {number} has {len(tokens)} tokens, which is no square{near}: say its grid "
+                "(rows, columns), or leave out class and register tokens first"
             )
         grid, notes = (side, side), [SQUARE_GRID]
-    grid = tuple(int(side) for side in grid)
-    if len(grid) != 2 or min(grid) < 1 or math.prod(grid) != len(tokens):
-        raise InputError(f"item {number} has {len(tokens)} tokens, its grid is {grid}")
+    try:
+        grid = checked_grid(grid)
+    except InputError as error:
+        raise InputError(f"item {number}: {error}") from None
+    if min(grid) < 1 or math.prod(grid) != len(tokens):
+        raise InputError(
+            f"item {number} has {len(tokens)} tokens, its grid is {grid}: leave out class and "
+            "register tokens, which have no place on it"
+        )
     tokens = tokens.detach().to("cpu", torch.bfloat16)
+    fields = _checked_fields(number, fields)
     row = {"row_id": number, "grid_rows": grid[0], "grid_columns": grid[1]} | fields
     row |= _image_fields(number, row.pop("image", None))
-    _check_box(number, row.get("bbox"), row.get("width"), row.get("height"))
     given = group if group is not None else fields.get("group")
     row["group"] = given or row.get("image_sha256") or _sha256_of(tokens)
     return _Record(tokens, row, notes, given is not None)
+
+
+def _checked_fields(number: int, fields: dict) -> dict:
+    """Return the fields of an item beside tokens and grid. Raises TypeError or InputError for one
+    that is not what a row holds."""
+    fields = {key: value for key, value in fields.items() if value is not None}
+    for key, value in fields.items():
+        kind, words = ITEM_FIELDS[key]
+        texts = value if key == "answers" and isinstance(value, kind) else ()
+        if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
+            shown = repr(value) if isinstance(value, str | int | float | list) else type(value)
+            raise TypeError(f"item {number}: its {key} is {str(shown)[:60]}, not {words}")
+        if (kind, words) == _BOX:
+            fields[key] = _four_numbers(number, key, value)
+    if "bbox" in fields and not ("image" in fields or {"width", "height"} <= fields.keys()):
+        raise InputError(f"item {number} has a bbox: give its image, or width and height, too")
+    return fields
+
+
+def _four_numbers(number: int, name: str, values: Sequence) -> list[float]:
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != 4 or not all(map(math.isfinite, numbers)) or min(numbers[2:]) <= 0:
+        raise InputError(f"item {number}: its {name} is {list(values)}, not x, y, w, h in pixels")
+    return numbers
 
 
 def _sha256_of(tokens: Tensor) -> str:
@@ -481,16 +542,6 @@ def _image_fields(number: int, data: bytes | None) -> dict:
     sha256 = hashlib.sha256(data).hexdigest()
     size = {"width": image.width, "height": image.height}
     return {"image_sha256": sha256, **size, "thumbnail": file.getvalue()}
-
-
-def _check_box(number: int, box: Sequence | None, width: int | None, height: int | None) -> None:
-    if box is None:
-        return
-    if width is None or height is None:
-        raise InputError(f"item {number} has a bbox: give its image, or width and height, too")
-    numbers = [float(value) for value in box]
-    if len(numbers) != 4 or not all(map(math.isfinite, numbers)) or min(numbers[2:]) <= 0:
-        raise InputError(f"item {number}: its bbox is {list(box)}, not x, y, w, h in pixels")
 
 
 def _write_records(writer: FeatureCacheWriter, records: Iterator[_Record]) -> None:

@@ -23,7 +23,9 @@ docs/stream.md specifies streams and the codec file to the bit.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +41,7 @@ from lowrank_tokens.codec_file import (
     read_codec_file,
     write_codec_file,
 )
-from lowrank_tokens.codec_fitting import fit_arrays
+from lowrank_tokens.codec_fitting import checked_batches, fit_arrays
 from lowrank_tokens.entropy import Tables, encode_symbols
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import sha256_file
@@ -52,6 +54,7 @@ from lowrank_tokens.linalg import (
 )
 from lowrank_tokens.rate_search import COARSEST, FINEST, Tried, guessed_index, search
 from lowrank_tokens.stream import (
+    BYTES,
     FACTORS,
     FORMS,
     STEP_UNITS,
@@ -262,6 +265,8 @@ class Codec:
         if form not in FORMS:
             raise InputError(f"form = {form!r} is not one of {', '.join(FORMS)}")
         value = positive_number(named[0], targets[named[0]])
+        if error is not None and value >= 1:
+            raise InputError(f"error = {error!r} is a fraction: give less than 1, 0.16 for 16 %")
         prepared = self.prepare(tokens, grid, factors)
         if step is not None:
             rounded = self._rounded(prepared, step_index(value), form)
@@ -343,7 +348,7 @@ class Codec:
         if factors is None:
             z = self.transformed((raw - mean) / std, grid)
         else:
-            u, s, v = map(float_on_cpu, factors)
+            u, s, v = map(float_on_cpu, checked_factors(factors, *tokens.shape))
             # they are of X by the exact statistics; what is stored divides by the rounded ones
             u = u * (normalise(raw)[2] / std)
             z = dct(u * s, grid) @ (v.mT @ self._klt)
@@ -428,7 +433,7 @@ class Codec:
         return tokens if self._channels is None else tokens * self._channels.to(tokens.device)
 
     def decode_batch(
-        self, streams: Sequence[bytes], device: torch.device | str | None = None
+        self, streams: Iterable[bytes], device: torch.device | str | None = None
     ) -> list[Tensor]:
         """Decode several images: a list of tokens [T_i, D] float32 on `device` (default the CPU).
 
@@ -437,13 +442,15 @@ class Codec:
         """
         device = torch.device(device or "cpu")
         inverse = self._inverse.to(device)
-        headers, read = [], []
+        if isinstance(streams, BYTES):
+            raise TypeError("streams is one coded image: give a list of them, or call decode")
+        streams, headers, read = list(streams), [], []
         for i, data in enumerate(streams):
             try:
                 headers.append(self.header(data))
                 read.append(self._symbols(data, headers[-1]))
-            except InputError as error:
-                raise InputError(f"streams[{i}]: {error}") from None
+            except (InputError, TypeError) as error:
+                raise type(error)(f"streams[{i}]: {error}") from None
         kinds: dict[tuple[str, Grid], list[int]] = {}
         for i, header in enumerate(headers):
             kinds.setdefault((header.form, header.grid), []).append(i)
@@ -506,12 +513,18 @@ class Codec:
             metric: M [D, D]; the codec then makes the error of X M^½ small.
             info: what the file says of its origin, JSON.
             image_hashes: SHA-256 of the images, hexadecimal; their first 8 bytes are kept.
-        Raises TypeError where `batches` can be read only once, InputError where they are empty.
+        Raises TypeError where `batches` can be read only once, InputError where they are empty, and
+        either of these, naming the argument, where one cannot be used.
         """
         if iter_once(batches):
             raise TypeError("batches can be read only once: give a list, or a function")
         again = batches if callable(batches) else lambda: batches
-        fitted = fit_arrays(again, grid, metric)
+        if not isinstance(info, dict | None):
+            raise TypeError(f"info is a {type(info).__name__}: give a dict")
+        json.dumps(info)  # raises TypeError now, and not when the codec is saved
+        if wrong := [one for one in image_hashes if not re.fullmatch("[0-9a-f]{16,64}", str(one))]:
+            raise InputError(f"image_hashes: {wrong[0]!r} is no SHA-256 in hexadecimal digits")
+        fitted = fit_arrays(lambda: checked_batches(again()), grid, metric)
         if image_hashes:
             hashes = [list(bytes.fromhex(one[:16])) for one in image_hashes]
             fitted.arrays[PROVENANCE] = torch.tensor(hashes, dtype=torch.uint8)
@@ -531,19 +544,38 @@ def float_on_cpu(tensor: Tensor) -> Tensor:
 def check_tokens(tokens: Tensor, grid: Grid, feature_dim: int) -> None:
     """Raise TypeError or InputError, naming the argument, where tokens cannot be encoded."""
     if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
-        raise TypeError(f"tokens have to be a torch tensor of floats, not {type(tokens).__name__}")
+        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokens have to be a torch tensor of floats, not {kind}")
     if tokens.ndim != 2 or tokens.shape[1] != feature_dim:
         raise InputError(
             f"tokens {list(tokens.shape)} are not [T, {feature_dim}], as the codec's: give one "
             "image's tokens, or fit a codec on a cache of this encoder"
         )
     if not is_grid(grid) or grid[0] * grid[1] != len(tokens):
-        raise InputError(f"a grid of {grid[0]} x {grid[1]} does not fit {len(tokens)} tokens")
+        raise InputError(
+            f"a grid of {grid[0]} x {grid[1]} does not fit {len(tokens)} tokens: leave out class "
+            "and register tokens, which have no place on it"
+        )
     if not usable_features(tokens[None]).all():
         raise InputError(
             f"tokens have NaN or infinite entries, or some above {LARGEST_FEATURE:.0e}: leave the "
             "image out, or look at its encoder"
         )
+
+
+def checked_factors(factors: SvdFactors, tokens: int, features: int) -> SvdFactors:
+    """Return `factors` by name. Raises TypeError or InputError where they are no u, s and v."""
+    try:
+        factors = SvdFactors(*factors)
+        shapes = [list(part.shape) for part in factors]
+    except (TypeError, AttributeError):
+        raise TypeError("factors are not three tensors, u [T, r], s [r] and v [D, r]") from None
+    rank = shapes[0][-1] if shapes[0] else 0
+    if shapes != [[tokens, rank], [rank], [features, rank]]:
+        raise InputError(
+            f"factors have the shapes {shapes}, not u [{tokens}, r], s [r] and v [{features}, r]"
+        )
+    return factors
 
 
 def relative(x: Tensor, decoded: Tensor) -> float:

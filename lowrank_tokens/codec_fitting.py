@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowrank_tokens.entropy import Tables
 from lowrank_tokens.exceptions import InputError
-from lowrank_tokens.grids import Grid
+from lowrank_tokens.grids import Grid, checked_grid
 from lowrank_tokens.linalg import left_singular, normalise, symmetric_power
 from lowrank_tokens.stream import STEP_UNITS, extreme_entries, replace_extremes
 from lowrank_tokens.transform import dct, off_grid, statistics_dct
@@ -50,6 +50,28 @@ class Moments:
     roots: tuple[Tensor | None, Tensor | None]  # M^½ and M^-½ float64
 
 
+def checked_batches(batches: Iterable[tuple[Tensor, Grid]]) -> Iterator[tuple[Tensor, Grid]]:
+    """Yield the pairs of `batches`. Raises TypeError or InputError that names one that is none."""
+    width = None
+    for number, pair in enumerate(batches):
+        name = f"batches[{number}]"
+        try:
+            raw, grid = pair
+        except (TypeError, ValueError):
+            raw = None
+        if not isinstance(raw, Tensor) or not raw.is_floating_point():
+            raise TypeError(
+                f"{name} is no pair of float tokens [b, T, D], a tensor, and their grid"
+            )
+        grid, width = checked_grid(grid), width or raw.shape[-1]
+        if raw.ndim != 3 or raw.shape[1] != math.prod(grid) or raw.shape[2] != width:
+            raise InputError(
+                f"{name}: tokens {list(raw.shape)} are not [b, T, {width}] of a grid of "
+                f"{grid[0]} x {grid[1]}"
+            )
+        yield raw, grid
+
+
 def fit_arrays(batches: Batches, grid: Grid | None, metric: Tensor | None) -> FittedArrays:
     """Fit the arrays of a codec to training images, in two or three passes.
 
@@ -60,7 +82,14 @@ def fit_arrays(batches: Batches, grid: Grid | None, metric: Tensor | None) -> Fi
     first = next(iter(batches()), None)
     if first is None or not len(first[0]):
         raise InputError("batches: there are no training images to fit a codec on")
-    grid = grid or first[1]
+    grid = first[1] if grid is None else checked_grid(grid)
+    width = first[0].shape[-1]
+    if metric is not None and (
+        not isinstance(metric, Tensor) or not metric.is_floating_point() or metric.ndim != 2
+    ):
+        raise TypeError("metric is no float tensor M [D, D]")
+    if metric is not None and metric.shape != (width, width):
+        raise InputError(f"metric {list(metric.shape)} is not M [D, D] of {width} features")
     exponents, moments = None, _moments(batches, None, metric)
     ratio = (moments.channel_roots / moments.channel_roots.median().clamp_min(1e-30)).log2() * 2
     if (large := ratio > LARGE_CHANNEL).any():
@@ -100,6 +129,8 @@ def _moments(
     root = inverse_root = None
     if metric is not None:
         root, inverse_root = (symmetric_power(metric.double().cpu(), p) for p in (0.5, -0.5))
+        if not torch.isfinite(inverse_root).all():
+            raise InputError("metric is not positive definite, or not finite")
     total, roots, log_std, images, tokens = 0.0, 0.0, 0.0, 0, 0
     for raw, _ in batches():
         raw = raw.float()

@@ -102,7 +102,7 @@ def read_json(path: str | Path, remedy: str) -> dict | list:
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} does not exist: {remedy}") from None
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise InputError(f"{path} is damaged ({error}): {remedy}") from None

@@ -8,12 +8,15 @@ order of the components matters.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from lowrank_tokens.exceptions import InputError
 
 NORM_FLOOR = 1e-20  # norms are clamped here, so that zero tokens give zeros and not NaN
 
@@ -265,10 +268,27 @@ def exact_factors(x: Tensor, rank: int, dtype: torch.dtype = torch.float64) -> F
     dtype: of the eigenproblem. In float32 the Gram matrix squares the condition, which costs a few
     tenths of a per cent of excess on real tokens at rank 128; in float64 it is exact, and the
     cheapest exact method here.
+    Raises TypeError where x is no float tensor or rank no whole number, InputError for a rank that
+    is not 1 to m and where x is not finite.
     """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"x has to be a torch tensor of floats [..., T, D], not {kind}")
+    try:
+        operator.index(rank)
+    except TypeError:
+        raise TypeError(f"rank = {rank!r} is no whole number") from None
+    if x.ndim < 2 or not 1 <= rank <= min(x.shape[-2:]):
+        raise InputError(
+            f"rank = {rank} of x {list(x.shape)}: give x [..., T, D] and a rank from 1 to the "
+            "smaller of T and D"
+        )
     wide = x.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
-    vectors = gram_eigen(wide).vectors[..., :rank]
+    try:
+        vectors = gram_eigen(wide).vectors[..., :rank]
+    except torch.linalg.LinAlgError:
+        raise InputError("x has NaN or infinite entries, of which there are no factors") from None
     # orthonormal also where σ_i = 0, which a division by σ_i would not be
     u = torch.linalg.qr(wide @ vectors)[0] if tall else vectors
     u = u.to(x.dtype)

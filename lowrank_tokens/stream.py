@@ -26,6 +26,7 @@ EXTREMES = 2  # bit of a stream's first byte: extreme entries follow its header
 KNOWN_BITS = 1 | EXTREMES
 # 16 · format + bits, first four bytes of the codec's identity, CRC-32 of all other bytes
 HEADER = struct.Struct("<B4sI")
+BYTES = bytes | bytearray | memoryview  # what a coded image may be given as
 STEP_UNITS = 64  # of an octave of Δ: the grid of levels, UNITS to a level
 LARGEST_STEP_INDEX = 32 * STEP_UNITS  # either way: of finer steps symbols are no integers
 MOST_TOKENS = 2**20  # of an image: 14336 pixels square at 14 a token
@@ -81,7 +82,8 @@ def positive_number(name: str, value: float | np.number | Tensor) -> float:
     Raises InputError, naming the argument, where it is no number, not finite or not above 0.
     """
     scalar = isinstance(value, Tensor | np.ndarray) and value.ndim == 0
-    number = float(value) if scalar or isinstance(value, numbers.Real) else math.nan
+    is_number = scalar or (isinstance(value, numbers.Real) and not isinstance(value, bool))
+    number = float(value) if is_number else math.nan
     if not (math.isfinite(number) and number > 0):
         raise InputError(f"{name} = {value!r} is not a finite number above 0")
     return number
@@ -95,8 +97,12 @@ def is_grid(grid: Grid) -> bool:
 def stream_header(data: bytes) -> StreamHeader:
     """Return the header of a stream of any codec.
 
-    Raises InputError where the bytes are damaged or of another format.
+    Raises InputError where the bytes are damaged or of another format, TypeError for no bytes.
     """
+    if not isinstance(data, BYTES):
+        raise TypeError(
+            f"a coded image is bytes, as Codec.encode gives them, not {type(data).__name__}"
+        )
     if len(data) < HEADER.size or data[0] & ~KNOWN_BITS != 16 * STREAM_FORMAT:
         raise InputError("a coded image is damaged, or of another format: write it again")
     if zlib.crc32(data[HEADER.size :], zlib.crc32(data[:5])) != HEADER.unpack_from(data)[2]:

@@ -105,24 +105,68 @@ def test_items_that_are_not_finite_are_skipped_and_listed(tmp_path):
     assert [entry["row_id"] for entry in cache.manifest["skipped"]] == [3]
 
 
+def item(**fields):
+    return {"tokens": torch.ones(16, 8), **fields}
+
+
 BAD_ITEMS = {
-    "no square": (torch.zeros(197, 8), "item 1 has 197 tokens, which is no square"),
+    "class token": (torch.zeros(197, 8), r"197 tokens, which is no square \(1 more than 14 × 14\)"),
+    "no square": (torch.zeros(168, 8), "item 1 has 168 tokens, which is no square: say its grid"),
     "another grid": ({"tokens": torch.zeros(12, 8), "grid": (3, 3)}, "item 1 has 12 tokens"),
+    "grid of one number": (item(grid=4), "item 1: grid = 4 is not .rows, columns."),
+    "grid of fractions": (item(grid=(4.5, 4)), "item 1: grid = .4.5, 4. is not"),
     "another width": (torch.zeros(16, 9), "item 1 has 9 features, the others have 8"),
     "integers": (torch.zeros(16, 8, dtype=torch.int8), "item 1: its tokens are torch.int8"),
-    "four axes": (torch.zeros(1, 2, 16, 8), r"item 1: its tokens have the shape \(1, 2, 16, 8\)"),
-    "unknown key": ({"tokens": torch.zeros(16, 8), "boxes": 1}, "unknown key 'boxes'"),
-    "box alone": ({"tokens": torch.zeros(16, 8), "bbox": [1, 2, 3, 4]}, "width and height"),
-    "no image": ({"tokens": torch.zeros(16, 8), "image": b"text"}, "its image cannot be read"),
+    "objects": (np.array([[None]]), "item 1: its tokens are object, not a float tensor"),
+    "pair": ((torch.zeros(16, 8), (4, 4)), "item 1: its tokens are tuple"),
+    "four axes": (torch.zeros(1, 2, 16, 8), r"item 1: its tokens are \[1, 2, 16, 8\], not"),
+    "unknown key": (item(boxes=1), "unknown key 'boxes'"),
+    "box alone": (item(bbox=[1, 2, 3, 4]), "width and height"),
+    "box of text": (item(bbox="1 2 3 4"), "item 1: its bbox is '1 2 3 4', not x, y, w, h"),
+    "view of three": (item(view=[1, 2, 3]), r"item 1: its view is \[1, 2, 3\], not x, y, w, h"),
+    "no image": (item(image=b"text"), "its image cannot be read"),
+    "path for image": (item(image="a.jpg"), "its image is 'a.jpg', not the bytes of an image file"),
+    "one answer": (item(answers="yes"), "item 1: its answers is 'yes', not a list of texts"),
+    "number for answer": (item(answers=[4]), r"item 1: its answers is \[4\], not a list of texts"),
+    "number for group": (item(group=3), "item 1: its group is 3, not a text"),
+    "fraction of a pixel": (item(width=3.5), "item 1: its width is 3.5, not a whole number"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_ITEMS)
 def test_an_item_that_cannot_be_taken_is_named(kind, tmp_path):
-    item, message = BAD_ITEMS[kind]
-    with pytest.raises((ValueError, TypeError), match=message):
-        write_cache(tmp_path / "cache", [torch.ones(16, 8), item], encoder_id="vit")
+    bad, message = BAD_ITEMS[kind]
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        write_cache(tmp_path / "cache", [item(grid=(4, 4)), bad], encoder_id="vit")
+    assert "--" not in str(caught.value)
     assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
+BAD_CALLS = {
+    "one item": (item(), {}, TypeError, "items is one item: give a list"),
+    "one image's tokens": (torch.ones(16, 8), {}, TypeError, "items is one item: give a list"),
+    "nothing": ([], {}, ValueError, "items is empty"),
+    "no encoder": ([item()], {"encoder_id": " "}, ValueError, "encoder_id is ' '"),
+    "few groups": ([item()] * 2, {"groups": ["a"]}, ValueError, "groups ends before item 1"),
+    "many groups": ([item()], {"groups": ["a", "b"]}, ValueError, "groups has more names than"),
+    "text for groups": ([item()] * 2, {"groups": "ab"}, TypeError, "groups is 'ab': give one"),
+    "number for a group": ([item()], {"groups": [1]}, TypeError, r"groups\[0\] is 1, not a text"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CALLS)
+def test_an_argument_that_cannot_be_taken_is_named(kind, tmp_path):
+    items, options, error, message = BAD_CALLS[kind]
+    with pytest.raises(error, match=message):
+        write_cache(tmp_path / "cache", items, **{"encoder_id": "vit", **options})
+    assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
+def test_a_square_that_was_not_said_is_warned_of_once(tmp_path):
+    items = list(steep_tokens(4, 169, 8))  # a class token and 12 × 14 would be taken for 13 × 13
+    with pytest.warns(UserWarning, match="item 0 has no grid: its 169 tokens are taken") as warned:
+        write_cache(tmp_path / "cache", items, encoder_id="vit")
+    assert len(warned) == 1 and warned[0].filename == __file__
 
 
 def test_every_row_lies_in_the_shard_that_is_said(tmp_path):
@@ -167,8 +211,15 @@ def test_class_tokens_are_dropped_and_a_grid_is_given(tmp_path, script):
     (tmp_path / "tensors").mkdir()
     tokens = steep_tokens(5, 13, 8)
     np.save(tmp_path / "tensors/all.npy", tokens.numpy())
-    done = read_in(script, tmp_path)
-    assert done.returncode == 2 and "item 0 has 13 tokens, which is no square" in done.stderr
+    for flags, says in (
+        ([], "13 tokens, which is no square: type --grid H W, or leave out class and register"),
+        ([], "by --drop_tokens N (N = 4 leaves 3 x 3)"),
+        (["--grid", 3, 4], "all.npy has 13 tokens: --grid 3 4 is of 12; leave out class"),
+        (["--drop_tokens", 2], "all.npy has 13 tokens, 11 after --drop_tokens 2, which is no"),
+        (["--drop_tokens", 13], "all.npy has 13 tokens: --drop_tokens 13 leaves none"),
+    ):
+        done = read_in(script, tmp_path, *flags)
+        assert done.returncode == 2 and says in done.stderr
     done = read_in(script, tmp_path, "--drop_tokens", 1, "--grid", 3, 4)
     assert done.returncode == 0, done.stderr
     cache = FeatureCache(tmp_path / "cache")
