@@ -104,13 +104,7 @@ def get_args_parser() -> arguments.Parser:
         "trained for, if any); a pass of the head for each rank and method",
     )
     arguments.add_head_model(group)
-    group.add_argument(
-        "--batch_size",
-        type=arguments.batch_size,
-        default=8,
-        metavar="N",
-        help="images at once: more are faster and take more memory",
-    )
+    arguments.add_batch_size(group)
     arguments.add_data_arguments(parser)
     return parser
 

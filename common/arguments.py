@@ -262,6 +262,17 @@ def add_results_dir(
     group.add_argument("--results_dir", type=folder, default="results", metavar="DIR", help=help)
 
 
+def add_batch_size(group: argparse._ActionsContainer) -> None:
+    """Add --batch_size."""
+    group.add_argument(
+        "--batch_size",
+        type=batch_size,
+        default=8,
+        metavar="N",
+        help="images at once: more are faster and take more memory",
+    )
+
+
 def add_device(group: argparse._ActionsContainer) -> None:
     """Add --device; `pick_device` reads it."""
     group.add_argument("--device", type=name, default="auto", help="auto, cpu, cuda or cuda:N")

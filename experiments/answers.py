@@ -78,13 +78,7 @@ def get_args_parser() -> arguments.Parser:
         metavar="N",
         help="only so many test images, of all groups alike (default: all)",
     )
-    group.add_argument(
-        "--batch_size",
-        type=arguments.batch_size,
-        default=8,
-        metavar="N",
-        help="images at once: more are faster and take more memory",
-    )
+    arguments.add_batch_size(group)
     arguments.add_data_arguments(parser)
     return parser
 

@@ -89,13 +89,7 @@ def get_args_parser() -> arguments.Parser:
         help="file to write (default: metrics/<head>.safetensors)",
     )
     arguments.add_cache_dir(group)
-    group.add_argument(
-        "--batch_size",
-        type=arguments.batch_size,
-        default=8,
-        metavar="N",
-        help="images at once: more are faster and take more memory",
-    )
+    arguments.add_batch_size(group)
     arguments.add_device(group)
     return parser
 
