@@ -1,4 +1,4 @@
-"""The codec among its rivals: its two forms, coded factors and the transform of the tokens.
+"""The codec among its rivals: its two forms, coded factors and the tokens' transform.
 
 Legend: T tokens on a grid, D features. A codec that was fitted in a metric gives its name to both.
 """
@@ -55,7 +55,7 @@ class Coded(Rival):
         return self.codec.form_nbytes(self.form)
 
 
-class KltDct(Coded):
-    """The codec's other form: the transform code of the tokens themselves."""
+class CodedTransform(Coded):
+    """The transform form: the tokens' own coefficients Z, without a decomposition."""
 
     plain_name, knobs, form = "transform", (*STEPS, 0.13), TRANSFORM

@@ -31,7 +31,7 @@ from encoders.image_sources import image_bytes, open_source, read_image
 from encoders.native_size import size_in
 from experiments import rivals
 from experiments.bytes_tables import Point, only_images, print_tables, summarise_point, tables
-from experiments.coded_rivals import CodecStatistics, Coded, KltDct
+from experiments.coded_rivals import CodecStatistics, Coded, CodedTransform
 from experiments.head_steps import CodedHeadSteps, FactorsHeadSteps
 from experiments.partial_results import PartialResults
 from experiments.rivals import PICTURE_FORMS, Pictures, Rival, Statistics, TokenImage
@@ -421,7 +421,7 @@ def every_method(
         rivals.FactorsDeflate(shape, statistics),
     ]
     for codec in codecs:
-        methods += [Coded(codec, shape, statistics), KltDct(codec, shape, statistics)]
+        methods += [Coded(codec, shape, statistics), CodedTransform(codec, shape, statistics)]
     if setting.quick:
         return methods
     if head is not None:

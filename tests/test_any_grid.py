@@ -13,7 +13,7 @@ from test_training import equal, interrupt_after
 
 import visualize_svd_nn
 from common import arguments
-from experiments.coded_rivals import Coded, KltDct
+from experiments.coded_rivals import Coded, CodedTransform
 from experiments.rivals import PcaDeflate, decompose
 from heads.saliency import SaliencyHead, split_neighbours
 from lowrank_tokens.codec import Codec
@@ -262,7 +262,7 @@ def test_bytes_are_compared_on_test_images_of_every_grid_by_every_method(
 ):
     monkeypatch.setattr(PcaDeflate, "knobs", (16,))
     monkeypatch.setattr(Coded, "knobs", (4.0, 1.0))
-    monkeypatch.setattr(KltDct, "knobs", (4.0, 1.0))
+    monkeypatch.setattr(CodedTransform, "knobs", (4.0, 1.0))
     codec = tmp_path / "codec.safetensors"
     where = ["--cache_dir", ragged_cache]
     assert script("experiments.fit_codec", *where, "--out", codec).returncode == 0

@@ -21,7 +21,7 @@ from experiments.bytes_tables import (
 from experiments.coded_rivals import (
     CodecStatistics,
     Coded,
-    KltDct,
+    CodedTransform,
 )
 from experiments.compare_bytes import fold_parts, thinned
 from experiments.head_steps import CodedHeadSteps, FactorsHeadSteps, reader_of
@@ -209,7 +209,7 @@ def test_coded_rivals_come_back_from_their_bytes_with_the_statistics_of_the_code
     image = TokenImage(0, steep_tokens(1, T, D)[0].bfloat16(), GRID, statistics)
     assert image.statistics == statistics.encode(image.raw, GRID)
     assert torch.allclose(denormalise(image.x, image.mean, image.std), image.raw, atol=1e-3)
-    codes = [Coded(codec, (T, D), statistics), KltDct(codec, (T, D), statistics)]
+    codes = [Coded(codec, (T, D), statistics), CodedTransform(codec, (T, D), statistics)]
     names = ["coded", "transform"]
     if in_metric:
         names = [f"{name}_in_metric" for name in names]
@@ -279,7 +279,7 @@ def test_an_image_of_any_grid_comes_back_from_its_own_bytes_by_every_code(
     codec = Codec.fit(batches, metric=torch.eye(D) if in_metric else None)
     statistics, shape, basis = CodecStatistics(codec), (T, D), of_training()
     image = TokenImage(0, steep_tokens(1, tokens, D)[0].bfloat16(), grid, statistics)
-    codes = [Coded(codec, shape, statistics), KltDct(codec, shape, statistics)]
+    codes = [Coded(codec, shape, statistics), CodedTransform(codec, shape, statistics)]
     if in_metric:
         codes += [CodedHeadSteps(codec, shape, statistics, linear_head, "cpu")]
     else:
