@@ -95,7 +95,11 @@ FAMILIES = {
     "dinov2": Family("DINOv2", "facebook/dinov2-base", Dinov2Model, OWN, DINOV2),
     "dinov2_with_registers": Family("DINOv2", REGISTERS_BASE, RegistersModel, OWN, DINOV2),
 }
-QWEN2_5 = ("qwen2_5_vl",)  # whose language model is the head qwen-answer
+QWEN2_5 = ("qwen2_5_vl",)  # whose language model reads tokens again
+AS_READER = (
+    " as a language model that reads stored tokens (Qwen3-VL's also reads deepstack features, "
+    "which are not stored)"
+)
 
 
 def names(families: Iterable[str] = FAMILIES) -> str:
@@ -165,16 +169,18 @@ def read_checkpoint(
 def whole_checkpoint_folder(name: str, revision: str | None = None) -> Path:
     """Return the folder of a whole Qwen2.5-VL checkpoint: `name`, or the hub's snapshot of it.
 
-    revision: the hub's commit; None is its newest.
+    revision: the hub's commit; None is its newest. Another family is refused before its weights are
+    fetched.
     """
     folder = Path(name)
-    if not folder.is_dir():
-        with reading(f"{name}: no such folder, and the hub says", QWEN2_5):
-            folder = Path(
-                snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.pth"])
-            )
-    read_checkpoint(folder, accepted=QWEN2_5, by=" by the head qwen-answer")
-    return folder
+    if folder.is_dir():
+        read_checkpoint(folder, accepted=QWEN2_5, by=AS_READER)
+        return folder
+    with reading(f"{name}: no such folder, and the hub says", QWEN2_5):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=CONFIG_FILES))
+        read_checkpoint(folder, accepted=QWEN2_5, by=AS_READER)
+        fetched = {"revision": revision or folder.name, "ignore_patterns": ["*.bin", "*.pth"]}
+        return Path(snapshot_download(name, **fetched))
 
 
 def checkpoint_weights_sha256(folder: Path) -> str:
@@ -260,6 +266,8 @@ def reading(what: Path | str, accepted: Iterable[str] = FAMILIES) -> Iterator[No
     """Turn a missing or damaged file, and the hub's errors, into an InputError about `what`."""
     try:
         yield
+    except InputError:  # says what to do already
+        raise
     except READING_ERRORS as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(

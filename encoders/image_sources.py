@@ -58,6 +58,14 @@ def read_image(cell: ImageCell) -> Image.Image:
         return upright_rgb(Image.open(io.BytesIO(image_bytes(cell))))
 
 
+def read_image_file(path: str | Path) -> Image.Image:
+    """Return the image of a file as `read_image` does. Raises InputError where it is none."""
+    try:
+        return read_image(ImageCell(Path(path).read_bytes(), str(path)))
+    except (UnreadableImage, OSError) as error:
+        raise InputError(f"{path} cannot be read as an image ({error})") from None
+
+
 def image_size(cell: ImageCell) -> tuple[int, int]:
     """Return width and height of `read_image`'s result from the file's header, without decoding it.
 

@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
-from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run from a checkout
 
 from common import arguments  # noqa: E402
 from encoders.checkpoints import whole_checkpoint_folder  # noqa: E402
+from encoders.image_sources import read_image_file  # noqa: E402
 from encoders.towers import load_encoder  # noqa: E402
 from heads.qwen_answer import ANSWER, IMAGE, PROMPT, embed_tokens  # noqa: E402
 from lowrank_tokens import Codec  # noqa: E402
@@ -31,9 +31,8 @@ def get_args_parser() -> arguments.Parser:
     parser = arguments.Parser(__doc__)
     parser.add_argument("picture", help="image file")
     parser.add_argument("question", help="what to ask about it")
-    parser.add_argument(
-        "--model", default="Qwen/Qwen2.5-VL-3B-Instruct", help="folder or hub id of a checkpoint"
-    )
+    model = "Qwen/Qwen2.5-VL-3B-Instruct"
+    parser.add_argument("--model", default=model, help="folder or hub id of a checkpoint")
     parser.add_argument("--codec", metavar="FILE", help="codec fitted to this model's tokens")
     parser.add_argument("--error", type=arguments.fraction, default=0.16, help="raw_error, 0 to 1")
     parser.add_argument("--image_size", type=arguments.positive_int, default=448, help="pixels")
@@ -44,24 +43,21 @@ def get_args_parser() -> arguments.Parser:
 @torch.no_grad()
 def main(args) -> None:
     """Encode the picture, code its tokens, and let the language model answer."""
-    if AutoConfig.from_pretrained(args.model).model_type.startswith("qwen3"):
-        raise InputError(
-            "Qwen3-VL's deepstack features, which its language model also reads, are not stored: "
-            "name a Qwen2.5-VL checkpoint"
-        )
     if not (args.codec or args.check):
         raise InputError("--codec is missing: type one of experiments.fit_codec, or --check")
+    picture, codec = read_image_file(args.picture), args.codec and Codec.load(args.codec)
     folder = whole_checkpoint_folder(args.model)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
     tower = load_encoder(str(folder), device="cpu", image_size=args.image_size)
-    pixels = tower.preprocess(Image.open(args.picture).convert("RGB"))
+    pixels = tower.preprocess(picture)
     tokens, grid = tower.encode(pixels[None])[0].float(), tower.grid_of(pixels)  # [T, D]
-    if args.codec:
-        codec = Codec.load(args.codec)
+    if codec:
+        if other := codec.other_encoder({"weights_sha256": tower.weights_sha256}):
+            raise InputError(f"--codec {args.codec} {other}: fit one to this model's tokens")
         data = codec.encode(tokens, grid, error=args.error)
         print(f"{2 * tokens.numel()} bytes of tokens (bf16) became {len(data)}")
         tokens = codec.decode(data)
 
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     request = ANSWER.format(question=args.question)
     text = PROMPT.format(image=IMAGE * len(tokens), request=request)

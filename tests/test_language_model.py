@@ -25,6 +25,7 @@ import extract_features
 from common import arguments
 from encoders import checkpoints
 from encoders import towers as encoders
+from encoders.image_sources import read_image_file
 from heads import qwen_answer as language_model
 from heads.load_head import load_head
 from heads.metric import probe_gradients
@@ -262,13 +263,32 @@ def test_a_hubs_language_model_is_that_of_the_recorded_revision(
     dataset.manifest["encoder"] |= {"id": "Qwen/some", "revision": "aaa111"}
     load_head("qwen-answer", dataset, device="cpu")
     load_head("qwen-answer", dataset, device="cpu", model="Qwen/some")
-    assert asked == [("Qwen/some", "aaa111")] * 2
+    assert asked == [("Qwen/some", "aaa111")] * 4  # the configs, then the rest
+
+
+def test_a_hubs_checkpoint_of_another_family_is_refused_before_its_weights_are_fetched(
+    small_qwen, tmp_path, monkeypatch
+):
+    fetched = []
+
+    def download(name, revision=None, allow_patterns=(), **_):
+        fetched.append(allow_patterns)
+        (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+        return str(tmp_path)
+
+    monkeypatch.setattr(checkpoints, "snapshot_download", download)
+    with pytest.raises(InputError, match=r"deepstack features.*such as Qwen/Qwen2.5[^:]*$"):
+        checkpoints.whole_checkpoint_folder("Qwen/some-3")
+    assert fetched == [checkpoints.CONFIG_FILES]
 
 
 def test_a_language_model_of_another_family_is_refused_by_its_type(qwen_cache, tmp_path):
     dataset = RealQwenVLDataset(qwen_cache)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
-    with pytest.raises(InputError, match="'qwen3_vl' is not supported by the head .*'qwen2_5_vl'"):
+    with pytest.raises(
+        InputError,
+        match="'qwen3_vl' is not supported as a language model .*deepstack.*'qwen2_5_vl'",
+    ):
         load_head("qwen-answer", dataset, device="cpu", model=str(tmp_path))
 
 
@@ -420,6 +440,20 @@ def test_coded_tokens_go_back_into_the_model_in_the_example(
     into_qwen(tmp_path, "--model", small_qwen, "--codec", tmp_path / "codec.safetensors")
     said = capsys.readouterr().out
     assert "2048 bytes of tokens (bf16) became" in said and "answer:" in said
+
+
+def test_a_codec_of_another_tower_and_what_is_no_picture_are_refused_by_the_example(
+    small_qwen, qwen_cache, tmp_path
+):
+    dataset = RealQwenVLDataset(qwen_cache)
+    info = {"encoder": {"id": "Qwen/some", "weights_sha256": "0" * 64}}
+    codec = Codec.fit([(dataset[dataset.split.train], dataset.grid)], info=info)
+    codec.save(tmp_path / "codec.safetensors")
+    with pytest.raises(InputError, match="--codec .* was fitted to encoder weights 0000"):
+        into_qwen(tmp_path, "--model", small_qwen, "--codec", tmp_path / "codec.safetensors")
+    for name in ("nowhere.png", "codec.safetensors"):
+        with pytest.raises(InputError, match=f"{name} cannot be read as an image"):
+            read_image_file(tmp_path / name)
 
 
 def test_qwen3s_deepstack_features_are_refused_by_the_example(small_qwen, tmp_path):
