@@ -35,7 +35,7 @@ from lowrank_tokens.linalg import denormalise, exact_factors
 from qwenvl_dataloader import Batch, RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import interval_95
 from training.checkpoint import open_trained
-from training.unseen import unseen_test
+from training.unseen import Seen, unseen_test
 
 FULL = "full_tokens"
 
@@ -101,8 +101,7 @@ def main(args: argparse.Namespace) -> None:
         methods["svd_in_metric"] = closed_form(metric)
         fitted["metric"] = metric.info.get("seen")
     coded = {str(folder): open_coded(folder, dataset) for folder in args.coded}
-    for shards in coded.values():
-        fitted["codec"] = shards.codec.seen
+    fitted |= seen_by_codecs(coded)
     ranks = sorted(set(args.ranks))
     most = model.current_effective_rank()
     if ranks[-1] > most:
@@ -123,7 +122,7 @@ def main(args: argparse.Namespace) -> None:
         "metric": sha256_file(args.metric) if args.metric else None,
         "ranks": ranks,
         "scores": list(scores),
-        "coded": [shards.manifest["content_sha256"] for shards in coded.values()],
+        "coded": {name: shards.manifest["content_sha256"] for name, shards in coded.items()},
     }
     with sole_writer(folder, "--results_dir"):
         partial = PartialResults(folder / "answers.partial.jsonl", header, anew=True)
@@ -148,6 +147,12 @@ def main(args: argparse.Namespace) -> None:
         partial.remove()
     print_scores(results["methods"], ranks, results["bytes"])
     print(f"wrote {path}")
+
+
+def seen_by_codecs(coded: dict[str, CodedShards]) -> dict[str, Seen | None]:
+    """Return what each codec of the folders has seen, by the beginning of its file's hash."""
+    codecs = [shards.codec for shards in coded.values()]
+    return {f"codec {codec.sha256[:8]}": codec.seen for codec in codecs}
 
 
 def open_coded(folder: str, dataset: RealQwenVLDataset) -> CodedShards:

@@ -496,7 +496,9 @@ class Towers:
         """
         if not method.needs_tower:
             return method.decode(data, knob, grid)
-        path = self.kept / f"{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
+        encoder = self.encoder.weights_sha256 + self.encoder.preprocessor
+        key = hashlib.sha256(encoder.encode() + data).hexdigest()
+        path = self.kept / f"{key[:32]}.safetensors"
         if path.exists():
             return load_tensors(path, f"remove {self.kept}")["tokens"].float()
         tokens = method.decode(data, knob, grid).bfloat16()

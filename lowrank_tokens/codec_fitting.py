@@ -101,7 +101,9 @@ def fit_arrays(batches: Batches, grid: Grid | None, metric: Tensor | None) -> Fi
     # that others have in them is guessed (25 images of the demo: 24 % fewer bytes)
     unseen = max(0.0, 1 - moments.tokens / (ENOUGH * len(moments.total))) ** 2
     if not unseen:
-        vectors = vectors[:, outside > TAIL]
+        kept = outside > TAIL
+        kept[0] = True  # also where extreme entries are all there is
+        vectors = vectors[:, kept]
     root, inverse_root = moments.roots
     klt = {"klt": vectors if root is None else root @ vectors}
     if root is not None:

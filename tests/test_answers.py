@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from tiny import steep_tokens
 
 from experiments import answers
 from experiments.partial_results import PartialResults
 from heads import metric as task_metric
 from heads.refinement import refine_factors
+from lowrank_tokens.codec import Codec
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.linalg import denormalise
 from qwenvl_dataloader import create_data_loaders_real
@@ -87,3 +91,15 @@ def test_each_image_is_asked_about_its_own_tokens_of_every_method_and_rank(datas
 def test_a_head_that_generates_nothing_is_refused_with_what_to_type_instead(saliency):
     with pytest.raises(InputError, match="generates no answers.*compare_svd_nn.py"):
         answers.wanted_scores(saliency, boxes=False)
+
+
+def test_what_each_of_several_codecs_has_seen_is_known(tmp_path):
+    """Of several folders of coded tokens only the last one's codec was asked."""
+    coded = {}
+    for i in range(3):
+        hashes = [f"{i}" * 64] if i < 2 else ()
+        codec = Codec.fit([(steep_tokens(8, 24, 48, seed=i), (4, 6))], image_hashes=hashes)
+        codec.save(tmp_path / f"{i}.safetensors")
+        coded[f"folder {i}"] = SimpleNamespace(codec=codec)
+    seen = list(answers.seen_by_codecs(coded | {"finer": coded["folder 0"]}).values())
+    assert [one and one["image_sha256"] for one in seen] == [["0" * 16], ["1" * 16], None]

@@ -309,6 +309,14 @@ def test_tokens_in_other_units_take_the_same_bytes_at_the_same_error(form):
     assert max(errors) - min(errors) < 1e-3 and max(errors) < 0.2
 
 
+def test_tokens_whose_every_varied_channel_is_extreme_are_coded():
+    """No direction was left of them: an IndexError in fitting."""
+    tokens = steep_tokens(257, 24, 192)
+    tokens[..., 3:] = 0
+    codec = Codec.fit([(tokens[:-1], GRID)])
+    assert raw_error(tokens[-1], codec.decode(codec.encode(tokens[-1], GRID, step=1))) < 0.01
+
+
 def outlying(tokens, touched):
     """Error over the entries that are not `touched` of the last image at 1200 bytes; the codec."""
     codec = Codec.fit([(tokens[:-1], GRID)])

@@ -23,7 +23,7 @@ from experiments.coded_rivals import (
     Coded,
     CodedTransform,
 )
-from experiments.compare_bytes import fold_parts, thinned
+from experiments.compare_bytes import Towers, fold_parts, thinned
 from experiments.head_steps import CodedHeadSteps, FactorsHeadSteps, reader_of
 from experiments.rivals import (
     BITS,
@@ -312,6 +312,19 @@ def test_pictures_are_compressed_decoded_and_encoded_again(form, tiny_data):
     low, high = code.encode(image, 5), code.encode(image, 95)
     assert len(low) < len(high)
     assert error_of(code, high, 95, image) < error_of(code, low, 5, image) < 0.5
+
+
+def test_what_one_encoder_made_of_a_picture_is_not_taken_for_anothers(tmp_path):
+    """Kept outputs had the picture file's hash for a name: another encoder's came back."""
+    found = []
+    for number, weights in enumerate("ab"):
+        towers = Towers.__new__(Towers)
+        towers.kept, towers.encoder = tmp_path, TinyEncoder()
+        towers.encoder.weights_sha256 = weights
+        code = Pictures("jpeg", (16, 12), None, towers.encoder)
+        code.decode = lambda data, knob, grid, number=number: torch.full((16, 12), float(number))
+        found += [towers.decoded(code, b"a picture", 30, (4, 4)) for _ in range(2)]
+    assert [float(tokens.mean()) for tokens in found] == [0, 0, 1, 1]
 
 
 def test_log_bytes_are_interpolated_linearly_between_knobs():

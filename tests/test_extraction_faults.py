@@ -63,6 +63,18 @@ def test_damage_that_leaves_too_few_images_is_named_and_leaves_no_cache(
     assert not (tmp_path / "cache/manifest.json").exists()
 
 
+def test_data_without_any_readable_image_names_the_reason_of_the_first(
+    tiny_encoder, tmp_path, script
+):
+    """The line was "the data set has no readable image"."""
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        (tmp_path / "photos" / f"bad{i}.png").write_bytes(b"no image %d" % i)
+    done = demo(script, tmp_path)
+    assert done.returncode == 2 and "(row 0: unreadable image: bad0.png" in done.stderr
+    assert not (tmp_path / "cache/manifest.json").exists()
+
+
 def test_an_image_with_features_that_are_not_finite_is_skipped_like_a_damaged_one(
     tiny_encoder, tmp_path, script, monkeypatch
 ):
