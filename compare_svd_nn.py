@@ -66,7 +66,7 @@ from training.rank_budget import (
     nested_factors,
     optimum_curve,
 )
-from training.unseen import Judged, unseen_test
+from training.unseen import Judged, fitted_images, unseen_test
 
 if TYPE_CHECKING:
     from heads.task_head import TaskHead
@@ -233,8 +233,11 @@ def chosen_metric(
 
 
 def unseen_images(args: argparse.Namespace, trained: Trained, metric: TaskMetric | None) -> Judged:
-    """Return loaders without the test images that the network or the metric was fitted to."""
-    fitted = {"network": trained.state["images"]}
+    """Return loaders without the test images that something was fitted to.
+
+    That is network and metric, and PCA and the readers' probe, which are fitted on this cache.
+    """
+    fitted = {"network": trained.state["images"], "references": fitted_images(trained.dataset)}
     if metric:
         fitted["metric"] = metric.info.get("seen")
     loaders = create_data_loaders_real(trained.dataset, args.batch_size, device=trained.device)

@@ -48,7 +48,7 @@ from qwenvl_dataloader import (
 )
 from svd_baseline import fit_pca, pca, random_sketch, randomized_svd, truncated_svd
 from training.checkpoint import load_model
-from training.unseen import unseen_test
+from training.unseen import fitted_images, unseen_test
 
 STEPS, OVERSAMPLE = 1, 32  # K and p of random_sketch where no trained network sets them
 SVD_LOWRANK_STEPS, SVD_LOWRANK_EXTRA = 2, 10  # as svd_baseline.randomized_svd calls it
@@ -128,9 +128,10 @@ def network_methods(
 ) -> tuple[list[Method], Loaders]:
     """Return the trained networks of `results_dir`; without any, one that is not trained.
 
-    Also returns the loaders without the test images that one of the networks has seen.
+    Also returns the loaders without the test images that one of the networks, or PCA, has seen.
     """
     dataset, device = loaders.test.dataset, loaders.test.device
+    loaders = unseen_test(loaders, {"references": fitted_images(dataset)}).loaders
     paths = [results_dir / arch / "best_model.pt" for arch in ARCHITECTURES]
     methods = []
     for path in filter(Path.exists, paths):

@@ -47,7 +47,7 @@ from lowrank_tokens.files import load_tensors, save_tensors, write_json
 from lowrank_tokens.grids import Grid, batches_of_one_grid, most_frequent
 from lowrank_tokens.linalg import normalise
 from qwenvl_dataloader import BatchLoader, RealQwenVLDataset, create_data_loaders_real
-from training.unseen import images_of, rows_seen, unseen_test
+from training.unseen import fitted_images, images_of, rows_seen, unseen_test
 
 if TYPE_CHECKING:
     from encoders.towers import VisionEncoder
@@ -292,7 +292,7 @@ def split_part(
 ) -> tuple[Part, str]:
     """Return the split, without test images that codec or probe have seen, and that in words."""
     split = dataset.split
-    fitted = {"probe": images_of(dataset, torch.cat([split.train, split.val]))}
+    fitted = {"probe": fitted_images(dataset)}
     for codec in codecs:
         fitted["codec in a metric" if codec.in_metric else "codec"] = codec.seen
     judged = unseen_test(create_data_loaders_real(dataset), fitted)

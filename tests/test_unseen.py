@@ -1,14 +1,17 @@
 """No judge of test images counts one that network, metric or codec was fitted to."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
 
-from experiments import fit_codec
+import compare_svd_nn
+from experiments import benchmark, fit_codec
 from heads.metric import TaskMetric, cache_hashes, save_metric
 from lowrank_tokens.codec import Codec
 from lowrank_tokens.exceptions import InputError
-from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
+from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real, split_by_group
 from training.unseen import images_of, unseen_test
 
 
@@ -72,3 +75,26 @@ def test_a_codec_in_a_metric_has_seen_what_the_metric_has(known, tmp_path, scrip
     loaders = loaders._replace(test=loaders.test.only(dataset.split.val))
     judged = unseen_test(loaders, {"codec": seen})
     assert judged.left_out == {"codec": 3}
+
+
+def test_a_training_file_under_a_second_group_is_judged_by_nobody(tmp_path):
+    """PCA and the readers' probe were judged on it where the network was another cache's."""
+    tokens, folder = tiny.steep_tokens(40), tmp_path / "cache"
+    split = split_by_group([f"group {i}" for i in range(40)])
+    twice = int(split.test[2])
+    rows = [tiny.row(i) for i in range(40)]
+    rows[twice]["image_sha256"] = rows[int(split.train[0])]["image_sha256"]
+    writer = tiny.begin_cache(folder, tokens)
+    for shard in writer.shards_to_do():
+        own = slice(writer.rows_of(shard).start, writer.rows_of(shard).stop)
+        writer.write_shard(shard, tokens[own], rows[own], [])
+    writer.finish()
+    dataset = RealQwenVLDataset(folder)
+    of_another_cache = {"images": {"image_sha256": ["0" * 16], "group": ["elsewhere"]}}
+    trained = SimpleNamespace(dataset=dataset, device="cpu", state=of_another_cache)
+    judged = compare_svd_nn.unseen_images(SimpleNamespace(batch_size=4), trained, None)
+    assert judged.left_out == {"network": 0, "references": 1}
+    loaders = create_data_loaders_real(dataset, 4)
+    _, timed = benchmark.network_methods(tmp_path / "none", loaders, [2])
+    for found in (judged.loaders, timed):
+        assert set(found.test.sampler.rows.tolist()) == set(split.test.tolist()) - {twice}

@@ -28,7 +28,7 @@ from training.checkpoint import (
 )
 from training.rank_allocator import RankAllocator
 from training.trained_norm import TaskFactorModel
-from training.unseen import images_of
+from training.unseen import fitted_images
 
 if TYPE_CHECKING:
     from heads.task_head import TaskHead
@@ -216,11 +216,6 @@ def build_optimizer(
     ]
     # fused: one kernel a step, and it skips a step by a flag on the device (see train_step)
     return torch.optim.AdamW(groups, lr=args.lr, fused=True)
-
-
-def fitted_images(dataset: RealQwenVLDataset) -> dict[str, list[str]]:
-    """Return hashes and groups of the training and validation images, which choose the epoch."""
-    return images_of(dataset, torch.cat([dataset.split.train, dataset.split.val]))
 
 
 def plateau_patience(patience: int) -> int:

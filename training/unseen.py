@@ -33,6 +33,11 @@ def images_of(dataset: RealQwenVLDataset, rows: Tensor) -> Seen:
     return {name: sorted({v for v in values if v}) for name, values in columns.items()}
 
 
+def fitted_images(dataset: RealQwenVLDataset) -> Seen:
+    """Return hashes and groups of a cache's training and validation images."""
+    return images_of(dataset, torch.cat([dataset.split.train, dataset.split.val]))
+
+
 def all_seen(*parts: Seen | None) -> Seen | None:
     """Return what several have seen together, sorted, each once; None where one of them is None."""
     if None in parts:
