@@ -208,7 +208,8 @@ def test_no_codec_is_overwritten_by_another_unless_it_is_asked_for(codec, tmp_pa
 def test_the_codecs_of_two_encoders_have_files_of_their_own_and_none_is_replaced(script, tmp_path):
     """The second cache's codec took the file of the first, codecs/real.safetensors."""
     for name, encoder, seed in (("a", "x/one", 0), ("b", "x/two", 1), ("c", "x/one", 2)):
-        write_cache(tmp_path / name, steep_tokens(12, seed=seed), encoder_id=encoder)
+        items = [{"tokens": tokens, "grid": (4, 4)} for tokens in steep_tokens(12, seed=seed)]
+        write_cache(tmp_path / name, items, encoder_id=encoder)
     fit = [script("experiments.fit_codec", "--cache_dir", tmp_path / name) for name in "abc"]
     assert [done.returncode for done in fit] == [0, 0, 2]
     assert "holds another codec" in fit[2].stderr and "--overwrite" in fit[2].stderr

@@ -214,8 +214,9 @@ def test_a_run_is_not_resumed_on_other_images_of_the_same_groups(tiny_cache, tmp
 def test_a_run_on_tokens_without_images_is_not_resumed_on_others_of_the_same_groups(tmp_path):
     """No image, no hash: only the groups' names were compared, and the run went on."""
     for name, seed in (("cache", 0), ("same", 0), ("other", 1)):
-        items = [{"tokens": t, "group": f"g{i}"} for i, t in enumerate(steep_tokens(12, seed=seed))]
-        write_cache(tmp_path / name, items, encoder_id="my-vit")
+        tokens = [{"tokens": one, "grid": (4, 4)} for one in steep_tokens(12, seed=seed)]
+        groups = [f"group {i}" for i in range(12)]
+        write_cache(tmp_path / name, tokens, encoder_id="my-vit", groups=groups)
     train(tmp_path, tmp_path / "cache", "--epochs", "1")
     path = tmp_path / "results" / "ResMLP" / "last_model.pt"
     load_checkpoint(path, RealQwenVLDataset(tmp_path / "same"))
