@@ -59,11 +59,11 @@ FEW_KNOBS = 5  # of a method in --folds; --quick leaves out the finest
 FEW: dict[str, tuple] = {
     "coded": (5.6, 2.8, 1.4, 0.7, 0.35),
     "coded_in_metric": (16.0, 5.6, 2.8, 1.4, 0.5),
-    "coded_in_metric_head_steps": (8.0, 5.6, 4.0, 2.8, 1.4),
+    "coded_in_metric_head_steps": (8.0, 4.0, 2.0),  # seconds an image
     "transform": (5.6, 2.8, 1.4, 0.7, 0.35),
     "transform_in_metric": (16.0, 5.6, 2.8, 1.4, 0.5),
     "factors_quantised": (2, 4, 8, 16, 32),
-    "factors_head_steps": (2, 4, 8, 16, 32),
+    "factors_head_steps": (8, 16, 32),
     "factors_deflate": (16.0, 8.0, 4.0, 2.0, 1.0),
     "pca_deflate": (4, 8, 16, 32, 64),
     "tokens_averaged": (8, 6, 4, 3, 2),
