@@ -28,7 +28,7 @@ from training.trained_norm import TaskFactorModel
 
 META = torch.device("meta")
 B, T, D, R = 2, 16, 48, 8
-NO_ROWS = torch.zeros(0, dtype=torch.int64)
+ONE_ROW = torch.zeros(1, dtype=torch.int64)
 SHAPE = {"input_dim": D, "num_tokens": T, "rank": R, "hidden_dim": 16}
 
 
@@ -82,8 +82,8 @@ def test_a_training_step_stays_on_its_device_and_asks_it_for_no_value(flags, x, 
         grid=None,
         manifest={"encoder": {}},
         is_demo=False,
-        split=SimpleNamespace(hash="", train=NO_ROWS, val=NO_ROWS),
-        rows=pa.table({"image_sha256": pa.array([], pa.string())}),
+        split=SimpleNamespace(hash="", train=ONE_ROW, val=ONE_ROW),
+        rows=pa.table({"image_sha256": ["00"]}),
     )
     run = build_run(args, dataset, META)
     run.model.train()
