@@ -115,7 +115,8 @@ def per_image_statistics(model: LowRankFactorModel, loader: BatchLoader) -> dict
     }
     for batch in loader.with_progress("error of tokens"):
         a, b = model(batch.x, rank, grid=batch.grid)
-        for name, factors in (("network", (a, b)), ("svd", exact_factors(batch.x, rank))):
+        best = exact_factors(batch.x, a.shape[-1])  # an image of few tokens has a lower rank
+        for name, factors in (("network", (a, b)), ("svd", best)):
             errors = token_error(batch.x, *factors)
             parts[name].append(resampled(errors, batch.grid, loader.dataset.grid))
         x_hat = a.double() @ b.double()
