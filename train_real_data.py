@@ -248,6 +248,7 @@ def close_epoch(run: TrainState, loaders: Loaders, seconds: float, batches: int)
     done = min(images, batches * run.args.batch_size * processes.world())
     return {
         "epoch": run.epoch,
+        "step": run.step,
         "train_loss": sum(weighted.values()),
         "train_mse": mean["mse"],
         "train_optimum_mse": mean["optimum_mse"],

@@ -71,7 +71,8 @@ def training_curves(path: str | Path, history: list[dict], best_epoch: int, foot
     """Draw the validation excess over epochs; below it only what changes.
 
     That is the mse where it leaves its floor or the rank falls, the learning rate, the effective
-    rank and, where the history holds them, the components that the allocator keeps.
+    rank over optimiser steps and, where they are not simply the first ones, the components that
+    the allocator keeps.
 
     history: the entries of history.json; a first one without `train_mse` is the untrained model.
     best_epoch: the epoch of best_model.pt. While the rank falls each epoch has another optimum, so
@@ -86,7 +87,7 @@ def training_curves(path: str | Path, history: list[dict], best_epoch: int, foot
         panels["mse"] = 3.2
     panels |= {"lr": 1.3} if np.ptp(rates[np.isfinite(rates)] if len(epochs) > 1 else [0]) else {}
     panels |= {"rank": 1.3} if falls else {}
-    panels |= {"kept": 2.0} if "kept_components" in history[-1] else {}
+    panels |= {"kept": 2.0} if _is_a_choice(history) else {}
     figure = new_figure(10, 1.9 + sum(panels.values()))
     axes = rows_of_axes(figure, list(panels.values()))
     on = dict(zip(panels, axes, strict=True))
@@ -107,6 +108,7 @@ def training_curves(path: str | Path, history: list[dict], best_epoch: int, foot
         curve(on["rank"], epochs, ranks, BLACK, drawstyle="steps-mid")
         on["rank"].set_ylabel("effective\nrank")
         on["rank"].yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        _step_axis(axes[0], history[-1])
     if "kept" in on:
         _kept_panel(on["kept"], history)
     _epoch_axis(axes[-1], epochs)
@@ -114,6 +116,20 @@ def training_curves(path: str | Path, history: list[dict], best_epoch: int, foot
         if ax.lines or ax.collections:
             ax.axvline(best_epoch, color=GREY, lw=1, ls=":", zorder=1)
     save(figure, path, "Validation error over epochs", footer, ends)
+
+
+def _is_a_choice(history: list[dict]) -> bool:
+    """Say whether an allocator keeps other components than the first ones (direct factors)."""
+    masks = [record.get("kept_components") or [] for record in history]
+    return any(kept != list(range(len(kept))) for kept in masks)
+
+
+def _step_axis(ax: Axes, last: dict) -> None:
+    """Number optimiser steps above a panel: a rank allocator's flags count them."""
+    if "step" in last:
+        per_epoch = last["step"] / last["epoch"]
+        steps = (lambda epoch: epoch * per_epoch, lambda step: step / per_epoch)
+        ax.secondary_xaxis("top", functions=steps).set_xlabel("optimiser step")
 
 
 def _kept_panel(ax: Axes, history: list[dict]) -> None:
@@ -131,6 +147,10 @@ def _mse_panel(ax: Axes, epochs: list[int], history: list[dict]) -> list[tuple[f
         curve(ax, epochs, columns[key], colour, ls=dashes)
     ax.set_ylabel("mean squared error\nper entry of X")
     log_scale(ax)
+    ranks, floor = column(history, "effective_rank"), columns["val_optimum_mse"]
+    if np.ptp(ranks):
+        ax.axhline(floor[-1], color=SVD, lw=1, ls=":", zorder=1)
+        note(ax, 0.01, 0.9, f"dotted: validation floor at rank {ranks[-1]:.0f}", SVD, va="top")
     return [(columns[key][-1], label, colour) for key, (label, colour, _) in CURVES.items()]
 
 
