@@ -125,7 +125,7 @@ def _is_a_choice(history: list[dict]) -> bool:
 
 
 def _step_axis(ax: Axes, last: dict) -> None:
-    """Number optimiser steps above a panel: a rank allocator's flags count them."""
+    """Mark optimiser steps above a panel: a rank allocator's flags count them."""
     if "step" in last:
         per_epoch = last["step"] / last["epoch"]
         steps = (lambda epoch: epoch * per_epoch, lambda step: step / per_epoch)
