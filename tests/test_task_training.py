@@ -7,14 +7,16 @@ import re
 import shutil
 
 import pytest
+import tiny
 import torch
 
 import train_real_data
 from common import arguments
 from heads import metric as task_metric
 from heads.task_error import head_of_norm
+from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.linalg import denormalise
-from qwenvl_dataloader import create_data_loaders_real
+from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
 from svd_baseline import truncated_svd
 from training.checkpoint import load_model
 from training.state import TrainState
@@ -209,6 +211,19 @@ def trained(folder, cache, *flags):
     args = arguments.parse(train_real_data.get_args_parser(), [str(a) for a in argv])
     assert train_real_data.main(args) == 0
     return folder / "results"
+
+
+def test_a_run_in_a_metric_is_not_resumed_with_another_in_its_file(tmp_path):
+    """It went on with the weights of the old norm, and its checkpoint named the new one."""
+    cache, path = tiny.write_cache(tmp_path / "cache", tiny.steep_tokens(24)), tmp_path / "metric"
+    info = {"head": "saliency", "head_sha256": "0" * 64, "shrinkage": 0.1, "scale": 1.0}
+    info |= {"images": 3, "probes": 1, "cache": task_metric.cache_hashes(RealQwenVLDataset(cache))}
+    matrix = torch.linspace(0.5, 1.5, 48, dtype=torch.float64).diag()
+    task_metric.save_metric(path, task_metric.TaskMetric(matrix, info))
+    trained(tmp_path, cache, "--metric", path)
+    task_metric.save_metric(path, task_metric.TaskMetric(matrix.flip(0, 1), info))
+    with pytest.raises(InputError, match="was trained with metric_sha256"):
+        trained(tmp_path, cache, "--resume")
 
 
 def test_a_metric_is_not_applied_again_to_a_network_that_was_trained_in_it(

@@ -16,7 +16,7 @@ from torch import Tensor
 from common import arguments, processes
 from heads.metric import check_head, load_metric
 from lowrank_tokens.exceptions import InputError
-from lowrank_tokens.files import read_json
+from lowrank_tokens.files import first_difference, read_json
 from model import LowRankFactorModel, ModelConfig, build_model
 from qwenvl_dataloader import BatchLoader, RealQwenVLDataset
 from svd_baseline import second_moment
@@ -259,7 +259,8 @@ def in_learned_norm(
 def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset) -> TrainState:
     """Return a new run, or the one that --resume names.
 
-    Raises InputError where flags or the cache's images contradict the run that is resumed.
+    Raises InputError where flags, the cache's images, metric or head contradict the run that is
+    resumed.
     """
     device = arguments.pick_device(args.device)
     if not args.resume:
@@ -283,6 +284,12 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
     kept |= {name: before[name] for name in untyped - args.typed}
     args = argparse.Namespace(**{**vars(args), **kept})
     run = build_run(args, dataset, device)
+    if different := first_difference(state["norm"] or {}, run.model.norm or {}):
+        key, before, now = different
+        raise InputError(
+            f"{path} was trained with {key} {before}, and what is there now has {now}: put the "
+            "metric or head back that it was trained with, or train anew"
+        )
     run.restore(state)
     # counted in steps of the batch size of now
     images_done = run.batches_done * images_a_step(state)
