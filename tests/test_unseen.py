@@ -9,10 +9,11 @@ import torch
 import compare_svd_nn
 from experiments import benchmark, fit_codec
 from heads.metric import TaskMetric, cache_hashes, save_metric
+from lowrank_tokens.cache_writer import write_cache
 from lowrank_tokens.codec import Codec
 from lowrank_tokens.exceptions import InputError
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real, split_by_group
-from training.unseen import images_of, unseen_test
+from training.unseen import fitted_images, images_of, unseen_test
 
 
 @pytest.fixture
@@ -40,6 +41,19 @@ def test_the_split_of_the_same_cache_has_nothing_in_common(loaders):
     judged = unseen_test(loaders, {"network": seen})
     assert judged.left_out == {"network": 0} and judged.words == ""
     assert judged.loaders.test is loaders.test
+
+
+def test_of_tokens_without_images_overlap_is_unknown_unless_groups_have_names_in_common(tmp_path):
+    """Without hashes and with other names of groups it was said to be none."""
+    datasets = []
+    for name, group in (("own", "a"), ("kin", "a"), ("other", "b")):
+        tokens = [{"tokens": one, "grid": (4, 4)} for one in tiny.steep_tokens(12)]
+        groups = [f"{group}{i}" for i in range(12)]
+        write_cache(tmp_path / name, tokens, encoder_id="my-vit", groups=groups)
+        datasets.append(RealQwenVLDataset(tmp_path / name))
+    seen = fitted_images(datasets[0])
+    judged = [unseen_test(create_data_loaders_real(d, 4), {"network": seen}) for d in datasets]
+    assert [one.left_out["network"] for one in judged] == [0, 0, None]
 
 
 def test_where_everything_was_seen_there_is_nothing_to_judge(loaders):

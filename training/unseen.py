@@ -56,6 +56,15 @@ def rows_seen(seen: Seen, dataset: RealQwenVLDataset, rows: Tensor) -> Tensor:
     return torch.tensor(found, dtype=torch.bool)
 
 
+def can_be_compared(seen: Seen, dataset: RealQwenVLDataset) -> bool:
+    """Say whether images of a cache would be recognised: by hash, or by names of groups in common.
+
+    Imported tokens have no hashes, and groups that somebody else named.
+    """
+    hashed = seen["image_sha256"] and dataset.rows["image_sha256"].null_count < len(dataset)
+    return bool(hashed or set(seen["group"]) & set(dataset.rows["group"].to_pylist()))
+
+
 class Judged(NamedTuple):
     """The loaders that a judge uses, and what was left out of the test images."""
 
@@ -79,6 +88,7 @@ def unseen_test(loaders: Loaders, fitted: dict[str, Seen | None]) -> Judged:
     """Return the loaders without the test images that one of `fitted` has seen.
 
     fitted: "network", "metric" or "codec" → what it has seen; None where its file does not say.
+    Overlap is unknown there, and of images that `can_be_compared` by nothing.
     Raises InputError where no test image is left.
     """
     test = loaders.test
@@ -86,7 +96,7 @@ def unseen_test(loaders: Loaders, fitted: dict[str, Seen | None]) -> Judged:
     keep = torch.ones(len(rows), dtype=torch.bool)
     left_out: dict[str, int | None] = {}
     for name, seen in fitted.items():
-        if seen is None:
+        if seen is None or not can_be_compared(seen, test.dataset):
             left_out[name] = None
             continue
         overlap = rows_seen(seen, test.dataset, rows)
