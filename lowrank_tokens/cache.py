@@ -77,7 +77,8 @@ def read_cache_manifest(cache_dir: Path) -> dict:
     if not cache_dir.is_dir():
         raise InputError(
             f"{cache_dir} does not exist: make it with lowrank_tokens.write_cache (in the "
-            "checkout: extract_features.py; for the demo experiments.make_demo_data before it)"
+            "checkout: extract_features.py, or experiments.make_demo_data and extract_features.py "
+            "--demo)"
         )
     again = "its writing was interrupted, run the same command to finish it"
     path, manifest = read_finished(cache_dir, again, BUILD_CACHE)
