@@ -34,6 +34,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowrank_tokens.codec_arguments import (
+    SvdFactors,
+    check_tokens,
+    checked_batches,
+    checked_factors,
+    iter_once,
+)
 from lowrank_tokens.codec_file import (
     FORM_ARRAYS,
     PROVENANCE,
@@ -41,16 +48,14 @@ from lowrank_tokens.codec_file import (
     read_codec_file,
     write_codec_file,
 )
-from lowrank_tokens.codec_fitting import checked_batches, fit_arrays
+from lowrank_tokens.codec_fitting import fit_arrays
 from lowrank_tokens.entropy import Tables, encode_symbols
 from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import sha256_file
 from lowrank_tokens.grids import Grid, checked_grid
 from lowrank_tokens.levels import Levels, integers
 from lowrank_tokens.linalg import (
-    LARGEST_FEATURE,
     normalise,
-    usable_features,
 )
 from lowrank_tokens.rate_search import COARSEST, FINEST, Tried, guessed_index, search
 from lowrank_tokens.stream import (
@@ -63,7 +68,6 @@ from lowrank_tokens.stream import (
     StreamHeader,
     checksummed,
     extreme_entries,
-    is_grid,
     positive_number,
     read_extremes,
     replace_extremes,
@@ -77,14 +81,6 @@ from lowrank_tokens.token_statistics import TokenStatistics
 from lowrank_tokens.transform import dct, inverse_dct, orthonormal
 
 IMAGES_AT_ONCE = 32  # of a batch that is decoded
-
-
-class SvdFactors(NamedTuple):
-    """X ≈ u diag(s) vᵀ of an image's normalised tokens."""
-
-    u: Tensor  # [T, r]
-    s: Tensor  # [r]
-    v: Tensor  # [D, r]
 
 
 class ImageFactors(NamedTuple):
@@ -531,51 +527,9 @@ class Codec:
         return cls(fitted.arrays, (info or {}) | {"images": fitted.images})
 
 
-def iter_once(batches: object) -> bool:
-    """Return whether an iterable ends after it was read once, as generators do."""
-    return not callable(batches) and iter(batches) is batches
-
-
 def float_on_cpu(tensor: Tensor) -> Tensor:
     """Return a tensor as float32 on the CPU, where symbols are made, outside any gradient."""
     return tensor.detach().to("cpu", torch.float32)
-
-
-def check_tokens(tokens: Tensor, grid: Grid, feature_dim: int) -> None:
-    """Raise TypeError or InputError, naming the argument, where tokens cannot be encoded."""
-    if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
-        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"tokens have to be a torch tensor of floats, not {kind}")
-    if tokens.ndim != 2 or tokens.shape[1] != feature_dim:
-        raise InputError(
-            f"tokens {list(tokens.shape)} are not [T, {feature_dim}], as the codec's: give one "
-            "image's tokens, or fit a codec on a cache of this encoder"
-        )
-    if not is_grid(grid) or grid[0] * grid[1] != len(tokens):
-        raise InputError(
-            f"a grid of {grid[0]} x {grid[1]} does not fit {len(tokens)} tokens: leave out class "
-            "and register tokens, which have no place on it"
-        )
-    if not usable_features(tokens[None]).all():
-        raise InputError(
-            f"tokens have NaN or infinite entries, or some above {LARGEST_FEATURE:.0e}: leave the "
-            "image out, or look at its encoder"
-        )
-
-
-def checked_factors(factors: SvdFactors, tokens: int, features: int) -> SvdFactors:
-    """Return `factors` by name. Raises TypeError or InputError where they are no u, s and v."""
-    try:
-        factors = SvdFactors(*factors)
-        shapes = [list(part.shape) for part in factors]
-    except (TypeError, AttributeError):
-        raise TypeError("factors are not three tensors, u [T, r], s [r] and v [D, r]") from None
-    rank = shapes[0][-1] if shapes[0] else 0
-    if shapes != [[tokens, rank], [rank], [features, rank]]:
-        raise InputError(
-            f"factors have the shapes {shapes}, not u [{tokens}, r], s [r] and v [{features}, r]"
-        )
-    return factors
 
 
 def relative(x: Tensor, decoded: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,28 +48,6 @@ class Moments:
     images: int
     tokens: int
     roots: tuple[Tensor | None, Tensor | None]  # M^½ and M^-½ float64
-
-
-def checked_batches(batches: Iterable[tuple[Tensor, Grid]]) -> Iterator[tuple[Tensor, Grid]]:
-    """Yield the pairs of `batches`. Raises TypeError or InputError that names one that is none."""
-    width = None
-    for number, pair in enumerate(batches):
-        name = f"batches[{number}]"
-        try:
-            raw, grid = pair
-        except (TypeError, ValueError):
-            raw = None
-        if not isinstance(raw, Tensor) or not raw.is_floating_point():
-            raise TypeError(
-                f"{name} is no pair of float tokens [b, T, D], a tensor, and their grid"
-            )
-        grid, width = checked_grid(grid), width or raw.shape[-1]
-        if raw.ndim != 3 or raw.shape[1] != math.prod(grid) or raw.shape[2] != width:
-            raise InputError(
-                f"{name}: tokens {list(raw.shape)} are not [b, T, {width}] of a grid of "
-                f"{grid[0]} x {grid[1]}"
-            )
-        yield raw, grid
 
 
 def fit_arrays(batches: Batches, grid: Grid | None, metric: Tensor | None) -> FittedArrays:
