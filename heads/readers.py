@@ -418,8 +418,8 @@ class Readers:
             lines.append(f"no boxes: {self.dataset.cache_dir} has too few rows with a bbox")
         if not self.pairs:
             lines.append(
-                f"no matching: {self.dataset.cache_dir} does not know two views of a photograph; "
-                "make such a cache with experiments.make_demo_data and extract_features.py --demo"
+                f"no matching: {self.dataset.cache_dir} does not know two views of a photograph "
+                "(its rows lack photograph and view, which the demo's data and write_cache can say)"
             )
         return lines
 

@@ -82,6 +82,8 @@ def read_cache_manifest(cache_dir: Path) -> dict:
         )
     again = "its writing was interrupted, run the same command to finish it"
     path, manifest = read_finished(cache_dir, again, BUILD_CACHE)
+    if isinstance(manifest, dict) and manifest.get("kind") == "factors":
+        raise InputError(f"{path} is of factors, no feature cache: read it with VisionTokens")
     check_keys(path, manifest, MANIFEST_KEYS, BUILD_CACHE)
     if manifest["format"] != CACHE_FORMAT:
         raise InputError(

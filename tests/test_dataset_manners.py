@@ -223,3 +223,16 @@ def test_rows_are_found_by_image_and_by_the_data_sets_row(tmp_path):
     assert cache.row_of_id(2) == 1 and torch.equal(cache[cache.row_of_id(3)], TOKENS[3])
     with pytest.raises(KeyError, match="row 1"):
         cache.row_of_id(1)
+
+
+def test_loader_speed_reads_all_images_of_each_and_refuses_folders_of_another_cache(
+    folders, script, tmp_path
+):
+    flags = ["--cache_dir", folders["memory-mapped"], "--repeats", 1, "--workers", 0]
+    done = script("experiments.loader_speed", *flags, "--coded", folders["coded"])
+    assert done.returncode == 0, done.stderr
+    kinds = [line.split()[-5:] for line in done.stdout.splitlines()[-2:]]
+    assert [kind[0] for kind in kinds] == ["0", "0"] and kinds[0][-1] == "1.000"
+    few = write_coded(tmp_path / "few", TOKENS[:3], [GRID] * 3, tmp_path / "codec.safetensors")
+    done = script("experiments.loader_speed", *flags, "--coded", few)
+    assert done.returncode == 2 and "few has 3 images, not 20" in done.stderr

@@ -5,7 +5,14 @@ import pytest
 import torch
 from tiny import steep_tokens
 
-from lowrank_tokens import Codec, VisionTokens, exact_factors, load_factors, read_factors
+from lowrank_tokens import (
+    Codec,
+    FeatureCache,
+    VisionTokens,
+    exact_factors,
+    load_factors,
+    read_factors,
+)
 
 GRID, RAW = (4, 4), steep_tokens(8, 16, 24)
 FACTORS = torch.zeros(16, 2), torch.zeros(2), torch.zeros(24, 2)
@@ -128,7 +135,7 @@ def test_exact_factors_name_the_argument_that_is_wrong():
 def test_folders_of_something_else_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     for read in (VisionTokens, load_factors, read_factors):
-        for folder in ("nowhere", "file"):
-            refused(
-                lambda r=read, f=folder: r(tmp_path / f), ValueError, "name a folder of factors"
-            )
+        for folder in (tmp_path / "nowhere", tmp_path / "file"):
+            refused(lambda r=read, f=folder: r(f), ValueError, "name a folder of factors")
+    (tmp_path / "manifest.json").write_text('{"kind": "factors"}')
+    refused(lambda: FeatureCache(tmp_path), ValueError, "is of factors, .* read it with VisionTok")
