@@ -31,7 +31,7 @@ def get_args_parser() -> arguments.Parser:
         "--coded",
         type=arguments.folder,
         nargs="+",
-        required=True,
+        default=["factors/exact"],
         metavar="DIR",
         help="folders of factors or coded tokens, as factorize.py writes them",
     )
