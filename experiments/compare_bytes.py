@@ -207,6 +207,8 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     results["seconds"] = round(time.perf_counter() - started, 1)
     keep_other_caches_results(folder / "bytes.json", ["bytes.png"], dataset.content_sha256)
     write_json(folder / "bytes.json", results)
+    shown = [row for row, is_in in zip(rows, headline, strict=True) if is_in]
+    footer = footer_of(dataset, shown, args.folds, left_out)
     bytes_against_error(folder / "bytes.png", results, footer)
     done.remove()
     setting.towers.remove()
