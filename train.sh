@@ -2,7 +2,7 @@
 # Environment, data, training, comparison, figures, a report.
 #
 #   ./train.sh [--cache_dir feature_cache_real]  the whole path for one architecture, on the cache
-#                                                that is there or on demo data: nine minutes on two
+#                                                that is there or on demo data: 15 minutes on two
 #                                                CPU cores. Ends with what was found, in five lines
 #   ARCHS="ResMLP MLP AdaLoRA" ./train.sh --epochs 500 --rank 128
 #                                                each architecture; flags of train_real_data.py
@@ -75,7 +75,7 @@ if [[ $whole_path ]]; then
         [[ -e $metric ]] || "$python" -m experiments.estimate_metric --images 25 --probes 1 \
             --shrinkage 0.01 --cache_dir "$cache_dir" --out "$metric" ||
             echo "note: without the closed form beside the network"
-        set -- "$@" --task_head saliency --batch_size 2 --epochs 2
+        set -- "$@" --task_head saliency --batch_size 2 --epochs 1
     else
         echo "training in the Frobenius norm; for a task's norm see docs/training.md"
         set -- "$@" --epochs 10

@@ -166,10 +166,10 @@ def bytes_lines(coded: dict) -> list[str]:
 
     def size(point: dict) -> str:
         kilobytes, error = point["bytes"]["mean"] / 1e3, point["raw_error"]["mean"]
-        return f"{kilobytes:.1f} kB at raw_error {error:.3f}"
+        return f"{kilobytes:.1f} kB an image at raw_error {error:.3f}"
 
     own, full, other = nearest("coded"), coded["full_tokens"], nearest("factors_quantised")
-    line = f"bytes: {full['bytes']['mean'] / 1e3:.0f} kB of tokens become {size(own)} an image; "
+    line = f"bytes: {full['bytes']['mean'] / 1e3:.0f} kB of tokens become {size(own)}; "
     lines = [line + f"quantised SVD factors take {size(other)}"]
     seen = own.get("box_precision", {}).get("mean")
     if seen is not None:

@@ -112,8 +112,8 @@ def test_the_closing_lines_say_bytes_readers_task_reconstruction_and_training(re
         "reconstruction",
         "training",
     ]
-    assert "1049 kB of tokens become 9.0 kB at raw_error 0.170 an image" in printed[0]
-    assert "quantised SVD factors take 40.0 kB at raw_error 0.150" in printed[0]
+    assert "1049 kB of tokens become 9.0 kB an image at raw_error 0.170" in printed[0]
+    assert "quantised SVD factors take 40.0 kB an image at raw_error 0.150" in printed[0]
     assert "0.800 on those tokens, 0.840 on full ones" in printed[1]
     assert "9.0 % below" in printed[2] and "16.0 % by the closed form" in printed[2]
     assert "15.3 % above" in printed[3]
