@@ -285,7 +285,7 @@ class Codec:
             off = float((tokens - decoded).double().norm()) / max(norm, 1e-300)
             return Tried(index, math.log(max(off, 1e-12)), rounded)
 
-        found, least = search(at, math.log(error), guessed_index(prepared.z, error), FINEST)
+        found, least = search(at, math.log(error), guessed_index(prepared.z, error, form), FINEST)
         if found is None:
             least = math.ceil(math.exp(least) * 1e4) / 1e4
             raise InputError(f"error = {error:g} is out of reach, the least is {least:.4f}")
@@ -299,7 +299,7 @@ class Codec:
             data = self._written(rounded)
             return Tried(position, math.log(len(data)), (rounded, data))
 
-        start = -guessed_index(prepared.z, 0.2)
+        start = -guessed_index(prepared.z, 0.2, form)
         found, least = search(at, math.log(max_bytes), start, -COARSEST, slope=1 / STEP_UNITS)
         if found is None:
             raise InputError(
