@@ -415,10 +415,10 @@ class Readers:
         if self.probe and self.dataset.is_demo:
             lines.append("boxes are those of the demo's rendered signs")
         if not self.probe:
-            lines.append(f"no boxes: {self.dataset.cache_dir} has too few rows with a bbox")
+            lines.append("no boxes: the cache has too few rows with a bbox")
         if not self.pairs:
             lines.append(
-                f"no matching: {self.dataset.cache_dir} does not know two views of a photograph "
+                "no matching: the cache does not know two views of a photograph "
                 "(its rows lack photograph and view, which the demo's data and write_cache can say)"
             )
         return lines
