@@ -226,6 +226,7 @@ def test_a_run_in_a_metric_is_not_resumed_with_another_in_its_file(tmp_path):
         trained(tmp_path, cache, "--resume")
 
 
+@pytest.mark.slow
 def test_a_metric_is_not_applied_again_to_a_network_that_was_trained_in_it(
     metric_trained, metric_file, tiny_cache, script, tmp_path
 ):
@@ -294,6 +295,7 @@ def test_the_best_epoch_of_a_head_is_the_one_with_the_least_of_what_is_trained()
     assert min(entries, key=run.selection_score) is entries[1]
 
 
+@pytest.mark.slow
 def test_training_for_a_head_without_a_metric_starts_at_the_plain_svd(
     metric_file, tiny_cache, dataset, test_batch, script, tmp_path
 ):

@@ -255,6 +255,7 @@ def test_a_twice_interrupted_run_still_knows_its_epochs(tiny_cache, tmp_path, mo
     assert history[-1]["epoch"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_cut_off_before_its_test_numbers_gets_them_by_resuming(tiny_cache, tmp_path):
     train(tmp_path, tiny_cache, "--epochs", "1")
     results = tmp_path / "results" / "ResMLP" / "test_results.json"
@@ -308,6 +309,7 @@ def test_a_fresh_run_moves_old_results_aside(tiny_cache, tmp_path, capsys):
     assert f"moved to {old}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_direct_network_starts_as_pca_and_training_lowers_its_validation_error(
     tiny_cache, tmp_path
 ):
