@@ -181,7 +181,7 @@ def origin(
     requested_rank: int,
     rows: list[int],
     groups: list[str],
-    left_out: int | None,
+    left_out: dict[str, int | None],
 ) -> dict:
     """Return the JSON's entries that say which network was measured on which images."""
     dataset, model = trained.dataset, trained.model

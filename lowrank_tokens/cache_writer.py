@@ -352,7 +352,7 @@ MOST_EXTRA_TOKENS = 16  # class and register tokens that a message takes for suc
 THUMBNAIL_SIZE = 224  # pixels, of the longer side
 
 
-_NO_MORE = object()
+_NO_MORE = object()  # where the names of groups end
 
 
 def write_cache(

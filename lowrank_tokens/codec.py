@@ -54,9 +54,7 @@ from lowrank_tokens.exceptions import InputError
 from lowrank_tokens.files import sha256_file
 from lowrank_tokens.grids import Grid, checked_grid
 from lowrank_tokens.levels import Levels, integers
-from lowrank_tokens.linalg import (
-    normalise,
-)
+from lowrank_tokens.linalg import normalise
 from lowrank_tokens.rate_search import COARSEST, FINEST, Tried, guessed_index, search
 from lowrank_tokens.stream import (
     BYTES,

@@ -94,7 +94,7 @@ def test_a_head_that_generates_nothing_is_refused_with_what_to_type_instead(sali
 
 
 def test_what_each_of_several_codecs_has_seen_is_known(tmp_path):
-    """Of several folders of coded tokens only the last one's codec was asked."""
+    """Only the last folder's codec was asked before."""
     coded = {}
     for i in range(3):
         hashes = [f"{i}" * 64] if i < 2 else ()

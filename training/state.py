@@ -298,9 +298,8 @@ def open_run(args: argparse.Namespace, folder: Path, dataset: RealQwenVLDataset)
     if args.resume == "best" or ("epochs" in args.typed and run.finished):  # epochs are added
         run.last_epoch = run.epoch - 1 + args.epochs
         run.finished = False
-        if (
-            args.resume == "best" or run.bad_epochs >= run.args.patience
-        ):  # stopped early: counts anew
+        stopped_early = run.bad_epochs >= run.args.patience
+        if args.resume == "best" or stopped_early:  # counts anew
             run.bad_epochs = 0
     if args.resume == "best":
         run.cuts_history = _differs(folder / "history.json", run.history)
