@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import statistics
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ class Run(NamedTuple):
     folder: Path
     comparison: dict  # svd_nn_comparison.json
     test: dict  # test_results.json
+    history: list[dict]  # history.json, one entry an epoch; the first is the untrained network's
 
 
 def read(path: Path) -> dict:
@@ -73,7 +75,8 @@ def read_runs(results_dirs: list[Path]) -> list[Run]:
             print(f"note: {folder} is left out: it has no {missing[0].name}")
             continue
         comparison, test = map(read, files)
-        runs.append(Run(run_name(comparison), folder, comparison, test))
+        history = read_json(folder / "history.json", "resume the run with --resume last")
+        runs.append(Run(run_name(comparison), folder, comparison, test, history))
     if not runs:
         where = f" --results_dir {results_dirs[0]}"
         raise InputError(
@@ -98,9 +101,12 @@ def run_name(comparison: dict) -> str:
 
 def table(runs: list[Run]) -> list[list[str]]:
     """Return the cells of the table of runs; the first row is the header."""
-    header = "network|parameters|rank|rel_error|SVD|above SVD|task error below SVD (%)|best epoch"
+    header = (
+        "network|parameters|rank|rel_error|SVD|above SVD|best epoch|images/s|"
+        f"rank {SHOWN_RANK}: task error below SVD (%)|box precision (SVD)"
+    )
     rows = [header.split("|")]
-    for name, folder, comparison, test in runs:
+    for name, folder, comparison, test, history in runs:
         rank = str(comparison["rank"])
         methods = comparison["ranks"][rank]
         model, _ = load_model(folder / "best_model.pt", "cpu")
@@ -111,8 +117,10 @@ def table(runs: list[Run]) -> list[list[str]]:
             f"{methods['network']['rel_error']['mean']:.5f}",
             f"{methods['svd']['rel_error']['mean']:.5f}",
             above_svd(methods),
-            gain_text(task_gain(comparison, rank, "network")),
             f"{test['best_epoch']} of {test['epochs']}",
+            f"{statistics.median(epoch['samples_per_s'] for epoch in history[1:]):.1f}",
+            gain_text(task_gain(comparison, SHOWN_RANK, "network")),
+            box_precision(comparison),
         ]
         rows.append(cells)
     return rows
@@ -122,6 +130,15 @@ def above_svd(methods: dict) -> str:
     """Format by how much the network's error is above the SVD's; a dash where it is undefined."""
     excess = methods["network"]["excess_pct"]["mean"]
     return percent_text(excess) if excess is None or excess < 1 else f"{excess:.1f} %"
+
+
+def box_precision(comparison: dict) -> str:
+    """Format the box precision at SHOWN_RANK beside the SVD's; a dash where it is not measured."""
+    of_rank = comparison["readers"]["ranks"].get(SHOWN_RANK, {})
+    if "box_precision" not in of_rank.get("network", {}):
+        return "–"
+    network, svd = (of_rank[name]["box_precision"]["mean"] for name in ("network", "svd"))
+    return f"{network:.3f} ({svd:.3f})"
 
 
 def task_gain(comparison: dict, rank: str, method: str) -> dict | None:
@@ -135,7 +152,9 @@ def task_gain(comparison: dict, rank: str, method: str) -> dict | None:
 
 def closing_lines(runs: list[Run], coded: dict) -> list[str]:
     """Return what was found, in at most five lines. coded: bytes.json, {} where there is none."""
-    run = next((r for r in runs if r.comparison["task"]), runs[0])
+    run = max(
+        runs, key=lambda run: (bool(run.comparison["trained_for"]), bool(run.comparison["task"]))
+    )
     comparison, ranks = run.comparison, run.comparison["ranks"]
     rank = SHOWN_RANK if SHOWN_RANK in ranks else max(ranks, key=int)
     lines = bytes_lines(coded)

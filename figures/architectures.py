@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 
 from figures.style import (
+    GREY,
     METHODS,
     ROUNDING,
     ROUNDING_PCT,
@@ -32,17 +33,24 @@ REFERENCES = {"random_sketch": "untrained sketch", "pca": METHODS["pca"][0]}
 
 @rc_context(STYLE)
 def architectures(path: str | Path, runs: dict[str, dict], footer: str) -> None:
-    """Draw error and excess over the rank; below them, where a head judged, its error.
+    """Draw error and excess over the rank; below them the task error and what boxes are found.
+
+    The latter two where a head, or readers with labels, judged.
 
     runs: name → svd_nn_comparison.json. A network with direct factors is dotted, one that was
     trained for a head dashed. Untrained sketch, PCA and closed form are of the first run that has
     them: they do not depend on the network but for the sketch's number of columns.
     """
     tasks = {name: run["task"] for name, run in runs.items() if run["task"]}
-    heights = [3.3, 3.3] + [3.3] * bool(tasks)
+    boxes = {name: run["readers"] for name, run in runs.items() if _finds_boxes(run)}
+    heights = [3.0] * (2 + bool(tasks) + bool(boxes))
     figure = new_figure(10, 1.2 + sum(heights))
-    error, excess, *task = rows_of_axes(figure, heights)
-    ends: dict[Axes, list] = {ax: [] for ax in (error, excess, *task)}
+    error, excess, *judged = axes = rows_of_axes(figure, heights)
+    ends: dict[Axes, list] = {ax: [] for ax in axes}
+    styles = {
+        name: {"ls": ":" if run["factors"] == "direct" else "--" if run["trained_for"] else "-"}
+        for name, run in runs.items()
+    }
 
     def draw(ax: Axes, ranks: dict[str, float | None], label: str, colour: str, **style) -> None:
         known = {int(rank): value for rank, value in ranks.items() if value is not None}
@@ -73,28 +81,41 @@ def architectures(path: str | Path, runs: dict[str, dict], footer: str) -> None:
                 ls="--",
             )
     for name, run in runs.items():
-        style = {"ls": ":" if run["factors"] == "direct" else "--" if run["trained_for"] else "-"}
-        colour = COLOURS[run["arch"]]
+        colour, style = COLOURS[run["arch"]], styles[name]
         draw(error, means(run, "network", "rel_error"), name, colour, **style)
         draw(excess, _at_least_rounding(means(run, "network", "excess_pct")), name, colour, **style)
-    for ax in task:
+    if tasks:
+        ax = judged[0]
+        closed = next((t for t in tasks.values() if _of_method(t, "svd_in_metric")), None)
         first = next(iter(tasks.values()))
-        for method, style in (("svd", {"wide": True}), ("svd_in_metric", {"ls": "--"})):
+        for method, task, style in (
+            ("svd", first, {"wide": True}),
+            ("svd_in_metric", closed or first, {"ls": "-."}),
+        ):
             label, colour = METHODS[method]
-            draw(ax, _task_errors(first, method), label, colour, **style)
+            draw(ax, _of_method(task, method), label, colour, **style)
         for name, of_head in tasks.items():
-            draw(ax, _task_errors(of_head, "network"), name, COLOURS[runs[name]["arch"]])
+            colour = COLOURS[runs[name]["arch"]]
+            draw(ax, _of_method(of_head, "network"), name, colour, **styles[name])
         ax.set_ylabel(f"task error of the\nhead {first['head']}")
         log_scale(ax)
+    if boxes:
+        ax = judged[-1]
+        first = next(iter(boxes.values()))
+        label, colour = METHODS["svd"]
+        draw(ax, _of_method(first, "svd", "box_precision"), label, colour, wide=True)
+        for name, readers in boxes.items():
+            colour = COLOURS[runs[name]["arch"]]
+            draw(ax, _of_method(readers, "network", "box_precision"), name, colour, **styles[name])
+        ax.axhline(first["full"]["box_precision"]["mean"], color=GREY, ls=":")
+        ax.set_ylabel("box precision of a linear\nprobe (dotted: full tokens)")
     error.set_ylabel("rel_error ‖X − A·B‖ / ‖X‖")
     excess.set_ylabel(f"rel_error above the SVD's\n(%; {ROUNDING} and less is rounding)")
     for ax in (error, excess):
         log_scale(ax)
     if not excess.lines:
         note_undefined(excess)
-    rank_axis(
-        (error, excess, *task)[-1], {int(rank) for run in runs.values() for rank in run["ranks"]}
-    )
+    rank_axis(axes[-1], {int(rank) for run in runs.values() for rank in run["ranks"]})
     save(figure, path, "Networks and the SVD over the rank", footer, ends)
 
 
@@ -103,6 +124,13 @@ def _at_least_rounding(values: dict[str, float | None]) -> dict[str, float | Non
     return {r: None if v is None else float(np.fmax(v, ROUNDING_PCT)) for r, v in values.items()}
 
 
-def _task_errors(task: dict, method: str) -> dict[str, float]:
-    """Return rank → mean task error, where the method was judged."""
-    return {r: as_array(m[method]["mean"]).item() for r, m in task["ranks"].items() if method in m}
+def _finds_boxes(run: dict) -> bool:
+    """Say whether readers judged this network by boxes."""
+    return "box_precision" in run["readers"]["full"]
+
+
+def _of_method(judged: dict, method: str, measure: str | None = None) -> dict[str, float]:
+    """Return rank → mean of a method, of its `measure` where there are several."""
+    found = {r: of[method] for r, of in judged["ranks"].items() if method in of}
+    found = {r: of[measure] if measure else of for r, of in found.items()}
+    return {r: as_array(of["mean"]).item() for r, of in found.items()}

@@ -72,6 +72,7 @@ def runs() -> dict[str, dict]:
     """Return three runs: ResMLP, a direct MLP, and AdaLoRA trained for a head."""
     of_task = {"svd": {"mean": 0.1}, "network": {"mean": 0.06}, "svd_in_metric": {"mean": 0.05}}
     task = {"head": "saliency", "ranks": {"2": of_task, "4": of_task}}
+    seen = {name: {"box_precision": {"mean": 0.7}} for name in ("svd", "network")}
 
     def run(arch, factors="projected", trained_for=None):
         own = task if trained_for else None
@@ -81,6 +82,7 @@ def runs() -> dict[str, dict]:
             "trained_for": trained_for,
             "ranks": sweep([2, 4]),
             "task": own,
+            "readers": {"full": {"box_precision": {"mean": 0.8}}, "ranks": {"2": seen, "4": seen}},
         }
 
     return {
@@ -137,7 +139,7 @@ def test_every_figure_is_a_readable_png_with_a_title_that_says_demo_data(gallery
     for path, figure in gallery:
         assert path.read_bytes().startswith(b"\x89PNG")
         with Image.open(path) as image:
-            assert 1000 <= image.width <= 2600 and 600 <= image.height <= 1700
+            assert 1000 <= image.width <= 2600 and 600 <= image.height <= 2000
             pixels = np.asarray(image.convert("L"))
         assert pixels[-1, -1] == 255  # white background
         assert pixels.std() > 10  # something is drawn
@@ -156,8 +158,8 @@ def test_no_text_leaves_the_picture_and_labels_at_the_ends_of_curves_do_not_over
             labelled += len(boxes)
             overlaps = [ends[i] for i, b in enumerate(boxes) if any(map(b.overlaps, boxes[:i]))]
             assert not overlaps
-    # terms, shifts; error and excess of the sweep; three panels of the architectures
-    assert labelled == 3 + 2 + 4 + 3 + 5 + 4 + 3
+    # terms, shifts; error and excess of the sweep; four panels of the architectures
+    assert labelled == 3 + 2 + 4 + 3 + 5 + 4 + 3 + 4
 
 
 def test_network_and_svd_error_maps_share_one_scale_that_spans_both(tmp_path, errors, drawn):
@@ -314,13 +316,14 @@ def test_a_method_without_a_colour_is_an_error_and_never_left_out_of_a_figure(tm
 
 def test_every_network_is_drawn_over_the_rank_and_the_head_judges_where_it_did(tmp_path, drawn):
     architectures.architectures(tmp_path / "a.png", runs(), FOOTER)
-    error, excess, task = drawn[0].axes
+    error, excess, task, boxes = drawn[0].axes
     assert len(error.lines) == 3 + 2  # SVD and PCA
     assert len(excess.lines) == 3 + 1  # PCA
     assert [line.get_ydata()[0] for line in task.lines] == [0.1, 0.05, 0.06]
+    assert len(boxes.lines) == 3 + 2  # SVD and full tokens
     assert {"ResMLP", "MLP, direct", "AdaLoRA, for saliency"} <= set(texts(drawn[0]))
-    frobenius = {"ResMLP": runs()["ResMLP"]}
-    architectures.architectures(tmp_path / "a.png", frobenius, FOOTER)
+    unread = runs()["ResMLP"] | {"readers": {"full": {}, "ranks": {}}}
+    architectures.architectures(tmp_path / "a.png", {"ResMLP": unread}, FOOTER)
     assert len(drawn[1].axes) == 2
 
 

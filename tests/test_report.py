@@ -32,6 +32,7 @@ def comparison(arch="ResMLP", cache="a", task=True):
         name: {"mean": 0.4, "gain_pct": {"mean": gain, "interval_95": None}}
         for name, gain in gains.items()
     }
+    seen = {"box_precision": {"mean": 0.7}}
     return {
         "arch": arch,
         "factors": "projected",
@@ -45,6 +46,7 @@ def comparison(arch="ResMLP", cache="a", task=True):
         "feature_dim": 2048,
         "ranks": {"8": methods(0.1), "16": methods(15.2802)},
         "task": {"head": "saliency", "ranks": {"16": of_task}} if task else None,
+        "readers": {"full": {}, "ranks": {"16": {"network": seen, "svd": seen}}},
     }
 
 
@@ -60,6 +62,8 @@ def results(tmp_path, monkeypatch):
         )
         test = with_content_hash({"best_epoch": 1, "epochs": 2})
         write_json(folder / arch / "test_results.json", test)
+        epochs = [{"epoch": 0}] + [{"epoch": i, "samples_per_s": 20.0 + i} for i in (1, 2)]
+        write_json(folder / arch / "history.json", epochs)
         (folder / arch / "best_model.pt").write_bytes(b"")
         (folder / arch / "rank_sweep.png").write_bytes(arch.encode())
     return folder
