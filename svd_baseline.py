@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from scipy.stats import t as student_t
+from scipy.special import stdtrit  # scipy.stats.t.ppf, without its second of import
 from torch import Tensor
 
 from lowrank_tokens.errors import image_metrics
@@ -104,7 +104,7 @@ def _half_width(deviations: Tensor, groups: list[str]) -> float | None:
         return None
     sums = np.bincount(index, deviations.numpy(), minlength=count)
     error = math.sqrt(count / (count - 1) * float(np.square(sums).sum())) / len(groups)
-    return float(student_t.ppf(0.975, count - 1)) * error
+    return float(stdtrit(count - 1, 0.975)) * error
 
 
 def _known(groups: list[str], known: Tensor) -> list[str]:

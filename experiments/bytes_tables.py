@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import t as student_t
+from scipy.special import stdtrit  # scipy.stats.t.ppf, without its second of import
 from torch import Tensor
 
 from common.tables import print_columns
@@ -150,7 +150,7 @@ def jackknife_95(
     left_out = [statistic(index != g) for g in range(len(names))] if len(names) > 1 else []
     if len(names) >= FEWEST_GROUPS and None not in left_out:
         variance = (len(names) - 1) * float(np.var(left_out))
-        spread = float(student_t.ppf(0.975, len(names) - 1)) * math.sqrt(variance)
+        spread = float(stdtrit(len(names) - 1, 0.975)) * math.sqrt(variance)
         found["interval_95"] = [math.exp(whole - spread), math.exp(whole + spread)]
     return found
 

@@ -230,6 +230,24 @@ def test_batch(dataset):
     return next(iter(create_data_loaders_real(dataset, 6).test))
 
 
+SAVEFIG = Figure.savefig
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unpainted():
+    """Leave figures unpainted: painting them takes most of the time of a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda _, path, **kwargs: Path(path).write_bytes(b"PNG"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def painted(request, monkeypatch):
+    """Paint the figures of a test that is marked so."""
+    if request.node.get_closest_marker("painted"):
+        monkeypatch.setattr(Figure, "savefig", SAVEFIG)
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were saved, in order; laid out for a size, not painted, to save time."""

@@ -53,6 +53,7 @@ def measured(script, tiny_cache):
     return run
 
 
+@pytest.mark.painted
 def test_every_method_is_measured_at_every_rank_and_none_beats_the_svd(results, measured):
     _, found = measured(results, "--ranks", 2, 4, "--batch_size", 2)
     records = found["records"]

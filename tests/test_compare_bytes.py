@@ -468,6 +468,7 @@ def qwen_data_set(folder):
     return folder
 
 
+@pytest.mark.painted
 @pytest.mark.slow
 def test_readers_judge_folds_of_a_qwen_cache_with_several_boxes_an_image_and_a_cut_run_goes_on(
     encode, script, tmp_path, monkeypatch
@@ -517,6 +518,7 @@ def test_readers_judge_folds_of_a_qwen_cache_with_several_boxes_an_image_and_a_c
     assert (tmp_path / "r" / "bytes.png").stat().st_size > 10_000
 
 
+@pytest.mark.painted
 @pytest.mark.slow
 def test_the_command_writes_bytes_of_every_method_that_the_cache_allows(
     script, tiny_cache, tiny_data, tmp_path, monkeypatch

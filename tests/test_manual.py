@@ -17,15 +17,10 @@ WAYS = {
 }
 
 
-def path(arch, way):
-    # one is enough for a change that touches none of the architectures
-    fast = (arch, way) == ("AdaLoRA", "direct")
-    return pytest.param(arch, way, marks=() if fast else pytest.mark.slow)
-
-
-@pytest.mark.parametrize(
-    ("arch", "way"), [path(arch, way) for arch in ("ResMLP", "MLP", "AdaLoRA") for way in WAYS]
-)
+@pytest.mark.slow
+@pytest.mark.painted
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("arch", ["ResMLP", "MLP", "AdaLoRA"])
 def test_the_manuals_commands_train_resume_compare_and_draw(
     arch, way, tiny_cache, script, tmp_path
 ):

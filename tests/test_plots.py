@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import SAVEFIG
 from drawing import FOOTER, history, texts, title
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -122,10 +123,10 @@ def gallery(tmp_path_factory, errors, maps):
         token_grid.channel_comparison: (PHOTO, BOX, maps, CHANNELS, GRID, INFO),
         token_grid.spatial_error: (PHOTO, BOX, errors, GRID, INFO),
     }
-    figures, savefig = [], Figure.savefig
+    figures = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            Figure, "savefig", lambda f, *a, **k: (figures.append(f), savefig(f, *a, **k))
+            Figure, "savefig", lambda f, *a, **k: (figures.append(f), SAVEFIG(f, *a, **k))
         )
         for function, arguments in calls.items():
             function(str(folder / f"{function.__name__}.png"), *arguments)

