@@ -9,6 +9,7 @@ import importlib
 import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,9 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from filelock import FileLock
 from matplotlib.figure import Figure
 from PIL import Image
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import extract_features
 from common import arguments
@@ -80,15 +81,32 @@ def tiny_cache(tiny_data, tmp_path_factory):
     return cache
 
 
+def made_once(base: Path, name: str, make: Callable[[Path], object]) -> Path:
+    """Return folder `name` that the first of pytest's processes fills and all read.
+
+    base: the basetemp of this process, which lies in the run's own where there are several.
+    """
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = base / f"{name}-partial"
+            make(partial)
+            partial.rename(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def ragged_cache(tiny_data, tmp_path_factory):
     """A cache of images of four grids: parts of real tokens of `tiny_data`. Do not change it.
 
     36 rows in 12 groups, D = 1536, grids 8 × 8 (the most frequent), 6 × 8, 8 × 6 and 4 × 5.
     """
-    folder = tmp_path_factory.mktemp("ragged")
-    extract(folder, tiny_data, folder / "square", "--image_size", "224")
-    return tiny.write_ragged(folder / "cache", RealQwenVLDataset(folder / "square"))
+
+    def make(folder: Path) -> None:
+        extract(tiny_data, tiny_data, folder / "square", "--image_size", "224")
+        tiny.write_ragged(folder / "cache", RealQwenVLDataset(folder / "square"))
+
+    return made_once(tmp_path_factory.getbasetemp(), "ragged", make) / "cache"
 
 
 @pytest.fixture
@@ -103,7 +121,10 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def save_qwen(folder: Path, width: int) -> Path:
-    """A small Qwen2.5-VL checkpoint with features of `width`, as transformers saves it."""
+    """Save a small Qwen2.5-VL checkpoint with features of `width`, as transformers does."""
+    # seconds of import, which the process that only hands out tests need not take
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
     torch.manual_seed(0)
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
     vision |= {"out_hidden_size": width, "fullatt_block_indexes": [1], "window_size": 112}
@@ -212,10 +233,12 @@ def metric_file(tiny_cache, tmp_path_factory):
     """The saliency head's metric of the small cache, made by experiments.estimate_metric itself."""
     from experiments import estimate_metric
 
-    path = tmp_path_factory.mktemp("metric") / "saliency.safetensors"
-    argv = ["--cache_dir", str(tiny_cache), "--probes", "2", "--out", str(path)]
-    estimate_metric.main(arguments.parse(estimate_metric.get_args_parser(), argv))
-    return path
+    def make(folder: Path) -> None:
+        path = folder / "saliency.safetensors"
+        argv = ["--cache_dir", str(tiny_cache), "--probes", "2", "--out", str(path)]
+        estimate_metric.main(arguments.parse(estimate_metric.get_args_parser(), argv))
+
+    return made_once(tmp_path_factory.getbasetemp(), "metric", make) / "saliency.safetensors"
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def jpeg(seed: int = 0, size: tuple[int, int] = (20, 16)) -> bytes:
 
 
 def header(t: int, d: int) -> dict:
-    """What extract_features.py would say of such a cache."""
+    """Return what extract_features.py would say of such a cache."""
     return {
         "kind": "real",
         "encoder": {"id": "tiny", "weights_sha256": "0" * 64, "preprocessor": "none"},
@@ -119,7 +119,7 @@ def write_ragged(folder: Path, square: RealQwenVLDataset) -> Path:
 
 
 def part_of_row(square: RealQwenVLDataset, i: int, grid: tuple[int, int]) -> dict:
-    """What the row of the upper left `grid` of image i says."""
+    """Return what the row of the upper left `grid` of image i says."""
     record, whole = square.image_record(i), square.thumbnail(i)
     down, across = grid[0] / square.grid[0], grid[1] / square.grid[1]
     file = io.BytesIO()
