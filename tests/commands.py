@@ -8,7 +8,7 @@ MODULES = sorted(path for folder in (".", *FOLDERS) for path in (ROOT / folder).
 
 
 def module_name(path: Path) -> str:
-    """As it is imported: experiments/report.py is experiments.report."""
+    """Return the name under which a script is imported: experiments.report."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 

@@ -19,7 +19,7 @@ Written by `python tests/flags_page.py` from the parsers; `--help` says the same
 
 
 def command(name: str) -> str:
-    """What a user types for a script: "python x.py", "python -m experiments.x"."""
+    """Return what a user types for a script: "python x.py", "python -m experiments.x"."""
     return f"python -m {name}" if "." in name else f"python {name}.py"
 
 
@@ -31,7 +31,7 @@ def default(action: argparse.Action) -> str:
 
 
 def page() -> str:
-    """The whole page, Markdown."""
+    """Return the whole page, Markdown."""
     text = HEAD
     for name in sorted(SCRIPTS, key=lambda name: ("." in name, name)):
         parser = importlib.import_module(name).get_args_parser()

@@ -60,7 +60,7 @@ QWEN3_PREPROCESSOR = {
 
 
 def whole_model(model_type: str) -> tf.PreTrainedModel:
-    """A model of the family with the published kinds of layers and patches, small otherwise."""
+    """Build a model of the family with the published kinds of layers and patches, small otherwise."""
     torch.manual_seed(0)
     dino = {**SMALL, "patch_size": 14, "image_size": 84}
     if model_type == "qwen2_vl":
@@ -94,7 +94,7 @@ def roughened(model: tf.PreTrainedModel) -> tf.PreTrainedModel:
 
 
 def save_checkpoint(folder: Path, model_type: str) -> Path:
-    """The model in shards, with the image processor's settings as they are published."""
+    """Save the model in shards, with the image processor's settings as they are published."""
     whole_model(model_type).save_pretrained(folder, max_shard_size="50KB")
     return with_preprocessor(folder, model_type)
 

@@ -50,7 +50,7 @@ def codec():
 
 
 def of_grid(batches, grid=GRID):
-    """What `fit` takes: batches of raw tokens, each with its grid."""
+    """Return what `fit` takes: batches of raw tokens, each with its grid."""
     return [(batch, grid) for batch in batches]
 
 

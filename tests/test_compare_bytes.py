@@ -75,12 +75,12 @@ def error(raw, image):
 
 
 def error_of(code, data, knob, image):
-    """Of what is decoded from an image's bytes."""
+    """Return the error of what is decoded from an image's bytes."""
     return error(code.decode(data, knob, image.grid), image)
 
 
 def of_training(n=64):
-    """A basis of n images of the same kind."""
+    """Fit a basis to n images of the same kind."""
     x = torch.nn.functional.layer_norm(steep_tokens(n, T, D, seed=1), (D,)).flatten(0, 1)
     centre = x.mean(0)
     _, axes = torch.linalg.eigh(torch.cov(x.mT, correction=0).double())

@@ -24,12 +24,12 @@ def codec():
 
 
 def sealed(first, rest):
-    """A stream of its first five bytes and what follows the checksum, which is made to fit."""
+    """Build a stream of its first five bytes and what follows the checksum, which is made to fit."""
     return first + struct.pack("<I", zlib.crc32(rest, zlib.crc32(first))) + rest
 
 
 def altered(data, first=None, extremes=None, **fields):
-    """The stream with other fields, its checksum made to fit.
+    """Return the stream with other fields, its checksum made to fit.
 
     fields: integers as the stream holds them; extremes: bytes that take the place of those of a
     stream that has none.

@@ -66,7 +66,7 @@ def decode(record):
 
 
 def end_of(argv, monkeypatch, capsys):
-    """Exit status, stdout and stderr of the script with these arguments."""
+    """Return exit status, stdout and stderr of the script with these arguments."""
     monkeypatch.setattr(sys, "argv", ["experiments.make_demo_data", *argv])
     with pytest.raises(SystemExit) as end:
         arguments.run(make_demo_data.main, make_demo_data.get_args_parser())

@@ -40,20 +40,20 @@ def torchrun(script, *flags, **options):
 
 
 def finished(process):
-    """Standard output of a group that has to end well."""
+    """Return the standard output of a group that has to end well."""
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     return stdout
 
 
 def children(process):
-    """Process ids of the group, which has begun its work."""
+    """Return the process ids of the group, which has begun its work."""
     path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     return [int(pid) for pid in path.read_text().split()]
 
 
 def statuses(stderr):
-    """Exit statuses of the processes, from torchrun's summary of a group that failed."""
+    """Return the processes' exit statuses, from torchrun's summary of a group that failed."""
     return re.findall(r"exitcode +: (-?\d+)", stderr)
 
 
@@ -192,7 +192,7 @@ def history_of(folder, arch="AdaLoRA"):
 
 
 def close(found, expected):
-    """Whether histories agree within rounding, timings aside."""
+    """Say whether histories agree within rounding, timings aside."""
     for a, b in zip(found, expected, strict=True):
         for name in a.keys() - {"seconds", "samples_per_s"}:
             assert a[name] == pytest.approx(b[name], rel=2e-4, abs=1e-9), (b["epoch"], name)

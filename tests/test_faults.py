@@ -332,7 +332,7 @@ def test_a_disk_that_is_full_is_one_line_and_leaves_every_file_as_it_was(
 
 
 def contents(folder):
-    """The bytes of each file below a folder."""
+    """Return the bytes of each file below a folder."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

@@ -8,7 +8,7 @@ from commands import MODULES, SCRIPTS, module_name
 
 
 def typed(name):
-    """What a user types after `python`."""
+    """Return what a user types after `python`."""
     return f"-m {name}" if "." in name else f"{name}.py"
 
 

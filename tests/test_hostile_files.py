@@ -84,7 +84,7 @@ def test_no_name_in_a_manifest_leads_outside_its_folder(which, name, made, tmp_p
 
 
 def bomb(side: int) -> bytes:
-    """A PNG of side × side pixels in a few hundred bytes."""
+    """Return a PNG of side × side pixels in a few hundred bytes."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         sum_ = zlib.crc32(kind + body)

@@ -26,7 +26,7 @@ NATIVE = ["--resize", "native", "--max_pixels", str(LIMITS.most)]
 
 
 def photo(width: int, height: int, seed: int = 0) -> bytes:
-    """A smooth image of that size, PNG."""
+    """Return a smooth image of that size, PNG."""
     pixels = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
     file = io.BytesIO()

@@ -34,7 +34,7 @@ def blocks(path):
 
 
 def flags_of(name):
-    """The flags of a script, without --help: name → argparse's action."""
+    """Return the flags of a script, without --help: name → argparse's action."""
     actions = importlib.import_module(name).get_args_parser()._actions
     return {a.option_strings[-1].removeprefix("--"): a for a in actions if a.dest != "help"}
 

@@ -32,7 +32,7 @@ def steep_tokens(n: int, t: int = 16, d: int = 48, seed: int = 0) -> Tensor:
 
 
 def jpeg(seed: int = 0, size: tuple[int, int] = (20, 16)) -> bytes:
-    """A small photograph-like image, JPEG."""
+    """Return a small photograph-like image, JPEG."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 255, (4, 5, 3), dtype=np.uint8))
     file = io.BytesIO()
@@ -57,7 +57,7 @@ def header(t: int, d: int) -> dict:
 
 
 def row(i: int, group: str | None = None) -> dict:
-    """A row of a cache."""
+    """Return a row of a cache."""
     return {
         "row_id": i,
         "group": group or f"group {i}",
@@ -72,7 +72,7 @@ def row(i: int, group: str | None = None) -> dict:
 
 
 def begin_cache(folder: str | Path, features: Tensor, **options) -> FeatureCacheWriter:
-    """The writer of a cache of `features` [n, T, D], each image a group of its own."""
+    """Open the writer of a cache of `features` [n, T, D], each image a group of its own."""
     return FeatureCacheWriter(folder, header(*features.shape[1:]), len(features), **options)
 
 
@@ -85,7 +85,7 @@ def write_shards(writer: FeatureCacheWriter, features: Tensor, leave: int = 0) -
 
 
 def write_cache(folder: str | Path, features: Tensor) -> Path:
-    """A finished cache of `features`."""
+    """Write a whole cache of `features`."""
     writer = begin_cache(folder, features)
     write_shards(writer, features)
     writer.finish()
@@ -96,7 +96,7 @@ GRIDS = [(8, 8), (6, 8), (8, 8), (4, 5), (8, 6)]
 
 
 def write_ragged(folder: Path, square: RealQwenVLDataset) -> Path:
-    """A cache of several grids: of image i of `square` the upper left GRIDS[i % 5] of its tokens.
+    """Write a cache of several grids: of image i of `square` the upper left GRIDS[i % 5] of its tokens.
 
     Width, height and box become those of that part of the photograph; its thumbnail is cut too.
     """
@@ -134,7 +134,7 @@ def part_of_row(square: RealQwenVLDataset, i: int, grid: tuple[int, int]) -> dic
 
 
 def write_data_set(folder: Path, images: list[bytes]) -> Path:
-    """A parquet in the real schema without groups, one row per image."""
+    """Write a parquet in the real schema without groups, one row per image."""
     rows = [
         {
             "image": {"bytes": data, "path": f"{i}.jpg"},
