@@ -60,7 +60,7 @@ QWEN3_PREPROCESSOR = {
 
 
 def whole_model(model_type: str) -> tf.PreTrainedModel:
-    """Build a model of the family with the published kinds of layers and patches, small otherwise."""
+    """Build a small model of the family with the published kinds of layers and patches."""
     torch.manual_seed(0)
     dino = {**SMALL, "patch_size": 14, "image_size": 84}
     if model_type == "qwen2_vl":

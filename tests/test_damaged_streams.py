@@ -24,7 +24,7 @@ def codec():
 
 
 def sealed(first, rest):
-    """Build a stream of its first five bytes and what follows the checksum, which is made to fit."""
+    """Build a stream of its first five bytes and what follows the checksum, made to fit."""
     return first + struct.pack("<I", zlib.crc32(rest, zlib.crc32(first))) + rest
 
 

@@ -96,7 +96,7 @@ GRIDS = [(8, 8), (6, 8), (8, 8), (4, 5), (8, 6)]
 
 
 def write_ragged(folder: Path, square: RealQwenVLDataset) -> Path:
-    """Write a cache of several grids: of image i of `square` the upper left GRIDS[i % 5] of its tokens.
+    """Write a cache of several grids: of image i the upper left GRIDS[i % 5] of its tokens.
 
     Width, height and box become those of that part of the photograph; its thumbnail is cut too.
     """
