@@ -126,13 +126,13 @@ def load_encoder(
     resize: str = "stretch",
     dtype: torch.dtype | None = None,
 ) -> VisionEncoder:
-    """Load the encoder called `name`: "demo", or the folder or hub id of a checkpoint of FAMILIES.
+    """Load the encoder called `name`: "demo" or its id, or a checkpoint's folder or hub id.
 
     image_size: a square's side, or the range of pixels of resize "native".
     dtype None means the precision of the published weights on CUDA, float32 elsewhere.
     Raises InputError for another family, missing or damaged files and sizes that do not fit.
     """
-    if name == "demo":
+    if name in ("demo", DEMO_ENCODER_ID):
         return DemoEncoder(device, image_size, resize, dtype or torch.float32)
     checkpoint = open_checkpoint(name)
     kind = checkpoint.family.kind

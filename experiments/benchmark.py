@@ -381,7 +381,7 @@ def training_speed(x: Tensor, rank: int, device: torch.device, threads: int) -> 
 
 def tower_speed(dataset: RealQwenVLDataset, batch: int, device: torch.device, threads: int) -> str:
     """Return the images/s and memory of the cache's encoder on a batch of thumbnails."""
-    name = "demo" if dataset.is_demo else dataset.manifest["encoder"]["id"]
+    name = dataset.manifest["encoder"]["id"]
     try:
         encoder = load_encoder(name, device=device, image_size=dataset.manifest["image_size"])
     except InputError as error:

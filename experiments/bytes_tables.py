@@ -22,7 +22,6 @@ from lowrank_tokens.errors import summarise
 from svd_baseline import FEWEST_GROUPS, interval_95
 
 TARGETS = {"raw_error": (0.24, 0.16, 0.10, 0.05), "task_error": (0.10, 0.05, 0.037, 0.03)}
-SHARED_BY = (328, 4370)  # images that a table shares the codec file between
 BASES = ("coded", "coded_in_metric", "coded_in_metric_head_steps")  # that others are set against
 AT_BYTES = (600, 1500, 5000, 20_000)  # an image, at which readers are asked
 READERS = {
@@ -155,10 +154,10 @@ def jackknife_95(
     return found
 
 
-def tables(measured: dict[str, list[Point]], groups: list[str]) -> dict:
+def tables(measured: dict[str, list[Point]], groups: list[str], shared_by: tuple[int, ...]) -> dict:
     """Return bytes_at (`bytes_tables`) and reader_at (`reader_tables`)."""
     return {
-        "bytes_at": bytes_tables(measured, groups),
+        "bytes_at": bytes_tables(measured, groups, shared_by),
         "reader_at": reader_tables(measured, groups),
     }
 
@@ -214,12 +213,15 @@ def with_interval(values: Tensor, groups: list[str]) -> dict:
     return {"mean": float(values.nanmean()), "interval_95": interval_or_none(values, groups)}
 
 
-def bytes_tables(measured: dict[str, list[Point]], groups: list[str]) -> dict:
+def bytes_tables(
+    measured: dict[str, list[Point]], groups: list[str], shared_by: tuple[int, ...]
+) -> dict:
     """Return error → target → method → bytes an image.
 
-    alone, with `interval_95` over groups; shared_by_N, with its share of what is shared between N
-    images; each_image, where every image reaches the target by a knob of its own; and times → base
-    → how many times the bytes of the base the method takes, {"mean", "interval_95"}.
+    alone, with `interval_95` over groups; shared_by_N, for each N of `shared_by`, with its share of
+    what is shared between N images; each_image, where every image reaches the target by a knob of
+    its own; and times → base → how many times the bytes of the base the method takes, {"mean",
+    "interval_95"}.
     """
     found: dict = {}
     everyone = np.ones(len(groups), dtype=bool)
@@ -241,7 +243,7 @@ def bytes_tables(measured: dict[str, list[Point]], groups: list[str]) -> dict:
                 entry = {"each_image": each_image(points, key, target)}
                 entry["alone"] = alone and alone["mean"]
                 entry["interval_95"] = alone and alone["interval_95"]
-                for n in SHARED_BY:
+                for n in shared_by:
                     curve = mean_curve(points, key, everyone, 1 / n)
                     entry[f"shared_by_{n}"] = bytes_at(*curve, target)
                 entry["times"] = {
@@ -307,9 +309,11 @@ def _score(entry: dict | None) -> str:
 
 def print_bytes(found: dict) -> None:
     """Print bytes at an error, with and without what all images share, and times another's."""
+    entry = next(iter(next(iter(next(iter(found.values())).values())).values()))
+    numbers = [key.removeprefix("shared_by_") for key in entry if key.startswith("shared_by_")]
     titles = {
         "alone": "without what all images share",
-        **{f"shared_by_{n}": f"with the share of one of {n} images" for n in SHARED_BY},
+        **{f"shared_by_{n}": f"with the share of one of {n} images" for n in numbers},
         "each_image": "the same target for each image, without what all images share",
     }
     for key, targets in found.items():

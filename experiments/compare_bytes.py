@@ -27,6 +27,7 @@ from torch import Tensor
 from common import arguments
 from common.codecs import codec_for_cache
 from common.results import keep_other_caches_results
+from encoders.demo_weights import DEMO_ENCODER_ID
 from encoders.image_sources import image_bytes, open_source, read_image
 from encoders.native_size import size_in
 from experiments import rivals
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from encoders.towers import VisionEncoder
 
 QUICK_IMAGES, QUICK_PROBE_TOKENS = 24, 12_000
+PUBLISHED_ROWS = 4370  # of the TextVQA grounding data set: a table shares the codec file by them
 FEW_KNOBS = 5  # of a method in --folds; --quick leaves out the finest
 # of each method, about 0.6 to 20 kB an image, or what it has of that: bytes of 8 validation images
 # of the demo, one of each scene
@@ -154,7 +156,8 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     started = time.perf_counter()
     device = arguments.pick_device(args.device)
     dataset = RealQwenVLDataset(args.cache_dir)
-    head_name = args.head or ("saliency" if dataset.is_demo else None)
+    of_demo = dataset.manifest["encoder"]["id"] == DEMO_ENCODER_ID
+    head_name = args.head or ("saliency" if of_demo else None)
     head = load_head(head_name, dataset, device=device) if head_name else None
     paths = args.codec or []
     codecs = load_codecs(paths, dataset)
@@ -162,7 +165,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     rows = [row for part in parts for row in part.test]
     groups = dataset.rows["group"].take(rows).to_pylist()
     footer = footer_of(dataset, rows, args.folds, left_out)
-    print(footer + (f"; head {head.name}" if head else "; no head reads these tokens"))
+    print(footer + (f"; head {head.name}" if head else "; no --head judges"))
 
     # every method at every knob, in each part
     setting = Setting(
@@ -195,11 +198,12 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         "notes": readers.notes(),
         "chance": readers.chance(),
     }
-    results |= summarised(measured, groups, headline)
+    shared_by = len(dataset), PUBLISHED_ROWS
+    results |= summarised(measured, groups, headline, shared_by)
     if not all(headline):
         everyone = [True] * len(groups)
         results["all_groups"] = {"n_images": len(groups), "n_groups": len(set(groups))}
-        results["all_groups"] |= summarised(measured, groups, everyone)
+        results["all_groups"] |= summarised(measured, groups, everyone, shared_by)
     print_tables(results)
     for note in results["notes"]:
         print(f"note: {note}")
@@ -251,12 +255,21 @@ def in_headline(dataset: RealQwenVLDataset, groups: list[str]) -> list[bool]:
     return [group not in chosen_on for group in groups]
 
 
-def summarised(measured: dict[str, list[Point]], groups: list[str], images: list[bool]) -> dict:
+def summarised(
+    measured: dict[str, list[Point]],
+    groups: list[str],
+    images: list[bool],
+    shared_by: tuple[int, ...],
+) -> dict:
     """Return methods, full_tokens and tables of those images."""
     kept = [group for group, is_in in zip(groups, images, strict=True) if is_in]
     points = {name: [only_images(p, images) for p in own] for name, own in measured.items()}
     methods = {name: [summarise_point(p, kept) for p in own] for name, own in points.items()}
-    return {"methods": methods, "full_tokens": methods["bf16"][0], "tables": tables(points, kept)}
+    return {
+        "methods": methods,
+        "full_tokens": methods["bf16"][0],
+        "tables": tables(points, kept, shared_by),
+    }
 
 
 def joined(one: dict[str, list[Point]], other: dict[str, list[Point]]) -> dict[str, list[Point]]:
@@ -477,7 +490,6 @@ class Towers:
 
         # a checkpoint in a folder is found there, one of the hub by its id
         name = manifest.get("encoder_folder") or manifest["encoder"]["id"]
-        name = "demo" if dataset.is_demo else name
         self.encoder = load_encoder(
             name, device=device, image_size=size_in(manifest), resize=manifest["resize"]
         )

@@ -359,7 +359,9 @@ def test_a_method_that_takes_thrice_the_bytes_everywhere_is_said_to_with_no_doub
             for k in (1, 2, 4, 8)
         ]
 
-    entry = bytes_tables({"coded": curve(1), "transform": curve(3)}, groups)["raw_error"]["0.16"]
+    entry = bytes_tables({"coded": curve(1), "transform": curve(3)}, groups, (10,))["raw_error"][
+        "0.16"
+    ]
     times = entry["transform"]["times"]["coded"]
     assert times["mean"] == pytest.approx(3)
     assert times["interval_95"] == pytest.approx([3, 3])
