@@ -1,4 +1,8 @@
-"""Fixtures: matrices with steep spectra, and a small cache of real photographs."""
+"""Fixtures: matrices with steep spectra, and a small cache of real photographs.
+
+What imports transformers is imported in the fixtures: the process that only hands out tests reads
+this file too, and the others wait for it.
+"""
 
 import os
 
@@ -13,18 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import damage
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tiny
 import torch
 from filelock import FileLock
 from matplotlib.figure import Figure
 from PIL import Image
 
-import extract_features
 from common import arguments
 from experiments import make_demo_data
 from qwenvl_dataloader import RealQwenVLDataset, create_data_loaders_real
@@ -59,26 +60,10 @@ def tokens():
 
 def extract(tmp: Path, data: Path, cache: Path, *flags: str) -> None:
     """Encode `data` with the demo's DINOv2 at 112 pixels: T = 16, D = 1536."""
+    import extract_features
+
     argv = ["--demo", "--dataset_dir", str(data), "--cache_dir", str(cache), "--image_size", "112"]
     extract_features.main(arguments.parse(extract_features.get_args_parser(), argv + list(flags)))
-
-
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory):
-    """A data set folder with 36 rows in the real schema, from real photographs."""
-    folder = tmp_path_factory.mktemp("tiny_data")
-    table = make_demo_data.build_table(seed=42, rows=TINY_ROWS)
-    (folder / "data").mkdir()
-    make_demo_data.write_parquet(table, folder / "data" / "train-00000-of-00001.parquet")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_cache(tiny_data, tmp_path_factory):
-    """A feature cache of `tiny_data`, made by extract_features.py itself. Do not change it."""
-    cache = tmp_path_factory.mktemp("tiny") / "cache"
-    extract(tiny_data, tiny_data, cache)
-    return cache
 
 
 def made_once(base: Path, name: str, make: Callable[[Path], object]) -> Path:
@@ -96,11 +81,35 @@ def made_once(base: Path, name: str, make: Callable[[Path], object]) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A data set folder with 36 rows in the real schema, from real photographs."""
+
+    def make(folder: Path) -> None:
+        table = make_demo_data.build_table(seed=42, rows=TINY_ROWS)
+        (folder / "data").mkdir(parents=True)
+        make_demo_data.write_parquet(table, folder / "data" / "train-00000-of-00001.parquet")
+
+    return made_once(tmp_path_factory.getbasetemp(), "tiny_data", make)
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tiny_data, tmp_path_factory):
+    """A feature cache of `tiny_data`, made by extract_features.py itself. Do not change it."""
+
+    def make(folder: Path) -> None:
+        extract(tiny_data, tiny_data, folder / "cache")
+
+    return made_once(tmp_path_factory.getbasetemp(), "tiny", make) / "cache"
+
+
+@pytest.fixture(scope="session")
 def ragged_cache(tiny_data, tmp_path_factory):
     """A cache of images of four grids: parts of real tokens of `tiny_data`. Do not change it.
 
     36 rows in 12 groups, D = 1536, grids 8 × 8 (the most frequent), 6 × 8, 8 × 6 and 4 × 5.
     """
+
+    import tiny
 
     def make(folder: Path) -> None:
         extract(tiny_data, tiny_data, folder / "square", "--image_size", "224")
@@ -122,7 +131,6 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def save_qwen(folder: Path, width: int) -> Path:
     """Save a small Qwen2.5-VL checkpoint with features of `width`, as transformers does."""
-    # seconds of import, which the process that only hands out tests need not take
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     torch.manual_seed(0)
@@ -210,6 +218,8 @@ def encode(qwen, tmp_path, script):
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
     """Everything that the program writes and reads, on tiny data. Do not change it."""
+    import damage
+
     return damage.build(tmp_path_factory.mktemp("made"))
 
 

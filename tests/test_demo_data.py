@@ -28,7 +28,6 @@ ROWS = range(0, 328, 5)  # every photograph and every crop number
 # The whole script with the rows above only, for time.
 RUN = f"""
 from common import arguments
-from common import arguments
 from experiments import make_demo_data
 build_table = make_demo_data.build_table
 make_demo_data.build_table = lambda seed: build_table(seed, {ROWS})
@@ -163,9 +162,9 @@ def test_the_images_of_seed_42_are_those_that_all_published_numbers_were_measure
     assert hashes == ["32d36ce4fc4a4f60", "5f610ab72638ef63", "052795a0955d1548"]
 
 
-def test_a_view_says_which_part_of_its_photograph_a_row_shows():
+def test_a_view_says_which_part_of_its_photograph_a_row_shows(table):
     plan = make_demo_data.plan_rows()
-    for row, record in zip(ROWS, make_demo_data.build_table(SEED, ROWS).to_pylist(), strict=True):
+    for row, record in zip(ROWS, table.to_pylist(), strict=True):
         photograph, crop = plan[row]
         picture, scene = photograph.open(), make_demo_data.render_row(SEED, row).scene
         x, y, w, h = record["view"]

@@ -1,9 +1,6 @@
 """Factors on disk: the model's own, read back with the errors that were reported."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
@@ -28,7 +25,6 @@ from qwenvl_dataloader import RealQwenVLDataset
 from training import checkpoint, rank_budget
 from training.checkpoint import load_model
 
-ROOT = Path(__file__).resolve().parent.parent
 TARGET = 0.25
 
 
@@ -390,14 +386,6 @@ def test_compare_and_factorize_agree_about_the_rank_that_meets_a_target(
     ranks = comparison["rank_per_image"]["network"]["ranks"]
     assert ranks["mean"] == float(written.double().mean())
     assert (ranks["min"], ranks["max"]) == (int(written.min()), int(written.max()))
-
-
-def test_help_fits_80_columns_and_ends_with_an_example():
-    command = [sys.executable, "factorize.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    assert "python factorize.py" in done.stdout.split("example", 1)[1]
 
 
 def test_the_network_s_factors_are_coded_about_as_well_as_the_exact_ones(

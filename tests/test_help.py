@@ -2,9 +2,11 @@
 
 import importlib
 import shlex
+import subprocess
+import sys
 
 import pytest
-from commands import MODULES, SCRIPTS, module_name
+from commands import MODULES, ROOT, SCRIPTS, module_name
 
 
 def typed(name):
@@ -51,3 +53,12 @@ def test_every_flag_is_in_a_named_group_with_a_text_and_its_default(name):
         if action.default not in (None, False):
             shown = " ".join(parser._get_formatter()._expand_help(action).split())
             assert f"(default: {action.default})" in shown, flag
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if "." not in name])
+def test_every_command_starts_as_typed_and_prints_its_help(name):
+    command = [sys.executable, typed(name), "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"python {name}.py" in done.stdout.split("example", 1)[1]
