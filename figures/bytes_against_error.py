@@ -15,8 +15,8 @@ from figures.style import STYLE, as_array, column, log_scale, new_figure, save
 CURVES: dict[str, tuple[str, str, str]] = {
     "coded": ("coded factors", "#D55E00", "-"),
     "transform": ("transform", "#0072B2", "-"),
-    "factors_deflate": ("plain factors", "#009E73", "-"),
-    "factors_quantised": ("plain factors", "#009E73", "-"),
+    "factors_deflate": ("quantised SVD", "#009E73", "-"),
+    "factors_quantised": ("quantised SVD", "#009E73", "-"),
     "avif": ("AVIF picture", "#882255", "--"),
 }
 # of a reader: the panel's title, and whether more is better
@@ -35,7 +35,7 @@ LABEL_GAP = 0.075  # between two labels, of the panel's height
 def bytes_against_error(path: str | Path, results: dict, footer: str) -> None:
     """Draw a panel for each reader, bytes an image (log) on x; full tokens are a grey line.
 
-    results: of bytes.json. Of plain factors the form with fewer bytes at equal raw_error is shown;
+    results: of bytes.json. Of SVD factors the form with fewer bytes at equal raw_error is shown;
     a codec in a metric stands for one without where there is no other.
     """
     methods = shown(results["methods"])
