@@ -298,6 +298,7 @@ def test_an_overwrite_that_was_cut_off_leaves_no_part_without_its_shard(tmp_path
             assert "start again and overwrite the folder" in str(error)
 
 
+@pytest.mark.painted
 @pytest.mark.parametrize("size", [3000, *[slow(n) for n in (300, 5_000, 20_000, 45_000)]])
 def test_a_disk_that_is_full_is_one_line_and_leaves_every_file_as_it_was(
     size, made, tmp_path, monkeypatch
