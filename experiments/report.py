@@ -165,8 +165,9 @@ def closing_lines(runs: list[Run], coded: dict) -> list[str]:
             f"{gain_text(gain)} % below the SVD's by the network {run.name}, "
             + (f"{gain_text(closed)} % by the closed form" if closed else "no closed form measured")
         )
+    plain = next((r for r in runs if not r.comparison["trained_for"]), run).comparison["ranks"]
     lines.append(
-        f"reconstruction: at rank {rank} the network's error is {above_svd(ranks[rank])} above the "
+        f"reconstruction: at rank {rank} the network's error is {above_svd(plain[rank])} above the "
         "SVD's, which no matrix of this rank can beat"
     )
     groups = f"{comparison['n_images']} test images of {comparison['n_groups']} groups"
@@ -227,6 +228,7 @@ def main(args: argparse.Namespace) -> None:
     rows = table(runs)
     print_columns(rows)
     first = results_dirs[0]
+    first.mkdir(parents=True, exist_ok=True)  # it may hold the report alone
     architectures(first / "architectures.png", {run.name: run.comparison for run in runs}, footer)
     coded = of_this_cache(first / "bytes.json", comparison["cache_sha256"])
     benchmark = of_this_cache(first / "benchmark.json", comparison["cache_sha256"])

@@ -86,11 +86,11 @@ def architectures(path: str | Path, runs: dict[str, dict], footer: str) -> None:
         draw(excess, _at_least_rounding(means(run, "network", "excess_pct")), name, colour, **style)
     if tasks:
         ax = judged[0]
-        closed = next((t for t in tasks.values() if _of_method(t, "svd_in_metric")), None)
         first = next(iter(tasks.values()))
+        closed = max(tasks.values(), key=lambda task: len(_of_method(task, "svd_in_metric")))
         for method, task, style in (
             ("svd", first, {"wide": True}),
-            ("svd_in_metric", closed or first, {"ls": "-."}),
+            ("svd_in_metric", closed, {"ls": "-."}),
         ):
             label, colour = METHODS[method]
             draw(ax, _of_method(task, method), label, colour, **style)
