@@ -2,10 +2,11 @@
 # requirements where they changed. Sets $python. Usage: setup_env requirements.txt [more files]
 # Takes the first Python of 3.11 to 3.14 that it finds, or the one named by $PYTHON.
 
-# Threads that spin while they wait make a shared machine many times slower (measured on two cores:
-# training beside other work 15.6 images/s instead of 9, beside more of it 6.5 instead of under 1.6;
-# on quiet cores spinning is the faster by a quarter: OMP_WAIT_POLICY=active).
+# How long a thread of libgomp spins before it sleeps. Training for a head in batches of 2, seconds an
+# image on two cores, quiet and with two busy loops beside: never 0.35, 0.48; 50 000 turns 0.26, 0.58;
+# as long as it waits (OMP_WAIT_POLICY=active) 0.23, several.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+if [[ $OMP_WAIT_POLICY == passive ]]; then export GOMP_SPINCOUNT=${GOMP_SPINCOUNT:-50000}; fi
 
 setup_env() {
     local stamp=.venv/installed.sha256 wanted
