@@ -2,7 +2,7 @@
 # Environment, data, training, comparison, figures, a report.
 #
 #   ./train.sh [--cache_dir feature_cache_real]  the whole path for one architecture, on the cache
-#                                                that is there or on demo data: 16 minutes on two
+#                                                that is there or on demo data: 14 minutes on two
 #                                                CPU cores. Ends with what was found, in five lines
 #   ARCHS="ResMLP MLP AdaLoRA" ./train.sh --epochs 500 --rank 128
 #                                                each architecture; flags of train_real_data.py
