@@ -267,9 +267,9 @@ def each_image(points: list[Point], key: str, target: float) -> float | None:
 # ---------------------------------------------------------------------------------------- printed
 
 
-def print_tables(results: dict) -> None:
+def print_tables(results: dict, shared_by: tuple[int, ...]) -> None:
     """Print what bytes.json holds: bytes at an error, readers at some bytes, what reading takes."""
-    print_bytes(results["tables"]["bytes_at"])
+    print_bytes(results["tables"]["bytes_at"], shared_by)
     print_readers(results["tables"]["reader_at"], results["chance"])
     print("to read an image: what is needed beside its bytes, and milliseconds of one core")
     rows = [
@@ -307,13 +307,11 @@ def _score(entry: dict | None) -> str:
     return f"{entry['mean']:.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def print_bytes(found: dict) -> None:
+def print_bytes(found: dict, shared_by: tuple[int, ...]) -> None:
     """Print bytes at an error, with and without what all images share, and times another's."""
-    entry = next(iter(next(iter(next(iter(found.values())).values())).values()))
-    numbers = [key.removeprefix("shared_by_") for key in entry if key.startswith("shared_by_")]
     titles = {
         "alone": "without what all images share",
-        **{f"shared_by_{n}": f"with the share of one of {n} images" for n in numbers},
+        **{f"shared_by_{n}": f"with the share of one of {n} images" for n in shared_by},
         "each_image": "the same target for each image, without what all images share",
     }
     for key, targets in found.items():

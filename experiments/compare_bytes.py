@@ -204,7 +204,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
         everyone = [True] * len(groups)
         results["all_groups"] = {"n_images": len(groups), "n_groups": len(set(groups))}
         results["all_groups"] |= summarised(measured, groups, everyone, shared_by)
-    print_tables(results)
+    print_tables(results, shared_by)
     for note in results["notes"]:
         print(f"note: {note}")
 

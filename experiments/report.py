@@ -165,9 +165,10 @@ def closing_lines(runs: list[Run], coded: dict) -> list[str]:
             f"{gain_text(gain)} % below the SVD's by the network {run.name}, "
             + (f"{gain_text(closed)} % by the closed form" if closed else "no closed form measured")
         )
-    plain = next((r for r in runs if not r.comparison["trained_for"]), run).comparison["ranks"]
+    plain = [r.comparison for r in runs if not r.comparison["trained_for"]]
+    judged = next((c for c in plain if rank in c["ranks"]), comparison)["ranks"][rank]
     lines.append(
-        f"reconstruction: at rank {rank} the network's error is {above_svd(plain[rank])} above the "
+        f"reconstruction: at rank {rank} the network's error is {above_svd(judged)} above the "
         "SVD's, which no matrix of this rank can beat"
     )
     groups = f"{comparison['n_images']} test images of {comparison['n_groups']} groups"

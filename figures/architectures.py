@@ -35,11 +35,12 @@ REFERENCES = {"random_sketch": "untrained sketch", "pca": METHODS["pca"][0]}
 def architectures(path: str | Path, runs: dict[str, dict], footer: str) -> None:
     """Draw error and excess over the rank; below them the task error and what boxes are found.
 
-    The latter two where a head, or readers with labels, judged.
+    The last two are there where a head, or readers with labels, judged.
 
     runs: name → svd_nn_comparison.json. A network with direct factors is dotted, one that was
-    trained for a head dashed. Untrained sketch, PCA and closed form are of the first run that has
-    them: they do not depend on the network but for the sketch's number of columns.
+    trained for a head dashed. Untrained sketch and PCA are of the first run that has them, the
+    closed form of the one with the most ranks: they do not depend on the network but for the
+    sketch's number of columns.
     """
     tasks = {name: run["task"] for name, run in runs.items() if run["task"]}
     boxes = {name: run["readers"] for name, run in runs.items() if _finds_boxes(run)}

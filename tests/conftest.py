@@ -1,7 +1,7 @@
 """Fixtures: matrices with steep spectra, and a small cache of real photographs.
 
-What imports transformers is imported in the fixtures: the process that only hands out tests reads
-this file too, and the others wait for it.
+Fixtures import what loads transformers: the process that only hands out tests reads this file too,
+and the others wait for it.
 """
 
 import os
@@ -108,7 +108,6 @@ def ragged_cache(tiny_data, tmp_path_factory):
 
     36 rows in 12 groups, D = 1536, grids 8 × 8 (the most frequent), 6 × 8, 8 × 6 and 4 × 5.
     """
-
     import tiny
 
     def make(folder: Path) -> None:

@@ -217,7 +217,7 @@ def test_the_metric_does_not_depend_on_how_images_are_batched(saliency, dataset)
 
 
 class CutOff(Exception):
-    """End a script in the middle of its work."""
+    """The end of a script in the middle of its work."""
 
 
 @pytest.mark.slow

@@ -124,6 +124,13 @@ def test_the_closing_lines_say_bytes_readers_task_reconstruction_and_training(re
     assert "epoch 1 of 2" in printed[4]
 
 
+def test_networks_of_other_ranks_stand_side_by_side(results, capsys):
+    of_rank_8 = comparison("MLP", task=False) | {"rank": 8, "ranks": {"8": methods(0.1)}}
+    write_json(results / "MLP" / "svd_nn_comparison.json", with_content_hash(of_rank_8))
+    printed = run(results, capsys)
+    assert "at rank 16 the network's error is 15.3 % above" in printed  # the only one at 16
+
+
 def test_without_results_or_with_changed_ones_there_is_one_line(results, script):
     done = script("experiments.report", "--results_dir", "nowhere")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
